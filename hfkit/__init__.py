@@ -1,0 +1,30 @@
+"""Language models from a shell or three lines of Python, over Hugging Face Transformers."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it, imported on first use, so that `import hfkit` costs milliseconds.
+_HOME = {
+    "GenerateOptions": "options",
+    "Generation": "generation",
+    "HfkitError": "errors",
+    "LanguageModel": "models",
+    "ModelOptions": "options",
+    "generate": "generation",
+    "load": "models",
+    "stream": "generation",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

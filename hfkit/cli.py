@@ -1,0 +1,159 @@
+"""The command line: one short function per command, which calls the Python API and prints.
+
+Commands import what is heavy in their bodies, so that `--help` and usage errors are instant.
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+import hfkit
+from hfkit import console
+from hfkit.errors import HfkitError, OptionError
+from hfkit.flags import flags
+from hfkit.options import GenerateOptions, ModelOptions
+
+app = typer.Typer(
+    name="hfkit",
+    help=hfkit.__doc__,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    # --top_p, as transformers spells it, works as well as --top-p
+    context_settings={
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hfkit {hfkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+@app.command()
+@flags
+def generate(
+    model: ModelOptions,
+    sampling: GenerateOptions,
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue; without it, stdin is read.")] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option("--input", "-i", help="Many prompts: a line each, or `prompt` of each .jsonl object."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON Lines to this file.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an --output that was interrupted.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output if it exists.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Most texts at a time. [default: what the device is good for]")
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=A,B,...", help="Compare values of one option, same seed: temperature=0.3,0.7,1.0."),
+    ] = None,
+    prompt_shown: Annotated[
+        bool, typer.Option("--prompt/--no-prompt", help="Print the prompt before its continuation.")
+    ] = True,
+    json: _Json = False,
+) -> None:
+    """Continue a prompt (argument, stdin, or many from --input) and print the text."""
+    from hfkit import writing
+
+    if input and (prompt is not None or sweep):
+        raise OptionError("--input brings its own prompts: leave the PROMPT and --sweep out")
+    if (resume or overwrite) and not output:
+        raise OptionError("--resume and --overwrite are about a file: add --output FILE")
+    if input:
+        writing.write_file(model, sampling, input, output, resume=resume, overwrite=overwrite, batch_size=batch_size)
+        return
+    text = writing.read_prompt(prompt)
+    if sweep:
+        writing.write_sweep(model, sampling, text, sweep, json=json)
+    else:
+        writing.write_one(
+            model, sampling, text, output, prompt_shown=prompt_shown, json=json, resume=resume, overwrite=overwrite
+        )
+
+
+@app.command()
+@flags
+def chat(model: ModelOptions, sampling: GenerateOptions) -> None:
+    """Talk turn by turn: raw continuation with a base model, the chat template where a model has one."""
+    from hfkit import conversation
+
+    conversation.run(model, sampling)
+
+
+@app.command()
+@flags
+def info(model: ModelOptions, json: _Json = False) -> None:
+    """Show versions, devices, caches and, with -m, a model's size and limits; say what is wrong and how to mend it."""
+    from hfkit import machine
+
+    machine.show(model, json=json)
+
+
+def main() -> NoReturn:
+    """Run a command; every failure becomes one line on stderr and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except BaseException as error:  # noqa: BLE001, the one place where all ends
+        code = _explain(error)
+    if code:
+        _close_stdout()
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: BaseException) -> int:
+    """Say on stderr what went wrong; the exit code of it."""
+    if console.state.debug and not isinstance(error, SystemExit | typer.Exit):
+        traceback.print_exception(error)
+    match error:
+        case SystemExit() | typer.Exit():
+            return (error.exit_code if isinstance(error, typer.Exit) else error.code) or 0  # type: ignore[return-value]
+        case KeyboardInterrupt() | typer.Abort():
+            console.fail("interrupted")
+            return 130
+        case BrokenPipeError():
+            return 141  # whoever read has had enough, as after SIGPIPE
+        case HfkitError():
+            console.fail(str(error))
+            return 2 if isinstance(error, OptionError) else 1
+        case typer.TyperException() if hasattr(error, "format_message"):
+            console.fail(f"{error.format_message()} (see --help)")
+            return getattr(error, "exit_code", 2)
+        case MemoryError():
+            console.fail("out of memory: use a smaller model, a smaller --batch-size, or --quantize int8")
+        case OSError() if error.strerror:
+            where = f" ({error.filename})" if error.filename else ""
+            console.fail(f"{error.strerror}{where}: mend that and run it again")
+        case _:
+            console.fail(
+                f"this should not happen: {type(error).__name__}: {error}; run again with --debug and report it"
+            )
+    return 1
+
+
+def _close_stdout() -> None:
+    """What cannot be written any more must not make Python complain at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,89 @@
+"""What a person at a terminal sees: notes on stderr, text made safe to show."""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO
+
+
+@dataclass
+class _State:
+    quiet: bool = False
+    verbose: bool = False
+    debug: bool = False
+
+
+state = _State()
+
+# C0 but newline and tab, DEL, C1, line and paragraph separators, zero-width and bidirectional controls:
+# all that can move the cursor, recolour, rename the window or reorder what is read.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def configure(*, quiet: bool, verbose: bool, debug: bool) -> None:
+    """Set how much is said, before anything heavy is imported; the libraries read their part from the environment."""
+    state.quiet, state.verbose, state.debug = quiet, verbose, debug
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def printable(text: str) -> str:
+    """`text` with every control character shown as an escape (`\\x1b`), so that it cannot drive a terminal."""
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def write(text: str, file: IO[str] | None = None) -> None:
+    """Write a result to stdout: untouched to a pipe or file, printable to a terminal; shown at once."""
+    file = file or sys.stdout
+    if file.isatty():
+        file.write(printable(text))
+    else:
+        # Half a surrogate pair cannot be UTF-8; nothing else is changed.
+        file.write(text.encode("utf-8", "replace").decode("utf-8"))
+    file.flush()
+
+
+def note(text: str) -> None:
+    """A line on stderr, unless `--quiet`."""
+    if not state.quiet:
+        print(f"hfkit: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def detail(text: str) -> None:
+    """A line on stderr under `--verbose`."""
+    if state.verbose:
+        note(text)
+
+
+def fail(text: str) -> None:
+    """The one line of an error."""
+    line = " ".join(printable(text).split("\n"))
+    print(f"hfkit: error: {line}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep transformers' bars and warnings off stderr: hfkit says what matters itself. Not under `--verbose`."""
+    if state.verbose:
+        yield
+        return
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,246 @@
+"""Load a model and its tokenizer: `model, tokenizer = load("gpt2")`."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, GPT2Tokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hfkit.console import detail, quiet_libraries
+from hfkit.errors import HfkitError
+from hfkit.options import ModelOptions
+from hfkit.sources import Source, find
+
+
+class LanguageModel(NamedTuple):
+    """A model, in eval mode, and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+        return self.model.name_or_path
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of prompt and continuation together; None where the model sets no limit."""
+        return context_length(self.model.config)
+
+
+def load(model: str | ModelOptions | None = None, **overrides: Any) -> LanguageModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        model: "bundled", a Hub name, a folder, a .gguf file; or `ModelOptions`. Default: $HFKIT_MODEL, else "bundled".
+        overrides: fields of `ModelOptions`, e.g. `dtype="bfloat16"`, `device="cuda:1"`, `quantize="int8"`.
+
+    Returns:
+        `(model, tokenizer)`. GPT-2 is a `GPT2LMHeadModel` with a `GPT2Tokenizer`; other models come from
+        `AutoModelForCausalLM` or, where they have an encoder, `AutoModelForSeq2SeqLM`.
+
+    Raises:
+        HfkitError: the model cannot be found, is damaged, unsafe, or of a kind that does not generate text.
+    """
+    if not isinstance(model, ModelOptions):
+        overrides |= {"model": model}
+        model = None
+    options = ModelOptions.make(model, overrides)
+    source = find(options)
+    tokenizer = load_tokenizer(source)
+    return load_weights(source, options, tokenizer)
+
+
+def context_length(config: Any) -> int | None:
+    """Most positions that a model of this `config` (of transformers) can take; None without a limit."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def load_config(source: Source) -> Any:
+    """The `PreTrainedConfig` of a model that generates text."""
+    with _errors(source), quiet_libraries():
+        extra = {"gguf_file": source.gguf} if source.gguf else {}
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code, **extra)
+    if source.gguf and config.model_type == "gpt2":
+        # transformers reads the length of a GGUF GPT-2 into n_ctx, which its model does not look at
+        config.n_positions = getattr(config, "n_ctx", None) or config.n_positions
+    for architecture in config.architectures or []:
+        task = next(
+            (t for t in ("SequenceClassification", "QuestionAnswering", "TokenClassification") if t in architecture),
+            None,
+        )
+        if task:
+            raise HfkitError(f"{source.name} is a {architecture}, which does not generate text: choose a causal model")
+    return config
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer of `source`, checked; needs neither torch nor the weights."""
+    from transformers import AutoTokenizer
+
+    if source.gguf:
+        loader, extra = AutoTokenizer, {"gguf_file": source.gguf}
+    else:
+        loader, extra = (GPT2Tokenizer if source.config.get("model_type") == "gpt2" else AutoTokenizer), {}
+    with _errors(source), quiet_libraries():
+        tokenizer = loader.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code, **extra)
+    # GPT2Tokenizer gives an empty tokenizer, and no error, where files are missing.
+    if len(tokenizer) <= 1:
+        raise HfkitError(f"the tokenizer is empty ({source.folder}): copy tokenizer.json of the model into it")
+    size = source.config.get("vocab_size")
+    if isinstance(size, int) and len(tokenizer) > size:
+        raise HfkitError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {size} ({source.folder}): use the model's own"
+        )
+    return tokenizer
+
+
+def load_weights(source: Source, options: ModelOptions, tokenizer: PreTrainedTokenizerBase) -> LanguageModel:
+    """The model of `source`, placed and in the precision that `options` ask for."""
+    config = load_config(source)
+    device = choose_device(options, source)
+    dtype = choose_dtype(options.dtype, device)
+    placement = options.device_map or _spread(device, source)
+    arguments: dict[str, Any] = {
+        "config": config,
+        "dtype": dtype,
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
+    if source.gguf:
+        arguments["gguf_file"] = source.gguf
+        del arguments["use_safetensors"]
+    if options.quantize and device.type == "cuda":
+        arguments["quantization_config"] = _bitsandbytes(options.quantize)
+        placement = placement or {"": device}
+    if placement:
+        arguments["device_map"] = placement
+    with _errors(source), quiet_libraries():
+        model, report = _class_for(config).from_pretrained(
+            source.folder, trust_remote_code=source.trust_remote_code, **arguments
+        )
+    _check_weights(source, model, report)
+    if source.adapter:
+        model = _merge_adapter(model, source)
+    model.name_or_path = source.name
+    if not placement:
+        model = model.to(device)
+    if options.quantize and device.type != "cuda":
+        if device.type != "cpu":
+            raise HfkitError(f"--quantize works on a CPU and with CUDA, not on {device}: add --device cpu")
+        from hfkit.quantization import quantize
+
+        quantize(model, options.quantize)
+    precision = options.quantize or str(dtype).removeprefix("torch.")
+    detail(f"{source.name}: {model.num_parameters():,} parameters, {precision} on {placement or device}")
+    return LanguageModel(model.eval(), tokenizer)
+
+
+def choose_device(options: ModelOptions, source: Source | None = None) -> torch.device:
+    """The device that `options` name; "auto" is this process's GPU, then Apple's, then the CPU."""
+    if options.device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise HfkitError(f"no device {options.device!r} on this machine: leave --device out, or say cpu") from error
+    if device.type == "meta":
+        raise HfkitError("device 'meta' computes nothing: leave --device out, or say cpu")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision called `name`; "auto" is half precision on a GPU and float32 on a CPU.
+
+    A CPU reads one stream's weights as slowly in bfloat16, and where it has no bfloat16 units a hundred times slower.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float16 if device.type == "mps" else torch.float32
+
+
+def _spread(device: torch.device, source: Source) -> str | None:
+    """Over all GPUs (accelerate's "auto") only what does not fit one: its layers run one after another."""
+    if device.type != "cuda" or torch.cuda.device_count() < 2 or "LOCAL_RANK" in os.environ:
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return "auto" if source.size > 0.9 * free else None
+
+
+def _class_for(config: Any) -> Any:
+    import transformers
+
+    if config.model_type == "gpt2":
+        return transformers.GPT2LMHeadModel
+    return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+
+
+def _check_weights(source: Source, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """transformers fills what is missing with random numbers and drops what is left over: neither is the model."""
+    for what in ("missing", "unexpected", "mismatched"):
+        keys = sorted(str(key) for key in report[f"{what}_keys"])
+        if keys:
+            shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            raise HfkitError(
+                f"the weights do not fit config.json ({source.folder}): {what} {shown}; get the model again"
+            )
+    for name, tensor in model.named_parameters():
+        # A sum is one pass over the memory that the first forward would have read in anyway.
+        if (
+            tensor.device.type == "cpu"
+            and tensor.is_floating_point()
+            and not tensor.sum(dtype=torch.float32).isfinite()
+        ):
+            raise HfkitError(
+                f"the weights hold values that are not numbers ({source.folder}: {name}): get the model again"
+            )
+
+
+def _merge_adapter(model: PreTrainedModel, source: Source) -> PreTrainedModel:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise HfkitError("LoRA adapters need peft: pip install 'hfkit[lora]'") from error
+    with _errors(source), quiet_libraries():
+        return PeftModel.from_pretrained(model, source.adapter, use_safetensors=True).merge_and_unload()
+
+
+def _bitsandbytes(bits: str) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise HfkitError("--quantize on a GPU needs bitsandbytes: pip install 'hfkit[bitsandbytes]'") from error
+    from transformers import BitsAndBytesConfig
+
+    if bits == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+@contextlib.contextmanager
+def _errors(source: Source) -> Iterator[None]:
+    """Whatever a library raises over a model's files becomes one sentence that names the folder."""
+    try:
+        yield
+    except (HfkitError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
+        raise
+    except ImportError as error:
+        extra = "gguf" if source.gguf else None
+        hint = f"pip install 'hfkit[{extra}]'" if extra else "install what it names"
+        raise HfkitError(f"{source.name} needs a package that is missing: {_first_line(error)}: {hint}") from error
+    except Exception as error:  # the libraries raise everything from KeyError to a bare Exception here
+        where = source.folder / source.gguf if source.gguf else source.adapter or source.folder
+        raise HfkitError(f"{source.name} cannot be loaded ({where}): {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".:")

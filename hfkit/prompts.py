@@ -1,0 +1,114 @@
+"""Many prompts from a file, their results to a file: in order, each exactly once, whatever happens in between."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from hfkit.errors import HfkitError
+
+
+def read_prompts(path: Path) -> Iterator[str | HfkitError]:
+    """One prompt a line of a text file, or the `prompt` of each object of a `.jsonl` file.
+
+    A line that is none comes as an HfkitError in its place. Raises HfkitError where the file cannot be read at all.
+    """
+    rows = path.suffix in (".jsonl", ".json", ".ndjson")
+    with open_input(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield _prompt_of(line, rows, f"{path}, line {number}")
+            except HfkitError as error:
+                yield error
+
+
+def open_input(path: Path) -> IO[bytes]:
+    """Open a file to read, with an HfkitError where that fails."""
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise HfkitError(f"cannot read the input ({path}): {error.strerror}") from error
+
+
+def _prompt_of(line: bytes, rows: bool, where: str) -> str:
+    try:
+        text = line.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise HfkitError(f"not UTF-8 ({where}, byte {error.start + 1}): convert the file") from None
+    if rows:
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError):
+            raise HfkitError(f"not JSON ({where}): write an object with a prompt on each line") from None
+        text = row.get("prompt") if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise HfkitError(f"no prompt ({where}): write an object with the key 'prompt' and a text")
+    if not text.strip():
+        raise HfkitError(f"empty prompt ({where}): write a text, or delete the line")
+    return text
+
+
+class Results:
+    """A JSON Lines file that grows prompt by prompt and gets its name when it is complete.
+
+    Until then it is `NAME.partial`. Each record names the `line` of its prompt, so that a later run can go on.
+    """
+
+    def __init__(self, path: Path, *, samples: int, resume: bool, overwrite: bool) -> None:
+        """samples: records that a prompt has. Raises HfkitError where the file is taken, or cannot be written."""
+        self.path, self._partial = path, path.with_name(path.name + ".partial")
+        self.last: dict[str, Any] | None = None  # record of the last prompt that is done
+        self.prompts = 0  # prompts that have records
+        if path.exists() and not overwrite:
+            if resume:
+                raise HfkitError(f"{path} is complete: there is nothing to resume; --overwrite makes it anew")
+            raise HfkitError(f"{path} exists: --overwrite replaces it, or name another --output")
+        resume = resume and self._partial.exists()
+        if self._partial.exists() and not (resume or overwrite):
+            raise HfkitError(
+                f"{self._partial} is an unfinished run: --resume goes on with it, --overwrite begins anew"
+            )
+        try:
+            self._file = self._partial.open("r+b" if resume else "wb")
+        except OSError as error:
+            raise HfkitError(f"cannot write the output ({self._partial}): {error.strerror}") from error
+        if resume:
+            self._keep_whole(samples)
+
+    def _keep_whole(self, samples: int) -> None:
+        """Cut off what an interrupted run left of its last prompt: a torn line, or fewer records than samples."""
+        end = position = count = 0
+        for line in self._file:
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                record = None
+            if not isinstance(record, dict) or "line" not in record:
+                break
+            position, count = position + len(line), count + 1
+            if count == samples:
+                end, count, self.last, self.prompts = position, 0, record, self.prompts + 1
+        self._file.seek(end)
+        self._file.truncate()
+
+    def add(self, records: Iterable[dict[str, Any]]) -> None:
+        """Append the records of whole prompts."""
+        self._file.write(b"".join(to_line(record).encode() for record in records))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def finish(self) -> None:
+        """Give the file its name: it is complete."""
+        self._file.close()
+        os.replace(self._partial, self.path)
+
+
+def to_line(record: dict[str, Any]) -> str:
+    """A record as one line of JSON Lines; half a surrogate pair, which UTF-8 cannot hold, stays an escape."""
+    line = json.dumps(record, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(record)
+    return line + "\n"

@@ -1,0 +1,127 @@
+"""From `GenerateOptions` to what `model.generate` takes."""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, WatermarkingConfig
+
+from hfkit.errors import OptionError
+from hfkit.models import LanguageModel, load
+from hfkit.options import SAMPLING, GenerateOptions, set_fields
+
+# Options that GenerationConfig has by another name, in another form, or not at all.
+OWN = ("stop_strings", "bad_words", "sequence_bias", "negative_prompt", "watermark", "assistant_model", "truncate",
+       "seed", "num_return_sequences")  # fmt: skip
+
+
+def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: int) -> GenerationConfig:
+    """The model's own generation config with `options` on top."""
+    config = copy.deepcopy(lm.model.generation_config)
+    config.update(**{name: value for name, value in set_fields(options).items() if name not in OWN})
+    config.max_length, config.max_new_tokens, config.stop_strings = None, new_tokens, None
+    config.do_sample = draws(lm, options)
+    if not config.do_sample:
+        for name in SAMPLING:  # transformers warns of each of them
+            setattr(config, name, None)
+    ends = sorted(end_tokens(lm))
+    config.eos_token_id = ends or None
+    if config.pad_token_id is None:
+        config.pad_token_id = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else (ends or [0])[0]
+    if options.bad_words:
+        config.bad_words_ids = [ids for word in options.bad_words for ids in _spellings(lm, word)]
+    if options.sequence_bias:
+        config.sequence_bias = {tuple(ids): bias for text, bias in _biases(options) for ids in _spellings(lm, text)}
+    if options.watermark:
+        config.watermarking_config = WatermarkingConfig()
+    return config
+
+
+def generate_arguments(lm: LanguageModel, options: GenerateOptions, rows: int) -> dict[str, Any]:
+    """What `generate` takes beside its config; for a batch of `rows`."""
+    arguments: dict[str, Any] = {}
+    if options.negative_prompt:
+        ids = torch.tensor([lm.tokenizer(options.negative_prompt)["input_ids"]] * rows, device=lm.model.device)
+        arguments["negative_prompt_ids"] = ids
+    if options.assistant_model:
+        assistant = load(options.assistant_model)
+        arguments["assistant_model"] = assistant.model
+        if assistant.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+            arguments["assistant_tokenizer"] = assistant.tokenizer
+    return arguments
+
+
+def is_plain(options: GenerateOptions) -> bool:
+    """Whether the plain loop does it, token by token; beams and speculation run in loops of their own."""
+    return (options.num_beams or 1) == 1 and not options.prompt_lookup_num_tokens and not options.assistant_model
+
+
+def draws(lm: LanguageModel, options: GenerateOptions) -> bool:
+    """Whether tokens are drawn at random: by default yes, but a model with an encoder follows its own config."""
+    if options.temperature == 0:
+        return False
+    if options.do_sample is not None:
+        return options.do_sample
+    if any(getattr(options, name) is not None for name in SAMPLING):
+        return True
+    if lm.model.config.is_encoder_decoder:
+        return bool(lm.model.generation_config.do_sample)
+    return (options.num_beams or 1) == 1
+
+
+def end_tokens(lm: LanguageModel) -> set[int]:
+    """The tokens that end a text."""
+    for eos in (lm.model.generation_config.eos_token_id, lm.tokenizer.eos_token_id):
+        if eos is not None:
+            return set(eos) if isinstance(eos, list) else {eos}
+    return set()
+
+
+def stops(lm: LanguageModel, options: GenerateOptions) -> list[str]:
+    """The strings that end a text."""
+    given = options.stop_strings or lm.model.generation_config.stop_strings or []
+    return [given] if isinstance(given, str) else list(given)
+
+
+def check(lm: LanguageModel, options: GenerateOptions) -> None:
+    """Refuse what transformers would notice late, or never."""
+    samples, beams = options.num_return_sequences or 1, options.num_beams or 1
+    if options.max_new_tokens and (options.min_new_tokens or 0) > options.max_new_tokens:
+        raise OptionError(f"--min-new-tokens is {options.min_new_tokens}: it must be at most --max-new-tokens")
+    if samples > 1 and not draws(lm, options) and samples > beams:
+        way = "it must be at most --num-beams" if beams > 1 else "greedy decoding has one result, so sample"
+        raise OptionError(f"--num-return-sequences is {samples}: {way}")
+    if beams > 1 and (options.prompt_lookup_num_tokens or options.assistant_model):
+        raise OptionError("--num-beams and speculation cannot be used together: leave one out")
+    if samples > 1 and (options.prompt_lookup_num_tokens or options.assistant_model):
+        raise OptionError("speculation gives one text at a time: leave --num-return-sequences out")
+    size = lm.model.get_input_embeddings().weight.shape[0]
+    for name in ("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"):
+        value = getattr(options, name)
+        if any(not 0 <= token < size for token in ([value] if isinstance(value, int) else value or [])):
+            raise OptionError(f"--{name.replace('_', '-')} takes token ids from 0 to {size - 1}")
+    _biases(options)
+
+
+def _biases(options: GenerateOptions) -> list[tuple[str, float]]:
+    """--sequence-bias TEXT=BIAS as pairs."""
+    pairs = []
+    for given in options.sequence_bias or []:
+        text, _, bias = given.rpartition("=")
+        try:
+            pairs.append((text, float(bias)))
+        except ValueError:
+            text = ""
+        if not text:
+            raise OptionError(f"--sequence-bias is {given!r}: write TEXT=BIAS, such as ' rain=-2.5'")
+    return pairs
+
+
+def _spellings(lm: LanguageModel, text: str) -> list[list[int]]:
+    """Token ids of `text` as it stands and after a space: to a byte-level tokenizer these are different words."""
+    spellings = []
+    for variant in (text, " " + text.lstrip(" ")):
+        ids = lm.tokenizer(variant, add_special_tokens=False)["input_ids"]
+        if ids and ids not in spellings:
+            spellings.append(ids)
+    return spellings

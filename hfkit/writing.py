@@ -1,0 +1,229 @@
+"""`hfkit generate` at a shell: prompts in, texts out."""
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hfkit import console, generation, models, processes
+from hfkit.errors import HfkitError, OptionError
+from hfkit.generation import Generation
+from hfkit.models import LanguageModel
+from hfkit.options import GenerateOptions, ModelOptions
+from hfkit.prompts import Results, open_input, read_prompts, to_line
+from hfkit.sampling import draws
+from hfkit.sources import find
+
+
+def read_prompt(prompt: str | None) -> str:
+    """The prompt that was given, or stdin's text ("-", or no prompt and stdin is no terminal), or an empty one."""
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        return ""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"stdin is not UTF-8 text (byte {error.start + 1}): convert it") from error
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def load_for(model: ModelOptions, sampling: GenerateOptions, prompt: str | None = None) -> LanguageModel:
+    """Load a model, after everything that can be checked without its weights."""
+    source = find(model)
+    tokenizer = models.load_tokenizer(source)
+    if prompt is not None:
+        generation.prepare(prompt, sampling, tokenizer, models.load_config(source), source.name)
+    return models.load_weights(source, model, tokenizer)
+
+
+def seeded(lm: LanguageModel, sampling: GenerateOptions) -> GenerateOptions:
+    """`sampling` with a seed; one that was not given is drawn and told."""
+    if sampling.seed is not None:
+        return sampling
+    sampling = replace(sampling, seed=generation.draw_seed())
+    if draws(lm, sampling):
+        console.note(f"seed {sampling.seed}")
+    return sampling
+
+
+def write_one(
+    model: ModelOptions,
+    sampling: GenerateOptions,
+    prompt: str,
+    output: Path | None,
+    *,
+    prompt_shown: bool,
+    json: bool,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Continue one prompt: streamed to a terminal, else at once."""
+    file = Results(output, samples=1, resume=resume, overwrite=overwrite) if output else None
+    lm = load_for(model, sampling, prompt)
+    sampling, started = seeded(lm, sampling), time.perf_counter()
+    samples = sampling.num_return_sequences or 1
+    if not (json or file) and sys.stdout.isatty() and (samples == 1 or draws(lm, sampling)):
+        for k in range(samples):
+            one = replace(sampling, num_return_sequences=None, seed=(sampling.seed or 0) + k)
+            _write_stream(lm, one, prompt, prompt_shown, last=k == samples - 1)
+        return
+    found = generation.generate(prompt, model=lm, options=replace(sampling, num_return_sequences=samples))
+    if file:
+        file.add(result.to_dict() | {"line": 1} for result in found)
+        file.finish()
+    elif json:
+        console.write("".join(to_line(result.to_dict()) for result in found))
+    else:
+        texts = [str(result) if prompt_shown else result.completion for result in found]
+        console.write("\n----\n".join(texts) + "\n")
+    _tell(found, time.perf_counter() - started)
+
+
+def _write_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: str, prompt_shown: bool, last: bool) -> None:
+    started, first = time.perf_counter(), None
+    if prompt_shown and not lm.model.config.is_encoder_decoder:
+        console.write(prompt)
+    result = None
+    pieces = generation.stream(prompt, model=lm, options=sampling)
+    try:
+        while True:
+            console.write(next(pieces))
+            first = first or time.perf_counter() - started
+    except StopIteration as stop:
+        result = stop.value
+    finally:
+        console.write("\n" if last else "\n----\n")
+    _tell([result], time.perf_counter() - started, first)
+
+
+def _tell(results: list[Generation], seconds: float, first: float | None = None) -> None:
+    """What a person should know of the texts, on stderr."""
+    if any(result.loops for result in results):
+        console.note("the text has begun to repeat itself: try --repetition-penalty 1.2 or a higher --temperature")
+    tokens = sum(result.tokens for result in results)
+    begun = f", the first after {first:.2f} s" if first else ""
+    seeds = ", ".join(str(result.seed) for result in results)
+    console.detail(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s{begun}), seed {seeds}")
+
+
+def write_sweep(model: ModelOptions, sampling: GenerateOptions, prompt: str, sweep: str, *, json: bool) -> None:
+    """The same prompt and seed under several values of one option, side by side."""
+    import yaml
+
+    name, _, given = sweep.partition("=")
+    name = name.strip().lstrip("-").replace("-", "_")
+    if name not in [field.name for field in fields(GenerateOptions)] or not given:
+        raise OptionError(f"--sweep is {sweep!r}: write an option and its values, such as temperature=0.3,0.7,1.0")
+    try:
+        values = [yaml.safe_load(value) for value in given.split(",")]
+        variants = [replace(sampling, **{name: value}) for value in values]
+    except (yaml.YAMLError, TypeError) as error:
+        raise OptionError(f"--sweep has a value that {name} does not take: {given}") from error
+    lm = load_for(model, sampling, prompt)
+    if name != "seed":
+        seed = seeded(lm, sampling).seed
+        variants = [replace(variant, seed=seed) for variant in variants]
+    columns: dict[str, list[Generation]] = {}
+    for value, variant in zip(values, variants, strict=True):
+        samples = variant.num_return_sequences or 1
+        found = generation.generate(prompt, model=lm, options=replace(variant, num_return_sequences=samples))
+        if json:
+            console.write("".join(to_line(result.to_dict() | {name: value}) for result in found))
+        columns[f"{name} {value}"] = found
+    if not json:
+        _write_columns(columns)
+
+
+def _write_columns(columns: dict[str, list[Generation]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if terminal else max(80, 40 * len(columns))
+    table = Table(*columns, show_lines=True)
+    for row in zip(*columns.values(), strict=False):
+        table.add_row(*(Text(console.printable(result.completion.strip())) for result in row))
+    Console(width=width, highlight=False).print(table)
+
+
+def write_file(
+    model: ModelOptions,
+    sampling: GenerateOptions,
+    path: Path,
+    output: Path | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    batch_size: int | None,
+) -> None:
+    """Continue every prompt of a file, in batches; several processes share the prompts, the first one writes."""
+    samples, leader = sampling.num_return_sequences or 1, processes.rank == 0
+    open_input(path).close()
+    file = Results(output, samples=samples, resume=resume, overwrite=overwrite) if output and leader else None
+    last = processes.gather([file.last if file else None])[0]
+    skip = last["line"] if last else 0
+    numbered = enumerate(read_prompts(path), 1)
+    for number, prompt in islice(numbered, skip):
+        if last and number == skip and prompt != last["prompt"]:
+            raise HfkitError(
+                f"{output}.partial was made from another input: line {number} differs; --overwrite begins anew"
+            )
+    failed = skip - (file.prompts if file else 0)
+    lm = load_for(model, sampling)
+    if sampling.seed is None:
+        sampling = replace(sampling, seed=processes.gather([generation.draw_seed()])[0])
+        if leader and draws(lm, sampling):
+            console.note(f"seed {sampling.seed}")
+    total, started, tokens = skip, time.perf_counter(), 0
+    with _bar(path, skip) as bar:
+        for results in _windows(lm, sampling, numbered, batch_size):
+            records = []
+            for number, result in results:
+                total += 1
+                if isinstance(result, HfkitError):
+                    failed += 1
+                    if leader:
+                        where = "" if str(path) in str(result) else f"{path}, line {number}: "
+                        bar.write(f"hfkit: {where}{console.printable(str(result))}", file=sys.stderr)
+                    continue
+                tokens += sum(one.tokens for one in result)
+                records += [one.to_dict() | {"line": number} for one in result]
+            if file:
+                file.add(records)
+            elif leader:
+                console.write("".join(to_line(record) for record in records))
+            bar.update(len(results))
+    if file:
+        file.finish()
+    if not leader:
+        return
+    seconds = time.perf_counter() - started
+    console.detail(f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s)")
+    if failed:
+        raise HfkitError(f"{failed} of {total} prompts could not be run ({path}): mend the lines named above")
+
+
+def _windows(
+    lm: LanguageModel, sampling: GenerateOptions, numbered: Iterator[tuple[int, Any]], batch_size: int | None
+) -> Iterator[list[tuple[int, Any]]]:
+    """Results in the order of the input, a window at a time, with each process's share in every window."""
+    size = generation.window_size(lm, batch_size) * processes.count
+    while window := list(islice(numbered, size)):
+        share = window[processes.rank :: processes.count]
+        found = list(generation.generate_each(share, model=lm, options=sampling, batch_size=batch_size))
+        yield sorted(processes.gather(found), key=lambda pair: pair[0])
+
+
+def _bar(path: Path, done: int) -> Any:
+    from tqdm import tqdm
+
+    with path.open("rb") as file:
+        total = sum(1 for _ in file)
+    hidden = console.state.quiet or not sys.stderr.isatty() or processes.rank != 0
+    return tqdm(total=total, initial=done, unit="prompt", disable=hidden, file=sys.stderr)

@@ -1,0 +1,142 @@
+"""Tiny models, made here: no network, no time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants a Hub starts one of its own, in another process
+os.environ.pop("HFKIT_MODEL", None)
+
+
+def byte_vocabulary() -> dict[str, int]:
+    """All 256 bytes and an end-of-text token, without a merge: every text can be encoded."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {symbol: i for i, symbol in enumerate([*bytes_to_unicode().values(), "<|endoftext|>"])}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    """A random two-layer GPT-2 of 64 positions with a byte tokenizer, in a folder."""
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, set_seed
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    vocabulary = byte_vocabulary()
+    end = "<|endoftext|>"
+    tokenizer = GPT2Tokenizer(vocab=vocabulary, merges=[], unk_token=end, bos_token=end, eos_token=end)
+    set_seed(0)
+    config = GPT2Config(
+        vocab_size=len(vocabulary), n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=256
+    )
+    model = GPT2LMHeadModel(config)
+    for parameter in model.parameters():
+        parameter.data *= 4  # a random model is nearly uniform: make its choices differ
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> str:
+    """A random two-layer Llama of 128 positions with a byte-fallback SentencePiece-like tokenizer, in a folder."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    letters = [*"▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,!?'\"-\n0123456789"]
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, "▁t", "▁th", "▁the"]
+    bpe = models.BPE(
+        {word: i for i, word in enumerate(words)},
+        [("▁", "t"), ("▁t", "h"), ("▁th", "e")],
+        unk_token="<unk>",  # noqa: S106
+        byte_fallback=True,
+    )
+    backend = Tokenizer(bpe)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    set_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data *= 4
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory, tiny) -> str:
+    """A random encoder-decoder model with the byte tokenizer, in a folder."""
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration, set_seed
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-t5"
+    set_seed(2)
+    config = T5Config(
+        vocab_size=257, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=256,
+        pad_token_id=256, eos_token_id=256, bos_token_id=256,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """Copy a model's folder, to break it: `folder = copy(tiny)`."""
+    import shutil
+
+    def make(model: str) -> Path:
+        return Path(shutil.copytree(model, tmp_path / "model"))
+
+    return make
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Change keys of a JSON file in place."""
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(value | changes))
+
+
+def run(*arguments, input: bytes | None = None, env: dict | None = None, **options) -> subprocess.CompletedProcess:
+    """`hfkit ARGUMENTS` in a process of its own, outputs as bytes."""
+    command = [sys.executable, "-m", "hfkit", *map(str, arguments)]
+    stdin = {} if input is not None else {"stdin": subprocess.DEVNULL}
+    return subprocess.run(
+        command, input=input, capture_output=True, env={**os.environ, **(env or {})}, timeout=120, **stdin, **options
+    )
+
+
+def call(capfdbinary, *arguments) -> subprocess.CompletedProcess:
+    """`hfkit ARGUMENTS` in this process: seconds faster than `run`."""
+    from hfkit import cli, console
+
+    before, sys.argv = sys.argv, ["hfkit", *map(str, arguments)]
+    capfdbinary.readouterr()
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = before
+        console.configure(quiet=False, verbose=False, debug=False)
+    out, err = capfdbinary.readouterr()
+    return subprocess.CompletedProcess(["hfkit", *arguments], code, out, err)
+
+
+def assert_fails(result: subprocess.CompletedProcess, code: int, *words: str) -> None:
+    """One line on stderr, with these words in it; the right exit code; nothing on stdout."""
+    lines = [line for line in result.stderr.decode().splitlines() if not line.startswith("hfkit: seed")]
+    assert result.returncode == code, (result.returncode, result.stderr)
+    assert len(lines) == 1 and lines[0].startswith("hfkit: error: "), result.stderr
+    assert all(word in lines[0] for word in words), (words, lines[0])
+    assert result.stdout == b""
