@@ -6,21 +6,22 @@ What is local or cached never touches the network; a Hub that cannot be reached 
 import json
 import os
 import re
-import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from hfkit.console import detail
 from hfkit.errors import HfkitError
 from hfkit.options import ModelOptions
 
 BUNDLED = Path(__file__).parent / "bundled"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "source.spm", "vocab.txt")
-_WANTED = ("*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja")
-_UNWANTED = ("*/*", "training_args*", "optimizer*", "*.onnx*", "*.msgpack")
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    *("spiece.model", "source.spm", "sentencepiece.bpe.model"),
+)
+_WANTED = (".json", ".model", ".spm", ".txt", ".jinja", ".py")
 _SINGLE = ("model.safetensors", "adapter_model.safetensors")
+_INDEX = "model.safetensors.index.json"
 _PROBE_SECONDS = 2
 
 
@@ -49,31 +50,50 @@ def find(options: ModelOptions | None = None) -> Source:
         HfkitError: there is no such model, it is damaged or unsafe, or the Hub cannot be reached.
     """
     options = options or ModelOptions()
-    name = options.model or os.environ.get("HFKIT_MODEL") or "bundled"
-    path, local = Path(name).expanduser(), True
-    if name == "bundled":
-        path = BUNDLED
-    elif path.is_file():
+    name = (os.environ.get("HFKIT_MODEL") or "bundled") if options.model is None else options.model
+    path = BUNDLED if name == "bundled" else _local(name)
+    if path and path.is_file():
         return _check_gguf(name, path)
-    elif not path.is_dir():
-        path, local = _from_hub(name, options.revision), False
-    if options.trust_remote_code and not local and not re.fullmatch("[0-9a-f]{40}", options.revision or ""):
-        raise HfkitError(
-            f"--trust-remote-code runs the code of {name}: give --revision with the 40 characters of a commit "
-            "that you have read, or use a local folder"
-        )
+    if path is None:
+        if options.trust_remote_code and not re.fullmatch("[0-9a-f]{40}", options.revision or ""):
+            raise HfkitError(
+                f"--trust-remote-code runs the code of {name}: give --revision with the 40 characters of a commit "
+                "that you have read, or use a local folder"
+            )
+        path = _from_hub(name, options.revision)
     if (path / "adapter_config.json").is_file():
-        adapter = _read_json(path / "adapter_config.json", name)
-        base = adapter.get("base_model_name_or_path")
-        if not isinstance(base, str) or not base:
-            raise HfkitError(f"the adapter does not name its base model ({path}): set base_model_name_or_path")
-        if not (path / "adapter_model.safetensors").is_file():
-            raise HfkitError(f"no adapter_model.safetensors ({path}): only safetensors are loaded")
-        found = find(replace(options, model=base, revision=adapter.get("revision")))
-        return replace(found, name=name, adapter=path)
+        return _with_base(name, path, options)
     source = Source(name, path, _read_json(path / "config.json", name), trust_remote_code=options.trust_remote_code)
-    _check_folder(source, local)
+    _check_folder(source)
     return source
+
+
+def _local(name: str) -> Path | None:
+    """The file or folder called `name`, if there is one."""
+    try:
+        path = Path(name).expanduser()
+        return path if name and path.exists() else None
+    except (OSError, RuntimeError):  # longer than a path may be, not ours to look into, ~nobody
+        return None
+
+
+def _with_base(name: str, path: Path, options: ModelOptions) -> Source:
+    """The base model of the LoRA adapter in `path`, and the adapter."""
+    adapter = _read_json(path / "adapter_config.json", name)
+    base, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
+    if not isinstance(base, str) or not base:
+        raise HfkitError(f"the adapter does not name its base model ({path}): set base_model_name_or_path")
+    if not (path / "adapter_model.safetensors").is_file():
+        raise HfkitError(f"no adapter_model.safetensors ({path}): only safetensors are loaded, save the adapter again")
+    _check_header(path / "adapter_model.safetensors")
+    folder = _local(base)
+    if folder and (folder / "adapter_config.json").is_file():
+        raise HfkitError(f"the base of the adapter is an adapter too ({path}: {base}): merge that one first")
+    try:
+        found = find(replace(options, model=base, revision=revision if isinstance(revision, str) else None))
+    except HfkitError as error:
+        raise HfkitError(f"no base model for the adapter ({path}): {error}") from error
+    return replace(found, name=name, adapter=path)
 
 
 def _check_gguf(name: str, path: Path) -> Source:
@@ -95,35 +115,68 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def _check_folder(source: Source, local: bool) -> None:
+def _check_folder(source: Source) -> None:
     folder, name = source.folder, source.name
-    if "/" in str(
-        source.config.get("attn_implementation") or source.config.get("_attn_implementation_internal") or ""
-    ):
+    if _names_kernel(source.config):
         raise HfkitError(f"config.json asks for code from the Hub ({folder}): remove its attn_implementation")
-    if source.config.get("auto_map") and not source.trust_remote_code and "model_type" not in source.config:
-        raise HfkitError(f"{name} needs its own Python code ({folder}): read it, then --trust-remote-code")
-    shards = ["model.safetensors"]
-    if not (folder / shards[0]).is_file():
-        if not (folder / "model.safetensors.index.json").is_file():
-            other = next((p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".h5")), None)
-            what = f"only {other}, which is not safetensors and could run code" if other else "no model.safetensors"
-            raise HfkitError(f"{what} ({folder}): save the model again with save_pretrained")
-        weight_map = _read_json(folder / "model.safetensors.index.json", name).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise HfkitError(f"model.safetensors.index.json has no weight_map ({folder}): get the model again")
-        shards = sorted(set(weight_map.values()))
+    if "transformers_weights" in source.config:
+        # transformers would load that file, or the shards that it lists, unchecked.
+        raise HfkitError(f"config.json names weights of its own ({folder}): remove its transformers_weights")
+    _check_code(source)
+    shards = _weights(folder, name)
+    if shards == ["model.safetensors"] and not (folder / shards[0]).is_file():
+        other = next((file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".h5")), None)
+        what = f"only {other}, which is not safetensors and could run code" if other else "no model.safetensors"
+        raise HfkitError(f"{what} ({folder}): save the model again with save_pretrained")
     for shard in shards:
         path = folder / shard
-        # Files of the Hub's cache are links by design, so only names are checked there.
-        inside = Path(shard).name == shard and (not local or path.resolve().is_relative_to(folder.resolve()))
-        if not inside:
+        if Path(shard).name != shard or not _inside(path, folder):
             raise HfkitError(f"weights outside of the model's folder ({folder}: {shard}): refused")
         if not path.is_file():
             raise HfkitError(f"a part of the weights is missing ({path}): get the model again")
         _check_header(path)
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise HfkitError(f"no tokenizer files ({folder}): copy tokenizer.json of the model into it")
+
+
+def _weights(folder: Path, name: str) -> list[str]:
+    """Names of the weight files that transformers would read, there or not."""
+    index = folder / _INDEX
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return ["model.safetensors"]
+    weight_map = _read_json(index, name).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise HfkitError(f"{_INDEX} has no weight_map ({folder}): get the model again")
+    return sorted(set(weight_map.values()))
+
+
+def _names_kernel(config: Any) -> bool:
+    """Whether an attention implementation is `owner/name`, code on the Hub; sub-models have a config of their own."""
+    return isinstance(config, dict) and any(
+        ("attn_implementation" in key and "/" in str(value)) or _names_kernel(value) for key, value in config.items()
+    )
+
+
+def _check_code(source: Source) -> None:
+    """Code comes with the model or not at all: `owner/name--module.Class` would fetch whatever is there today."""
+    auto_map = source.config.get("auto_map")
+    if not source.trust_remote_code:
+        if auto_map and "model_type" not in source.config:
+            raise HfkitError(
+                f"{source.name} needs its own Python code ({source.folder}): read it, then --trust-remote-code"
+            )
+        return
+    if (source.folder / "tokenizer_config.json").is_file():
+        auto_map = [auto_map, _read_json(source.folder / "tokenizer_config.json", source.name).get("auto_map")]
+    if "--" in str(auto_map):
+        raise HfkitError(f"auto_map names code of another repository ({source.folder}): copy it here and read it")
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    """Whether `path` leads into `folder`. Files of the Hub's cache link to models--NAME/blobs by design."""
+    real, folder = path.resolve(), folder.resolve()
+    blobs = folder.parent.parent / "blobs"
+    return real.is_relative_to(folder) or (folder.parent.name == "snapshots" and real.is_relative_to(blobs))
 
 
 def _check_header(path: Path) -> None:
@@ -141,20 +194,18 @@ def _from_hub(name: str, revision: str | None) -> Path:
     """The folder of a Hub model: cached if it is whole there, else downloaded."""
     if re.match(r"[./~\\]|.*[\\:]|.*/.*/", name, re.DOTALL) or name.endswith("/"):
         raise HfkitError(f"no model at {name!r}: check the path (a Hub name looks like gpt2 or owner/name)")
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(name)
     except HFValidationError:
         raise HfkitError(f"no model {name!r}: no such folder, and a Hub name looks like gpt2 or owner/name") from None
-    try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        if _whole(folder):
-            return folder
-    except LocalEntryNotFoundError:
-        pass
+    for file in ("config.json", "adapter_config.json"):
+        cached = try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(cached, str) and _whole(Path(cached).parent):
+            return Path(cached).parent
     if constants.is_offline_mode():
         raise HfkitError(
             f"{name} is not cached and HF_HUB_OFFLINE is set: unset it, or use -m bundled or a local folder"
@@ -166,64 +217,67 @@ def _whole(folder: Path) -> bool:
     """Whether a cached snapshot has all that loading needs (an interrupted download leaves parts)."""
     if (folder / "adapter_config.json").is_file():
         return (folder / "adapter_model.safetensors").is_file()
-    index = folder / "model.safetensors.index.json"
     try:
-        shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
-        needed = [*set(shards), "config.json"]
-    except (OSError, ValueError, KeyError, AttributeError):
+        needed = ["config.json", *_weights(folder, folder.name)]
+    except HfkitError:
         return False
     has_tokenizer = any((folder / file).is_file() for file in _TOKENIZER_FILES)
     return has_tokenizer and all((folder / file).is_file() for file in needed)
 
 
 def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub.utils import get_session
+
+    try:
+        # The Hub's client retries for 23 seconds, and asks for more than the model: knock first.
+        get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS)
+        info = HfApi().model_info(name, revision=revision, timeout=_PROBE_SECONDS)
+        files = [file.rfilename for file in info.siblings or [] if "/" not in file.rfilename]
+    except Exception as error:  # what answers may not be a Hub, so more than httpx's errors
+        raise HfkitError(_explain(error, name, revision)) from error
+    if not any(file in files for file in (*_SINGLE, _INDEX)):
+        raise HfkitError(f"{name} has no safetensors weights: choose a model that has, or another --revision")
+    if not any(file in files for file in ("config.json", "adapter_config.json")):
+        raise HfkitError(f"{name} has no config.json: choose a model of transformers")
+    detail(f"downloading {name} from {constants.ENDPOINT}")
+    try:
+        # Not snapshot_download: its listing of the files has no timeout. All files are of one commit; asking for
+        # one by the revision's name records in the cache which commit that is, once all are there.
+        small = [file for file in files if file.endswith(_WANTED)]
+        folder = Path([hf_hub_download(name, file, revision=info.sha) for file in small][0]).parent
+        # One layout of the weights is enough: there may be others of the same size.
+        for file in [file for file in _SINGLE if file in files] or _weights(folder, name):
+            hf_hub_download(name, file, revision=info.sha)
+        return Path(hf_hub_download(name, small[0], revision=revision)).parent
+    except HfkitError:
+        raise
+    except Exception as error:
+        raise HfkitError(_explain(error, name, revision, started=True)) from error
+
+
+def _explain(error: Exception, name: str, revision: str | None, *, started: bool = False) -> str:
+    """What an error of the Hub's client means to its user."""
     import httpx2
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub import errors as hub_errors
+    from huggingface_hub import constants, errors
 
     endpoint = constants.ENDPOINT
-    unreachable = (
-        f"the Hub cannot be reached ({endpoint}): go online, set HF_ENDPOINT to a mirror, "
-        f"or use what is here: -m bundled, or a local folder ({name} is not cached)"
-    )
-    url = urlsplit(endpoint)
-    try:
-        # The Hub's client retries for 23 seconds: knock first, where no proxy stands between.
-        if not any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY")):
-            address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
-            socket.create_connection(address, timeout=_PROBE_SECONDS).close()
-        info = HfApi().model_info(name, revision=revision, timeout=_PROBE_SECONDS)
-    except hub_errors.GatedRepoError as error:
-        raise HfkitError(
-            f"{name} is gated: accept its terms on {endpoint}/{name} and log in with 'hf auth login'"
-        ) from error
-    except hub_errors.RevisionNotFoundError as error:
-        raise HfkitError(f"{name} has no revision {revision!r}: see {endpoint}/{name}/tree/main") from error
-    except hub_errors.RepositoryNotFoundError as error:
-        raise HfkitError(
-            f"no model {name!r}: neither a folder here nor on {endpoint} (a private one needs 'hf auth login')"
-        ) from error
-    except hub_errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "?")
-        raise HfkitError(f"the Hub answers with HTTP status {status} ({endpoint}, {name}): try again later") from error
-    except (httpx2.HTTPError, OSError) as error:
-        raise HfkitError(unreachable) from error
-    files = [file.rfilename for file in info.siblings or []]
-    if not any(file.endswith(".safetensors") for file in files):
-        raise HfkitError(f"{name} has no safetensors weights: choose a model that has, or another --revision")
-    wanted = [file for file in files if "/" not in file]
-    detail(f"downloading {name} from {endpoint}")
-    # One layout of the weights is enough: model.safetensors, or its shards.
-    if "model.safetensors" in wanted:
-        wanted = [file for file in wanted if not file.endswith(".safetensors") or file in _SINGLE]
-    try:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=[file for file in wanted if any(Path(file).match(pattern) for pattern in _WANTED)],
-            ignore_patterns=list(_UNWANTED),
-        )
-    except (httpx2.HTTPError, OSError, hub_errors.HfHubHTTPError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise HfkitError(f"the download of {name} broke off ({endpoint}): {reason}; run it again to go on") from error
-    return Path(folder)
+    match error:
+        case errors.GatedRepoError():
+            return f"{name} is gated: accept its terms on {endpoint}/{name} and log in with 'hf auth login'"
+        case errors.RevisionNotFoundError():
+            return f"{name} has no revision {revision!r}: see {endpoint}/{name}/tree/main"
+        case errors.RepositoryNotFoundError():
+            return f"no model {name!r}: neither a folder here nor on {endpoint} (a private one needs 'hf auth login')"
+        case errors.HfHubHTTPError():
+            return f"the Hub answers with HTTP status {error.response.status_code} ({endpoint}, {name}): try later"
+        case _ if started:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return f"the download of {name} broke off ({endpoint}): {reason}; run it again to go on"
+        case httpx2.HTTPError() | httpx2.InvalidURL() | OSError():
+            return (
+                f"the Hub cannot be reached ({endpoint}): go online, set HF_ENDPOINT to a mirror, "
+                f"or use what is here: -m bundled, or a local folder ({name} is not cached)"
+            )
+        case _:
+            return f"what answers at {endpoint} is not a Hub: check the network and HF_ENDPOINT"
