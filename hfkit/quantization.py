@@ -18,21 +18,20 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """weight: (out_features, in_features), floating point; bias: (out_features,)."""
         super().__init__()
-        scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
-        self.register_buffer("weight", (weight.float() / scale[:, None]).round().to(torch.int8).contiguous())
+        # The kernel takes the scale in bfloat16, so the weights are divided by what it will multiply them with.
+        scale = (weight.float().abs().amax(1).clamp(min=1e-12) / 127).bfloat16()
+        levels = (weight.float() / scale.float()[:, None]).round().clamp(-128, 127)
+        self.register_buffer("weight", levels.to(torch.int8).contiguous())
         self.register_buffer("scale", scale)
-        self.register_buffer("ones", torch.ones_like(scale, dtype=torch.bfloat16), persistent=False)
         self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) < _MANY_ROWS:
-            # A private operator, but the only 8-bit CPU kernel that torch has (torchao calls it, too). It would round
-            # the scale to bfloat16, so it gets ones and the scale follows in full precision.
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.ones).to(x.dtype)
+            # A private operator, but the only 8-bit CPU kernel that torch has; torchao calls it, too.
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
         else:
-            y = rows @ self.weight.to(x.dtype).T
-        y = y * self.scale.to(x.dtype)
+            y = (rows @ self.weight.to(x.dtype).T) * self.scale.to(x.dtype)
         return _finish(y, self.bias, x)
 
 
@@ -58,11 +57,13 @@ class Int4Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, _GROUP, self.scale_and_zero)
-        return _finish(y.to(x.dtype), self.bias, x)
+        return _finish(y, self.bias, x)
 
 
 def _finish(y: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    return (y if bias is None else y + bias.to(y.dtype)).view(*x.shape[:-1], -1)
+    """Add the bias, and give y the precision and the leading dimensions of x."""
+    y = y.to(x.dtype) if bias is None else torch.add(bias, y)  # a float32 bias makes the sum float32 in one go
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 @torch.no_grad()
