@@ -97,9 +97,13 @@ def _with_base(name: str, path: Path, options: ModelOptions) -> Source:
 
 
 def _check_gguf(name: str, path: Path) -> Source:
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise HfkitError(f"not a model ({name}): give a .gguf file or a folder with config.json")
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise HfkitError(f"{name} cannot be read: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise HfkitError(f"not a model ({name}): give a .gguf file or a folder with config.json")
     return Source(name, path.parent, {}, gguf=path.name)
 
 
@@ -150,11 +154,10 @@ def _weights(folder: Path, name: str) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def _names_kernel(config: Any) -> bool:
+def _names_kernel(config: dict[str, Any]) -> bool:
     """Whether an attention implementation is `owner/name`, code on the Hub; sub-models have a config of their own."""
-    return isinstance(config, dict) and any(
-        ("attn_implementation" in key and "/" in str(value)) or _names_kernel(value) for key, value in config.items()
-    )
+    configs = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return any("attn_implementation" in key and "/" in str(one[key]) for one in configs for key in one)
 
 
 def _check_code(source: Source) -> None:
@@ -267,7 +270,7 @@ def _explain(error: Exception, name: str, revision: str | None, *, started: bool
             return f"{name} is gated: accept its terms on {endpoint}/{name} and log in with 'hf auth login'"
         case errors.RevisionNotFoundError():
             return f"{name} has no revision {revision!r}: see {endpoint}/{name}/tree/main"
-        case errors.RepositoryNotFoundError():
+        case errors.HfHubHTTPError() if error.response.status_code in (401, 403, 404):
             return f"no model {name!r}: neither a folder here nor on {endpoint} (a private one needs 'hf auth login')"
         case errors.HfHubHTTPError():
             return f"the Hub answers with HTTP status {error.response.status_code} ({endpoint}, {name}): try later"
