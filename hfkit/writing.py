@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfkit import console, generation, models, processes
+from hfkit.encoding import prepare
 from hfkit.errors import HfkitError, OptionError
 from hfkit.generation import Generation
 from hfkit.models import LanguageModel
@@ -37,7 +38,7 @@ def load_for(model: ModelOptions, sampling: GenerateOptions, prompt: str | None 
     source = find(model)
     tokenizer = models.load_tokenizer(source)
     if prompt is not None:
-        generation.prepare(prompt, sampling, tokenizer, models.load_config(source), source.name)
+        prepare(prompt, sampling, tokenizer, models.load_config(source), source.name)
     return models.load_weights(source, model, tokenizer)
 
 

@@ -1,0 +1,70 @@
+"""A prompt as the token ids that a model is given, once it is sure that they fit it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from hfkit.errors import HfkitError, OptionError
+from hfkit.models import context_length
+from hfkit.options import GenerateOptions
+
+_NEW_TOKENS = 100
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt that fits the model."""
+
+    prompt: str
+    ids: list[int]
+    new_tokens: int  # most that may be generated
+    seed: int | None = None
+
+
+def prepare(
+    prompt: Prompt, options: GenerateOptions, tokenizer: PreTrainedTokenizerBase, config: Any, name: str
+) -> Request:
+    """Encode `prompt` and see that it fits a model of this `config`; needs no weights.
+
+    Raises:
+        HfkitError: prompt and new tokens are more than the model takes; the message has the numbers.
+    """
+    text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+    ids = _encode(prompt, tokenizer, name) if isinstance(prompt, str) else list(prompt)
+    limit, wanted = context_length(config), options.max_new_tokens
+    if limit is None:
+        return Request(text, ids, wanted or _NEW_TOKENS)
+    if config.is_encoder_decoder:  # prompt and output have a context each
+        if len(ids) > limit and not options.truncate:
+            raise HfkitError(f"the text has {len(ids)} tokens, {name} takes {limit}: shorten it, or --truncate")
+        if wanted and wanted > limit:
+            raise HfkitError(f"{name} writes at most {limit} tokens: lower --max-new-tokens ({wanted})")
+        return Request(text, ids[:limit], wanted or min(_NEW_TOKENS, limit))
+    if options.truncate and wanted != limit:
+        ids = ids[-max(1, limit - (wanted or min(_NEW_TOKENS, limit // 2))) :]
+    room = limit - len(ids)
+    if room < (wanted or 1):
+        new = f"{wanted} new ones" if wanted else "a new one"
+        raise HfkitError(
+            f"{len(ids)} tokens of prompt and {new} do not fit {name}, which takes {limit} together: "
+            "shorten the prompt, lower --max-new-tokens, or --truncate"
+        )
+    return Request(text, ids, wanted or min(_NEW_TOKENS, room))
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
+    """Token ids of a prompt; of an empty one the token that begins a text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise OptionError(f"the prompt is not UTF-8 text (character {error.start + 1}): convert it") from error
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    if ids:
+        return ids
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if begin is None:
+        raise HfkitError(f"{name} has no token that begins a text: give a prompt")
+    return [begin]
