@@ -5,9 +5,12 @@ Names are those of transformers, so `GenerationConfig` receives them unchanged. 
 own default applies.
 """
 
+import functools
 import math
+import numbers
+import re
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self, get_args, get_origin, get_type_hints
 
 from hfkit.errors import OptionError
 
@@ -25,22 +28,45 @@ def set_fields(options: Any) -> dict[str, Any]:
     return {f.name: value for f in fields(options) if (value := getattr(options, f.name)) is not None}
 
 
+_hints = functools.cache(get_type_hints)
+
+
+def _is(value: Any, type_: Any) -> bool:
+    """Whether `value` is of an annotated type. A whole number is a float as well (numpy's, too); True is no number."""
+    origin, parts = get_origin(type_), get_args(type_)
+    if origin is Literal:
+        return value in parts
+    if origin is list:
+        return isinstance(value, list | tuple) and all(_is(item, parts[0]) for item in value)
+    if origin:  # a union
+        return any(_is(value, part) for part in parts)
+    kind = {int: numbers.Integral, float: numbers.Real}.get(type_, type_)
+    return isinstance(value, kind) and isinstance(value, bool) == (type_ is bool)
+
+
 class _Checked:
-    """Ranges hold for Python and recipes as for flags."""
+    """Types and ranges hold for Python and recipes as for flags; a lone value stands for a list of one."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["typer"].get("min"), f.metadata["typer"].get("max")
-            if not isinstance(value, int | float) or isinstance(value, bool):
+            value, type_ = getattr(self, f.name), _hints(type(self))[f.name]
+            if _is([value], type_):
+                value = [value]
+                object.__setattr__(self, f.name, value)
+            if not _is(value, type_):
+                wanted = type_.__name__ if isinstance(type_, type) else str(type_).removesuffix(" | None")
+                choices = re.findall(r"'(.*?)'", wanted)
+                self._refuse(f.name, f"it must be {'one of ' + ', '.join(choices) if choices else wanted}")
+            if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 continue
-            above = f.metadata["above"]
-            inside = (low is None or value >= low) and (high is None or value <= high)
-            if not inside or not math.isfinite(value) or (above is not None and value <= above):
-                lower = (
-                    f"more than {above}" if above is not None else f"at least {low}" if low is not None else "finite"
-                )
-                upper = f", at most {high}" if high is not None else ""
-                raise OptionError(f"--{f.name.replace('_', '-')} is {value}: it must be {lower}{upper}")
+            low, high, above = f.metadata["typer"].get("min"), f.metadata["typer"].get("max"), f.metadata["above"]
+            inside = (low is None or value >= low) and (high is None or value <= high) and abs(value) < math.inf
+            if not inside or (above is not None and value <= above):
+                lower = f"more than {above}" if above is not None else "finite" if low is None else f"at least {low}"
+                self._refuse(f.name, f"it must be {lower}" + ("" if high is None else f", at most {high}"))
+
+    def _refuse(self, name: str, why: str) -> NoReturn:
+        raise OptionError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}: {why}")
 
     @classmethod
     def names(cls) -> list[str]:
@@ -134,6 +160,27 @@ class GenerateOptions(_Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.temperature is not None and 0 < self.temperature < 1e-3:
-            raise OptionError(f"--temperature is {self.temperature}: it must be 0 (greedy) or at least 0.001")
-        if any(text == "" for text in [*(self.stop_strings or []), *(self.bad_words or [])]):
-            raise OptionError("--stop and --bad-words take a text that is not empty")
+            self._refuse("temperature", "it must be 0 (greedy) or at least 0.001")
+        for name in ("stop_strings", "bad_words"):
+            if "" in (getattr(self, name) or []):
+                self._refuse(name, "it takes a text that is not empty")
+        if self.max_new_tokens and (self.min_new_tokens or 0) > self.max_new_tokens:
+            self._refuse("min_new_tokens", "it must be at most --max-new-tokens")
+        if self.prompt_lookup_num_tokens or self.assistant_model:
+            for name in ("num_beams", "num_return_sequences"):
+                if (getattr(self, name) or 1) > 1:
+                    self._refuse(name, "speculation gives one text at a time: leave one of both out")
+        self.biases()
+
+    def biases(self) -> list[tuple[str, float]]:
+        """`sequence_bias`, TEXT=BIAS each, as pairs."""
+        pairs = []
+        for given in self.sequence_bias or []:
+            text, _, bias = given.rpartition("=")
+            try:
+                pairs.append((text, float(bias)))
+            except ValueError:
+                text = ""
+            if not text or not math.isfinite(pairs[-1][1]):
+                self._refuse("sequence_bias", "write TEXT=BIAS, such as ' rain=-2.5'")
+        return pairs

@@ -31,7 +31,7 @@ def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: i
     if options.bad_words:
         config.bad_words_ids = [ids for word in options.bad_words for ids in _spellings(lm, word)]
     if options.sequence_bias:
-        config.sequence_bias = {tuple(ids): bias for text, bias in _biases(options) for ids in _spellings(lm, text)}
+        config.sequence_bias = {tuple(ids): bias for text, bias in options.biases() for ids in _spellings(lm, text)}
     if options.watermark:
         config.watermarking_config = WatermarkingConfig()
     return config
@@ -86,35 +86,14 @@ def stops(lm: LanguageModel, options: GenerateOptions) -> list[str]:
 def check(lm: LanguageModel, options: GenerateOptions) -> None:
     """Refuse what transformers would notice late, or never."""
     samples, beams = options.num_return_sequences or 1, options.num_beams or 1
-    if options.max_new_tokens and (options.min_new_tokens or 0) > options.max_new_tokens:
-        raise OptionError(f"--min-new-tokens is {options.min_new_tokens}: it must be at most --max-new-tokens")
     if samples > 1 and not draws(lm, options) and samples > beams:
         way = "it must be at most --num-beams" if beams > 1 else "greedy decoding has one result, so sample"
         raise OptionError(f"--num-return-sequences is {samples}: {way}")
-    if beams > 1 and (options.prompt_lookup_num_tokens or options.assistant_model):
-        raise OptionError("--num-beams and speculation cannot be used together: leave one out")
-    if samples > 1 and (options.prompt_lookup_num_tokens or options.assistant_model):
-        raise OptionError("speculation gives one text at a time: leave --num-return-sequences out")
     size = lm.model.get_input_embeddings().weight.shape[0]
     for name in ("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"):
         value = getattr(options, name)
         if any(not 0 <= token < size for token in ([value] if isinstance(value, int) else value or [])):
             raise OptionError(f"--{name.replace('_', '-')} takes token ids from 0 to {size - 1}")
-    _biases(options)
-
-
-def _biases(options: GenerateOptions) -> list[tuple[str, float]]:
-    """--sequence-bias TEXT=BIAS as pairs."""
-    pairs = []
-    for given in options.sequence_bias or []:
-        text, _, bias = given.rpartition("=")
-        try:
-            pairs.append((text, float(bias)))
-        except ValueError:
-            text = ""
-        if not text:
-            raise OptionError(f"--sequence-bias is {given!r}: write TEXT=BIAS, such as ' rain=-2.5'")
-    return pairs
 
 
 def _spellings(lm: LanguageModel, text: str) -> list[list[int]]:
