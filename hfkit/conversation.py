@@ -9,6 +9,7 @@ from hfkit.errors import HfkitError, OptionError
 from hfkit.models import LanguageModel
 from hfkit.options import GenerateOptions, ModelOptions
 from hfkit.prompts import to_line
+from hfkit.recipes import read_value
 
 _HELP = '''/set NAME VALUE  change an option, such as /set temperature 0.5; /set alone lists what is set
 /reset           forget what was said
@@ -61,15 +62,10 @@ class Conversation:
 
     def set(self, name: str, value: str) -> None:
         """Change one option; OptionError where there is no such option or value."""
-        import yaml
-
         name = name.lstrip("-").replace("-", "_")
         if name not in GenerateOptions.names():
             raise OptionError(f"no option {name!r}: see hfkit chat --help")
-        try:
-            self.options = replace(self.options, **{name: yaml.safe_load(value)})
-        except (TypeError, yaml.YAMLError) as error:
-            raise OptionError(f"{name} does not take {value!r}: see hfkit chat --help") from error
+        self.options = replace(self.options, **{name: read_value(value)})
 
     def save(self, path: str) -> None:
         """Write the messages as JSON Lines, or the text."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from hfkit import console
+from hfkit.errors import OptionError
 from hfkit.recipes import read_values
 
 
@@ -58,9 +59,19 @@ def _flag(name: str, type_: Any, default: Any, metadata: Any, **extra: Any) -> i
 def _read_recipe(context: typer.Context, path: Path | None) -> None:
     """Make the recipe's values the defaults of this command; flags on the command line still win."""
     if path:
-        names = [parameter.name for parameter in context.command.params if parameter.name]
+        many = {
+            p.name: getattr(p, "multiple", False) or p.nargs == -1
+            for p in context.command.params
+            if p.name and p.name != "config"
+        }
+        values = read_values(path, many)
+        for name, value in values.items():
+            if many[name] and not isinstance(value, list):
+                values[name] = [value]
+            elif isinstance(value, dict) or (isinstance(value, list) and not many[name]):
+                raise OptionError(f"{name} is {value} ({path}): it takes one value")
         # A value goes through the same parser as a flag's text, so that both meet the same errors.
-        context.default_map = read_values(path, names)
+        context.default_map = values
 
 
 _COMMON = [

@@ -15,28 +15,27 @@ _LARGEST = 1_000_000  # bytes: a recipe is written by a person
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 5e-5 is a number (YAML 1.1: a text), 010 is ten (it: eight), no key comes twice."""
+    """YAML as people mean it: 5e-5 is a number (YAML 1.1: a text), 010 is ten (it: eight), `no` is a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    yaml_implicit_resolvers = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):  # a few lines of aliases can stand for gigabytes
+            raise yaml.MarkedYAMLError(problem="an alias: write the value out", problem_mark=event.start_mark)
+        if event.tag:
+            raise yaml.MarkedYAMLError(problem=f"a tag ({event.tag}): leave it out", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":int", ":float"))]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.inf$|\.nan$"),
-    list("-+.0123456789"),
-)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value, 10))
+for _tag, _pattern, _begin in (
+    ("null", "~|null|Null|NULL|", "~nN"),
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?\d{1,99}", "-+0123456789"),
+    ("float", r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"({_pattern})$"), [*_begin, ""])
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
@@ -45,26 +44,42 @@ def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST:
             raise OptionError(f"{path} is larger than {_LARGEST:,} bytes: that is no recipe")
-        recipe = yaml.load(path.read_text("utf-8"), _Loader)  # noqa: S506, a subclass of SafeLoader
+        loader = _Loader(path.read_text("utf-8"))
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode | None):
+            raise OptionError(f"{path} is no list of options: write lines such as 'temperature: 0.7'")
+        seen: set[str] = set()
+        for key, _ in root.value if root else []:
+            where = f"{path}, line {key.start_mark.line + 1}"
+            name = key.value if isinstance(key, yaml.ScalarNode) else "[...]"
+            if name not in known:
+                close = get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "see --help for the names"
+                raise OptionError(f"unknown option {name!r} ({where}): {hint}")
+            if name in seen:
+                raise OptionError(f"option {name!r} twice ({where}): leave one of them out")
+            seen.add(name)
+        recipe = loader.construct_document(root) if root else {}
     except OSError as error:
         raise OptionError(f"cannot read the recipe ({path}): {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise OptionError(f"the recipe is not UTF-8 text ({path}, byte {error.start}): save it as UTF-8") from error
+        raise OptionError(
+            f"the recipe is not UTF-8 text ({path}, byte {error.start + 1}): save it as UTF-8"
+        ) from error
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else path
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise OptionError(f"not a readable recipe ({where}): {problem}") from error
-    if recipe is None:
-        return {}
-    if not isinstance(recipe, dict):
-        raise OptionError(f"{path} is not a mapping of option names to values: write lines such as 'temperature: 0.7'")
-    for key in recipe:
-        if key not in known:
-            close = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "see --help for the names"
-            raise OptionError(f"unknown option {key!r} ({path}): {hint}")
     return {key: value for key, value in recipe.items() if value is not None}
+
+
+def read_value(text: str) -> Any:
+    """`text` as a value in a recipe; OptionError where it is none."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506, a subclass of SafeLoader
+    except (yaml.YAMLError, RecursionError) as error:
+        raise OptionError(f"{text!r} is no value: write it as in a recipe") from error
 
 
 def read_recipe(path: str | Path, *groups: type) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from hfkit.generation import Generation
 from hfkit.models import LanguageModel
 from hfkit.options import GenerateOptions, ModelOptions
 from hfkit.prompts import Results, open_input, read_prompts, to_line
+from hfkit.recipes import read_value
 from hfkit.sampling import draws
 from hfkit.sources import find
 
@@ -114,17 +115,12 @@ def _tell(results: list[Generation], seconds: float, first: float | None = None)
 
 def write_sweep(model: ModelOptions, sampling: GenerateOptions, prompt: str, sweep: str, *, json: bool) -> None:
     """The same prompt and seed under several values of one option, side by side."""
-    import yaml
-
     name, _, given = sweep.partition("=")
     name = name.strip().lstrip("-").replace("-", "_")
-    if name not in [field.name for field in fields(GenerateOptions)] or not given:
+    if name not in GenerateOptions.names() or not given:
         raise OptionError(f"--sweep is {sweep!r}: write an option and its values, such as temperature=0.3,0.7,1.0")
-    try:
-        values = [yaml.safe_load(value) for value in given.split(",")]
-        variants = [replace(sampling, **{name: value}) for value in values]
-    except (yaml.YAMLError, TypeError) as error:
-        raise OptionError(f"--sweep has a value that {name} does not take: {given}") from error
+    values = [read_value(value) for value in given.split(",")]
+    variants = [replace(sampling, **{name: value}) for value in values]
     lm = load_for(model, sampling, prompt)
     if name != "seed":
         seed = seeded(lm, sampling).seed

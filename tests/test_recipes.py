@@ -1,0 +1,125 @@
+"""A recipe is YAML as people mean it, and can do nothing but set options."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from conftest import assert_fails, call
+
+from hfkit.cli import app
+from hfkit.errors import OptionError
+from hfkit.options import GenerateOptions, ModelOptions
+from hfkit.recipes import read_recipe, read_value, read_values
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def read(tmp_path):
+    """What a recipe of this text sets."""
+
+    def values(text: str | bytes):
+        path = tmp_path / "recipe.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return read_values(path, [*GenerateOptions.names(), *ModelOptions.names()])
+
+    return values
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("5e-5", 5e-5), ("1E3", 1e3), ("1.e-3", 1e-3), ("-.5", -0.5), ("+2.5", 2.5), (".inf", float("inf"))),
+        *(("010", 10), ("-3", -3), ("0", 0), ("true", True), ("False", False), ("[1, 2]", [1, 2]), ("'7'", "7")),
+        # what YAML 1.1 would make 480, 90, 16, a date and False of
+        *(("8:00", "8:00"), ("1:30", "1:30"), ("0x10", "0x10"), ("2026-01-01", "2026-01-01"), ("no", "no")),
+        *((" rain", "rain"), ("' rain'", " rain"), ("END # of it", "END"), ("9" * 5000, "9" * 5000)),
+    ],
+)
+def test_a_value_is_what_a_person_means(read, text, value):
+    found = read(f"temperature: {text}")["temperature"]
+    assert found == value and type(found) is type(value)
+    assert read_value(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "top_p: null", "top_p: ~", "top_p:"])
+def test_null_is_not_set(read, text):
+    assert read(text) == {}
+
+
+BOMB = "bad_words: &a [x, x]\n" + "".join(
+    f"{name}: &{'bcdefg'[i]} [*{'abcdef'[i]}, *{'abcdef'[i]}]\n" for i, name in enumerate(GenerateOptions.names()[:6])
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: 1\ntop_p: !!python/object/apply:os.system ['touch MARK']", "line 2): a tag"),
+        ("top_p: !!python/name:os.system", "line 1): a tag"),
+        ("!!python/object/new:os.system [touch MARK]", "line 1): a tag"),
+        (BOMB, "line 2): an alias"),
+        ("seed: &x 1\ntop_k: *x", "line 2): an alias"),
+        ("<<: {seed: 1}", "unknown option '<<'"),
+        ("seed: 1\ntop_p: 0.5\nseed: 2", "option 'seed' twice"),
+        ("seed: 1\ntemprature: 1", "line 2): did you mean 'temperature'?"),
+        ("top-p: 1", "line 1): did you mean 'top_p'?"),
+        ("zzz: 1", "line 1): see --help"),
+        ("? [a]\n: 1", "line 1): see --help"),
+        ("1: 1", "unknown option '1'"),
+        ("- seed", "no list of options"),
+        ("seed", "no list of options"),
+        ("top_p: [", "line 1): "),
+        ("seed: 1\n\ttop_p: 1", "line 2): "),
+        ("seed: 1\n---\nseed: 2", "line 2): "),
+        ("stop_strings: " + "[" * 20_000, "recipe.yaml): "),
+        (b"stop_strings: \xff", "byte 15"),
+        (b"stop_strings: \x00", "not allowed"),
+        ("#" * 1_000_001, "larger than 1,000,000 bytes"),
+    ],
+    ids=lambda text: str(text)[:30],
+)
+def test_a_bad_recipe_is_one_sentence_with_its_line(read, text, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    started = time.monotonic()
+    with pytest.raises(OptionError) as error:
+        read(text)
+    assert words in str(error.value) and "recipe.yaml" in str(error.value)
+    assert time.monotonic() - started < 5 and not Path("MARK").exists()
+
+
+def test_a_recipe_that_is_not_there_is_a_usage_error(capfdbinary, tmp_path):
+    assert_fails(call(capfdbinary, "generate", "hi", "-c", tmp_path / "none.yaml"), 2, "none.yaml", "No such file")
+    assert_fails(call(capfdbinary, "generate", "hi", "-c", tmp_path), 2, "directory")
+
+
+@pytest.mark.parametrize("text", ["model: [a, b]", "temperature: {a: 1}", "seed: 5e-5", "seed: [1]", "truncate: 7"])
+def test_a_value_of_another_shape_is_a_usage_error(capfdbinary, tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert_fails(
+        call(capfdbinary, "generate", "hi", "-c", tmp_path / "recipe.yaml"), 2, text.split(":")[0].replace("_", "-")
+    )
+    with pytest.raises(OptionError):
+        read_recipe(tmp_path / "recipe.yaml", ModelOptions, GenerateOptions)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_shipped_recipe_says_how_to_run_it_and_reads(path, capfdbinary, tiny):
+    command = re.search(rf"^#   hfkit (\w+) .*recipes/{path.name}$", path.read_text(), re.MULTILINE)[1]
+    assert read_values(path, [p.name for p in typer.main.get_command(app).commands[command].params])
+    if command == "generate":
+        result = call(capfdbinary, "generate", "hi", "-c", path, "-m", tiny, "-n", 2, "--json")
+        assert json.loads(result.stdout)["tokens"] == 2
+
+
+def test_there_are_recipes():
+    assert RECIPES
+
+
+def test_a_recipe_becomes_one_instance_for_each_group(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: gpt2\ntop_p: 0.5\nstop_strings: END\n")
+    model, how = read_recipe(tmp_path / "recipe.yaml", ModelOptions, GenerateOptions)
+    assert model == ModelOptions(model="gpt2") and how == GenerateOptions(top_p=0.5, stop_strings=["END"])
