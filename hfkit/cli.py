@@ -12,10 +12,11 @@ from typing import Annotated, NoReturn
 import typer
 
 import hfkit
-from hfkit import console
+from hfkit import console, prompts
 from hfkit.errors import HfkitError, OptionError
 from hfkit.flags import flags
 from hfkit.options import GenerateOptions, ModelOptions
+from hfkit.sources import find
 
 app = typer.Typer(
     name="hfkit",
@@ -73,28 +74,32 @@ def generate(
     json: _Json = False,
 ) -> None:
     """Continue a prompt (argument, stdin, or many from --input) and print the text."""
-    from hfkit import writing
-
     if input and (prompt is not None or sweep):
         raise OptionError("--input brings its own prompts: leave the PROMPT and --sweep out")
     if (resume or overwrite) and not output:
         raise OptionError("--resume and --overwrite are about a file: add --output FILE")
+    if resume and not input:
+        raise OptionError("--resume goes on with many prompts: add --input FILE")
+    # What can go wrong here is said at once, not after the seconds that importing torch takes.
+    if input:
+        prompts.open_input(input).close()
+    text = "" if input else prompts.read_prompt(prompt)
+    find(model)
+    from hfkit import writing
+
     if input:
         writing.write_file(model, sampling, input, output, resume=resume, overwrite=overwrite, batch_size=batch_size)
-        return
-    text = writing.read_prompt(prompt)
-    if sweep:
+    elif sweep:
         writing.write_sweep(model, sampling, text, sweep, json=json)
     else:
-        writing.write_one(
-            model, sampling, text, output, prompt_shown=prompt_shown, json=json, resume=resume, overwrite=overwrite
-        )
+        writing.write_one(model, sampling, text, output, prompt_shown=prompt_shown, json=json, overwrite=overwrite)
 
 
 @app.command()
 @flags
 def chat(model: ModelOptions, sampling: GenerateOptions) -> None:
     """Talk turn by turn: raw continuation with a base model, the chat template where a model has one."""
+    find(model)
     from hfkit import conversation
 
     conversation.run(model, sampling)
@@ -111,6 +116,9 @@ def info(model: ModelOptions, json: _Json = False) -> None:
 
 def main() -> NoReturn:
     """Run a command; every failure becomes one line on stderr and an exit code."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, mode))
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
@@ -123,13 +131,14 @@ def main() -> NoReturn:
 
 def _explain(error: BaseException) -> int:
     """Say on stderr what went wrong; the exit code of it."""
-    if console.state.debug and not isinstance(error, SystemExit | typer.Exit):
+    if isinstance(error, SystemExit) and error.__context__:
+        error = error.__context__  # Typer makes this of a closed pipe
+    if console.state.debug and not isinstance(error, SystemExit):
         traceback.print_exception(error)
     match error:
-        case SystemExit() | typer.Exit():
-            return (error.exit_code if isinstance(error, typer.Exit) else error.code) or 0  # type: ignore[return-value]
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else 1
         case KeyboardInterrupt() | typer.Abort():
-            console.fail("interrupted")
             return 130
         case BrokenPipeError():
             return 141  # whoever read has had enough, as after SIGPIPE
@@ -137,7 +146,8 @@ def _explain(error: BaseException) -> int:
             console.fail(str(error))
             return 2 if isinstance(error, OptionError) else 1
         case typer.TyperException() if hasattr(error, "format_message"):
-            console.fail(f"{error.format_message()} (see --help)")
+            if message := error.format_message():  # none where the help was shown instead
+                console.fail(f"{message} (see --help)")
             return getattr(error, "exit_code", 2)
         case MemoryError():
             console.fail("out of memory: use a smaller model, a smaller --batch-size, or --quantize int8")

@@ -67,7 +67,8 @@ def detail(text: str) -> None:
 def fail(text: str) -> None:
     """The one line of an error."""
     line = " ".join(printable(text).split("\n"))
-    print(f"hfkit: error: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody listens
+        print(f"hfkit: error: {line}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from hfkit import console
-from hfkit.errors import OptionError
+from hfkit.errors import HfkitError, OptionError
 from hfkit.recipes import read_values
 
 
@@ -27,7 +27,10 @@ def flags(command: Callable[..., Any]) -> Callable[..., Any]:
         console.configure(quiet=quiet, verbose=verbose, debug=debug)  # `config` was used by _read_recipe
         for name, group in groups.items():
             values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
-        return command(**values)
+        try:
+            return command(**values)
+        except EOFError as error:  # Typer would take it for Ctrl-D
+            raise HfkitError(f"a file ends too early: {error}") from error
 
     parameters = [p for name, p in signature.parameters.items() if name not in groups]
     for group in groups.values():

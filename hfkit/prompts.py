@@ -2,11 +2,12 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, OptionError
 
 
 def read_prompts(path: Path) -> Iterator[str | HfkitError]:
@@ -49,13 +50,26 @@ def _prompt_of(line: bytes, rows: bool, where: str) -> str:
     return text
 
 
+def read_prompt(prompt: str | None) -> str:
+    """The prompt that was given, or stdin's text ("-", or no prompt and stdin is no terminal), or an empty one."""
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        return ""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"stdin is not UTF-8 text (byte {error.start + 1}): convert it") from error
+    return text.removesuffix("\n").removesuffix("\r")
+
+
 class Results:
     """A JSON Lines file that grows prompt by prompt and gets its name when it is complete.
 
     Until then it is `NAME.partial`. Each record names the `line` of its prompt, so that a later run can go on.
     """
 
-    def __init__(self, path: Path, *, samples: int, resume: bool, overwrite: bool) -> None:
+    def __init__(self, path: Path, *, overwrite: bool, resume: bool = False, samples: int = 1) -> None:
         """samples: records that a prompt has. Raises HfkitError where the file is taken, or cannot be written."""
         self.path, self._partial = path, path.with_name(path.name + ".partial")
         self.last: dict[str, Any] | None = None  # record of the last prompt that is done

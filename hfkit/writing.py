@@ -21,19 +21,6 @@ from hfkit.sampling import draws
 from hfkit.sources import find
 
 
-def read_prompt(prompt: str | None) -> str:
-    """The prompt that was given, or stdin's text ("-", or no prompt and stdin is no terminal), or an empty one."""
-    if prompt is not None and prompt != "-":
-        return prompt
-    if prompt is None and sys.stdin.isatty():
-        return ""
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise OptionError(f"stdin is not UTF-8 text (byte {error.start + 1}): convert it") from error
-    return text.removesuffix("\n").removesuffix("\r")
-
-
 def load_for(model: ModelOptions, sampling: GenerateOptions, prompt: str | None = None) -> LanguageModel:
     """Load a model, after everything that can be checked without its weights."""
     source = find(model)
@@ -61,11 +48,10 @@ def write_one(
     *,
     prompt_shown: bool,
     json: bool,
-    resume: bool,
     overwrite: bool,
 ) -> None:
     """Continue one prompt: streamed to a terminal, else at once."""
-    file = Results(output, samples=1, resume=resume, overwrite=overwrite) if output else None
+    file = Results(output, overwrite=overwrite) if output else None
     lm = load_for(model, sampling, prompt)
     sampling, started = seeded(lm, sampling), time.perf_counter()
     samples = sampling.num_return_sequences or 1

@@ -10,6 +10,9 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants a Hub starts one of its own, in another process
 os.environ.pop("HFKIT_MODEL", None)
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # threads that wait for each other are slower than one with so little to do
 
 
 def byte_vocabulary() -> dict[str, int]:
