@@ -19,16 +19,17 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-_CONTEXT = 8  # tokens before the new ones that decide how these are written (SentencePiece drops a leading space)
-
 
 class Detokenizer:
     """Token ids to text piece by piece: the pieces joined are the text of all, and no piece is ever taken back."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] = ()) -> None:
-        """context: the tokens before the first that is pushed."""
+        """context: the tokens before the first that is pushed; they decide how it is written.
+
+        SentencePiece drops the space of a text's first word, and reads a run of byte tokens as one.
+        """
         self._tokenizer = tokenizer
-        self._ids = list(context[-_CONTEXT:])
+        self._ids = list(context)
         self._start, self._read = 0, len(self._ids)
 
     def push(self, *tokens: int) -> str:
@@ -92,7 +93,7 @@ class Rows(StoppingCriteria):
         self._detokenizers = [Detokenizer(tokenizer, context) for context in contexts]
         self._texts = ["" for _ in contexts]
         self._shown = 0
-        self._stopped: dict[int, int] = {}  # row -> its tokens up to EOS or a stop string
+        self._stopped: set[int] = set()
 
     def record(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """First logits processor: keep what the model itself says. scores: (rows, vocabulary)."""
@@ -126,7 +127,7 @@ class Rows(StoppingCriteria):
                 if row not in self._stopped:
                     self._texts[row] += self._detokenizers[row].push(token)
                     if token in self._eos or cut(self._texts[row], self._stops)[1]:
-                        self._stopped[row] = len(self._chosen)
+                        self._stopped.add(row)
             self._show(final=False)
         ended = [self.cancelled.is_set() or row in self._stopped for row in range(len(input_ids))]
         return torch.tensor(ended, device=input_ids.device)
@@ -143,11 +144,10 @@ class Rows(StoppingCriteria):
         """What each row has come to; call once, when the loop has ended."""
         steps = torch.stack(self._chosen, 1).tolist()
         logprobs = torch.stack(self._logprobs, 1).double().cpu()
-        completions = []
-        for row, tokens in enumerate(steps):
-            own = tokens[: self._stopped.get(row)]
-            context = self._contexts[row]
-            completions.append(complete(self._tokenizer, context, own, self._eos, self._stops, logprobs[row]))
+        completions = [
+            complete(self._tokenizer, context, tokens, self._eos, self._stops, scores)
+            for context, tokens, scores in zip(self._contexts, steps, logprobs, strict=True)
+        ]
         if self._on_text:
             self._texts[0] += self._detokenizers[0].finish()
             self._show(final=True)
@@ -171,15 +171,39 @@ def complete(
     stops: Sequence[str],
     logprobs: torch.Tensor,
 ) -> Completion:
-    """A row's `tokens`, generated after `context`, as a Completion; what follows an end-of-text token is padding.
+    """A row's `tokens`, generated after `context`, as a Completion up to its end-of-text token or stop string.
 
     logprobs: (at least as many as tokens,), in nats.
     """
     count = next((at + 1 for at, token in enumerate(tokens) if token in eos), len(tokens))
-    detokenizer = Detokenizer(tokenizer, context)
-    text, stopped = cut(detokenizer.push(*tokens[:count]) + detokenizer.finish(), stops)
+    text, stopped = "".join(_pieces(tokenizer, context, [tokens[:count]])), False
+    # One by one where it matters: which token completes a stop string, and how a stream shows bytes that are no text.
+    if "\ufffd" in text or any(stop in text for stop in stops):
+        pieces = _pieces(tokenizer, context, [[token] for token in tokens[:count]])
+        text, stopped = cut("".join(pieces), stops)
+        while stopped and cut("".join(pieces[: count - 1]), stops)[1]:
+            count -= 1
     reason = "stop" if stopped or (count and tokens[count - 1] in eos) else "length"
     return Completion(text, reason, list(tokens[:count]), logprobs[:count].sum().item())
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, context: Sequence[int], chunks: list[Sequence[int]]) -> list[str]:
+    """What a stream shows after `context` when it is given the tokens in these chunks."""
+    detokenizer = Detokenizer(tokenizer, context)
+    return [*(detokenizer.push(*chunk) for chunk in chunks), detokenizer.finish()]
+
+
+class StopTexts(StoppingCriteria):
+    """Ends the rows whose new text has a stop string in it; transformers' own criterion looks at the prompt, too."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int], start: int, stops: Sequence[str]):
+        """context: the tokens that all rows go on from; start: the first new token's place in a row."""
+        self._tokenizer, self._context, self._start, self._stops = tokenizer, context, start, stops
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        rows = [row[self._start :] for row in input_ids.tolist()]
+        texts = ["".join(_pieces(self._tokenizer, self._context, [row])) for row in rows]
+        return torch.tensor([cut(text, self._stops)[1] for text in texts], device=input_ids.device)
 
 
 def decode(

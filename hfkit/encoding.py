@@ -1,5 +1,6 @@
 """A prompt as the token ids that a model is given, once it is sure that they fit it."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,17 +35,18 @@ def prepare(
     """
     text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
     ids = _encode(prompt, tokenizer, name) if isinstance(prompt, str) else list(prompt)
-    limit, wanted = context_length(config), options.max_new_tokens
-    if limit is None:
-        return Request(text, ids, wanted or _NEW_TOKENS)
+    limit, wanted = context_length(config) or sys.maxsize, options.max_new_tokens
     if config.is_encoder_decoder:  # prompt and output have a context each
-        if len(ids) > limit and not options.truncate:
+        if options.truncate:
+            ids = ids[-limit:]
+        if len(ids) > limit:
             raise HfkitError(f"the text has {len(ids)} tokens, {name} takes {limit}: shorten it, or --truncate")
         if wanted and wanted > limit:
             raise HfkitError(f"{name} writes at most {limit} tokens: lower --max-new-tokens ({wanted})")
-        return Request(text, ids[:limit], wanted or min(_NEW_TOKENS, limit))
-    if options.truncate and wanted != limit:
-        ids = ids[-max(1, limit - (wanted or min(_NEW_TOKENS, limit // 2))) :]
+        # A translation ends by itself, and is about as long as the text.
+        return Request(text, ids, wanted or min(max(_NEW_TOKENS, 2 * len(ids)), limit))
+    if options.truncate:
+        ids = _end(ids, limit - (wanted or min(_NEW_TOKENS, limit // 2)), tokenizer.bos_token_id)
     room = limit - len(ids)
     if room < (wanted or 1):
         new = f"{wanted} new ones" if wanted else "a new one"
@@ -53,6 +55,13 @@ def prepare(
             "shorten the prompt, lower --max-new-tokens, or --truncate"
         )
     return Request(text, ids, wanted or min(_NEW_TOKENS, room))
+
+
+def _end(ids: list[int], room: int, bos: int | None) -> list[int]:
+    """The last `room` of `ids`, behind the token that begins a text if they have it."""
+    if len(ids) <= room or room < 1:
+        return ids
+    return [bos, *ids[len(ids) - room + 1 :]] if ids[0] == bos and room > 1 else ids[-room:]
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:

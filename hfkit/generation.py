@@ -4,25 +4,20 @@ import functools
 import queue
 import secrets
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-import torch
-from transformers import GenerationConfig
-
-from hfkit.console import note, quiet_libraries
-from hfkit.decoding import Completion, Rows, complete, decode, repeats
+from hfkit import batches
+from hfkit.decoding import Completion, repeats
 from hfkit.encoding import Prompt, Request, prepare
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models import LanguageModel, load
 from hfkit.options import GenerateOptions, ModelOptions
-from hfkit.sampling import check, draws, end_tokens, generate_arguments, generation_config, is_plain, stops
+from hfkit.sampling import check, draws, is_plain
 
 _WINDOW = 8  # batches that are sorted by length together
-_BATCH = {"cpu": 64, "cuda": 256}
-_BATCH_TOKENS = {"cpu": 32_768, "cuda": 262_144}  # prompt and new tokens of all rows
 
 
 @dataclass(frozen=True)
@@ -78,9 +73,10 @@ def generate(
     """
     options = GenerateOptions.make(options, overrides)
     lm = loaded(model)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    # All of them first, so that one that does not fit is told before any is run.
+    requests = [_prepare(lm, text, options) for text in ([prompt] if isinstance(prompt, str) else prompt)]
     results = []
-    for _, result in generate_each(enumerate(prompts), model=lm, options=options, batch_size=batch_size):
+    for _, result in generate_each(enumerate(requests), model=lm, options=options, batch_size=batch_size):
         if isinstance(result, HfkitError):
             raise result
         results.append(result if options.num_return_sequences else result[0])
@@ -88,7 +84,7 @@ def generate(
 
 
 def generate_each(
-    prompts: Iterable[tuple[int, Prompt | HfkitError]],
+    prompts: Iterable[tuple[int, Prompt | Request | HfkitError]],
     *,
     model: Model = None,
     options: GenerateOptions | None = None,
@@ -103,8 +99,7 @@ def generate_each(
     if options.seed is None:
         options = replace(options, seed=draw_seed())
     check(lm, options)
-    samples = options.num_return_sequences or 1
-    size = batch_size or _BATCH.get(lm.model.device.type, 64)
+    samples, size = options.num_return_sequences or 1, batch_size or batches.default_size(lm)
     prompts = iter(prompts)
     while window := list(islice(prompts, window_size(lm, batch_size))):
         results: dict[int, list[Any] | HfkitError] = {}
@@ -113,29 +108,28 @@ def generate_each(
             try:
                 if isinstance(prompt, HfkitError):
                     raise prompt
-                request = _prepare(lm, prompt, options)
+                request = prompt if isinstance(prompt, Request) else _prepare(lm, prompt, options)
+                seed = options.seed + number * samples
+                if is_plain(lm, options):
+                    results[number] = [None] * samples
+                    rows += [(number, k, replace(request, seed=seed + k)) for k in range(samples)]
+                else:
+                    results[number] = _special(lm, replace(request, seed=seed), options)
             except HfkitError as error:
                 results[number] = error
-                continue
-            seed = options.seed + number * samples
-            if not is_plain(options):
-                results[number] = _run_special(lm, replace(request, seed=seed), options)
-                continue
-            results[number] = [None] * samples
-            rows += [(number, k, replace(request, seed=seed + k)) for k in range(samples)]
-        # Rows of a batch end together at the latest, so they share their number of new tokens.
-        rows.sort(key=lambda row: (row[2].new_tokens, len(row[2].ids)), reverse=True)
-        for batch in _batches(lm, rows, size):
-            for (number, k, _), generation in zip(
-                batch, _run_smaller(lm, [r for *_, r in batch], options), strict=True
-            ):
-                results[number][k] = generation  # type: ignore[index]
+        requests = [request for *_, request in rows]
+        for (number, k, request), completion in zip(rows, batches.run_all(lm, requests, options, size), strict=True):
+            results[number][k] = _generation(lm, options, request, completion)  # type: ignore[index]
         yield from results.items()
+
+
+def _special(lm: LanguageModel, request: Request, options: GenerateOptions) -> list[Generation]:
+    return [_generation(lm, options, request, found) for found in batches.run_special(lm, request, options)]
 
 
 def window_size(lm: LanguageModel, batch_size: int | None) -> int:
     """Prompts that are read ahead and sorted together."""
-    return (batch_size or _BATCH.get(lm.model.device.type, 64)) * _WINDOW
+    return (batch_size or batches.default_size(lm)) * _WINDOW
 
 
 def stream(
@@ -157,16 +151,16 @@ def stream(
 
 
 def _stream(lm: LanguageModel, request: Request, options: GenerateOptions) -> Generator[str, None, Generation]:
-    if not is_plain(options):  # beams and guesses are taken back: there is nothing to show before the end
-        generation = _run_special(lm, request, options)[0]
+    if not is_plain(lm, options):  # beams and guesses are taken back: there is nothing to show before the end
+        generation = _special(lm, request, options)[0]
         yield generation.completion
         return generation
     pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    rows = _rows(lm, [request], options, on_text=pieces.put)
+    rows = batches.new_rows(lm, [request], options, on_text=pieces.put)
 
     def work() -> None:
         try:
-            pieces.put(_run(lm, [request], options, rows)[0])
+            pieces.put(batches.run(lm, [request], options, rows)[0])
         except BaseException as error:  # noqa: BLE001, raised again by the reader
             pieces.put(error)
 
@@ -180,7 +174,7 @@ def _stream(lm: LanguageModel, request: Request, options: GenerateOptions) -> Ge
         worker.join()
     if isinstance(piece, BaseException):
         raise piece
-    return piece
+    return _generation(lm, options, request, piece)
 
 
 def draw_seed() -> int:
@@ -202,125 +196,6 @@ def _load(options: ModelOptions) -> LanguageModel:
 
 def _prepare(lm: LanguageModel, prompt: Prompt, options: GenerateOptions) -> Request:
     return prepare(prompt, options, lm.tokenizer, lm.model.config, lm.name)
-
-
-def _batches(lm: LanguageModel, rows: list[Any], size: int) -> Iterator[list[Any]]:
-    """Cut `rows`, longest first, into batches of at most `size` rows and the device's number of tokens."""
-    tokens = _BATCH_TOKENS.get(lm.model.device.type, 32_768)
-    while rows:
-        longest = rows[0][2]
-        alike = sum(row[2].new_tokens == longest.new_tokens for row in rows)
-        count = max(1, min(size, alike, tokens // (len(longest.ids) + longest.new_tokens)))
-        yield rows[:count]
-        rows = rows[count:]
-
-
-def _run_smaller(lm: LanguageModel, requests: list[Request], options: GenerateOptions) -> list[Generation]:
-    """Run a batch; where the device's memory is too small for it, in halves."""
-    try:
-        return _run(lm, requests, options)
-    except torch.OutOfMemoryError as error:
-        if len(requests) == 1:
-            raise HfkitError(
-                "out of memory: lower --max-new-tokens, use a smaller model, or --quantize int8"
-            ) from error
-    torch.cuda.empty_cache()
-    half = len(requests) // 2
-    note(f"out of memory with {len(requests)} texts at a time: going on with {half}")
-    return _run_smaller(lm, requests[:half], options) + _run_smaller(lm, requests[half:], options)
-
-
-def _rows(
-    lm: LanguageModel,
-    requests: Sequence[Request],
-    options: GenerateOptions,
-    on_text: Callable[[str], None] | None = None,
-) -> Rows:
-    seeds = [request.seed or 0 for request in requests] if draws(lm, options) else None
-    contexts = [_context(lm, request) for request in requests]
-    return Rows(lm.tokenizer, contexts, seeds=seeds, eos=end_tokens(lm), stops=stops(lm, options), on_text=on_text)
-
-
-def _context(lm: LanguageModel, request: Request) -> list[int]:
-    """The tokens that the completion goes on from: none for a model with an encoder."""
-    return [] if lm.model.config.is_encoder_decoder else request.ids
-
-
-def _run(
-    lm: LanguageModel, requests: Sequence[Request], options: GenerateOptions, rows: Rows | None = None
-) -> list[Generation]:
-    rows = rows or _rows(lm, requests, options)
-    _call(
-        lm,
-        requests,
-        options,
-        generation_config(lm, options, requests[0].new_tokens),
-        custom_generate=decode,
-        rows=rows,
-    )
-    return [
-        _generation(lm, options, request, completion)
-        for request, completion in zip(requests, rows.results(), strict=True)
-    ]
-
-
-def _run_special(lm: LanguageModel, request: Request, options: GenerateOptions) -> list[Generation]:
-    """Beam search and speculation, in transformers' own loops and with its global random numbers."""
-    config = generation_config(lm, options, request.new_tokens)
-    config.update(return_dict_in_generate=True, output_logits=True, num_return_sequences=options.num_return_sequences)
-    config.stop_strings = stops(lm, options) or None
-    devices = [lm.model.device] if lm.model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(request.seed or 0)
-        output = _call(lm, [request], options, config, tokenizer=lm.tokenizer)
-    logprobs = lm.model.compute_transition_scores(
-        output.sequences, output.logits, getattr(output, "beam_indices", None), normalize_logits=True
-    ).double()
-    # The output of a model with an encoder begins with its start token.
-    start = 1 if lm.model.config.is_encoder_decoder else len(request.ids)
-    return [
-        _generation(
-            lm,
-            options,
-            request,
-            complete(lm.tokenizer, _context(lm, request), tokens[start:], end_tokens(lm), stops(lm, options), scores),
-        )
-        for tokens, scores in zip(output.sequences.tolist(), logprobs.cpu(), strict=True)
-    ]
-
-
-def _call(
-    lm: LanguageModel,
-    requests: Sequence[Request],
-    options: GenerateOptions,
-    config: GenerationConfig,
-    **arguments: Any,
-) -> Any:
-    """`model.generate` on a padded batch, with its complaints as HfkitErrors."""
-    width = max(len(request.ids) for request in requests)
-    # Left of a prompt that is to go on; right for an encoder, whose positions count from the first token.
-    right = lm.model.config.is_encoder_decoder
-    ids, mask = [], []
-    for request in requests:
-        padding = [0] * (width - len(request.ids))
-        ids.append(request.ids + padding if right else padding + request.ids)
-        ones = [1] * len(request.ids)
-        mask.append(ones + padding if right else padding + ones)
-    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-    arguments |= {name: tensor.to(lm.model.device) for name, tensor in inputs.items()}
-    try:
-        with quiet_libraries():
-            return lm.model.generate(
-                generation_config=config, **generate_arguments(lm, options, len(requests)), **arguments
-            )
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, RuntimeError, TypeError) as error:
-        if "probability tensor" in str(error):
-            raise HfkitError(f"{lm.name} gives values that are not numbers: try --dtype float32") from error
-        if isinstance(error, ValueError):
-            raise HfkitError(f"these options cannot be used together: {str(error).splitlines()[0]}") from error
-        raise
 
 
 def _generation(lm: LanguageModel, options: GenerateOptions, request: Request, completion: Completion) -> Generation:

@@ -1,6 +1,7 @@
 """From `GenerateOptions` to what `model.generate` takes."""
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -18,8 +19,11 @@ OWN = ("stop_strings", "bad_words", "sequence_bias", "negative_prompt", "waterma
 def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: int) -> GenerationConfig:
     """The model's own generation config with `options` on top."""
     config = copy.deepcopy(lm.model.generation_config)
-    config.update(**{name: value for name, value in set_fields(options).items() if name not in OWN})
+    for name, value in set_fields(options).items():
+        if name not in OWN:
+            setattr(config, name, value)
     config.max_length, config.max_new_tokens, config.stop_strings = None, new_tokens, None
+    config.num_return_sequences = 1
     config.do_sample = draws(lm, options)
     if not config.do_sample:
         for name in SAMPLING:  # transformers warns of each of them
@@ -37,23 +41,44 @@ def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: i
     return config
 
 
-def generate_arguments(lm: LanguageModel, options: GenerateOptions, rows: int) -> dict[str, Any]:
-    """What `generate` takes beside its config; for a batch of `rows`."""
+def generate_arguments(lm: LanguageModel, options: GenerateOptions, rows: int, length: int) -> dict[str, Any]:
+    """What `generate` takes beside its config; for `rows` that come to be `length` tokens long."""
     arguments: dict[str, Any] = {}
     if options.negative_prompt:
         ids = torch.tensor([lm.tokenizer(options.negative_prompt)["input_ids"]] * rows, device=lm.model.device)
         arguments["negative_prompt_ids"] = ids
     if options.assistant_model:
-        assistant = load(options.assistant_model)
+        assistant = _assistant(options.assistant_model, str(lm.model.device), str(lm.model.dtype))
+        if assistant.context and assistant.context < length:
+            raise IndexError  # as it would be in the middle of it
+        # transformers looks for it here, not in the config of the model that is assisted.
+        if options.num_assistant_tokens:
+            assistant.model.generation_config.num_assistant_tokens = options.num_assistant_tokens
         arguments["assistant_model"] = assistant.model
         if assistant.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
             arguments["assistant_tokenizer"] = assistant.tokenizer
     return arguments
 
 
-def is_plain(options: GenerateOptions) -> bool:
+@functools.lru_cache(maxsize=1)
+def _assistant(name: str, device: str, dtype: str) -> LanguageModel:
+    return load(name, device=device, dtype=dtype.removeprefix("torch."))
+
+
+def beams(lm: LanguageModel, options: GenerateOptions) -> int:
+    """How many beams there are; translators often bring a number of their own."""
+    return options.num_beams or lm.model.generation_config.num_beams or 1
+
+
+def is_plain(lm: LanguageModel, options: GenerateOptions) -> bool:
     """Whether the plain loop does it, token by token; beams and speculation run in loops of their own."""
-    return (options.num_beams or 1) == 1 and not options.prompt_lookup_num_tokens and not options.assistant_model
+    return beams(lm, options) == 1 and not options.prompt_lookup_num_tokens and not options.assistant_model
+
+
+def counts_ngrams(lm: LanguageModel, options: GenerateOptions) -> bool:
+    """Whether padding could be taken for a repetition. (A penalty is blind to it: rows are padded with their own.)"""
+    size = options.no_repeat_ngram_size
+    return bool(lm.model.generation_config.no_repeat_ngram_size if size is None else size)
 
 
 def draws(lm: LanguageModel, options: GenerateOptions) -> bool:
@@ -66,7 +91,7 @@ def draws(lm: LanguageModel, options: GenerateOptions) -> bool:
         return True
     if lm.model.config.is_encoder_decoder:
         return bool(lm.model.generation_config.do_sample)
-    return (options.num_beams or 1) == 1
+    return beams(lm, options) == 1
 
 
 def end_tokens(lm: LanguageModel) -> set[int]:
@@ -85,9 +110,9 @@ def stops(lm: LanguageModel, options: GenerateOptions) -> list[str]:
 
 def check(lm: LanguageModel, options: GenerateOptions) -> None:
     """Refuse what transformers would notice late, or never."""
-    samples, beams = options.num_return_sequences or 1, options.num_beams or 1
-    if samples > 1 and not draws(lm, options) and samples > beams:
-        way = "it must be at most --num-beams" if beams > 1 else "greedy decoding has one result, so sample"
+    samples, most = options.num_return_sequences or 1, beams(lm, options)
+    if samples > 1 and not draws(lm, options) and samples > most:
+        way = f"it must be at most --num-beams ({most})" if most > 1 else "greedy decoding has one result, so sample"
         raise OptionError(f"--num-return-sequences is {samples}: {way}")
     size = lm.model.get_input_embeddings().weight.shape[0]
     for name in ("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"):
