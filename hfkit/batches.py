@@ -29,12 +29,19 @@ def default_size(lm: LanguageModel) -> int:
     return _ROWS.get(lm.model.device.type, 64)
 
 
-def run_all(lm: LanguageModel, requests: Sequence[Request], options: GenerateOptions, size: int) -> list[Completion]:
-    """What comes of each request, in batches of at most `size` rows."""
+def run_all(
+    lm: LanguageModel,
+    requests: Sequence[Request],
+    options: GenerateOptions,
+    size: int,
+    on_done: Callable[[int], None],
+) -> list[Completion]:
+    """What comes of each request, in batches of at most `size` rows; `on_done` is told the size of each."""
     found: dict[int, Completion] = {}
     for batch in _batches(lm, requests, options, size):
         completions = _run_smaller(lm, [requests[index] for index in batch], options)
         found |= dict(zip(batch, completions, strict=True))
+        on_done(len(batch))
     return [found[index] for index in range(len(requests))]
 
 

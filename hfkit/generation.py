@@ -4,7 +4,7 @@ import functools
 import queue
 import secrets
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -89,11 +89,13 @@ def generate_each(
     model: Model = None,
     options: GenerateOptions | None = None,
     batch_size: int | None = None,
+    on_done: Callable[[int], None] = lambda texts: None,
 ) -> Iterator[tuple[int, list[Generation] | HfkitError]]:
     """For each numbered prompt, in order, its samples; or the error that kept just this prompt from running.
 
     Prompts are read some batches ahead, so that rows of like length can share one. A prompt may be a list of token
     ids. An HfkitError among the prompts is passed through. The number goes into the seed, see `generate`.
+    `on_done` is told how many texts more are done.
     """
     lm, options = loaded(model), options or GenerateOptions()
     if options.seed is None:
@@ -115,10 +117,12 @@ def generate_each(
                     rows += [(number, k, replace(request, seed=seed + k)) for k in range(samples)]
                 else:
                     results[number] = _special(lm, replace(request, seed=seed), options)
+                    on_done(samples)
             except HfkitError as error:
                 results[number] = error
-        requests = [request for *_, request in rows]
-        for (number, k, request), completion in zip(rows, batches.run_all(lm, requests, options, size), strict=True):
+                on_done(samples)
+        completions = batches.run_all(lm, [request for *_, request in rows], options, size, on_done)
+        for (number, k, request), completion in zip(rows, completions, strict=True):
             results[number][k] = _generation(lm, options, request, completion)  # type: ignore[index]
         yield from results.items()
 

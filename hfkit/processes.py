@@ -11,8 +11,25 @@ def gather(items: list[Any]) -> list[Any]:
     """The items of all processes, in the order of their ranks; every process must call it."""
     if count == 1:
         return items
-    from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    PartialState()
+    _state()
     return gather_object(items)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether `flag` is true in any process; every process must call it."""
+    if count == 1:
+        return flag
+    import torch
+    from accelerate.utils import reduce
+
+    return bool(reduce(torch.tensor(float(flag), device=_state().device), "sum").item())
+
+
+def _state() -> Any:
+    """accelerate's; where there is no GPU it would take each process for the only one."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())

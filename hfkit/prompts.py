@@ -1,5 +1,7 @@
 """Many prompts from a file, their results to a file: in order, each exactly once, whatever happens in between."""
 
+import codecs
+import fcntl
 import json
 import os
 import sys
@@ -18,10 +20,18 @@ def read_prompts(path: Path) -> Iterator[str | HfkitError]:
     rows = path.suffix in (".jsonl", ".json", ".ndjson")
     with open_input(path) as file:
         for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             try:
-                yield _prompt_of(line, rows, f"{path}, line {number}")
+                yield _prompt_of(line, rows)
             except HfkitError as error:
                 yield error
+
+
+def check_input(path: Path) -> None:
+    """HfkitError where there is no such file; a pipe can only be opened once, and is not touched."""
+    if not path.is_fifo():
+        open_input(path).close()
 
 
 def open_input(path: Path) -> IO[bytes]:
@@ -32,21 +42,21 @@ def open_input(path: Path) -> IO[bytes]:
         raise HfkitError(f"cannot read the input ({path}): {error.strerror}") from error
 
 
-def _prompt_of(line: bytes, rows: bool, where: str) -> str:
+def _prompt_of(line: bytes, rows: bool) -> str:
     try:
-        text = line.decode("utf-8-sig").rstrip("\r\n")
+        text = line.decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise HfkitError(f"not UTF-8 ({where}, byte {error.start + 1}): convert the file") from None
+        raise HfkitError(f"not UTF-8 (byte {error.start + 1}): convert the file") from None
     if rows:
         try:
             row = json.loads(text)
         except (ValueError, RecursionError):
-            raise HfkitError(f"not JSON ({where}): write an object with a prompt on each line") from None
+            raise HfkitError("not JSON: write an object with a prompt on each line") from None
         text = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(text, str):
-            raise HfkitError(f"no prompt ({where}): write an object with the key 'prompt' and a text")
+            raise HfkitError("no prompt: write an object with the key 'prompt' and a text")
     if not text.strip():
-        raise HfkitError(f"empty prompt ({where}): write a text, or delete the line")
+        raise HfkitError("empty prompt: write a text, or delete the line")
     return text
 
 
@@ -71,40 +81,47 @@ class Results:
 
     def __init__(self, path: Path, *, overwrite: bool, resume: bool = False, samples: int = 1) -> None:
         """samples: records that a prompt has. Raises HfkitError where the file is taken, or cannot be written."""
-        self.path, self._partial = path, path.with_name(path.name + ".partial")
-        self.last: dict[str, Any] | None = None  # record of the last prompt that is done
-        self.prompts = 0  # prompts that have records
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.done: dict[int, str] = {}  # line -> prompt that has its records
+        self.last: dict[str, Any] | None = None  # record that was written last
+        if path.is_dir():
+            raise HfkitError(f"{path} is a folder: name a file as --output")
         if path.exists() and not overwrite:
             if resume:
                 raise HfkitError(f"{path} is complete: there is nothing to resume; --overwrite makes it anew")
             raise HfkitError(f"{path} exists: --overwrite replaces it, or name another --output")
-        resume = resume and self._partial.exists()
-        if self._partial.exists() and not (resume or overwrite):
-            raise HfkitError(
-                f"{self._partial} is an unfinished run: --resume goes on with it, --overwrite begins anew"
-            )
         try:
-            self._file = self._partial.open("r+b" if resume else "wb")
+            self._file = self.partial.open("a+b")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HfkitError(f"{self.partial} is being written by another process: name another --output") from None
         except OSError as error:
-            raise HfkitError(f"cannot write the output ({self._partial}): {error.strerror}") from error
-        if resume:
-            self._keep_whole(samples)
+            raise HfkitError(f"cannot write the output ({self.partial}): {error.strerror}") from error
+        if self._file.tell() and not (resume or overwrite):
+            raise HfkitError(f"{self.partial} is an unfinished run: --resume goes on with it, --overwrite begins anew")
+        self._file.truncate(self._keep(samples) if resume else 0)
 
-    def _keep_whole(self, samples: int) -> None:
-        """Cut off what an interrupted run left of its last prompt: a torn line, or fewer records than samples."""
+    def _keep(self, samples: int) -> int:
+        """Read what an interrupted run left; bytes to keep, without a torn line or too few records at the end."""
+        self._file.seek(0)
         end = position = count = 0
+        before = None
         for line in self._file:
             try:
                 record = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
                 record = None
-            if not isinstance(record, dict) or "line" not in record:
+            if not isinstance(record, dict) or not isinstance(record.get("line"), int):
                 break
-            position, count = position + len(line), count + 1
+            same = record["line"] == before
+            if count == samples if same else before is not None and count < samples:
+                raise HfkitError(
+                    f"{self.partial} has another --num-return-sequences: give the same, or --overwrite begins anew"
+                )
+            before, count, position = record["line"], count + 1 if same else 1, position + len(line)
             if count == samples:
-                end, count, self.last, self.prompts = position, 0, record, self.prompts + 1
-        self._file.seek(end)
-        self._file.truncate()
+                end, self.last, self.done[before] = position, record, record.get("prompt")
+        return end
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
         """Append the records of whole prompts."""
@@ -115,7 +132,7 @@ class Results:
     def finish(self) -> None:
         """Give the file its name: it is complete."""
         self._file.close()
-        os.replace(self._partial, self.path)
+        os.replace(self.partial, self.path)
 
 
 def to_line(record: dict[str, Any]) -> str:

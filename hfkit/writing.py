@@ -15,7 +15,7 @@ from hfkit.errors import HfkitError, OptionError
 from hfkit.generation import Generation
 from hfkit.models import LanguageModel
 from hfkit.options import GenerateOptions, ModelOptions
-from hfkit.prompts import Results, open_input, read_prompts, to_line
+from hfkit.prompts import Results, read_prompts, to_line
 from hfkit.recipes import read_value
 from hfkit.sampling import draws
 from hfkit.sources import find
@@ -147,41 +147,35 @@ def write_file(
 ) -> None:
     """Continue every prompt of a file, in batches; several processes share the prompts, the first one writes."""
     samples, leader = sampling.num_return_sequences or 1, processes.rank == 0
-    open_input(path).close()
     file = Results(output, samples=samples, resume=resume, overwrite=overwrite) if output and leader else None
-    last = processes.gather([file.last if file else None])[0]
-    skip = last["line"] if last else 0
-    numbered = enumerate(read_prompts(path), 1)
-    for number, prompt in islice(numbered, skip):
-        if last and number == skip and prompt != last["prompt"]:
-            raise HfkitError(
-                f"{output}.partial was made from another input: line {number} differs; --overwrite begins anew"
-            )
-    failed = skip - (file.prompts if file else 0)
+    done, last = processes.gather([(file.done, file.last) if file else ({}, None)])[0]
+    if last:
+        _check_same_input(path, done, output)
     lm = load_for(model, sampling)
-    if sampling.seed is None:
-        sampling = replace(sampling, seed=processes.gather([generation.draw_seed()])[0])
-        if leader and draws(lm, sampling):
-            console.note(f"seed {sampling.seed}")
-    total, started, tokens = skip, time.perf_counter(), 0
-    with _bar(path, skip) as bar:
-        for results in _windows(lm, sampling, numbered, batch_size):
+    sampling = replace(sampling, seed=processes.gather([_seed(lm, sampling, last, samples)])[0])
+    failed = total = tokens = 0
+    started = time.perf_counter()
+    with _bar(path, samples, len(done)) as bar:
+        todo = ((number, prompt) for number, prompt in enumerate(read_prompts(path)) if number + 1 not in done)
+        for results in _windows(lm, sampling, todo, batch_size, bar):
             records = []
             for number, result in results:
                 total += 1
                 if isinstance(result, HfkitError):
                     failed += 1
                     if leader:
-                        where = "" if str(path) in str(result) else f"{path}, line {number}: "
-                        bar.write(f"hfkit: {where}{console.printable(str(result))}", file=sys.stderr)
+                        bar.write(
+                            f"hfkit: {path}, line {number + 1}: {console.printable(str(result))}", file=sys.stderr
+                        )
                     continue
                 tokens += sum(one.tokens for one in result)
-                records += [one.to_dict() | {"line": number} for one in result]
+                records += [one.to_dict() | {"line": number + 1} for one in result]
             if file:
                 file.add(records)
             elif leader:
                 console.write("".join(to_line(record) for record in records))
-            bar.update(len(results))
+            bar.n = (len(done) + total) * samples
+            bar.refresh()
     if file:
         file.finish()
     if not leader:
@@ -189,24 +183,57 @@ def write_file(
     seconds = time.perf_counter() - started
     console.detail(f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s)")
     if failed:
+        total += len(done)
         raise HfkitError(f"{failed} of {total} prompts could not be run ({path}): mend the lines named above")
 
 
+def _check_same_input(path: Path, done: dict[int, str], output: Path | None) -> None:
+    """HfkitError unless what is `done` is of the prompts of this file."""
+    lines = enumerate(read_prompts(path), 1)
+    wrong = set(done) - {line for line, prompt in lines if line in done and prompt == done[line]}
+    if wrong:
+        what = f"made from another input: line {min(wrong)} differs"
+        raise HfkitError(f"{output}.partial was {what}; --overwrite begins anew")
+
+
+def _seed(lm: LanguageModel, sampling: GenerateOptions, last: dict[str, Any] | None, samples: int) -> int | None:
+    """The seed of all: the one that was given, or that of the run that is resumed, or a new one, which is told."""
+    drawn = draws(lm, sampling)
+    if last:
+        # The record's own is SEED + (line - 1) * samples + k, and k that of the last sample.
+        seed = None if last["seed"] is None else last["seed"] + 1 - last["line"] * samples
+        if last["model"] != lm.name or drawn != (seed is not None) or (drawn and sampling.seed not in (None, seed)):
+            made = f"with {last['model']}" + ("" if seed is None else f" and --seed {seed}")
+            raise HfkitError(f"what is to be resumed was made {made}: give the same, or --overwrite begins anew")
+        return seed
+    return seeded(lm, sampling).seed if processes.rank == 0 else sampling.seed
+
+
 def _windows(
-    lm: LanguageModel, sampling: GenerateOptions, numbered: Iterator[tuple[int, Any]], batch_size: int | None
+    lm: LanguageModel,
+    sampling: GenerateOptions,
+    numbered: Iterator[tuple[int, Any]],
+    batch_size: int | None,
+    bar: Any,
 ) -> Iterator[list[tuple[int, Any]]]:
     """Results in the order of the input, a window at a time, with each process's share in every window."""
     size = generation.window_size(lm, batch_size) * processes.count
+
+    def tell(texts: int) -> None:
+        bar.update(texts * processes.count)
+
     while window := list(islice(numbered, size)):
         share = window[processes.rank :: processes.count]
-        found = list(generation.generate_each(share, model=lm, options=sampling, batch_size=batch_size))
-        yield sorted(processes.gather(found), key=lambda pair: pair[0])
+        each = generation.generate_each(share, model=lm, options=sampling, batch_size=batch_size, on_done=tell)
+        yield sorted(processes.gather(list(each)), key=lambda pair: pair[0])
 
 
-def _bar(path: Path, done: int) -> Any:
+def _bar(path: Path, samples: int, done: int) -> Any:
     from tqdm import tqdm
 
-    with path.open("rb") as file:
-        total = sum(1 for _ in file)
+    total = None
+    if not path.is_fifo():
+        with path.open("rb") as file:
+            total = sum(1 for _ in file) * samples
     hidden = console.state.quiet or not sys.stderr.isatty() or processes.rank != 0
-    return tqdm(total=total, initial=done, unit="prompt", disable=hidden, file=sys.stderr)
+    return tqdm(total=total, initial=done * samples, unit="text", disable=hidden, file=sys.stderr)
