@@ -82,7 +82,7 @@ def generate(
         raise OptionError("--resume goes on with many prompts: add --input FILE")
     # What can go wrong here is said at once, not after the seconds that importing torch takes.
     if input:
-        prompts.open_input(input).close()
+        prompts.check_input(input)
     text = "" if input else prompts.read_prompt(prompt)
     find(model)
     from hfkit import writing
