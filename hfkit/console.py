@@ -4,9 +4,10 @@ import contextlib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 
 @dataclass
@@ -71,6 +72,15 @@ def fail(text: str) -> None:
         print(f"hfkit: error: {line}", file=sys.stderr, flush=True)
 
 
+def progress(total: int | None, unit: str, label: str = "", **options: Any) -> Any:
+    """A tqdm bar on stderr, on a terminal only."""
+    from tqdm import tqdm
+
+    hidden = state.quiet or not sys.stderr.isatty()
+    big = {"unit_scale": True} if unit in ("B", "tok") else {}
+    return tqdm(total=total, desc=label or None, unit=unit, disable=hidden, file=sys.stderr, **{**big, **options})
+
+
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep transformers' bars and warnings off stderr: hfkit says what matters itself. Not under `--verbose`."""
@@ -83,7 +93,9 @@ def quiet_libraries() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of one library about another
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

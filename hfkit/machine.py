@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from hfkit import console
 from hfkit.options import ModelOptions
-from hfkit.sources import Source, find
+from hfkit.sources import Source, count_parameters, find
 
 _PACKAGES = ("hfkit", "torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers", "safetensors",
              "huggingface-hub", "peft", "gguf", "bitsandbytes")  # fmt: skip
@@ -90,16 +90,7 @@ def describe_model(source: Source) -> dict[str, Any]:
     """Size and limits of a model, from its files alone. Memory is that of the weights, in bytes."""
     if source.gguf:
         return {"name": source.name, "file": str(source.folder / source.gguf), "file_bytes": source.size}
-    from safetensors import safe_open
-
-    parameters = 0
-    for path in source.folder.glob("model*.safetensors"):
-        with safe_open(path, framework="np") as file:
-            for key in file.keys():  # noqa: SIM118, not a dict
-                size = 1
-                for length in file.get_slice(key).get_shape():
-                    size *= length
-                parameters += size
+    parameters = count_parameters(source)
     config = source.config
 
     def first(*names: str) -> Any:

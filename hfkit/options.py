@@ -75,13 +75,22 @@ class _Checked:
     @classmethod
     def make(cls, options: Self | None, overrides: dict[str, Any]) -> Self:
         """`options` with `overrides`; an unknown name is a TypeError, as for any Python argument."""
-        unknown = [name for name in overrides if name not in cls.names()]
-        if unknown:
-            from difflib import get_close_matches
+        return divide(overrides, (cls, options))[0]
 
-            close = get_close_matches(unknown[0], cls.names(), n=1)
-            raise TypeError(f"unknown option {unknown[0]!r}" + (f": did you mean {close[0]!r}?" if close else ""))
-        return cls(**{**(vars(options) if options else {}), **overrides})
+
+def divide(overrides: dict[str, Any], *groups: tuple[type, Any]) -> list[Any]:
+    """For each (class, instance or None) of `groups` an instance with the `overrides` that are its fields."""
+    known = {name: group for group, _ in groups for name in group.names()}
+    unknown = [name for name in overrides if name not in known]
+    if unknown:
+        from difflib import get_close_matches
+
+        close = get_close_matches(unknown[0], known, n=1)
+        raise TypeError(f"unknown option {unknown[0]!r}" + (f": did you mean {close[0]!r}?" if close else ""))
+    return [
+        group(**{**(vars(given) if given else {}), **{n: v for n, v in overrides.items() if known[n] is group}})
+        for group, given in groups
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,3 +193,118 @@ class GenerateOptions(_Checked):
             if not text or not math.isfinite(pairs[-1][1]):
                 self._refuse("sequence_bias", "write TEXT=BIAS, such as ' rain=-2.5'")
         return pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(_Checked):
+    """How a corpus is read and cut into what a model is trained on."""
+
+    text_column: str | None = option(None, "Column that holds the text. [default: found, where it is plain]")
+    errors: Literal["strict", "replace"] = option("strict", "Bytes that are not UTF-8: refuse, or replace and count.")
+    block_size: int | None = option(
+        None, "Tokens that are trained on together. [default: the model's context, at most 1024]", min=2
+    )
+    eval_file: list[str] | None = option(None, "Held-out corpus to measure on; may be repeated.")
+    eval_fraction: float = option(0.05, "Without --eval-file: share to hold out, drawn by --seed.", min=0, max=0.5)
+    streaming: bool = option(False, "Read while training, keep nothing on disk; needs --max-steps.")
+    dataset_config_name: str | None = option(None, "Configuration of an hf:// data set.")
+    dataset_split: str = option("train", "Split of an hf:// data set.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(_Checked):
+    """How a model is trained; `TrainingArguments` has those of its names, LoRA's are TRL's, the last ones ours."""
+
+    output_dir: str | None = option(None, "Folder of the run. [default: runs/NAME of the corpus]", short="-o")
+    num_train_epochs: float | None = option(
+        None, "Passes over the corpus. [default: 3; a new model: 3 to 20]", above=0
+    )
+    max_steps: int | None = option(None, "Optimizer steps, instead of epochs.", min=1)
+    per_device_train_batch_size: int | None = option(None, "Sequences at a time. [default: 8, fewer if short]", min=1)
+    per_device_eval_batch_size: int | None = option(None, "Sequences at a time when measuring. [default: 8]", min=1)
+    gradient_accumulation_steps: int = option(1, "Batches that make a step.", min=1)
+    learning_rate: float | None = option(None, "Peak learning rate. [default: by size, and for LoRA]", above=0)
+    lr_scheduler_type: Literal[
+        *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
+        *("inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay"),
+    ] = option("cosine", "How the learning rate changes.")
+    lr_scheduler_kwargs: str | None = option(None, "Its arguments, as JSON.")
+    warmup_steps: float = option(0.05, "Steps of rising learning rate; below 1 a share of all.", min=0)
+    optim: str | None = option(
+        None, "Optimizer of transformers, or muon (AdamW beside it). [default: adamw_torch_fused; a new model: muon]"
+    )
+    optim_args: str | None = option(None, "Its arguments: name=value,...")
+    weight_decay: float | None = option(None, "Weight decay. [default: 0.01; a new model: 0.1]", min=0)
+    adam_beta1: float | None = option(None, "Adam's first decay rate.", min=0, max=1)
+    adam_beta2: float | None = option(None, "Adam's second decay rate.", min=0, max=1)
+    adam_epsilon: float | None = option(None, "Adam's epsilon.", above=0)
+    max_grad_norm: float | None = option(None, "Clip gradients to this norm; 0: never.", min=0)
+    label_smoothing_factor: float | None = option(None, "Label smoothing.", min=0, max=1)
+    neftune_noise_alpha: float | None = option(None, "Noise on the embeddings (NEFTune).", above=0)
+    activation_checkpointing: bool | None = option(None, "Compute activations twice: less memory, slower.")
+    bf16: bool | None = option(None, "bfloat16 arithmetic. [default: where the machine has units for it]")
+    fp16: bool | None = option(None, "float16 arithmetic, on a GPU.")
+    torch_compile: bool | None = option(None, "Compile the model. [default: if the run is long enough to gain]")
+    eval_steps: int | None = option(None, "Steps between measurements. [default: a tenth of the run]", min=1)
+    save_steps: int | None = option(None, "Steps between checkpoints. [default: as --eval-steps]", min=1)
+    save_total_limit: int = option(2, "Newest checkpoints to keep while training, beside the best.", min=1)
+    logging_steps: int = option(1, "Steps between entries of the loss curve.", min=1)
+    load_best_model_at_end: bool = option(True, "Keep the state with the best held-out perplexity, not the last.")
+    early_stopping_patience: int | None = option(None, "Stop after so many measurements without progress.", min=1)
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] | None = option(
+        None, "Order of the sequences. [default: random]"
+    )
+    dataloader_num_workers: int | None = option(None, "Processes that load batches.", min=0)
+    report_to: list[str] | None = option(None, "Tracker: tensorboard, wandb, mlflow ...; may be repeated.")
+    run_name: str | None = option(None, "Name of the run there.")
+    fsdp_config: str | None = option(None, "JSON file of transformers' FSDP settings, for models beyond one GPU.")
+    deepspeed: str | None = option(None, "JSON file of DeepSpeed settings.")
+    full_determinism: bool | None = option(None, "Deterministic kernels, slower.")
+    seed: int = option(42, "Random seed of the hold-out, the order and dropout.", short="-s", min=0, max=2**32 - 1)
+    lora: bool = option(False, "Train a LoRA adapter instead of all weights.")
+    lora_r: int = option(16, "LoRA: rank.", min=1)
+    lora_alpha: int | None = option(None, "LoRA: scale. [default: twice the rank]", min=1)
+    lora_dropout: float = option(0.05, "LoRA: dropout.", min=0, max=1)
+    lora_target_modules: list[str] | None = option(None, "LoRA: layers; may be repeated. [default: all linear ones]")
+    sample_prompt: str | None = option(None, "Continue this at each measurement. [default: words of the corpus]")
+    resume: bool = option(False, "Go on with the run in --output-dir.")
+    overwrite: bool = option(False, "Replace the run in --output-dir.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeOptions(_Checked):
+    """A new GPT-2 and its tokenizer; fields of `transformers.GPT2Config`, except `size`."""
+
+    size: Literal["tiny", "mini", "small", "medium", "large", "xl"] = option(
+        "mini", "tiny 1 million parameters, mini 9, then GPT-2's: small 124, medium 355, large 774, xl 1558."
+    )
+    vocab_size: int | None = option(None, "Tokens. [default: by size, fewer for a small corpus]", min=257)
+    n_positions: int | None = option(None, "Longest text, in tokens.", min=2)
+    n_embd: int | None = option(None, "Width.", min=1)
+    n_layer: int | None = option(None, "Layers.", min=1)
+    n_head: int | None = option(None, "Attention heads.", min=1)
+    resid_pdrop: float | None = option(None, "Dropout of the layers.", min=0, max=1)
+    embd_pdrop: float | None = option(None, "Dropout of the embeddings.", min=0, max=1)
+    attn_pdrop: float | None = option(None, "Dropout of the attention (slow on a CPU).", min=0, max=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions(_Checked):
+    """How many processes do the work, one a GPU; the names are accelerate's."""
+
+    num_processes: int = option(1, "Processes, of all machines together.", min=1)
+    num_machines: int = option(1, "Machines.", min=1)
+    machine_rank: int = option(0, "Number of this machine, from 0.", min=0)
+    main_process_ip: str | None = option(None, "Address of machine 0.")
+    main_process_port: int = option(29500, "Port on machine 0.", min=1, max=65535)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(_Checked):
+    """Where a model is written to, and how."""
+
+    output_dir: str | None = option(None, "Folder to write to.", short="-o")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "Precision. [default: as it is]")
+    push_to_hub: str | None = option(None, "OWNER/NAME on the Hub to push to.")
+    private: bool = option(True, "Make a new repository private.")
+    overwrite: bool = option(False, "Replace the folder if it exists.")

@@ -4,6 +4,7 @@ What is local or cached never touches the network; a Hub that cannot be reached 
 """
 
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, replace
@@ -193,6 +194,17 @@ def _check_header(path: Path) -> None:
         raise HfkitError(f"the weights are damaged ({path}): {error}; get the model again") from error
 
 
+def count_parameters(source: Source) -> int:
+    """Parameters of a saved model, from its files."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in source.folder.glob("model*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return total
+
+
 def _from_hub(name: str, revision: str | None) -> Path:
     """The folder of a Hub model: cached if it is whole there, else downloaded."""
     if re.match(r"[./~\\]|.*[\\:]|.*/.*/", name, re.DOTALL) or name.endswith("/"):
@@ -228,13 +240,22 @@ def _whole(folder: Path) -> bool:
     return has_tokenizer and all((folder / file).is_file() for file in needed)
 
 
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, constants, hf_hub_download
+def reach_hub(name: str) -> None:
+    """HfkitError within seconds if the Hub, which has `name`, cannot be reached: its own client tries for 23."""
+    from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     try:
-        # The Hub's client retries for 23 seconds, and asks for more than the model: knock first.
         get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS)
+    except Exception as error:  # what answers may not be a Hub, so more than httpx's errors
+        raise HfkitError(_explain(error, name, None)) from error
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    reach_hub(name)
+    try:
         info = HfApi().model_info(name, revision=revision, timeout=_PROBE_SECONDS)
         files = [file.rfilename for file in info.siblings or [] if "/" not in file.rfilename]
     except Exception as error:  # what answers may not be a Hub, so more than httpx's errors

@@ -1,0 +1,219 @@
+"""Rows of tokens as the sequences that a model is trained on, and the batches they come in."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from hfkit.console import note
+from hfkit.corpora import Corpora, Corpus, find_corpus, is_prepared, read_records
+from hfkit.data import (
+    IGNORED,
+    Prepared,
+    Report,
+    encode_corpus,
+    encode_documents,
+    fingerprint,
+    load_prepared,
+)
+from hfkit.errors import HfkitError
+from hfkit.options import DataOptions
+
+Item = dict[str, np.ndarray]
+_WINDOW = 256  # blocks that a stream is shuffled within
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Rows of tokens one after another, cut into blocks; the last one is shorter, and no token is lost."""
+
+    def __init__(self, dataset: datasets.Dataset, rows: np.ndarray, block_size: int) -> None:
+        """rows: which of them, in which order."""
+        self._dataset = dataset.select_columns("input_ids").with_format("numpy")
+        self._rows, self._size = rows, block_size
+        self._ends = np.cumsum(lengths(dataset)[rows])
+
+    def __len__(self) -> int:
+        return -(-int(self._ends[-1]) // self._size) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> Item:
+        start, stop = index * self._size, min((index + 1) * self._size, int(self._ends[-1]))
+        first, last = np.searchsorted(self._ends, [start, stop - 1], "right")
+        ids = np.concatenate(self._dataset[self._rows[first : last + 1].tolist()]["input_ids"])
+        skipped = start - (int(self._ends[first - 1]) if first else 0)
+        ids = ids[skipped : skipped + stop - start]
+        return {"input_ids": ids, "labels": ids}
+
+
+class Examples(torch.utils.data.Dataset):
+    """Rows with labels of their own."""
+
+    def __init__(self, dataset: datasets.Dataset, rows: np.ndarray) -> None:
+        self._dataset, self._rows = dataset.select_columns(["input_ids", "labels"]).with_format("numpy"), rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Item:
+        return self._dataset[int(self._rows[index])]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Blocks of a corpus that is read anew for each epoch, shuffled by `seed` within a window."""
+
+    def __init__(
+        self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, options: DataOptions, block_size: int, seed: int
+    ) -> None:
+        self._corpus, self._tokenizer, self._options = corpus, tokenizer, options
+        self._size, self._seed, self._epoch = block_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[Item]:
+        draw, window = random.Random(f"{self._seed}-{self._epoch}"), []  # noqa: S311, no secret
+        for block in self._blocks():
+            window.append(block)
+            if len(window) > _WINDOW:
+                at = draw.randrange(len(window))
+                window[at], window[-1] = window[-1], window[at]
+                yield window.pop()
+        draw.shuffle(window)
+        yield from window
+
+    def _blocks(self) -> Iterator[Item]:
+        rest = np.zeros(0, np.int32)
+        for row in encode_documents(read_records(self._corpus, self._options), self._tokenizer):
+            rest = np.concatenate([rest, row["input_ids"]])
+            while len(rest) >= self._size:
+                yield {"input_ids": rest[: self._size], "labels": rest[: self._size]}
+                rest = rest[self._size :]
+        if len(rest):
+            yield {"input_ids": rest, "labels": rest}
+
+
+def lengths(dataset: datasets.Dataset) -> np.ndarray:
+    """Tokens of each row, (rows,)."""
+    return pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64)
+
+
+def hold_out(documents: np.ndarray, sizes: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on and rows to hold out: whole documents, drawn by `seed`; single rows where documents are few.
+
+    documents: number of each row's document, (rows,). sizes: bytes of each row, (rows,). About `fraction` of the bytes
+    are held out, at most a megabyte; at least one document, but none where there are too few.
+    """
+    units = documents if len(documents) and documents[-1] >= 19 else np.arange(len(documents))
+    bulk = np.bincount(units, sizes)
+    if fraction == 0 or len(bulk) < 4:
+        return np.arange(len(units)), np.zeros(0, np.int64)
+    order = np.random.default_rng(seed).permutation(len(bulk))
+    count = 1 + int(np.searchsorted(np.cumsum(bulk[order]), min(fraction * bulk.sum(), 1e6)))
+    held = np.isin(units, order[: min(count, len(bulk) // 2)])
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Items to a batch of tensors, padded on the right (a causal model does not look there) and not learned."""
+
+    pad: int  # token id
+    shape: tuple[int, int] | None = None  # rows and tokens of every batch, so that a compiled model sees one shape
+
+    def __call__(self, items: list[Item]) -> dict[str, torch.Tensor]:
+        longest = max(len(item["input_ids"]) for item in items)
+        shape = self.shape or (len(items), longest)
+        batch = {"input_ids": torch.full(shape, self.pad), "labels": torch.full(shape, IGNORED)}
+        for number, item in enumerate(items):
+            for name, tensor in batch.items():
+                tensor[number, : len(item[name])] = torch.from_numpy(item[name].astype(np.int64))
+        return batch
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a model is trained on, and what it is measured on."""
+
+    train_set: Any  # a torch Dataset
+    held_out: Any  # likewise; empty where nothing is held out
+    sequences: int  # in an epoch; 0 if a stream's are not known
+    length: float  # tokens of one, on average
+    report: Report | None  # None for a stream
+    prompt: str | None  # to sample from
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        return (
+            {"corpus_sha256": self.report.fingerprint, "tokenizer_sha256": self.report.tokenizer}
+            if self.report
+            else {}
+        )
+
+
+def gather_material(
+    corpus: Corpora, tokenizer: PreTrainedTokenizerBase, data: DataOptions, block_size: int, seed: int
+) -> Material:
+    """Tokenize a corpus, or find it tokenized, and set a part of it aside.
+
+    Raises:
+        HfkitError: there is nothing to train on.
+    """
+    held = [cut(_encode(data.eval_file, tokenizer, data), block_size)] if data.eval_file else []
+    if data.streaming:
+        stream = Stream(find_corpus(corpus), tokenizer, data, block_size, seed)
+        return Material(
+            stream, held[0] if held else [], 0, block_size, None, _prompt(held[0] if held else [], tokenizer)
+        )
+    prepared = _encode(corpus, tokenizer, data)
+    if held:
+        train_set, held_out = cut(prepared, block_size), held[0]
+    else:
+        columns = [np.array(prepared.dataset[name]) for name in ("document", "bytes")]
+        rows = hold_out(*columns, data.eval_fraction, seed)
+        train_set, held_out = (cut(prepared, block_size, part) for part in rows)
+        if not len(held_out):
+            note("nothing is held out: the corpus is too small, or --eval-fraction is 0")
+    if not len(train_set):
+        raise HfkitError("there is nothing to train on: the corpus is too small")
+    length = sum(lengths(prepared.dataset)) / max(1, len(train_set) + len(held_out))
+    length = min(length, block_size)
+    return Material(
+        train_set, held_out, len(train_set), length, prepared.report, _prompt(held_out or train_set, tokenizer)
+    )
+
+
+def _encode(corpus: Corpora, tokenizer: PreTrainedTokenizerBase, data: DataOptions) -> Prepared:
+    folder = Path(corpus if isinstance(corpus, str | Path) else corpus[0])
+    if not is_prepared(folder):
+        return encode_corpus(find_corpus(corpus), tokenizer, data)
+    prepared = load_prepared(folder)
+    if prepared.report.tokenizer != fingerprint(tokenizer):
+        raise HfkitError(f"{folder} was prepared for another tokenizer: prepare it with this -m")
+    return prepared
+
+
+def cut(prepared: Prepared, block_size: int, rows: np.ndarray | None = None) -> "Blocks | Examples":
+    """All rows of a corpus, or these, as sequences of at most `block_size` tokens."""
+    rows = np.arange(len(prepared.dataset)) if rows is None else rows
+    if prepared.report.kind == "text":
+        return Blocks(prepared.dataset, rows, block_size)
+    fit = rows[lengths(prepared.dataset)[rows] <= block_size]
+    if len(fit) < len(rows):
+        note(f"{len(rows) - len(fit)} of {len(rows)} examples are longer than {block_size} tokens: left out")
+    return Examples(prepared.dataset, fit)
+
+
+def _prompt(sequences: Any, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Where a sample begins: some words of a text, the question of an example."""
+    if not len(sequences):
+        return None
+    ids, labels = (sequences[0][name] for name in ("input_ids", "labels"))
+    known = int((labels == IGNORED).argmin())  # tokens before the answer
+    text = tokenizer.decode(ids[: known or 12].tolist())
+    return text if known else text.lstrip().rpartition(" ")[0] or text
