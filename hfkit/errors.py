@@ -4,6 +4,18 @@
 class HfkitError(Exception):
     """Something in the request, not in the code, is wrong: the message says what, where, and what to do."""
 
+    exit_code = 1
+
 
 class OptionError(HfkitError, ValueError):
     """An option's value is out of its range. On the command line this is a usage error (exit code 2)."""
+
+    exit_code = 2
+
+
+class StoppedError(HfkitError):
+    """A run ended as Ctrl-C or SIGTERM asked; what it had done is saved."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal

@@ -1,0 +1,191 @@
+"""What `auto` chooses for a training run on this machine, and what the run will cost."""
+
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hfkit.models import context_length
+from hfkit.options import TrainOptions
+
+_COMPILE_SECONDS = {"cpu": 600, "cuda": 300}  # estimated length of a run from which compiling pays
+_UTILIZATION = {"cpu": 0.35, "cuda": 0.35}  # of what matrix products of the model's size reach
+_CONTEXT = 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, decided: options without a None that matters, and how it is computed."""
+
+    options: TrainOptions
+    device: torch.device
+    precision: str  # float32, bfloat16, float16
+    compile: bool
+    attention_dropout: bool
+    steps: int
+    tokens: int  # in all steps
+    parameters: int
+    memory: int  # bytes, estimated
+    seconds: float  # estimated
+    why: tuple[str, ...]  # a line for --verbose each
+
+    @property
+    def autocast(self) -> dict[str, bool]:
+        """As TrainingArguments have it."""
+        return {"bf16": self.precision == "bfloat16", "fp16": self.precision == "float16"}
+
+
+def block_size_for(config: Any, wanted: int | None) -> int:
+    return wanted or min(context_length(config) or _CONTEXT, _CONTEXT)
+
+
+def make_plan(
+    config: Any,
+    parameters: int,
+    sequences: int,
+    length: float,
+    options: TrainOptions,
+    device: torch.device,
+    *,
+    fresh: bool = False,
+    processes: int = 1,
+) -> Plan:
+    """Decide what `options` leave open.
+
+    Args:
+        config: of the model.
+        parameters: of the model.
+        sequences: in an epoch; 0 where a stream's are not known.
+        length: tokens of a sequence, on average.
+        options: what was asked for.
+        device: where the model is trained.
+        fresh: the model is new, not trained before.
+        processes: that share the work.
+    """
+    options = _decide(options, parameters, sequences, length, fresh, processes)
+    batch = options.per_device_train_batch_size * processes  # type: ignore[operator]
+    per_epoch = math.ceil(math.ceil(sequences / batch) / options.gradient_accumulation_steps)
+    steps = options.max_steps or max(1, math.ceil(options.num_train_epochs * per_epoch))  # type: ignore[operator]
+    options = replace(options, eval_steps=options.eval_steps or math.ceil(steps / 10))
+    precision, why = _precision(options, device)
+    tokens = int(steps * batch * options.gradient_accumulation_steps * length)
+    seconds = tokens / _speed(config, parameters, precision, device) / processes
+    compiled, reason = _compiled(options, device, seconds)
+    dropout = device.type != "cpu" or not getattr(config, "attn_pdrop", 0)
+    slow = "no attention dropout: on a CPU there is no fast attention with it"
+    memory = _memory(config, parameters, batch / processes * length, options)
+    reasons = (why, reason) if dropout else (why, reason, slow)
+    return Plan(options, device, precision, compiled, dropout, steps, tokens, parameters, memory, seconds, reasons)
+
+
+def _decide(
+    options: TrainOptions, parameters: int, sequences: int, length: float, fresh: bool, processes: int
+) -> TrainOptions:
+    """`options` with a value for all that makes a difference to the result."""
+    chosen: dict[str, Any] = {
+        # Trainer's 8, but of a short corpus no more than gives some 30 steps an epoch.
+        "per_device_train_batch_size": max(1, min(8, sequences // (30 * processes))) if sequences else 8,
+        "learning_rate": _learning_rate(parameters, fresh, options.lora),
+        "optim": "muon" if fresh else "adamw_torch_fused",
+        "weight_decay": 0.1 if fresh else 0.01,
+    }
+    if not options.max_steps:
+        enough = 20 * parameters / max(1, sequences * length)  # 20 tokens for each parameter
+        chosen["num_train_epochs"] = min(20.0, max(3.0, math.ceil(enough))) if fresh else 3.0
+    if options.lora:
+        chosen["lora_alpha"] = 2 * options.lora_r
+    return replace(options, **{name: value for name, value in chosen.items() if getattr(options, name) is None})
+
+
+def _learning_rate(parameters: int, fresh: bool, lora: bool) -> float:
+    """For GPT-2-small's size 6e-4 if new, else 5e-5; more for smaller models; four times as much for an adapter."""
+    peak, most = (6e-4, 3e-3) if fresh else (5e-5, 5e-4)
+    rate = min(most, peak * math.sqrt(124e6 / parameters)) * (4 if lora else 1)
+    return float(f"{rate:.1e}")
+
+
+def _precision(options: TrainOptions, device: torch.device) -> tuple[str, str]:
+    if options.bf16:
+        return "bfloat16", "bfloat16: asked for"
+    if options.fp16:
+        return "float16", "float16: asked for"
+    if options.bf16 is False or options.fp16 is False:
+        return "float32", "float32: asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", "bfloat16: this GPU has units for it"
+        return "float16", "float16: this GPU has no units for bfloat16"
+    if device.type == "cpu" and has_bfloat16_units():
+        return "bfloat16", "bfloat16: this processor has units for it"
+    return "float32", f"float32: this {device.type} has no units for less"
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this processor multiplies in bfloat16 faster than in float32."""
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16"))
+
+
+def _compiled(options: TrainOptions, device: torch.device, seconds: float) -> tuple[bool, str]:
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    if options.torch_compile is not None:
+        if options.torch_compile and not compiler:
+            return False, "not compiled, though asked for: there is no C++ compiler"
+        return options.torch_compile, "compiled: asked for" if options.torch_compile else "not compiled: asked for"
+    if device.type not in _COMPILE_SECONDS or not compiler:
+        return False, "not compiled: " + ("no C++ compiler" if not compiler else f"not done on {device.type}")
+    if seconds < _COMPILE_SECONDS[device.type]:
+        return False, "not compiled: the run is too short to gain"
+    return True, "compiled: the run is long enough to gain"
+
+
+def _speed(config: Any, parameters: int, precision: str, device: torch.device) -> float:
+    """Tokens a second, roughly: from a matrix product of the model's size, timed now."""
+    width = getattr(config, "hidden_size", 768)
+    dtype = getattr(torch, precision)
+    a, b = (
+        torch.randn(2048, width, device=device, dtype=dtype),
+        torch.randn(4 * width, width, device=device, dtype=dtype),
+    )
+
+    def run(times: int) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(times):
+            torch.nn.functional.linear(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / times
+
+    once = max(run(2), 1e-6)
+    flops = 2 * a.numel() * b.shape[0] / run(max(2, int(0.1 / once)))
+    return _UTILIZATION.get(device.type, 0.3) * flops / (6 * parameters)
+
+
+def _memory(config: Any, parameters: int, tokens: float, options: TrainOptions) -> int:
+    """Bytes: weights, gradients, Adam's two moments, and what a batch of `tokens` keeps for the backward pass."""
+    layers, width = getattr(config, "num_hidden_layers", 12), getattr(config, "hidden_size", 768)
+    state = parameters * (4 if options.lora else 16)
+    kept = layers * width * (8 if options.activation_checkpointing else 40) * tokens
+    return int(state + kept + 10 * tokens * getattr(config, "vocab_size", 50257))
+
+
+def summarize(plan: Plan, state: Any) -> dict[str, Any]:
+    """What a finished run did, for metrics.json; `state` is Trainer's."""
+    seconds = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
+    tokens = int(plan.tokens * state.global_step / plan.steps)
+    return {
+        "parameters": plan.parameters,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds if seconds else None,
+        "device": torch.cuda.get_device_name() if plan.device.type == "cuda" else plan.device.type,
+        "precision": plan.precision,
+        "compiled": plan.compile,
+        "seed": plan.options.seed,
+    }
