@@ -6,13 +6,22 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it, imported on first use, so that `import hfkit` costs milliseconds.
 _HOME = {
+    "DataOptions": "options",
+    "ExportOptions": "options",
     "GenerateOptions": "options",
     "Generation": "generation",
     "HfkitError": "errors",
     "LanguageModel": "models",
     "ModelOptions": "options",
+    "Run": "training",
+    "SizeOptions": "options",
+    "TrainOptions": "options",
+    "export": "exporting",
+    "finetune": "training",
     "generate": "generation",
     "load": "models",
+    "prepare": "preparation",
+    "pretrain": "pretraining",
     "stream": "generation",
 }
 __all__ = sorted(_HOME)

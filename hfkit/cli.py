@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -15,7 +15,15 @@ import hfkit
 from hfkit import console, prompts
 from hfkit.errors import HfkitError, OptionError
 from hfkit.flags import flags
-from hfkit.options import GenerateOptions, ModelOptions
+from hfkit.options import (
+    DataOptions,
+    ExportOptions,
+    GenerateOptions,
+    LaunchOptions,
+    ModelOptions,
+    SizeOptions,
+    TrainOptions,
+)
 from hfkit.sources import find
 
 app = typer.Typer(
@@ -105,6 +113,86 @@ def chat(model: ModelOptions, sampling: GenerateOptions) -> None:
     conversation.run(model, sampling)
 
 
+_Corpus = Annotated[list[str], typer.Argument(help="Files, folders, globs, hf://NAME, or what `prepare` made.")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what the run would be and cost, and stop there.")]
+
+
+@app.command()
+@flags
+def finetune(
+    corpus: _Corpus,
+    model: ModelOptions,
+    data: DataOptions,
+    train: TrainOptions,
+    launch: LaunchOptions,
+    dry_run: _DryRun = False,
+    json: _Json = False,
+) -> None:
+    """Go on training a model on a corpus; print the folder of the result."""
+    from hfkit import launching, runs
+
+    runs.check_request(corpus, train, dry_run=dry_run)
+    if launching.launch(launch):
+        return
+    _print_run(hfkit.finetune(corpus, model=model, data=data, train=train, dry_run=dry_run), json)
+
+
+@app.command()
+@flags
+def pretrain(
+    corpus: _Corpus,
+    size: SizeOptions,
+    data: DataOptions,
+    train: TrainOptions,
+    launch: LaunchOptions,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
+    dry_run: _DryRun = False,
+    json: _Json = False,
+) -> None:
+    """Train a tokenizer and a GPT-2 from nothing; print the folder of the result."""
+    from hfkit import launching, runs
+
+    runs.check_request(corpus, train, dry_run=dry_run)
+    if launching.launch(launch):
+        return
+    _print_run(hfkit.pretrain(corpus, size=size, data=data, train=train, device=device, dry_run=dry_run), json)
+
+
+@app.command()
+@flags
+def prepare(
+    corpus: _Corpus,
+    model: ModelOptions,
+    data: DataOptions,
+    output: Annotated[Path | None, typer.Option("--output-dir", "-o", help="Folder to keep the tokens in.")] = None,
+    json: _Json = False,
+) -> None:
+    """Tokenize a corpus once; print what is in it, and what training on it would cost here."""
+    from json import dumps
+
+    found = hfkit.prepare(corpus, model=model, data=data, output_dir=output)
+    console.write((dumps(found.to_dict()) if json else "\n".join(found.lines())) + "\n")
+
+
+@app.command()
+@flags
+def export(
+    model: Annotated[str, typer.Argument(help="A run of finetune, an adapter, any model.")],
+    options: ExportOptions,
+) -> None:
+    """Write a model as one folder: adapter merged, precision changed; or push it to the Hub."""
+    console.write(hfkit.export(model, options) + "\n")
+
+
+def _print_run(run: Any, json: bool) -> None:
+    from json import dumps
+
+    from hfkit import processes
+
+    if run and processes.rank == 0:
+        console.write((dumps(run.metrics) if json else run.output_dir) + "\n")
+
+
 @app.command()
 @flags
 def info(model: ModelOptions, json: _Json = False) -> None:
@@ -144,7 +232,7 @@ def _explain(error: BaseException) -> int:
             return 141  # whoever read has had enough, as after SIGPIPE
         case HfkitError():
             console.fail(str(error))
-            return 2 if isinstance(error, OptionError) else 1
+            return error.exit_code
         case typer.TyperException() if hasattr(error, "format_message"):
             if message := error.format_message():  # none where the help was shown instead
                 console.fail(f"{message} (see --help)")

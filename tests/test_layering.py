@@ -12,9 +12,10 @@ import hfkit
 MODULES = {path.stem: ast.parse(path.read_text()) for path in Path(hfkit.__file__).parent.glob("*.py")}
 # From left to right; a module imports only what stands before it.
 ORDER = (
-    "errors options console recipes flags processes prompts sources quantization models encoding decoding sampling "
-    "data generation checkpoints metrics training evaluation tuning tasks writing conversation machine serving report "
-    "launching cli __main__"
+    "errors options console recipes flags processes storage files prompts sources tables corpora runs quantization "
+    "models encoding decoding sampling batches generation data sequences evaluation metrics planning optimizers "
+    "checkpoints monitoring adapters report training pretraining tuning tasks exporting writing conversation machine "
+    "serving launching cli __main__"
 ).split()
 LIGHT = {"errors", "options", "console", "recipes", "flags", "processes", "prompts", "sources", "cli", "__init__"}
 

@@ -1,0 +1,80 @@
+"""`prepare`: tokenize a corpus once, say what is in it, and what training on it would cost here."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hfkit.corpora import Corpora, find_corpus, is_prepared
+from hfkit.data import Prepared, encode_corpus
+from hfkit.errors import HfkitError
+from hfkit.models import choose_device, load_config, load_tokenizer
+from hfkit.options import DataOptions, ModelOptions, TrainOptions, divide
+from hfkit.planning import Plan, block_size_for, make_plan
+from hfkit.report import corpus_lines, plan_lines
+from hfkit.sequences import cut, lengths
+from hfkit.sources import count_parameters, find
+from hfkit.storage import make_writable
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A tokenized corpus: `finetune` takes its folder."""
+
+    prepared: Prepared
+    plan: Plan  # of training on all of it with the default options
+    blocks: int
+    block_size: int
+
+    @property
+    def folder(self) -> str:
+        return str(self.prepared.folder)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `--json` prints. Time in seconds and memory in bytes are estimates for this machine."""
+        cost = {"parameters": self.plan.parameters, "steps": self.plan.steps, "seconds": self.plan.seconds}
+        cost |= {"memory": self.plan.memory, "device": self.plan.device.type, "precision": self.plan.precision}
+        sizes = {"blocks": self.blocks, "block_size": self.block_size, "folder": self.folder}
+        return {**asdict(self.prepared.report), **sizes, "training": cost}
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        blocks = f"{self.blocks:,} sequences of at most {self.block_size:,} tokens, in {self.folder}"
+        return [*corpus_lines(self.prepared.report), blocks, *plan_lines(self.plan)]
+
+
+def prepare(
+    corpus: Corpora,
+    *,
+    model: str | ModelOptions | None = None,
+    data: DataOptions | None = None,
+    output_dir: str | Path | None = None,
+    **overrides: Any,
+) -> Preparation:
+    """Tokenize a corpus for a model, into `output_dir` or into the cache, where `finetune` finds it again.
+
+    Args:
+        corpus: files, folders, globs or `hf://NAME`.
+        model: whose tokenizer it is for, as `load` takes it.
+        data: options; every field of `ModelOptions` and `DataOptions` is a keyword, too.
+        output_dir: a new folder; `datasets.load_from_disk` reads it, as well.
+
+    Raises:
+        HfkitError: the corpus or the model cannot be read, or the folder is not free.
+    """
+    if not isinstance(model, ModelOptions):
+        overrides, model = overrides | ({"model": model} if model else {}), None
+    model, data = divide(overrides, (ModelOptions, model), (DataOptions, data))
+    folder = Path(output_dir) if output_dir else None
+    if folder:
+        make_writable(folder)
+        if not is_prepared(folder) and any(folder.iterdir()):
+            raise HfkitError(f"{folder} holds something else: name a new folder")
+    found, source = find_corpus(corpus), find(model)
+    tokenizer, config = load_tokenizer(source), load_config(source)
+    prepared = encode_corpus(found, tokenizer, data, folder)
+    block_size = block_size_for(config, data.block_size)
+    sequences = len(cut(prepared, block_size))
+    length = min(block_size, lengths(prepared.dataset).sum() / max(1, sequences))
+    device = choose_device(model, source)
+    plan = make_plan(config, count_parameters(source), sequences, length, TrainOptions(), device)
+    return Preparation(prepared, plan, sequences, block_size)
