@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, GPT2Tokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkit.console import detail, quiet_libraries
@@ -111,6 +114,9 @@ def load_weights(source: Source, options: ModelOptions, tokenizer: PreTrainedTok
         "output_loading_info": True,
     }
     if source.gguf:
+        from transformers import modeling_gguf_pytorch_utils as reader
+
+        reader.tqdm = lambda tensors, **_: tensors  # a bar that nothing else turns off
         arguments["gguf_file"] = source.gguf
         del arguments["use_safetensors"]
     if options.quantize and device.type == "cuda":
@@ -122,9 +128,10 @@ def load_weights(source: Source, options: ModelOptions, tokenizer: PreTrainedTok
         model, report = _class_for(config).from_pretrained(
             source.folder, trust_remote_code=source.trust_remote_code, **arguments
         )
-    _check_weights(source, model, report)
+    _check_names(source.folder, report)
     if source.adapter:
         model = _merge_adapter(model, source)
+    _check_numbers(source, model)
     model.name_or_path = source.name
     if not placement:
         model = model.to(device)
@@ -148,7 +155,7 @@ def choose_device(options: ModelOptions, source: Source | None = None) -> torch.
     try:
         device = torch.device(options.device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # torch raises everything from AssertionError to ModuleNotFoundError here
         raise HfkitError(f"no device {options.device!r} on this machine: leave --device out, or say cpu") from error
     if device.type == "meta":
         raise HfkitError("device 'meta' computes nothing: leave --device out, or say cpu")
@@ -183,15 +190,16 @@ def _class_for(config: Any) -> Any:
     return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
 
 
-def _check_weights(source: Source, model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """transformers fills what is missing with random numbers and drops what is left over: neither is the model."""
+def _check_names(folder: Path, report: dict[str, Any]) -> None:
+    """The libraries fill what is missing with random numbers and drop what is left over: neither is the model."""
     for what in ("missing", "unexpected", "mismatched"):
-        keys = sorted(str(key) for key in report[f"{what}_keys"])
+        keys = sorted(str(key) for key in report.get(f"{what}_keys", ()))
         if keys:
             shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise HfkitError(
-                f"the weights do not fit config.json ({source.folder}): {what} {shown}; get the model again"
-            )
+            raise HfkitError(f"the weights do not fit the model ({folder}): {what} {shown}; get the model again")
+
+
+def _check_numbers(source: Source, model: PreTrainedModel) -> None:
     for name, tensor in model.named_parameters():
         # A sum is one pass over the memory that the first forward would have read in anyway.
         if (
@@ -206,11 +214,18 @@ def _check_weights(source: Source, model: PreTrainedModel, report: dict[str, Any
 
 def _merge_adapter(model: PreTrainedModel, source: Source) -> PreTrainedModel:
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise HfkitError("LoRA adapters need peft: pip install 'hfkit[lora]'") from error
-    with _errors(source), quiet_libraries():
-        return PeftModel.from_pretrained(model, source.adapter, use_safetensors=True).merge_and_unload()
+    with _errors(source), quiet_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft only warns of what is an error below
+        adapted = PeftModel.from_pretrained(model, source.adapter, use_safetensors=True)
+        wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        with safe_open(source.adapter / "adapter_model.safetensors", framework="np") as file:
+            found = set(file.keys())
+        extra = {name for name in found - wanted if "lora_" in name}
+        _check_names(source.adapter, {"missing_keys": wanted - found, "unexpected_keys": extra})
+        return adapted.merge_and_unload()
 
 
 def _bitsandbytes(bits: str) -> Any:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 _GROUP = 32  # input features that share a scale, in 4 bits
+_STEP = 32  # input features that the 8-bit kernel takes at a time; it reads past the end of a row that has others
 _MANY_ROWS = 48  # from so many rows on a dequantised matrix product is faster than the integer kernel
 
 
@@ -27,7 +28,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) < _MANY_ROWS:
+        if len(rows) < _MANY_ROWS and rows.shape[1] % _STEP == 0:
             # A private operator, but the only 8-bit CPU kernel that torch has; torchao calls it, too.
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
         else:
@@ -45,7 +46,9 @@ class Int4Linear(nn.Module):
         scale = (groups.abs().amax(-1) / 7).clamp(min=1e-12)
         levels = ((groups / scale[..., None]).round().clamp(-8, 7) + 8).to(torch.int32).view_as(weight)
         # Private operators again; the last dimension of the second holds scale and zero point.
-        self.register_buffer("weight", torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.contiguous(), 1))
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.contiguous(), 1)
+        # Called int8, because T5 casts what it multiplies to the type of the weight unless it is that.
+        self.register_buffer("weight", packed.view(torch.int8))
         pairs = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1)
         self.register_buffer("scale_and_zero", pairs.bfloat16().contiguous())
         self.bias = bias
@@ -56,7 +59,8 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, _GROUP, self.scale_and_zero)
+        packed = self.weight.view(torch.uint8)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, _GROUP, self.scale_and_zero)
         return _finish(y, self.bias, x)
 
 
