@@ -16,6 +16,7 @@ from hfkit.errors import HfkitError, OptionError
 from hfkit.models import LanguageModel, load
 from hfkit.options import GenerateOptions, ModelOptions
 from hfkit.sampling import check, draws, is_plain
+from hfkit.sources import find
 
 _WINDOW = 8  # batches that are sorted by length together
 
@@ -187,14 +188,18 @@ def draw_seed() -> int:
 
 
 def loaded(model: Model) -> LanguageModel:
-    """`model` as a LanguageModel, loaded if it is a name."""
+    """`model` as a LanguageModel, loaded if it is a name; once, as long as its files stay the same."""
     if isinstance(model, tuple):
         return LanguageModel(*model)
-    return _load(model if isinstance(model, ModelOptions) else ModelOptions(model=model))
+    options = model if isinstance(model, ModelOptions) else ModelOptions(model=model)
+    source = find(options)
+    files = [source.folder / source.gguf] if source.gguf else [*source.folder.iterdir()]
+    files += source.adapter.iterdir() if source.adapter else []
+    return _load(options, tuple(sorted((str(file), file.stat().st_mtime_ns) for file in files)))
 
 
 @functools.lru_cache(maxsize=1)
-def _load(options: ModelOptions) -> LanguageModel:
+def _load(options: ModelOptions, files: tuple[tuple[str, int], ...]) -> LanguageModel:
     return load(options)
 
 

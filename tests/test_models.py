@@ -76,6 +76,18 @@ def test_options_come_as_names_or_as_one(tiny):
     assert hfkit.load(ModelOptions(model=tiny, dtype="bfloat16"), dtype="float32").model.dtype == torch.float32
 
 
+def test_a_model_given_by_name_stays_loaded_until_its_files_change(copy, tiny, monkeypatch):
+    folder, how = str(copy(tiny)), {"max_new_tokens": 9, "temperature": 0}
+    first = hfkit.generate("a", model=folder, **how)
+    with monkeypatch.context() as patch:
+        patch.setattr("hfkit.generation.load", None)
+        assert hfkit.generate("a", model=folder, **how) == first
+    edit_weights(Path(folder), lambda tensors: tensors["transformer.wte.weight"].neg_())
+    assert hfkit.generate("a", model=folder, **how) != first
+    monkeypatch.setenv("HFKIT_MODEL", tiny)
+    assert hfkit.generate("a", **how).completion == first.completion
+
+
 # adapters
 
 
