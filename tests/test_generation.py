@@ -24,7 +24,7 @@ from hfkit.encoding import prepare
 from hfkit.errors import HfkitError, OptionError
 from hfkit.options import SAMPLING, GenerateOptions
 
-PROMPTS = ["the cat", "a", "what is it that you want", "no, no", "to be or not to be", "the the the", "x y z"]
+PROMPTS = ["the cat", "a", "what is it that you want", "no, no", "the the the"]
 BOTH = pytest.mark.parametrize("name", ["gpt2", "llama"])
 
 
@@ -75,7 +75,7 @@ def test_shell_json_python_and_transformers_give_the_same_text(lms, capfdbinary,
     flags = [part for key, value in fields.items() if key != "do_sample" for part in (f"--{key}", value)]
     flags += [part for token in suppress for part in ("--suppress-tokens", token)]
     flags += ["--no-do-sample"] if "do_sample" in fields else []
-    for seed, prompt in enumerate(PROMPTS[:3]):
+    for seed, prompt in enumerate(PROMPTS[:2]):
         (expected,) = reference(lm, prompt, seed, fields=given)
         result = hfkit.generate(prompt, model=lm, seed=seed, max_new_tokens=12, **given)
         line = ["generate", prompt, "-m", lm.name, "-s", seed, "-n", 12, *flags]
@@ -110,10 +110,10 @@ def test_a_sampling_control_does_what_it_does_in_transformers(lms, name, fields)
     if "suppress_tokens" in fields:
         fields = {"suppress_tokens": [*broken(lm), *fields["suppress_tokens"]]}
     changed = False
-    for seed in range(4):
+    for seed in (1, 2):
         found = hfkit.generate("the the cat", model=lm, seed=seed, max_new_tokens=12, **plain | fields).completion
         assert found == reference(lm, "the the cat", seed, fields=plain | fields)[0]
-        changed |= found != hfkit.generate("the the cat", model=lm, seed=seed, max_new_tokens=12, **plain).completion
+        changed |= found != reference(lm, "the the cat", seed, fields=plain)[0]
     assert changed
 
 
@@ -195,7 +195,7 @@ BATCHED = [
 def test_a_batch_gives_what_each_prompt_gives_alone(lms, name, fields):
     if name in ("t5", "bart") and "guidance_scale" in fields:
         pytest.skip("transformers has no guidance for a model with an encoder")
-    how = {"model": lms[name], "max_new_tokens": 10, **fields}
+    how = {"model": lms[name], "max_new_tokens": 8, **fields}
     together = hfkit.generate(PROMPTS, seed=4, **how)
     alone = [hfkit.generate(prompt, seed=4 + i, **how) for i, prompt in enumerate(PROMPTS)]
     assert [(one.completion, one.tokens, one.finish_reason) for one in together] == [
@@ -227,7 +227,7 @@ def test_a_batch_that_is_too_large_for_the_memory_runs_in_halves(lms, monkeypatc
     monkeypatch.setattr(lm.model, "generate", small)
     found = hfkit.generate(PROMPTS, model=lm, seed=1, max_new_tokens=5)
     assert [*map(str, found)] == [*map(str, expected)]
-    assert b"going on with 3" in capfdbinary.readouterr().err
+    assert b"going on with 2" in capfdbinary.readouterr().err
     most = 0
     for how in ({}, {"num_beams": 2}):
         with pytest.raises(HfkitError, match="out of memory"):
@@ -314,7 +314,7 @@ def test_a_stream_is_what_generate_gives_and_returns_it(lms, name):
         except StopIteration as stop:
             return "".join(said), stop.value, hfkit.generate(prompt, model=lms[name], **how)
 
-    for seed in range(12):
+    for seed in range(5):
         said, returned, whole = both("the cat", seed=seed, max_new_tokens=20)
         assert said == whole.completion and returned == whole
 
@@ -341,9 +341,9 @@ def test_a_stream_is_refused_at_the_call_and_a_fault_reaches_the_reader(lms, mon
 
 @BOTH
 def test_a_stop_string_is_cut_and_never_shown(lms, name):
-    lm, draw = lms[name], random.Random(name)
-    for seed in range(25):
-        how = {"model": lm, "seed": seed, "max_new_tokens": 20, "suppress_tokens": broken(lm)}
+    lm, suppress, draw = lms[name], broken(lms[name]), random.Random(name)
+    for seed in range(8):
+        how = {"model": lm, "seed": seed, "max_new_tokens": 16, "suppress_tokens": suppress}
         text = hfkit.generate("the", **how).completion
         at = draw.randrange(len(text))
         stops = [text[at : at + draw.randint(1, 4)], "never to be seen"]
@@ -457,7 +457,7 @@ def test_an_assistant_that_is_too_short_for_the_text_is_one_sentence(lms, tiny, 
 @pytest.mark.parametrize(
     ("prompt", "new", "fits"),
     [(62, 1, True), (63, 1, True), (64, 1, False), (54, 10, True), (55, 10, False), (1, 63, True), (1, 64, False)]
-    + [(1, 10**9, False), (10**6, 1, False), (64, None, False), (63, None, True)],
+    + [(1, 10**9, False), (10**5, 1, False), (64, None, False), (63, None, True)],
 )
 def test_what_does_not_fit_the_context_is_refused_before_any_compute(
     lms, tiny, capfdbinary, monkeypatch, prompt, new, fits
