@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 # Public name -> module that defines it, imported on first use, so that `import hfkit` costs milliseconds.
 _HOME = {
     "DataOptions": "options",
+    "EvaluateOptions": "options",
+    "Evaluation": "evaluation",
     "ExportOptions": "options",
     "GenerateOptions": "options",
     "Generation": "generation",
@@ -16,6 +18,7 @@ _HOME = {
     "Run": "training",
     "SizeOptions": "options",
     "TrainOptions": "options",
+    "evaluate": "evaluation",
     "export": "exporting",
     "finetune": "training",
     "generate": "generation",

@@ -16,10 +16,13 @@ from hfkit import console, prompts
 from hfkit.errors import HfkitError, OptionError
 from hfkit.flags import flags
 from hfkit.options import (
+    CorpusOptions,
     DataOptions,
+    EvaluateOptions,
     ExportOptions,
     GenerateOptions,
     LaunchOptions,
+    ManyModelsOptions,
     ModelOptions,
     SizeOptions,
     TrainOptions,
@@ -172,6 +175,17 @@ def prepare(
 
     found = hfkit.prepare(corpus, model=model, data=data, output_dir=output)
     console.write((dumps(found.to_dict()) if json else "\n".join(found.lines())) + "\n")
+
+
+@app.command()
+@flags
+def evaluate(
+    corpus: _Corpus, model: ManyModelsOptions, read: CorpusOptions, options: EvaluateOptions, json: _Json = False
+) -> None:
+    """Measure how well models predict a corpus: perplexity, bits per byte, accuracy, each with its error."""
+    from hfkit import measuring
+
+    measuring.write(corpus, model, read, options, json=json)
 
 
 @app.command()

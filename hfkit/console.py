@@ -53,6 +53,15 @@ def write(text: str, file: IO[str] | None = None) -> None:
     file.flush()
 
 
+def write_table(table: Any, width: int = 120) -> None:
+    """Write a rich table to stdout; `width` holds where it is no terminal."""
+    import shutil
+
+    from rich.console import Console
+
+    Console(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else width, highlight=False).print(table)
+
+
 def note(text: str) -> None:
     """A line on stderr, unless `--quiet`."""
     if not state.quiet:

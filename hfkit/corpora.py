@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from hfkit.console import note
 from hfkit.errors import HfkitError
 from hfkit.files import kind_of, read_text
-from hfkit.options import DataOptions
+from hfkit.options import CorpusOptions
 from hfkit.tables import Row, read_hub_rows, read_rows
 
 END = "<|endoftext|>"  # in a plain text it ends a document, as in GPT-2's own corpora
@@ -106,7 +106,7 @@ def _paths(source: str) -> tuple[list[Path], bool]:
     return paths, len(paths) == 1
 
 
-def read_records(corpus: Corpus, options: DataOptions) -> Iterator[Piece | Example]:
+def read_records(corpus: Corpus, options: CorpusOptions) -> Iterator[Piece | Example]:
     """All records of `corpus` in order; rows with an answer as Examples, documents in Pieces.
 
     Raises:
@@ -150,7 +150,7 @@ def _cut(text: str, final: bool) -> Iterator[Piece]:
         yield Piece(text[start:], True)
 
 
-def _records(rows: Iterable[Row], options: DataOptions) -> Iterator[Piece | Example]:
+def _records(rows: Iterable[Row], options: CorpusOptions) -> Iterator[Piece | Example]:
     """Rows as records; the first row shows which columns matter."""
     column = None
     for row, where in rows:
@@ -170,7 +170,7 @@ def _records(rows: Iterable[Row], options: DataOptions) -> Iterator[Piece | Exam
             yield from _cut(text or "", final=True)
 
 
-def _column(row: dict[str, Any], where: str, options: DataOptions) -> str:
+def _column(row: dict[str, Any], where: str, options: CorpusOptions) -> str:
     """The column that holds what is learned."""
     names = ", ".join(repr(name) for name in row)
     if options.text_column:

@@ -21,8 +21,8 @@ from hfkit.console import progress
 from hfkit.corpora import PREPARED, Corpus, Example, Piece, read_records
 from hfkit.errors import HfkitError
 from hfkit.options import DataOptions
+from hfkit.scoring import IGNORED
 
-IGNORED = -100  # label of a token that is not learned
 # For conversations with a tokenizer that has no template of its own.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
@@ -193,10 +193,12 @@ def number_documents(pieces: Iterable[Piece]) -> Iterator[tuple[int, bool, Piece
         document, first = document + piece.last, piece.last
 
 
-def encode_documents(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
-    """Token ids of each piece; a document begins as the tokenizer begins a text, and ends with EOS."""
+def encode_documents(
+    pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, *, close: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Token ids of each piece; a document begins as the tokenizer begins a text, and ends with EOS if it is closed."""
     begin = [i for i in tokenizer("a")["input_ids"][:1] if i in tokenizer.all_special_ids]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end = [tokenizer.eos_token_id] if close and tokenizer.eos_token_id is not None else []
     numbered = number_documents(pieces)
     while batch := list(islice(numbered, _BATCH)):
         texts = [piece.text for *_, piece in batch]

@@ -1,88 +1,223 @@
-"""How well a model predicts a text: negative log-likelihood, perplexity, accuracy, and their errors."""
+"""`evaluate`: how well a model predicts a text, by sliding windows over each document."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, groupby, islice
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from hfkit.sequences import IGNORED
+from hfkit.console import detail, progress
+from hfkit.corpora import Corpora, Example, Piece, find_corpus, read_records
+from hfkit.data import encode_documents, encode_examples, number_documents
+from hfkit.errors import HfkitError
+from hfkit.generation import loaded
+from hfkit.models import LanguageModel
+from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions, divide
+from hfkit.planning import has_bfloat16_units
+from hfkit.scoring import IGNORED, Scores, exp, precise_head, ratio_stderr, score_batches
+from hfkit.sequences import Item, group
 
-
-@dataclass
-class Tally:
-    """Sums over the predicted tokens of sequences; the last three are for the standard error."""
-
-    nll: float = 0.0  # nats
-    tokens: int = 0
-    top1: int = 0  # tokens that were the likeliest
-    top5: int = 0  # tokens among the five likeliest
-    sequences: int = 0
-    nll_squared: float = 0.0
-    tokens_squared: float = 0.0
-    nll_tokens: float = 0.0
-
-    def add(self, nll: torch.Tensor, tokens: torch.Tensor, top1: torch.Tensor, top5: torch.Tensor) -> None:
-        """Add sequences. All tensors: (sequences,)."""
-        nll, tokens = nll.double(), tokens.double()
-        sums = (nll, tokens, top1, top5, torch.ones_like(nll), nll * nll, tokens * tokens, nll * tokens)
-        self.merge(Tally(*(column.sum().item() for column in sums)))
-
-    def merge(self, other: "Tally") -> None:
-        for f in fields(self):
-            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
-
-    @property
-    def loss(self) -> float:
-        """Nats a token."""
-        return self.nll / self.tokens if self.tokens else math.nan
-
-    @property
-    def loss_stderr(self) -> float:
-        """Standard error of `loss` with the sequences as a sample: that of a ratio of two sums."""
-        if self.sequences < 2:
-            return math.nan
-        loss = self.loss
-        squares = self.nll_squared - 2 * loss * self.nll_tokens + loss * loss * self.tokens_squared
-        return math.sqrt(max(0.0, squares) * self.sequences / (self.sequences - 1)) / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
-
-    @property
-    def perplexity_stderr(self) -> float:
-        return self.perplexity * self.loss_stderr
+_WINDOW = 1024  # tokens, where the model sets no limit
+_BATCH = {"cpu": 2048, "cuda": 16_384}  # tokens that are scored at a time: their logits are what takes memory
+_SORTED = 256  # windows that are sorted by length together
+_CLOSE = 5e-4  # nats a token that half precision may change
 
 
-def score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a model said of the tokens that came.
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicted a corpus."""
+
+    model: str
+    loss: float  # nats a token
+    loss_stderr: float
+    perplexity: float
+    perplexity_stderr: float
+    bits_per_byte: float
+    bits_per_byte_stderr: float
+    word_perplexity: float  # a word is what white space separates
+    token_accuracy: float
+    top5_accuracy: float
+    tokens: int
+    bytes: int
+    words: int
+    documents: int
+    window: int
+    stride: int
+    dtype: str
+    scores: Scores  # of each passage
+    passages: np.ndarray  # their sizes in bytes, (passages,)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {name: value for name, value in vars(self).items() if name not in ("scores", "passages")}
+
+    def gain_over(self, other: "Evaluation") -> tuple[float, float]:
+        """How many bits per byte fewer than `other` on the same corpus, and the standard error of that."""
+        saved = (other.scores.nll - self.scores.nll) / math.log(2)
+        return float(saved.sum() / self.passages.sum()), ratio_stderr(saved, self.passages)
+
+
+def evaluate(
+    corpus: Corpora,
+    *,
+    model: str | ModelOptions | LanguageModel | None = None,
+    read: CorpusOptions | None = None,
+    options: EvaluateOptions | None = None,
+    **overrides: Any,
+) -> Evaluation:
+    """Score a model on a corpus; memory does not grow with it.
+
+    Each document is scored from its first token on, after the token that begins a text. A token is predicted from at
+    least window - stride tokens before it, if the document has so many; the last window reaches back to be full.
 
     Args:
-        logits: (rows, length, vocabulary); position t predicts token t + 1.
-        labels: (rows, length), IGNORED where a token does not count.
+        corpus: files, folders, globs or `hf://NAME`; of `prompt`/`completion` and `messages` rows the answers count.
+        model: what `load` returned or takes.
+        read, options: every field of `CorpusOptions` and `EvaluateOptions` is a keyword, too.
 
-    Returns:
-        Negative log-likelihood in nats, rank of the token (0: the likeliest), and whether it counts; each
-        (rows, length - 1).
+    Raises:
+        HfkitError: the corpus or the model cannot be read, or there is nothing to score.
     """
-    targets = labels[:, 1:]
-    counts = targets != IGNORED
-    targets = targets.clamp(min=0)
-    logits = logits[:, :-1].float()
-    own = logits.gather(-1, targets[..., None])
-    nll = logits.logsumexp(-1) - own.squeeze(-1)
-    return nll * counts, (logits > own).sum(-1), counts
+    read, options = divide(overrides, (CorpusOptions, read), (EvaluateOptions, options))
+    found, lm = find_corpus(corpus), loaded(model)
+    if lm.model.config.is_encoder_decoder:
+        raise HfkitError(f"{lm.name} has an encoder: a text alone has no perplexity under it")
+    window = int(min(options.max_length or lm.context or _WINDOW, lm.context or math.inf))
+    stride = min(options.stride or window, window)
+    with progress(found.size, "B", "evaluating") as bar:
+        text = _Reader(lm.tokenizer, window, stride, bar)
+        is_exact = isinstance(model, ModelOptions) and model.dtype == "float32"
+        scores, dtype = _score(lm, text.windows(read_records(found, read)), is_exact)
+    if not scores.count:
+        raise HfkitError("there is nothing to score: the corpus holds no text")
+    sizes = np.array(text.bytes, float)
+    scores.merge(Scores(*np.zeros((4, len(sizes)))))  # passages of which nothing was a target
+    nll, bits = scores.nll.sum(), 1 / math.log(2)
+    return Evaluation(
+        lm.name, scores.loss, scores.loss_stderr, scores.perplexity, scores.perplexity_stderr,
+        nll * bits / sizes.sum(), ratio_stderr(scores.nll, sizes) * bits, exp(nll / max(1, text.words)),
+        scores.top1.sum() / scores.count, scores.top5.sum() / scores.count, scores.count, int(sizes.sum()),
+        text.words, text.documents, window, stride, dtype, scores, sizes,
+    )  # fmt: skip
 
 
-@torch.no_grad()
-def tally(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> Tally:
-    """Score every batch of `input_ids` and `labels`, (rows, length) each; logits are let go batch by batch."""
-    total, device = Tally(), model.device
-    for batch in batches:
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        labels = batch.pop("labels")
-        nll, rank, counts = score(model(**batch, use_cache=False).logits, labels)
-        total.add(nll.double().sum(1), counts.sum(1), ((rank == 0) & counts).sum(1), ((rank < 5) & counts).sum(1))
-    return total
+class _Reader:
+    """Windows of a corpus, and a count of what was read."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, window: int, stride: int, bar: Any) -> None:
+        self._tokenizer, self._window, self._stride, self._bar = tokenizer, window, stride, bar
+        self.documents, self.words = 0, 0
+        self.bytes: list[int] = []  # of each passage
+
+    def windows(self, records: Iterator[Piece | Example]) -> Iterator[Item]:
+        """`input_ids`, `targets` and `units`, which passage a target is of; (length,) each."""
+        first = next(records, None)
+        records = chain([first] if first else [], records)
+        if isinstance(first, Example):
+            yield from self._answers(records)
+            return
+        rows = encode_documents(self._counted(records), self._tokenizer, close=False)
+        numbered = ((row["document"], unit, row["input_ids"]) for unit, row in enumerate(rows))
+        for number, passages in groupby(numbered, key=lambda row: row[0]):
+            self.documents = number + 1
+            yield from slide(((ids, unit) for _, unit, ids in passages), self._begin(), self._window, self._stride)
+
+    def _begin(self) -> list[int]:
+        """What stands before the first token; nothing if the tokenizer writes it itself, or has no such token."""
+        if self._tokenizer("a")["input_ids"][:1] == [self._tokenizer.bos_token_id]:
+            return []
+        begin = self._tokenizer.bos_token_id
+        begin = begin if begin is not None else self._tokenizer.eos_token_id
+        return [] if begin is None else [begin]
+
+    def _counted(self, pieces: Iterable[Any]) -> Iterator[Piece]:
+        for _, _, piece in number_documents(pieces):
+            self.words += len(piece.text.split())
+            self.bytes.append(len(piece.text.encode()))
+            self._bar.update(self.bytes[-1])
+            yield piece
+
+    def _answers(self, examples: Iterable[Any]) -> Iterator[Item]:
+        for unit, example in enumerate(examples):
+            (row,) = encode_examples([example], self._tokenizer)
+            turns = example.row.get("messages") or [{"role": "assistant", "content": example.row["completion"]}]
+            answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+            self.documents += 1
+            self.words += sum(len(answer.split()) for answer in answers)
+            self.bytes.append(sum(len(answer.encode()) for answer in answers))
+            self._bar.update(row["bytes"])
+            ids, labels = (row[name][-self._window - 1 :] for name in ("input_ids", "labels"))
+            yield {"input_ids": ids[:-1], "targets": labels[1:], "units": np.full(len(ids) - 1, unit)}
+
+
+def slide(passages: Iterable[tuple[np.ndarray, int]], begin: list[int], window: int, stride: int) -> Iterator[Item]:
+    """Windows over one document, which comes in passages of token ids, each with its unit.
+
+    Every token is a target once: in the first window all, then `stride` new ones each; the last one reaches back.
+    """
+    ids = np.array(begin, np.int64)
+    units = np.zeros(len(begin), np.int64)
+    offset, done = 0, 0  # of the document's token at ids[0]; of the last one that was a target
+
+    def cut(end: int) -> Item:
+        start = max(0, end - window)
+        span = slice(start - offset, end - offset)
+        after = slice(start + 1 - offset, end + 1 - offset)
+        fresh = np.arange(start + 1, end + 1) > done
+        return {"input_ids": ids[span], "targets": np.where(fresh, ids[after], IGNORED), "units": units[after]}
+
+    for new, unit in passages:
+        keep = max(0, done - window - offset)
+        offset += keep
+        ids = np.concatenate([ids[keep:], new])
+        units = np.concatenate([units[keep:], np.full(len(new), unit)])
+        while offset + len(ids) - 1 >= (end := done + stride if done else window):
+            yield cut(end)
+            done = end
+    if offset + len(ids) - 1 > done:
+        yield cut(offset + len(ids) - 1)
+
+
+def _batches(windows: Iterator[Item], tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
+    """Windows of like length together, padded on the right, where a causal model does not look."""
+    while some := list(islice(windows, _SORTED)):
+        some.sort(key=lambda item: len(item["input_ids"]))
+        for items in group(some, tokens):
+            shape = len(items), len(items[-1]["input_ids"])
+            ids, units = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+            targets = np.full(shape, IGNORED)
+            for row, item in enumerate(items):
+                size = len(item["input_ids"])
+                ids[row, :size], targets[row, :size], units[row, :size] = item.values()
+            yield torch.from_numpy(ids), torch.from_numpy(targets), units
+
+
+def _score(lm: LanguageModel, windows: Iterator[Item], is_exact: bool) -> tuple[Scores, str]:
+    """Scores, and the precision that they were computed in: half where it is faster and changes nothing."""
+    model, device = lm.model, lm.model.device.type
+    batches = _batches(windows, _BATCH.get(device, _BATCH["cpu"]))
+    dtype = str(model.dtype).removeprefix("torch.")
+    if is_exact or model.dtype != torch.float32 or device not in ("cpu", "cuda") or not _halves(device):
+        return score_batches(model, batches), dtype
+    first = next(batches, None)
+    if first is None:
+        return Scores(), dtype
+    exact = score_batches(model, [first])
+    with torch.autocast(device, torch.bfloat16), precise_head(model):
+        moved = abs(score_batches(model, [first]).loss - exact.loss)
+        detail(f"bfloat16 changes the loss of the first {exact.count} tokens by {moved:.1e} nats a token")
+        if moved < _CLOSE:
+            found = score_batches(model, batches)
+            found.merge(exact)
+            return found, "bfloat16"
+    found = score_batches(model, batches)
+    found.merge(exact)
+    return found, dtype
+
+
+def _halves(device: str) -> bool:
+    return has_bfloat16_units() if device == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)

@@ -5,20 +5,20 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
 from hfkit import console, processes
 from hfkit.checkpoints import Stop
 from hfkit.errors import HfkitError
-from hfkit.evaluation import Tally, tally
 from hfkit.generation import generate
 from hfkit.models import LanguageModel
 from hfkit.planning import Plan
-from hfkit.sequences import Collator
+from hfkit.scoring import Scores, score_batches, shift
+from hfkit.sequences import Collator, group
 
 _TOKENS = 4096  # that are scored at a time
 _SAMPLE = 40  # tokens
@@ -93,13 +93,13 @@ class Measuring:
                 sample = self._sample(model)
         finally:
             model.train(training)
-        if found.tokens:
+        if found.count:
             self.trainer.log(
                 {
                     "eval_loss": found.loss,
                     "eval_loss_stderr": found.loss_stderr,
                     "eval_perplexity": found.perplexity,
-                    "eval_token_accuracy": found.top1 / found.tokens,
+                    "eval_token_accuracy": found.top1.sum() / found.count,
                 }
             )
         seconds = self._before + time.monotonic() - self._started
@@ -110,25 +110,25 @@ class Measuring:
             self.tell(f"no progress in {patience} measurements: stopping early")
             control.should_training_stop = True
 
-    def _score(self, model: Any) -> Tally:
+    def _score(self, model: Any) -> Scores:
         """Each process scores its share. A DataLoader would draw from the random numbers of the training."""
 
-        def batches() -> Iterator[dict[str, torch.Tensor]]:
-            rows: list[Any] = []
+        def share() -> Iterator[Any]:
             for index in range(processes.rank, len(self.held_out), processes.count):
                 if self.stop.signal is not None:
                     return
-                item = self.held_out[index]
-                if rows and (len(rows) + 1) * max(len(row["input_ids"]) for row in [*rows, item]) > _TOKENS:
-                    yield self.collator(rows)
-                    rows = []
-                rows.append(item)
-            if rows:
-                yield self.collator(rows)
+                yield self.held_out[index]
 
-        total = Tally()
-        for part in processes.gather([asdict(tally(model, batches()))]):
-            total.merge(Tally(**part))
+        def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
+            done = 0
+            for items in group(share(), _TOKENS):
+                batch = self.collator(items)
+                numbers = np.arange(done, done := done + len(items))[:, None]
+                yield batch["input_ids"], shift(batch["labels"]), np.broadcast_to(numbers, batch["labels"].shape)
+
+        total = Scores()
+        for part in processes.gather([vars(score_batches(model, batches()))]):
+            total.join(Scores(**part))
         return total
 
     def _sample(self, model: Any) -> str | None:
@@ -139,8 +139,8 @@ class Measuring:
             return generate(self.prompt, model=lm, seed=self.plan.options.seed, max_new_tokens=_SAMPLE).completion
         return None
 
-    def _report(self, found: Tally, sample: str | None, step: int) -> None:
-        score = f"held-out perplexity {found.perplexity:.2f} ± {found.perplexity_stderr:.2f}" if found.tokens else ""
+    def _report(self, found: Scores, sample: str | None, step: int) -> None:
+        score = f"held-out perplexity {found.perplexity:.2f} ± {found.perplexity_stderr:.2f}" if found.count else ""
         self.tell(f"step {step} of {self.plan.steps}: {score}")
         if sample:
             shown = " ".join(console.printable(f"{self.prompt}{sample}").split())

@@ -196,19 +196,25 @@ class GenerateOptions(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(_Checked):
-    """How a corpus is read and cut into what a model is trained on."""
+class CorpusOptions(_Checked):
+    """How a corpus is read."""
 
     text_column: str | None = option(None, "Column that holds the text. [default: found, where it is plain]")
     errors: Literal["strict", "replace"] = option("strict", "Bytes that are not UTF-8: refuse, or replace and count.")
+    dataset_config_name: str | None = option(None, "Configuration of an hf:// data set.")
+    dataset_split: str = option("train", "Split of an hf:// data set.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(CorpusOptions):
+    """How a corpus is read and cut into what a model is trained on."""
+
     block_size: int | None = option(
         None, "Tokens that are trained on together. [default: the model's context, at most 1024]", min=2
     )
     eval_file: list[str] | None = option(None, "Held-out corpus to measure on; may be repeated.")
     eval_fraction: float = option(0.05, "Without --eval-file: share to hold out, drawn by --seed.", min=0, max=0.5)
     streaming: bool = option(False, "Read while training, keep nothing on disk; needs --max-steps.")
-    dataset_config_name: str | None = option(None, "Configuration of an hf:// data set.")
-    dataset_split: str = option("train", "Split of an hf:// data set.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +275,23 @@ class TrainOptions(_Checked):
     sample_prompt: str | None = option(None, "Continue this at each measurement. [default: words of the corpus]")
     resume: bool = option(False, "Go on with the run in --output-dir.")
     overwrite: bool = option(False, "Replace the run in --output-dir.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(_Checked):
+    """How a model is measured."""
+
+    max_length: int | None = option(None, "Window, in tokens. [default: the model's context]", min=1)
+    stride: int | None = option(
+        None, "New tokens in each window; fewer give more context and take longer. [default: the window]", min=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManyModelsOptions(ModelOptions):
+    """`ModelOptions` for a command that compares models."""
+
+    model: list[str] | None = option(None, "What to measure; may be repeated, to compare.", short="-m")  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Rows of tokens as the sequences that a model is trained on, and the batches they come in."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from hfkit.console import note
 from hfkit.corpora import Corpora, Corpus, find_corpus, is_prepared, read_records
 from hfkit.data import (
-    IGNORED,
     Prepared,
     Report,
     encode_corpus,
@@ -25,6 +24,7 @@ from hfkit.data import (
 )
 from hfkit.errors import HfkitError
 from hfkit.options import DataOptions
+from hfkit.scoring import IGNORED
 
 Item = dict[str, np.ndarray]
 _WINDOW = 256  # blocks that a stream is shuffled within
@@ -117,6 +117,20 @@ def hold_out(documents: np.ndarray, sizes: np.ndarray, fraction: float, seed: in
     count = 1 + int(np.searchsorted(np.cumsum(bulk[order]), min(fraction * bulk.sum(), 1e6)))
     held = np.isin(units, order[: min(count, len(bulk) // 2)])
     return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def group(items: Iterable[Item], tokens: int) -> Iterator[list[Item]]:
+    """Items in their order, as many together as have at most `tokens` when they are padded to the longest."""
+    batch: list[Item] = []
+    longest = 0
+    for item in items:
+        longest = max(longest, len(item["input_ids"]))
+        if batch and (len(batch) + 1) * longest > tokens:
+            yield batch
+            batch, longest = [], len(item["input_ids"])
+        batch.append(item)
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from hfkit.errors import HfkitError
 from hfkit.files import read_text
-from hfkit.options import DataOptions
+from hfkit.options import CorpusOptions
 from hfkit.sources import reach_hub
 
 csv.field_size_limit(1 << 30)  # a field may be a book
@@ -99,7 +99,7 @@ def _columnar_rows(path: Path, kind: str) -> Iterator[Row]:
         raise HfkitError(f"cannot read the corpus ({path}): {str(error).splitlines()[0]}") from error
 
 
-def read_hub_rows(name: str, options: DataOptions) -> Iterator[Row]:
+def read_hub_rows(name: str, options: CorpusOptions) -> Iterator[Row]:
     """Rows of a data set of the Hub."""
     from datasets import load_dataset
     from huggingface_hub import constants

@@ -1,6 +1,5 @@
 """`hfkit generate` at a shell: prompts in, texts out."""
 
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -123,16 +122,13 @@ def write_sweep(model: ModelOptions, sampling: GenerateOptions, prompt: str, swe
 
 
 def _write_columns(columns: dict[str, list[Generation]]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    terminal = sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if terminal else max(80, 40 * len(columns))
     table = Table(*columns, show_lines=True)
     for row in zip(*columns.values(), strict=False):
         table.add_row(*(Text(console.printable(result.completion.strip())) for result in row))
-    Console(width=width, highlight=False).print(table)
+    console.write_table(table, max(80, 40 * len(columns)))
 
 
 def write_file(
@@ -217,7 +213,7 @@ def _windows(
     bar: Any,
 ) -> Iterator[list[tuple[int, Any]]]:
     """Results in the order of the input, a window at a time, with each process's share in every window."""
-    size = generation.window_size(lm, batch_size) * processes.count
+    size = generation.window_size(lm, sampling, batch_size) * processes.count
 
     def tell(texts: int) -> None:
         bar.update(texts * processes.count)

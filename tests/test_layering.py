@@ -13,8 +13,8 @@ MODULES = {path.stem: ast.parse(path.read_text()) for path in Path(hfkit.__file_
 # From left to right; a module imports only what stands before it.
 ORDER = (
     "errors options console recipes flags processes storage files prompts sources tables corpora runs quantization "
-    "models encoding decoding sampling batches generation data sequences evaluation metrics planning optimizers "
-    "checkpoints monitoring adapters report training pretraining tuning tasks exporting writing conversation machine "
+    "models encoding decoding sampling batches generation scoring data sequences planning evaluation metrics optimizers "
+    "checkpoints monitoring adapters report training pretraining tuning tasks exporting writing measuring conversation machine "
     "serving launching cli __main__"
 ).split()
 LIGHT = {"errors", "options", "console", "recipes", "flags", "processes", "prompts", "sources", "cli", "__init__"}

@@ -1,0 +1,129 @@
+"""What a model says of the tokens that came: negative log-likelihood, accuracy, and their errors."""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+IGNORED = -100  # label of a token that is neither learned nor counted
+
+
+def _none() -> np.ndarray:
+    return np.zeros(0)
+
+
+@dataclass
+class Scores:
+    """Sums over the tokens of each unit of a text (a sequence, a passage); all arrays: (units,)."""
+
+    nll: np.ndarray = field(default_factory=_none)  # nats
+    tokens: np.ndarray = field(default_factory=_none)
+    top1: np.ndarray = field(default_factory=_none)  # tokens that were the likeliest
+    top5: np.ndarray = field(default_factory=_none)  # tokens among the five likeliest
+
+    def add(self, units: np.ndarray, nll: np.ndarray, rank: np.ndarray) -> None:
+        """Add tokens. All arrays: (tokens,); units: number of the unit of each; rank: 0 for the likeliest."""
+        weights = (nll, None, rank == 0, rank < 5)
+        self.merge(Scores(*(np.bincount(units, weight).astype(float) for weight in weights)))
+
+    def merge(self, other: "Scores") -> None:
+        """Add what `other` has of the same units."""
+        size = max(len(self.nll), len(other.nll))
+        for name, values in vars(other).items():
+            own = getattr(self, name)
+            setattr(self, name, np.pad(own, (0, size - len(own))) + np.pad(values, (0, size - len(values))))
+
+    def join(self, other: "Scores") -> None:
+        """Append the units of `other`."""
+        for name, values in vars(other).items():
+            setattr(self, name, np.concatenate([getattr(self, name), values]))
+
+    @property
+    def count(self) -> int:
+        """Tokens in all."""
+        return int(self.tokens.sum())
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return float(self.nll.sum() / self.count) if self.count else math.nan
+
+    @property
+    def loss_stderr(self) -> float:
+        """Standard error of `loss`, the units being a sample."""
+        return ratio_stderr(self.nll, self.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        return exp(self.loss)
+
+    @property
+    def perplexity_stderr(self) -> float:
+        return self.perplexity * self.loss_stderr
+
+
+def exp(loss: float) -> float:
+    """e to the `loss`; the largest float where it is more."""
+    return math.exp(min(loss, 709.0))
+
+
+def ratio_stderr(above: np.ndarray, below: np.ndarray) -> float:
+    """Standard error of sum(above) / sum(below) over sampled units, to first order; NaN for fewer than two."""
+    units = np.count_nonzero(below)
+    if units < 2:
+        return math.nan
+    residuals = above - below * (above.sum() / below.sum())
+    return float(np.sqrt((residuals**2).sum() * units / (units - 1)) / below.sum())
+
+
+def score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood in nats, and rank, of the tokens that came; 0 where they do not count.
+
+    Args:
+        logits: (rows, length, vocabulary).
+        targets: (rows, length); the token that came after each position, or IGNORED.
+
+    Returns:
+        Two tensors (rows, length).
+    """
+    counts, logits = targets != IGNORED, logits.float()
+    own = logits.gather(-1, targets.clamp(min=0)[..., None])
+    return (logits.logsumexp(-1) - own.squeeze(-1)) * counts, (logits > own).sum(-1) * counts
+
+
+def shift(labels: torch.Tensor) -> torch.Tensor:
+    """`targets` from labels as transformers has them, (rows, length): those of the tokens themselves."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+@torch.inference_mode()
+def score_batches(model: Any, batches: Iterable[tuple[torch.Tensor, torch.Tensor, np.ndarray]]) -> Scores:
+    """Score batches of input ids, targets and the unit of each target, all (rows, length); logits go with a batch."""
+    found = Scores()
+    for ids, targets, units in batches:
+        nll, rank = score(model(input_ids=ids.to(model.device), use_cache=False).logits, targets.to(model.device))
+        counts = (targets != IGNORED).numpy()
+        found.add(units[counts], nll.double().cpu().numpy()[counts], rank.cpu().numpy()[counts])
+    return found
+
+
+@contextlib.contextmanager
+def precise_head(model: Any) -> Iterator[None]:
+    """Compute logits in float32 inside an autocast: those of GPT-2 are near -100, where bfloat16 has steps of 0.5."""
+    head = model.get_output_embeddings()
+    before = head.forward
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if head.bias is None else head.bias.float()
+            return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        head.forward = before
