@@ -74,8 +74,12 @@ def generate(
     """
     options = GenerateOptions.make(options, overrides)
     lm = loaded(model)
-    # All of them first, so that one that does not fit is told before any is run.
-    requests = [_prepare(lm, text, options) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+    requests = []  # all of them first, so that one that does not fit is told before any is run
+    for number, text in enumerate([prompt] if isinstance(prompt, str) else prompt):
+        try:
+            requests.append(_prepare(lm, text, options))
+        except HfkitError as error:
+            raise error if isinstance(prompt, str) else type(error)(f"prompt {number}: {error}") from error
     results = []
     for _, result in generate_each(enumerate(requests), model=lm, options=options, batch_size=batch_size):
         if isinstance(result, HfkitError):
@@ -104,7 +108,7 @@ def generate_each(
     check(lm, options)
     samples, size = options.num_return_sequences or 1, batch_size or batches.default_size(lm)
     prompts = iter(prompts)
-    while window := list(islice(prompts, window_size(lm, batch_size))):
+    while window := list(islice(prompts, window_size(lm, options, batch_size))):
         results: dict[int, list[Any] | HfkitError] = {}
         rows: list[tuple[int, int, Request]] = []
         for number, prompt in window:
@@ -132,9 +136,10 @@ def _special(lm: LanguageModel, request: Request, options: GenerateOptions) -> l
     return [_generation(lm, options, request, found) for found in batches.run_special(lm, request, options)]
 
 
-def window_size(lm: LanguageModel, batch_size: int | None) -> int:
+def window_size(lm: LanguageModel, options: GenerateOptions, batch_size: int | None) -> int:
     """Prompts that are read ahead and sorted together."""
-    return (batch_size or batches.default_size(lm)) * _WINDOW
+    rows = (batch_size or batches.default_size(lm)) * _WINDOW
+    return max(1, rows // (options.num_return_sequences or 1))
 
 
 def stream(
