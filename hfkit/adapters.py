@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hfkit.errors import HfkitError, OptionError
+from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.options import TrainOptions
 from hfkit.sources import Source
 
@@ -26,4 +26,4 @@ def add_adapter(model: Any, source: Source, options: TrainOptions) -> Any:
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise OptionError(f"--lora-target-modules: {str(error).splitlines()[0]}") from error
+        raise OptionError(f"--lora-target-modules: {first_line(error)}") from error

@@ -4,25 +4,30 @@ Trainer writes a checkpoint's files in place, one after another, and takes the h
 manifest with every file's size and SHA-256, written last, is what makes a checkpoint one.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from hfkit import processes
 from hfkit.console import note
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, first_line
 from hfkit.options import TrainOptions
-from hfkit.storage import check_space, make_durable, write_text
+from hfkit.storage import check_space, folder_size, make_durable, sync_folder, write_text
 
 _MANIFEST = "manifest.json"
+_UNFINISHED = "it was not finished"
+_ASIDE = "damaged-"  # put before the name of a checkpoint that is not whole
 _PICKLES = ("training_args.bin",)  # nobody needs it
 
 
@@ -31,6 +36,7 @@ def commit(checkpoint: Path) -> None:
     for name in _PICKLES:
         (checkpoint / name).unlink(missing_ok=True)
     make_durable(checkpoint)
+    sync_folder(checkpoint.parent)
     write_text(checkpoint / _MANIFEST, json.dumps({"files": _digests(checkpoint)}, indent=1))
 
 
@@ -49,7 +55,7 @@ def find_fault(checkpoint: Path) -> str | None:
     try:
         expected = json.loads((checkpoint / _MANIFEST).read_text())["files"]
     except FileNotFoundError:
-        return "it was not finished"
+        return _UNFINISHED
     except (OSError, ValueError, KeyError, TypeError):
         return f"{_MANIFEST} cannot be read"
     found = _digests(checkpoint)
@@ -70,31 +76,45 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_newest(folder: Path) -> Path | None:
-    """The newest checkpoint that verifies. What does not is moved aside, never deleted.
+    """The newest checkpoint that verifies. Newer ones that do not are moved aside, until there is another.
 
     Raises:
         HfkitError: there are checkpoints, and none of them is whole.
     """
-    checkpoints = list_checkpoints(folder)
-    for checkpoint in checkpoints:
+    faults: dict[Path, str] = {}
+    newest = None
+    for checkpoint in list_checkpoints(folder):
         fault = find_fault(checkpoint)
         if not fault:
-            return checkpoint
-        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+            newest = checkpoint
+            break
+        faults[checkpoint] = fault
+    # The very first may have been interrupted: then nothing was saved, and nothing is lost.
+    if not newest and faults and list(faults.values()) != [_UNFINISHED]:
+        what = "; ".join(f"{checkpoint.name}: {fault}" for checkpoint, fault in faults.items())
+        raise HfkitError(f"no checkpoint is whole ({folder}: {what}): --overwrite begins anew")
+    for checkpoint, fault in faults.items():
+        aside = checkpoint.with_name(f"{_ASIDE}{checkpoint.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(checkpoint, aside)
         note(f"{checkpoint} is left out: {fault} (now {aside.name})")
-    if checkpoints:
-        raise HfkitError(f"no checkpoint is whole ({folder}): --overwrite begins anew")
-    return None
+    return newest
 
 
 def rotate(folder: Path, keep: int, best: int | None) -> None:
     """Delete all checkpoints but the newest `keep` and that of step `best`; call it after a commit."""
-    for checkpoint in list_checkpoints(folder)[keep:]:
-        if step_of(checkpoint) != best:
-            (checkpoint / _MANIFEST).unlink(missing_ok=True)  # first: half a deletion must not look whole
-            shutil.rmtree(checkpoint)
+    old = [path for path in list_checkpoints(folder)[keep:] if step_of(path) != best]
+    for checkpoint in [*old, *folder.glob(f"{_ASIDE}*")]:
+        (checkpoint / _MANIFEST).unlink(missing_ok=True)  # first: half a deletion must not look whole
+        shutil.rmtree(checkpoint)
+
+
+def diverged(what: str, step: int, learning_rate: float) -> HfkitError:
+    """The error of a training that can only get worse."""
+    return HfkitError(
+        f"{what} at step {step}: lower --learning-rate (it is {learning_rate:g}) and --overwrite; "
+        "the last checkpoint is kept"
+    )
 
 
 class Stop:
@@ -112,13 +132,14 @@ class Stop:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = self.signal or number
-        note("stopping: this step is finished and saved first")
+        with contextlib.suppress(RuntimeError):  # it came while something else was being written there
+            note("stopping: this step is finished and saved first")
 
     def asked(self) -> bool:
         """Whether any of the processes was asked to stop; all of them must call this together."""
@@ -135,6 +156,7 @@ class Saving(TrainerCallback):
     def __init__(self, folder: Path, measuring: Any, options: TrainOptions, stop: Stop) -> None:
         """measuring: has `measure(state, control)`, `has_measured(state)` and `best(state)`."""
         self.folder, self.measuring, self.options, self.stop = folder, measuring, options, stop
+        self._begun: Path | None = None  # the checkpoint that is being written
 
     def _is_due(self, state: Any) -> bool:
         return state.global_step % self.options.eval_steps == 0
@@ -143,7 +165,7 @@ class Saving(TrainerCallback):
         if self._is_due(state):
             self.measuring.measure(state, control)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         # Here and at no other point of a step is what Trainer saves exact: it goes on to the bit.
         last = state.global_step == state.max_steps
         if last:
@@ -154,15 +176,41 @@ class Saving(TrainerCallback):
         control.should_save = (
             self.measuring.has_measured(state) if last else bool(asked or extra or self._is_due(state))
         )
-        if control.should_save and processes.rank == 0 and (earlier := list_checkpoints(self.folder)):
-            size = sum(path.stat().st_size for path in earlier[0].rglob("*") if path.is_file())
+        if not control.should_save:
+            return
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # A sum is one pass over the memory, and is no number where a term is none.
+        if not all(parameter.detach().sum().isfinite() for parameter in trained):
+            raise diverged("the weights are no numbers", state.global_step, args.learning_rate)
+        self._begun = self.folder / f"checkpoint-{state.global_step}"
+        if processes.rank == 0:
+            earlier = next(iter(list_checkpoints(self.folder)), None)
+            size = folder_size(earlier) if earlier else sum(4 * parameter.numel() for parameter in trained)
             check_space(self.folder, int(1.1 * size))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         processes.gather([])  # Trainer does not wait for what the other processes write
         if processes.rank == 0:
             commit(self.folder / f"checkpoint-{state.global_step}")
+        self._begun = None
+        if processes.rank == 0:
             rotate(self.folder, self.options.save_total_limit, self.measuring.best(state))
         processes.gather([])
         if self._is_due(state):
             self.measuring.measure(state, control)
+
+    @contextlib.contextmanager
+    def one_error(self) -> Iterator[None]:
+        """What a full or broken disk makes of a save, an error of another kind in each library, is one line."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError, HfkitError) as error:
+            if not self._begun:
+                raise
+            shutil.rmtree(self._begun, ignore_errors=True)  # it would fill the disk for nothing
+            if isinstance(error, HfkitError):
+                raise
+            free = shutil.disk_usage(self.folder).free
+            raise HfkitError(
+                f"cannot save ({self._begun}): {first_line(error)}, {free:,} bytes are free: mend that, then --resume"
+            ) from error

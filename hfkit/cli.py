@@ -4,6 +4,8 @@ Commands import what is heavy in their bodies, so that `--help` and usage errors
 """
 
 import os
+import re
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -12,8 +14,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import hfkit
-from hfkit import console, prompts
-from hfkit.errors import HfkitError, OptionError
+from hfkit import console, processes, prompts
+from hfkit.errors import HfkitError, OptionError, StoppedError
 from hfkit.flags import flags
 from hfkit.options import (
     CorpusOptions,
@@ -201,8 +203,6 @@ def export(
 def _print_run(run: Any, json: bool) -> None:
     from json import dumps
 
-    from hfkit import processes
-
     if run and processes.rank == 0:
         console.write((dumps(run.metrics) if json else run.output_dir) + "\n")
 
@@ -221,11 +221,15 @@ def main() -> NoReturn:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, open(os.devnull, mode))
+    # As an exception it lets what was begun be cleared away. A training run has a better answer, while it lasts.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001, the one place where all ends
         code = _explain(error)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if code:
         _close_stdout()
     sys.exit(code if isinstance(code, int) else 0)
@@ -244,9 +248,13 @@ def _explain(error: BaseException) -> int:
             return 130
         case BrokenPipeError():
             return 141  # whoever read has had enough, as after SIGPIPE
+        case StoppedError() if processes.rank > 0:
+            return error.exit_code  # the first process says it
         case HfkitError():
             console.fail(str(error))
             return error.exit_code
+        case RuntimeError() if processes.count > 1 and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
+            console.fail(f"process {processes.rank} lost the other processes: see what they say")
         case typer.TyperException() if hasattr(error, "format_message"):
             if message := error.format_message():  # none where the help was shown instead
                 console.fail(f"{message} (see --help)")

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
+from hfkit import processes
+
 
 @dataclass
 class _State:
-    quiet: bool = False
+    quiet: bool = processes.rank > 0  # of several processes the first one speaks for all
     verbose: bool = False
     debug: bool = False
 
@@ -28,7 +30,7 @@ _UNSAFE = re.compile(
 
 def configure(*, quiet: bool, verbose: bool, debug: bool) -> None:
     """Set how much is said, before anything heavy is imported; the libraries read their part from the environment."""
-    state.quiet, state.verbose, state.debug = quiet, verbose, debug
+    state.quiet, state.verbose, state.debug = quiet or processes.rank > 0, verbose, debug
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")

@@ -19,3 +19,9 @@ class StoppedError(HfkitError):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, on one line; its name if it says nothing."""
+    said = getattr(error, "strerror", None) or str(error)
+    return next((line.strip() for line in said.splitlines() if line.strip()), type(error).__name__)

@@ -3,12 +3,14 @@
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from hfkit import console
-from hfkit.errors import HfkitError, OptionError
-from hfkit.models import load_tokenizer, load_weights
+from hfkit.errors import HfkitError, OptionError, first_line
+from hfkit.models import LanguageModel, load_tokenizer, load_weights
 from hfkit.options import ExportOptions, ModelOptions
-from hfkit.sources import find, reach_hub
-from hfkit.storage import make_writable, publish
+from hfkit.sources import Source, find, reach_hub
+from hfkit.storage import check_space, make_writable, publish
 
 _KEPT = ("README.md", "loss.png", "report.html", "metrics.json")  # of a training run
 
@@ -32,46 +34,65 @@ def export(model: str | ModelOptions, options: ExportOptions | None = None, **ov
     chosen = model if isinstance(model, ModelOptions) else ModelOptions(model=model)
     target = Path(options.output_dir or f".hfkit-export-{Path(str(options.push_to_hub)).name}")
     source = find(chosen)
-    if target.exists() and target.resolve() in {source.folder.resolve(), (source.adapter or source.folder).resolve()}:
-        raise HfkitError(f"{target} is the model itself: name another --output-dir")
-    if target.exists() and any(target.iterdir()) and not options.overwrite:
-        raise HfkitError(f"{target} exists: --overwrite replaces it, or name another --output-dir")
-    make_writable(target.parent)
+    _check_target(target, source, options.overwrite)
+    check_space(target.parent, source.size)
     if options.push_to_hub:
         reach_hub(options.push_to_hub)
-    kept = source.config.get("dtype") or source.config.get("torch_dtype") or "float32"
-    dtype = kept if options.dtype == "auto" else options.dtype
+    kept = source.config.get("dtype") or source.config.get("torch_dtype")
+    dtype = options.dtype if options.dtype != "auto" else kept if kept in ("bfloat16", "float16") else "float32"
     lm = load_weights(source, ModelOptions(device="cpu", dtype=dtype, trust_remote_code=chosen.trust_remote_code),
                       load_tokenizer(source))  # fmt: skip
     staging = target.with_name(f".{target.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        with console.quiet_libraries():
-            lm.model.save_pretrained(staging)
-            lm.tokenizer.save_pretrained(staging)
-        for name in _KEPT:
-            if (file := (source.adapter or source.folder) / name).is_file():
-                shutil.copy(file, staging)
-        find(ModelOptions(model=str(staging)))  # what was written can be read
+        _write(lm, source.adapter or source.folder, staging)
         if options.push_to_hub:
             _push(staging, options)
         if options.output_dir:
             publish(staging, target)
             return str(target)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise HfkitError(f"cannot write {target}: {first_line(error)}; mend that, or name another one") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return f"https://huggingface.co/{options.push_to_hub}"
 
 
+def _check_target(target: Path, source: Source, overwrite: bool) -> None:
+    make_writable(target.parent)
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise HfkitError(f"{target} is no folder: name another --output-dir")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    for folder in (source.folder, source.adapter or source.folder):
+        if folder.resolve().is_relative_to(target.resolve()):
+            raise HfkitError(f"{target} holds the model itself: name another --output-dir")
+    if not (target / "config.json").is_file():
+        raise HfkitError(f"{target} holds something that is no model: name another --output-dir")
+    if not overwrite:
+        raise HfkitError(f"{target} exists: --overwrite replaces it, or name another --output-dir")
+
+
+def _write(lm: LanguageModel, source: Path, folder: Path) -> None:
+    with console.quiet_libraries():
+        lm.model.save_pretrained(folder)
+        lm.tokenizer.save_pretrained(folder)
+    for name in _KEPT:
+        if (source / name).is_file():
+            shutil.copy(source / name, folder)
+    if (card := folder / "README.md").is_file():  # what was an adapter is merged
+        card.write_text(card.read_text("utf-8").replace("library_name: peft", "library_name: transformers"), "utf-8")
+    find(ModelOptions(model=str(folder)))  # what was written can be read
+
+
 def _push(folder: Path, options: ExportOptions) -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     name = str(options.push_to_hub)
     try:
         api = HfApi()
         api.create_repo(name, private=options.private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export from hfkit")
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise HfkitError(f"cannot push to {name}: {reason}; 'hf auth login' gives the right to write") from error
+    except Exception as error:  # what answers may not be a Hub
+        why = f"cannot push to {name}: {first_line(error)}"
+        raise HfkitError(f"{why}; 'hf auth login' gives the right to write") from error

@@ -2,11 +2,9 @@
 
 import os
 import signal
-import subprocess
 import sys
-from typing import Any
 
-from hfkit.errors import HfkitError, OptionError, StoppedError
+from hfkit.errors import HfkitError, OptionError
 from hfkit.options import LaunchOptions
 
 
@@ -14,8 +12,8 @@ def launch(options: LaunchOptions) -> bool:
     """Run this command line on `options.num_processes` processes; False if there is nothing to launch.
 
     Raises:
-        HfkitError: a process failed; it has said why.
-        StoppedError: Ctrl-C or SIGTERM, which every process gets.
+        HfkitError: a process was killed.
+        SystemExit: a process failed, or all were asked to stop; they have said why.
     """
     if options.num_processes == 1 or "LOCAL_RANK" in os.environ:
         return False
@@ -23,25 +21,32 @@ def launch(options: LaunchOptions) -> bool:
         raise OptionError("--num-processes is of all machines together: it must be a multiple of --num-machines")
     if options.num_machines > 1 and not options.main_process_ip:
         raise OptionError("--num-machines needs --main-process-ip, the address of machine 0")
-    command = [sys.executable, "-m", "torch.distributed.run"]
-    command += ["--nproc-per-node", str(options.num_processes // options.num_machines)]
+    here = options.num_processes // options.num_machines
+    for name, value in {
+        "OMP_NUM_THREADS": max(1, (os.cpu_count() or 1) // here),
+        "LOGLEVEL": "CRITICAL",  # of the launcher: the processes say themselves what matters
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": 60,  # seconds to save, before they are killed
+    }.items():
+        os.environ.setdefault(name, str(value))
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     if options.num_machines == 1:
-        command += ["--standalone"]
+        arguments = ["--standalone"]
     else:
-        command += ["--nnodes", str(options.num_machines), "--node-rank", str(options.machine_rank)]
-        command += ["--master-addr", str(options.main_process_ip), "--master-port", str(options.main_process_port)]
-    process = subprocess.Popen([*command, "-m", "hfkit", *sys.argv[1:]])  # noqa: S603, ourselves
-    stopped: list[int] = []
-
-    def forward(number: int, frame: Any) -> None:
-        stopped.append(number)
-        process.send_signal(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
-    code = process.wait()
-    if stopped:
-        raise StoppedError("stopped as asked; --resume goes on", stopped[0])
-    if code:
-        raise HfkitError("a process failed: see its line above")
-    return True
+        arguments = ["--nnodes", str(options.num_machines), "--node-rank", str(options.machine_rank)]
+        arguments += ["--master-addr", str(options.main_process_ip), "--master-port", str(options.main_process_port)]
+    try:
+        run.run(run.parse_args([*arguments, "--nproc-per-node", str(here), "-m", "hfkit", *sys.argv[1:]]))
+        return True
+    except SignalException as stop:
+        code = 128 + stop.sigval
+    except ChildFailedError as error:
+        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
+        code = first.exitcode
+        if code < 0:
+            why = f"process {first.global_rank} was killed ({signal.Signals(-code).name})"
+            raise HfkitError(f"{why}; --resume goes on from the newest checkpoint") from error
+    sys.exit(code)

@@ -93,15 +93,14 @@ class Measuring:
                 sample = self._sample(model)
         finally:
             model.train(training)
-        if found.count:
-            self.trainer.log(
-                {
-                    "eval_loss": found.loss,
-                    "eval_loss_stderr": found.loss_stderr,
-                    "eval_perplexity": found.perplexity,
-                    "eval_token_accuracy": found.top1.sum() / found.count,
-                }
-            )
+        measured = {
+            "eval_loss": found.loss,
+            "eval_loss_stderr": found.loss_stderr,
+            "eval_perplexity": found.perplexity,
+            "eval_token_accuracy": found.top1.sum() / max(1, found.count),
+        }
+        if math.isfinite(found.loss):
+            self.trainer.log({name: value for name, value in measured.items() if math.isfinite(value)})
         seconds = self._before + time.monotonic() - self._started
         state.log_history.append({"measured": step, "step": step, "seconds": seconds, "sample": sample})
         self._report(found, sample, step)
@@ -140,8 +139,9 @@ class Measuring:
         return None
 
     def _report(self, found: Scores, sample: str | None, step: int) -> None:
-        score = f"held-out perplexity {found.perplexity:.2f} ± {found.perplexity_stderr:.2f}" if found.count else ""
-        self.tell(f"step {step} of {self.plan.steps}: {score}")
+        score = f": held-out perplexity {found.perplexity:.2f}" if found.count else ""
+        error = f" ± {found.perplexity_stderr:.2f}" if math.isfinite(found.perplexity_stderr) else ""
+        self.tell(f"step {step} of {self.plan.steps}{score}{error}")
         if sample:
             shown = " ".join(console.printable(f"{self.prompt}{sample}").split())
             self.tell(f"    {shown[:200]}")
@@ -181,6 +181,7 @@ class Progress(TrainerCallback):
         per_step = self._plan.tokens / max(1, self._plan.steps)
         self._bar.set_postfix_str(f"loss {self._loss:.3f}, {rate * per_step:,.0f} tokens/s", refresh=False)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def close(self) -> None:
+        """Leave the bar as it stands, however the training ended."""
         if self._bar is not None:
             self._bar.close()

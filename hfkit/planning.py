@@ -75,11 +75,18 @@ def make_plan(
     tokens = int(steps * batch * options.gradient_accumulation_steps * length)
     seconds = tokens / _speed(config, parameters, precision, device) / processes
     compiled, reason = _compiled(options, device, seconds)
+    # What depends on the machine and the moment is an option in effect, too: with it the run can be had again.
+    options = replace(options, bf16=precision == "bfloat16", fp16=precision == "float16", torch_compile=compiled)
+    reasons = [why, reason]
     dropout = device.type != "cpu" or not getattr(config, "attn_pdrop", 0)
-    slow = "no attention dropout: on a CPU there is no fast attention with it"
+    if not dropout:
+        reasons.append("no attention dropout: on a CPU there is no fast attention with it")
+    if device.type == "cuda" and processes == 1 and (count := torch.cuda.device_count()) > 1:
+        reasons.append(f"one of {count} GPUs: --num-processes {count} takes all")
     memory = _memory(config, parameters, batch / processes * length, options)
-    reasons = (why, reason) if dropout else (why, reason, slow)
-    return Plan(options, device, precision, compiled, dropout, steps, tokens, parameters, memory, seconds, reasons)
+    return Plan(
+        options, device, precision, compiled, dropout, steps, tokens, parameters, memory, seconds, tuple(reasons)
+    )
 
 
 def _decide(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
@@ -14,12 +15,13 @@ from hfkit import console, processes, runs
 from hfkit.corpora import END, Corpora, Corpus, Piece, find_corpus, read_records
 from hfkit.data import number_documents
 from hfkit.errors import HfkitError, OptionError
+from hfkit.fitting import Job
 from hfkit.models import choose_device
 from hfkit.options import DataOptions, ModelOptions, SizeOptions, TrainOptions, divide, set_fields
 from hfkit.planning import Plan, make_plan
 from hfkit.report import describe_plan
 from hfkit.sequences import gather_material, hold_out
-from hfkit.training import Job, Run, make_ready, reserve, run
+from hfkit.training import Run, make_ready, reserve, run
 
 # n_layer, n_embd, n_head, n_positions, vocab_size
 _SIZES = {
@@ -30,7 +32,7 @@ _SIZES = {
     "large": (36, 1280, 20, 1024, 50257),
     "xl": (48, 1600, 25, 1024, 50257),
 }
-_TOKENIZER = "tokenizer"  # folder in the run, so that a resumed one has the same
+_TOKENIZER = f"{runs.CHECKPOINTS}/tokenizer"  # for a run that is resumed
 
 
 def pretrain(
@@ -59,15 +61,15 @@ def pretrain(
     size, data, train = divide(overrides, *groups)
     if train.lora or data.streaming:
         raise OptionError("a new model is trained whole and from files: leave --lora and --streaming out")
-    with reserve(corpus, train, dry_run) as (folder, finished):
-        if finished:
-            return finished
-        set_seed(train.seed)
-        tokenizer = _load_tokenizer(folder) or train_tokenizer(corpus, size, data, train.seed)
+    with reserve(corpus, train, dry_run) as (folder, train):
+        resumed = train.resume and not train.overwrite and runs.is_begun(folder)
+        tokenizer = _load_tokenizer(folder) if resumed else _train_tokenizer_once(corpus, size, data, train.seed)
         config = make_config(size, tokenizer)
-        parameters = GPT2LMHeadModel(config).num_parameters()
+        with torch.device("meta"):  # sizes without values
+            parameters = GPT2LMHeadModel(config).num_parameters()
         block_size = min(data.block_size or config.n_positions, config.n_positions)
-        material = gather_material(corpus, tokenizer, data, block_size, train.seed)
+        with processes.first_one_first():
+            material = gather_material(corpus, tokenizer, data, block_size, train.seed)
         where = choose_device(ModelOptions(device=device))
         plan = make_plan(
             config, parameters, material.sequences, material.length, train, where, fresh=True,
@@ -77,16 +79,23 @@ def pretrain(
         if dry_run:
             return None
         job = Job(
-            "pretrain", "a new GPT-2", corpus, folder, runs.describe(corpus, size, data, plan.options),
+            "pretrain", "a new GPT-2", corpus, folder,
+            runs.describe(corpus, size, data, plan.options) | {"device": device},
             material.fingerprint | {"processes": processes.count}, tokenizer,
             lambda: _new_model(config, plan), material, plan, block_size, callbacks,
         )  # fmt: skip
         return run(job, keep=lambda: tokenizer.save_pretrained(folder / _TOKENIZER))
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run; a finished one has it where every model has it."""
     kept = folder / _TOKENIZER
-    return GPT2Tokenizer.from_pretrained(kept) if (folder / runs.FACTS).is_file() and kept.is_dir() else None
+    return GPT2Tokenizer.from_pretrained(kept if kept.is_dir() else folder)
+
+
+def _train_tokenizer_once(*arguments: Any) -> PreTrainedTokenizerBase:
+    """`train_tokenizer` in the first process; the others get what it made."""
+    return processes.gather([train_tokenizer(*arguments) if processes.rank == 0 else None])[0]
 
 
 def train_tokenizer(corpus: Corpora, size: SizeOptions, data: DataOptions, seed: int) -> PreTrainedTokenizerBase:

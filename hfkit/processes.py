@@ -1,5 +1,6 @@
 """The processes that `accelerate launch` or `torchrun` started: who am I, and how do results come together."""
 
+import contextlib
 import os
 from typing import Any
 
@@ -25,6 +26,11 @@ def any_of(flag: bool) -> bool:
     from accelerate.utils import reduce
 
     return bool(reduce(torch.tensor(float(flag), device=_state().device), "sum").item())
+
+
+def first_one_first() -> contextlib.AbstractContextManager[None]:
+    """A block that the first process of each machine runs alone, so that the others find in a cache what it made."""
+    return contextlib.nullcontext() if count == 1 else _state().local_main_process_first()
 
 
 def _state() -> Any:

@@ -78,11 +78,11 @@ def _card(job: Any, metrics: dict[str, Any]) -> str:
     ]
     score = "Nothing was held out, so nothing was measured."
     if metrics["perplexity"] is not None:
-        error = metrics["perplexity"] * metrics["loss_stderr"]
+        error = f" ± {metrics['perplexity'] * metrics['loss_stderr']:.2f}" if metrics["loss_stderr"] else ""
         score = (
             "| | before | after |\n|---|---|---|\n"
-            f"| held-out perplexity | {_number(metrics['perplexity_before'])} | {metrics['perplexity']:.2f} "
-            f"± {error:.2f} |\n\n![loss](loss.png)"
+            f"| held-out perplexity | {_number(metrics['perplexity_before'])} | {metrics['perplexity']:.2f}{error} |"
+            "\n\n![loss](loss.png)"
         )
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     what = "trained from nothing" if job.command == "pretrain" else f"{metrics['model']}, trained further"

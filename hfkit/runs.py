@@ -13,25 +13,28 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hfkit import processes
 from hfkit.corpora import Corpora, find_corpus, is_prepared, name_of
 from hfkit.errors import HfkitError
-from hfkit.options import TrainOptions
-from hfkit.recipes import read_values
-from hfkit.storage import lock, make_durable, make_writable, sync_folder, write_text
+from hfkit.options import TrainOptions, set_fields
+from hfkit.storage import check_space, lock, make_durable, make_writable, sync_folder, write_text
 
 RECIPE, FACTS, METRICS, CHECKPOINTS = "recipe.yaml", "run.json", "metrics.json", "checkpoints"
 _NOT_ASKED = ("output_dir", "resume", "overwrite")  # do not change what is trained
+_STAGING = ".staging"
+_EMPTY = "{}"  # FACTS of a run that is about to begin
+# What a checkpoint holds besides the model.
 _OF_TRAINING = ("optimizer", "scheduler", "rng_state", "trainer_state", "scaler", "manifest", "README")
 
 
 def check_request(corpus: Sequence[str], train: TrainOptions, *, dry_run: bool) -> None:
     """What can be checked of a request in no time: that there is a corpus, and that the folder is free."""
+    if processes.count > 1:
+        return  # whoever started them has done it
     if not is_prepared(Path(corpus[0])):
         find_corpus(corpus)
     if not dry_run:
@@ -45,79 +48,96 @@ def folder_for(corpus: Corpora, train: TrainOptions) -> Path:
     return Path(train.output_dir or Path("runs") / name_of(corpus))
 
 
-def check(folder: Path, *, resume: bool, overwrite: bool) -> str:
-    """What `folder` holds: "new", "begun" or "finished"; before anything heavy is done.
+def check(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """See that a run may begin, or go on, in `folder`; before anything heavy is done.
 
     Raises:
         HfkitError: it cannot be written, or holds a run that is neither to be resumed nor to be overwritten.
     """
     make_writable(folder)
-    begun = (folder / FACTS).is_file()
-    if not begun and any(not path.name.startswith(".") for path in folder.iterdir()):
+    if not (folder / FACTS).is_file() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise HfkitError(f"{folder} holds something that is no run: name another --output-dir")
-    if begun and not (resume or overwrite):
+    if is_begun(folder) and not (resume or overwrite):
         raise HfkitError(f"{folder} holds a run: --resume goes on with it, --overwrite begins anew")
-    if not begun or overwrite:
-        return "new"
-    return "finished" if (folder / METRICS).is_file() else "begun"
+
+
+def is_begun(folder: Path) -> bool:
+    return (folder / FACTS).is_file() and (folder / FACTS).read_bytes() != _EMPTY.encode()
+
+
+def settle(folder: Path, train: TrainOptions) -> TrainOptions:
+    """What is open in the options of a run to be resumed was decided when it began."""
+    if not (train.resume and is_begun(folder)) or train.overwrite:
+        return train
+    decided = _read(folder / FACTS).get("recipe", {})
+    left_open = [f.name for f in fields(train) if getattr(train, f.name) is None]
+    return replace(train, **{name: decided[name] for name in left_open if name in decided})
 
 
 def describe(corpus: Corpora, *groups: Any) -> dict[str, Any]:
-    """A recipe: the corpus and every option that has a value, by name."""
-    sources = [corpus] if isinstance(corpus, str | Path) else list(corpus)
-    recipe: dict[str, Any] = {"corpus": [_absolute(str(source)) for source in sources]}
+    """A recipe: the corpus and every option that has a value, by name; it means the same in any folder."""
+    recipe: dict[str, Any] = {"corpus": _corpora(corpus)}
     for group in groups:
-        values = {f.name: getattr(group, f.name) for f in fields(group) if f.name not in _NOT_ASKED}
-        recipe |= {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
+        recipe |= {name: value for name, value in set_fields(group).items() if name not in _NOT_ASKED}
+    for name, value in recipe.items():
+        if name == "eval_file":
+            recipe[name] = _corpora(value)
+        elif name in ("model", "fsdp_config", "deepspeed") and value != "bundled" and os.path.exists(value):
+            recipe[name] = os.path.abspath(value)
+        elif isinstance(value, tuple):
+            recipe[name] = list(value)
+        elif hasattr(value, "item"):
+            recipe[name] = value.item()  # numpy's
     return recipe
 
 
-def _absolute(source: str) -> str:
-    return source if source.startswith("hf://") else os.path.abspath(os.path.expanduser(source))
+def _corpora(corpus: Corpora) -> list[str]:
+    sources = [str(source) for source in ([corpus] if isinstance(corpus, str | Path) else corpus)]
+    return [s if s.startswith("hf://") else os.path.abspath(os.path.expanduser(s)) for s in sources]
 
 
 def begin(folder: Path, command: str, recipe: dict[str, Any], facts: dict[str, Any], keep: Callable[[], Any]) -> None:
     """Write what was asked for, and what `keep` writes, into a folder that is new, or is to be as new."""
+    write_text(folder / FACTS, _EMPTY)  # from here on the folder is ours, and what it holds is worth nothing
     for path in folder.iterdir():
-        if path.name != ".lock":
+        if path.name not in (".lock", FACTS):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     (folder / CHECKPOINTS).mkdir()
     keep()
-    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-    write_text(folder / RECIPE, f"# hfkit {command} --config {RECIPE} -o ANOTHER-FOLDER\n{text}")
+    # JSON is YAML in which a text cannot be taken for a number.
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in recipe.items()]
+    write_text(folder / RECIPE, f"# hfkit {command} --config {RECIPE} -o ANOTHER-FOLDER\n{''.join(lines)}")
+    make_durable(folder)
     packages = ("hfkit", "torch", "transformers", "accelerate", "datasets", "tokenizers")
     facts = facts | {
+        "recipe": recipe,
         "command": shlex.join(["hfkit", *sys.argv[1:]]),
         "versions": {package: importlib.metadata.version(package) for package in packages},
     }
-    write_text(folder / FACTS, json.dumps(facts, indent=1))  # last: with it the folder is a run
+    write_text(folder / FACTS, json.dumps(facts, indent=1))  # last: with it the run has begun
 
 
 def compare(folder: Path, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
     """HfkitError if the run in `folder` was begun with something else."""
-    begun = read_values(folder / RECIPE, {*recipe, *_recipe_keys(folder)}) | _read(folder / FACTS)
-    asked = recipe | facts
-    names = [name for name in asked if begun.get(name) != asked[name]]
-    names += [name for name in begun if name not in asked and name not in ("command", "versions")]
+    begun = _read(folder / FACTS)
+    begun, asked = begun.pop("recipe", {}) | begun, recipe | facts
+    names = [name for name in {**asked, **begun} if name not in ("command", "versions")]
+    names = [name for name in names if begun.get(name) != asked.get(name)]
     if names:
         shown = ", ".join(f"{name} was {_short(begun.get(name))}, is {_short(asked.get(name))}" for name in names[:8])
         raise HfkitError(f"{folder} was begun with other settings ({shown}): use those, or --overwrite begins anew")
 
 
-def _recipe_keys(folder: Path) -> list[str]:
-    return list(yaml.safe_load((folder / RECIPE).read_text("utf-8")))
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise HfkitError(f"{path} cannot be read: {error}; --overwrite begins anew") from error
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """`metrics.json` of a finished run."""
-    return _read(folder / METRICS)
+def read_metrics(folder: Path) -> dict[str, Any] | None:
+    """`metrics.json`; None unless the run is finished."""
+    return _read(folder / METRICS) if (folder / METRICS).is_file() else None
 
 
 def _short(value: Any) -> str:
@@ -127,12 +147,13 @@ def _short(value: Any) -> str:
 
 def finish(folder: Path, checkpoint: Path, extra: dict[str, str | bytes], metrics: dict[str, Any]) -> None:
     """Put the model of a checkpoint and `extra` files into the run's folder, each whole; drop the checkpoints."""
-    staging = folder / ".staging"
+    staging = folder / _STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
-    for path in checkpoint.iterdir():
-        if not path.name.startswith(_OF_TRAINING):
-            shutil.copy(path, staging / path.name)
+    model = [path for path in checkpoint.iterdir() if path.is_file() and not path.name.startswith(_OF_TRAINING)]
+    check_space(folder, sum(path.stat().st_size for path in model))
+    for path in model:
+        shutil.copy(path, staging)
     for name, content in extra.items():
         (staging / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     make_durable(staging)
@@ -140,5 +161,10 @@ def finish(folder: Path, checkpoint: Path, extra: dict[str, str | bytes], metric
         os.replace(path, folder / path.name)
     sync_folder(folder)
     write_text(folder / METRICS, json.dumps(metrics, indent=1))  # last: with it the run is finished
-    shutil.rmtree(staging)
-    shutil.rmtree(folder / CHECKPOINTS)
+    clear(folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a finished run needs no longer."""
+    for name in (_STAGING, CHECKPOINTS):
+        shutil.rmtree(folder / name, ignore_errors=True)

@@ -1,22 +1,31 @@
 """Files that appear whole or not at all, and folders that one process writes at a time."""
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from hfkit.errors import HfkitError
 
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
 
 def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of a text in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file aside, make it durable, then give it its name: a crash leaves the old file or the new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with aside.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -50,13 +59,26 @@ def make_durable(folder: Path) -> None:
 def publish(staging: Path, target: Path) -> None:
     """Give a finished folder its name. What stood there goes only when the new one is in place."""
     make_durable(staging)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
-        os.replace(target, old)
-    os.replace(staging, target)
-    sync_folder(target.parent)
+        _exchange(staging, target)
+        sync_folder(target.parent)
+        shutil.rmtree(staging)
+    else:
+        os.replace(staging, target)
+        sync_folder(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Two folders change names, in one step where the system has that (Linux)."""
+    with contextlib.suppress(AttributeError):
+        rename = ctypes.CDLL(None).renameat2
+        if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+            return
+    old = other.with_name(f".{other.name}.old")
     shutil.rmtree(old, ignore_errors=True)
+    os.replace(other, old)
+    os.replace(one, other)
+    os.replace(old, one)
 
 
 def make_writable(folder: Path) -> None:
@@ -77,6 +99,11 @@ def make_writable(folder: Path) -> None:
             probe.unlink()
 
 
+def folder_size(folder: Path) -> int:
+    """Bytes of the files in it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def check_space(folder: Path, needed: int) -> None:
     """HfkitError if fewer than `needed` bytes are free in `folder`."""
     free = shutil.disk_usage(folder).free
@@ -95,10 +122,19 @@ def lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise HfkitError(f"{folder} is in use by {holder}: wait for it, or name another --output-dir") from None
+            raise HfkitError(
+                f"{folder} is in use by {_holder(folder)}: wait for it, or name another --output-dir"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def _holder(folder: Path) -> str:
+    """What the process that holds `folder` says of itself; just after it took it, nothing yet."""
+    for _ in range(10):
+        if text := (folder / ".lock").read_text():
+            return text
+        time.sleep(0.02)
+    return "another process"

@@ -12,10 +12,10 @@ import hfkit
 MODULES = {path.stem: ast.parse(path.read_text()) for path in Path(hfkit.__file__).parent.glob("*.py")}
 # From left to right; a module imports only what stands before it.
 ORDER = (
-    "errors options console recipes flags processes storage files prompts sources tables corpora runs quantization "
-    "models encoding decoding sampling batches generation scoring data sequences planning evaluation metrics optimizers "
-    "checkpoints monitoring adapters report training pretraining tuning tasks exporting writing measuring conversation machine "
-    "serving launching cli __main__"
+    "errors options processes console recipes flags storage files prompts sources tables corpora runs quantization "
+    "models encoding decoding sampling batches generation scoring data sequences planning evaluation metrics "
+    "optimizers checkpoints monitoring adapters report fitting training pretraining tuning tasks exporting writing "
+    "measuring conversation machine serving launching cli __main__"
 ).split()
 LIGHT = {"errors", "options", "console", "recipes", "flags", "processes", "prompts", "sources", "cli", "__init__"}
 
