@@ -23,6 +23,7 @@ from hfkit.options import (
     EvaluateOptions,
     ExportOptions,
     GenerateOptions,
+    InspectOptions,
     LaunchOptions,
     ManyModelsOptions,
     ModelOptions,
@@ -188,6 +189,20 @@ def evaluate(
     from hfkit import measuring
 
     measuring.write(corpus, model, read, options, json=json)
+
+
+@app.command()
+@flags
+def inspect(
+    model: ModelOptions,
+    options: InspectOptions,
+    text: Annotated[str | None, typer.Argument(help="Text to look at; without it, stdin is read.")] = None,
+    json: _Json = False,
+) -> None:
+    """Show how likely each token of a text is, what would come next, and what heads look at."""
+    from hfkit import prompts, showing
+
+    showing.write(prompts.read_prompt(text), model, options, json=json)
 
 
 @app.command()

@@ -73,7 +73,12 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase, name: str) -> list[in
     ids = tokenizer(text, verbose=False)["input_ids"]
     if ids:
         return ids
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if begin is None:
+    if not (begin := first_tokens(tokenizer)):
         raise HfkitError(f"{name} has no token that begins a text: give a prompt")
-    return [begin]
+    return begin
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands before the first token of a text: BOS, or the EOS of another; empty if there is neither."""
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [] if begin is None else [begin]

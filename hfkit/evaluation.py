@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from hfkit.console import detail, progress
 from hfkit.corpora import Corpora, Example, Piece, find_corpus, read_records
 from hfkit.data import encode_documents, encode_examples, number_documents
+from hfkit.encoding import first_tokens
 from hfkit.errors import HfkitError
 from hfkit.generation import loaded
 from hfkit.models import LanguageModel
@@ -127,12 +128,9 @@ class _Reader:
             yield from slide(((ids, unit) for _, unit, ids in passages), self._begin(), self._window, self._stride)
 
     def _begin(self) -> list[int]:
-        """What stands before the first token; nothing if the tokenizer writes it itself, or has no such token."""
-        if self._tokenizer("a")["input_ids"][:1] == [self._tokenizer.bos_token_id]:
-            return []
-        begin = self._tokenizer.bos_token_id
-        begin = begin if begin is not None else self._tokenizer.eos_token_id
-        return [] if begin is None else [begin]
+        """What stands before the first token; nothing if the tokenizer writes it itself."""
+        begin = first_tokens(self._tokenizer)
+        return [] if self._tokenizer("a")["input_ids"][:1] == begin else begin
 
     def _counted(self, pieces: Iterable[Any]) -> Iterator[Piece]:
         for _, _, piece in number_documents(pieces):

@@ -331,3 +331,18 @@ class ExportOptions(_Checked):
     push_to_hub: str | None = option(None, "OWNER/NAME on the Hub to push to.")
     private: bool = option(True, "Make a new repository private.")
     overwrite: bool = option(False, "Replace the folder if it exists.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(_Checked):
+    """What is shown of a text."""
+
+    temperature: float | None = option(None, "What this leaves of the next token's probabilities.", above=0, max=100)
+    top_k: int | None = option(None, "The same.", min=1)
+    top_p: float | None = option(None, "The same.", above=0, max=1)
+    min_p: float | None = option(None, "The same. [default: an example of all four]", min=0, max=1)
+    top: int = option(10, "Next tokens to list.", min=1, max=1000)
+    attention: bool = option(False, "Draw what each head looks at.")
+    layer: int | None = option(None, "Only this layer, from 0. [default: all]", min=0)
+    output: str | None = option(None, "Write a picture (.png) or a page (.html).", short="-o")
+    overwrite: bool = option(False, "Replace that file if it exists.")

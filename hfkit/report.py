@@ -1,12 +1,12 @@
 """What a training run tells a person: what it is going to be, its model card, its loss as a picture."""
 
-import io
 import math
 from pathlib import Path
 from typing import Any
 
 from hfkit import console, processes
 from hfkit.data import Report
+from hfkit.pictures import draw_loss
 from hfkit.planning import Plan
 
 
@@ -115,34 +115,3 @@ parts of it back word for word, and states what is not true.
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
-
-
-def draw_loss(history: list[dict[str, Any]]) -> bytes:
-    """Training and held-out loss over the steps, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    train = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    held = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
-    if train:
-        axes.plot(*zip(*train, strict=True), color="0.75", linewidth=0.8)
-        axes.plot(*zip(*_smooth(train), strict=True), color="tab:blue", label="training")
-    if held:
-        axes.plot(*zip(*held, strict=True), "o-", color="tab:orange", label="held out")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    if train or held:
-        axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    return picture.getvalue()
-
-
-def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """A running mean over a thirtieth of the points."""
-    window = max(1, len(points) // 30)
-    return [
-        (points[i][0], sum(loss for _, loss in points[max(0, i - window + 1) : i + 1]) / min(i + 1, window))
-        for i in range(len(points))
-    ]

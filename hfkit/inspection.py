@@ -1,0 +1,215 @@
+"""`inspect`: how likely each token of a text is, what would come next, and what each sampling control leaves of it."""
+
+import html
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    MinPLogitsWarper,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from hfkit.console import printable
+from hfkit.encoding import first_tokens
+from hfkit.errors import HfkitError
+from hfkit.generation import loaded
+from hfkit.models import LanguageModel
+from hfkit.options import InspectOptions, ModelOptions, set_fields
+from hfkit.scoring import score
+
+_WARPERS = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper,
+            "min_p": MinPLogitsWarper}  # fmt: skip
+_SHOWN = {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.05}  # where none is asked for
+_FULL = 12.0  # bits of surprise that get the strongest colour
+_SIGNS = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
+_BYTES = {sign: byte for byte, sign in bytes_to_unicode().items()}
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of the text, and what the model made of it."""
+
+    text: str  # to be read: a space as ·, a newline as ↵, a part of a character as its bytes
+    id: int
+    bits: float | None  # of surprise; None where nothing comes before
+    rank: int | None  # 0: it was the likeliest
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A text as a model sees it. A notebook shows it in colours."""
+
+    model: str
+    tokens: list[Token]
+    following: list[dict[str, Any]]  # likeliest next tokens: text, id, probability, and one under each control
+    left: dict[str, int]  # tokens that each control leaves
+    words: list[str]  # of the tokens with the one that begins the text, if it was put before them
+    attention: torch.Tensor | None = None  # (layers, heads, words, words); a row's word looks at each column's
+
+    @property
+    def bits(self) -> float:
+        """Surprise of the whole text."""
+        return sum(token.bits or 0.0 for token in self.tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        tokens = [vars(token) for token in self.tokens]
+        return {"model": self.model, "bits": self.bits, "tokens": tokens, "next": self.following, "left": self.left}
+
+    def _repr_html_(self) -> str:
+        words = "".join(
+            f'<span title="{html.escape(_told(token))}" style="background:rgba(220,90,20,{_strength(token):.2f})">'
+            f"{html.escape(printable(token.text))}</span>" + ("<br>" if "↵" in token.text else "")
+            for token in self.tokens
+        )
+        names = ["text", "probability", *self.left]
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(_cell(row[name]))}</td>" for name in names) + "</tr>"
+            for row in self.following
+        )
+        heads = "".join(f"<th>{html.escape(name)}</th>" for name in ["next token", "alone", *_headings(self.left)])
+        return (
+            f'<div class="hfkit-tokens">{words}</div>'
+            f"<p>{self.bits:.1f} bits in {len(self.tokens)} tokens; the darker, the more surprising</p>"
+            f"<table><tr>{heads}</tr>{rows}</table>"
+        )
+
+
+def _told(token: Token) -> str:
+    return f"token {token.id}" + ("" if token.bits is None else f": {token.bits:.2f} bits, rank {token.rank}")
+
+
+def _strength(token: Token) -> float:
+    """Of its colour, from 0 to 0.8."""
+    return 0.8 * min(1.0, (token.bits or 0.0) / _FULL)
+
+
+def _headings(left: dict[str, int]) -> list[str]:
+    return [f"{name}: {count:,} left" for name, count in left.items()]
+
+
+def _cell(value: Any) -> str:
+    return printable(value) if isinstance(value, str) else f"{value:.2%}"
+
+
+def inspect(
+    text: str,
+    *,
+    model: str | ModelOptions | LanguageModel | None = None,
+    options: InspectOptions | None = None,
+    **overrides: Any,
+) -> Inspection:
+    """Look at a text through a model.
+
+    Args:
+        text: what is read; its first token is seen after the one that begins a text, if the tokenizer has such.
+        model: what `load` returned or takes.
+        options: every field of `InspectOptions` is a keyword, too.
+
+    Raises:
+        HfkitError: the text is empty or does not fit the model, or the model cannot be loaded.
+    """
+    options = InspectOptions.make(options, overrides)
+    lm = loaded(model)
+    if lm.model.config.is_encoder_decoder:
+        raise HfkitError(f"{lm.name} has an encoder: inspect a causal model")
+    own = lm.tokenizer(text, verbose=False)["input_ids"]
+    if not own:
+        raise HfkitError("there is nothing to inspect: give a text")
+    begin = first_tokens(lm.tokenizer)
+    ids = own if own[: len(begin)] == begin else begin + own
+    if len(ids) > (lm.context or len(ids)):
+        raise HfkitError(f"the text has {len(ids)} tokens, {lm.name} takes {lm.context}: shorten it")
+    output = _run(lm, ids, options.attention)
+    targets = torch.tensor([[*ids[1:], ids[-1]]], device=output.logits.device)
+    nll, rank = (values[0].tolist() for values in score(output.logits, targets))
+    tokens = [
+        Token(readable(lm.tokenizer, one), one, *((nll[at - 1] / math.log(2), rank[at - 1]) if at else (None, None)))
+        for at, one in enumerate(ids)
+    ]
+    skipped = len(ids) - len(own)
+    following, left = _next(lm, output.logits[:, -1].float(), options)
+    attention = torch.cat(output.attentions).float().cpu() if options.attention else None
+    return Inspection(lm.name, tokens[skipped:], following, left, [token.text for token in tokens], attention)
+
+
+def _run(lm: LanguageModel, ids: list[int], attention: bool) -> Any:
+    """One forward pass; only eager attention gives its weights away."""
+    before = lm.model.config._attn_implementation
+    if attention:
+        lm.model.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode():
+            inputs = torch.tensor([ids], device=lm.model.device)
+            return lm.model(input_ids=inputs, use_cache=False, output_attentions=attention)
+    finally:
+        if attention:
+            lm.model.set_attn_implementation(before)
+
+
+def _next(
+    lm: LanguageModel, logits: torch.Tensor, options: InspectOptions
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The likeliest next tokens, alone and under each control and all of them together; logits: (1, vocabulary)."""
+    asked = {name: value for name, value in set_fields(options).items() if name in _WARPERS}
+    controls = asked or _SHOWN
+    warped = {f"{name} {value:g}": _WARPERS[name](value)(None, logits.clone()) for name, value in controls.items()}
+    if len(asked) > 1:
+        together = logits.clone()
+        for name, value in asked.items():
+            together = _WARPERS[name](value)(None, together)
+        warped["together"] = together
+    plain = logits.softmax(-1)[0]
+    under = {name: values.softmax(-1)[0] for name, values in warped.items()}
+    likeliest = plain.topk(min(options.top, len(plain))).indices.tolist()
+    rows = [
+        {"text": readable(lm.tokenizer, one), "id": one, "probability": plain[one].item()}
+        | {name: values[one].item() for name, values in under.items()}
+        for one in likeliest
+    ]
+    return rows, {name: int((values > 0).sum()) for name, values in under.items()}
+
+
+def readable(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """A token as a reader can read it: spaces and newlines as signs, a part of a character as its bytes."""
+    word = tokenizer.convert_ids_to_tokens(token)
+    if token in tokenizer.all_special_ids or not all(sign in _BYTES for sign in word):
+        return word.replace("▁", "·")
+    raw = bytes(_BYTES[sign] for sign in word)
+    try:
+        return raw.decode().translate(_SIGNS)
+    except UnicodeDecodeError:
+        return "⟨" + raw.hex(" ") + "⟩"
+
+
+def to_page(found: Inspection, picture: bytes | None) -> str:
+    """A page of its own, which needs no network."""
+    import base64
+
+    image = (
+        f'<img alt="attention" src="data:image/png;base64,{base64.b64encode(picture).decode()}">' if picture else ""
+    )
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>hfkit inspect</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+.hfkit-tokens {{ font-family: ui-monospace, monospace; overflow-wrap: anywhere; }}
+.hfkit-tokens span {{ border-right: 1px solid #8884; }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
+td, th {{ padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #8884; }}
+td:first-child {{ font-family: ui-monospace, monospace; }}
+img {{ max-width: 100%; background: white; }}
+</style>
+<h1>{html.escape(found.model)}</h1>
+{found._repr_html_()}
+{image}
+</html>
+"""

@@ -1,0 +1,77 @@
+"""Pictures: a run's losses, and what attention heads look at."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+_LABELLED = 48  # tokens that can still be read along an axis
+
+
+def draw_loss(history: Sequence[dict[str, Any]]) -> bytes:
+    """Training and held-out loss over the steps of Trainer's log, as PNG."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    plot_loss(axes, history)
+    return to_png(figure)
+
+
+def plot_loss(axes: Any, history: Sequence[dict[str, Any]], name: str = "", color: str = "C0") -> None:
+    """Both losses of a run; the training's as it is, faint, and smoothed."""
+    train = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    held = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    if train:
+        axes.plot(*zip(*train, strict=True), color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(*zip(*smooth(train), strict=True), color=color, label=f"{name} training".strip())
+    if held:
+        style = {"color": color if name else "C1", "marker": "o", "linestyle": "--" if name else "-"}
+        axes.plot(*zip(*held, strict=True), label=f"{name} held out".strip(), **style)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    if train or held:
+        axes.legend()
+
+
+def smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """A running mean over a thirtieth of the points."""
+    window, total, found = max(1, len(points) // 30), 0.0, []
+    for at, (step, value) in enumerate(points):
+        total += value - (points[at - window][1] if at >= window else 0.0)
+        found.append((step, total / min(at + 1, window)))
+    return found
+
+
+def draw_attention(attention: torch.Tensor, words: Sequence[str], layer: int | None) -> bytes:
+    """How much each head looks from each token (row) at each earlier one (column), as PNG.
+
+    attention: (layers, heads, length, length). words: the tokens. layer: this one large, or None for all, small.
+    """
+    layers = range(len(attention)) if layer is None else [layer]
+    heads, length = attention.shape[1], len(words)
+    columns = heads if layer is None else min(heads, 4)
+    rows = len(layers) * -(-heads // columns)
+    is_labelled = length <= _LABELLED
+    side = max(1.6, 0.11 * length) if is_labelled else 3.0
+    figure = Figure(figsize=(columns * side + 1.2, rows * (side + 0.3) + 1.0), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid[len(layers) * heads :]:
+        axes.set_visible(False)
+    for place, axes in enumerate(grid[: len(layers) * heads]):
+        head = attention[layers[place // heads], place % heads]
+        image = axes.imshow(head, cmap="viridis", vmin=0, vmax=1)
+        axes.set_title(f"layer {layers[place // heads]}, head {place % heads}", fontsize=8)
+        axes.set(xticks=[], yticks=[])
+        if is_labelled and place % columns == 0:
+            axes.set_yticks(range(length), words, fontsize=6, family="monospace")
+        if is_labelled and place + columns >= len(layers) * heads:
+            axes.set_xticks(range(length), words, fontsize=6, family="monospace", rotation=90)
+    figure.colorbar(image, ax=list(grid), label="attention from the row's token to the column's", shrink=0.6)
+    return to_png(figure)
+
+
+def to_png(figure: Figure) -> bytes:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    return picture.getvalue()

@@ -1,0 +1,80 @@
+"""`hfkit inspect` at a shell: colours on a terminal, plain columns elsewhere, pictures and pages in files."""
+
+import sys
+from json import dumps
+from pathlib import Path
+
+from hfkit import console
+from hfkit.errors import HfkitError, OptionError
+from hfkit.inspection import Inspection, Token, inspect, to_page
+from hfkit.options import InspectOptions, ModelOptions
+from hfkit.pictures import draw_attention
+from hfkit.storage import make_writable, write_bytes
+
+
+def write(text: str, model: ModelOptions, options: InspectOptions, *, json: bool) -> None:
+    """Inspect `text`, print what was found, and write the file that was asked for."""
+    path = check_output(options)
+    found = inspect(text, model=model, options=options)
+    picture = None
+    if found.attention is not None:
+        if options.layer is not None and options.layer >= len(found.attention):
+            raise OptionError(f"--layer is {options.layer}: {found.model} has layers 0 to {len(found.attention) - 1}")
+        picture = draw_attention(found.attention, found.words, options.layer)
+    if json:
+        console.write(dumps(found.to_dict(), ensure_ascii=False) + "\n")
+    else:
+        _write_text(found)
+        _write_next(found)
+    if path:
+        write_bytes(path, picture if path.suffix == ".png" and picture else to_page(found, picture).encode())
+        console.note(f"written: {path}")
+
+
+def check_output(options: InspectOptions) -> Path | None:
+    """The file to write, if there is one; before a model is loaded."""
+    if not options.output and not options.attention:
+        return None
+    path = Path(options.output or "attention.png")
+    if path.suffix not in (".png", ".html"):
+        raise OptionError(f"--output is {path}: it must end in .png or .html")
+    if path.suffix == ".png" and not options.attention:
+        raise OptionError("--output takes a .png with --attention only: write a .html")
+    if path.exists() and not options.overwrite:
+        raise HfkitError(f"{path} exists: --overwrite replaces it, or name another --output")
+    make_writable(path.parent)
+    return path
+
+
+def _write_text(found: Inspection) -> None:
+    if not sys.stdout.isatty():
+        for token in found.tokens:
+            bits, rank = ("-", "-") if token.bits is None else (f"{token.bits:.2f}", str(token.rank))
+            console.write(f"{bits:>7} {rank:>6}  {token.text}\n")
+    else:
+        from rich.console import Console
+        from rich.text import Text
+
+        line = Text()
+        for token in found.tokens:
+            line.append(console.printable(token.text).replace("·", " "), style=_style(token))
+            line.append("\n" if "↵" in token.text else "")
+        Console(highlight=False).print(line)
+    console.write(f"{found.bits:.1f} bits in {len(found.tokens)} tokens under {console.printable(found.model)}\n")
+
+
+def _style(token: Token) -> str:
+    """From no colour, for what was expected, to red, for what was not."""
+    if token.bits is None or token.bits < 1:
+        return ""
+    return ("on dark_green" if token.bits < 4 else "on dark_goldenrod" if token.bits < 8 else "on dark_red") + " white"
+
+
+def _write_next(found: Inspection) -> None:
+    from rich.table import Table
+
+    table = Table("next", "alone", *(f"{name}\n{count:,} left" for name, count in found.left.items()))
+    for row in found.following:
+        cells = [row["probability"], *(row[name] for name in found.left)]
+        table.add_row(console.printable(row["text"]), *(f"{cell:.2%}" if cell else "" for cell in cells))
+    console.write_table(table)
