@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from hfkit.console import detail, progress
 from hfkit.corpora import Corpora, Example, Piece, find_corpus, read_records
 from hfkit.data import encode_documents, encode_examples, number_documents
+from hfkit.declaration import divide
 from hfkit.encoding import first_tokens
 from hfkit.errors import HfkitError
 from hfkit.generation import loaded
 from hfkit.models import LanguageModel
-from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions, divide
+from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions
 from hfkit.planning import has_bfloat16_units
 from hfkit.scoring import IGNORED, Scores, exp, precise_head, ratio_stderr, score_batches
 from hfkit.sequences import Item, group

@@ -18,10 +18,11 @@ from transformers.trainer_callback import PrinterCallback
 from hfkit import console, processes, runs
 from hfkit.checkpoints import Saving, Stop, diverged, find_newest
 from hfkit.corpora import Corpora
+from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.monitoring import Measuring, Progress, is_stale
 from hfkit.optimizers import MuonFactory
-from hfkit.options import TrainOptions, set_fields
+from hfkit.options import TrainOptions
 from hfkit.planning import Plan
 from hfkit.sequences import Collator, Examples, Material
 

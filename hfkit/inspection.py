@@ -16,11 +16,12 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hfkit.console import printable
+from hfkit.declaration import set_fields
 from hfkit.encoding import first_tokens
 from hfkit.errors import HfkitError
 from hfkit.generation import loaded
 from hfkit.models import LanguageModel
-from hfkit.options import InspectOptions, ModelOptions, set_fields
+from hfkit.options import InspectOptions, ModelOptions
 from hfkit.scoring import score
 
 _WARPERS = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper,

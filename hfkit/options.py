@@ -1,100 +1,19 @@
 """Every option, declared once (standard library only).
 
 A field here is at the same time a flag (`--top-p`), a recipe key (`top_p:`) and a Python argument (`top_p=`).
-Names are those of transformers, so `GenerationConfig` receives them unchanged. None means "not set": the model's
-own default applies.
+Names are those of transformers, so `GenerationConfig` and `TrainingArguments` receive them unchanged. None means
+"not set": the model's own default applies, or what is said in brackets.
 """
 
-import functools
 import math
-import numbers
-import re
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NoReturn, Self, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Literal
 
-from hfkit.errors import OptionError
-
-
-def option(default: Any, help: str, *, short: str | None = None, above: float | None = None, **typer: Any) -> Any:
-    """A dataclass field with its help text.
-
-    `typer` takes what `typer.Option` does (`min`, `max`, ...); `above` is a bound that the value must exceed.
-    """
-    return field(default=default, metadata={"help": help, "short": short, "above": above, "typer": typer})
-
-
-def set_fields(options: Any) -> dict[str, Any]:
-    """The fields that were given a value, by name."""
-    return {f.name: value for f in fields(options) if (value := getattr(options, f.name)) is not None}
-
-
-_hints = functools.cache(get_type_hints)
-
-
-def _is(value: Any, type_: Any) -> bool:
-    """Whether `value` is of an annotated type. A whole number is a float as well (numpy's, too); True is no number."""
-    origin, parts = get_origin(type_), get_args(type_)
-    if origin is Literal:
-        return value in parts
-    if origin is list:
-        return isinstance(value, list | tuple) and all(_is(item, parts[0]) for item in value)
-    if origin:  # a union
-        return any(_is(value, part) for part in parts)
-    kind = {int: numbers.Integral, float: numbers.Real}.get(type_, type_)
-    return isinstance(value, kind) and isinstance(value, bool) == (type_ is bool)
-
-
-class _Checked:
-    """Types and ranges hold for Python and recipes as for flags; a lone value stands for a list of one."""
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value, type_ = getattr(self, f.name), _hints(type(self))[f.name]
-            if _is([value], type_):
-                value = [value]
-                object.__setattr__(self, f.name, value)
-            if not _is(value, type_):
-                wanted = type_.__name__ if isinstance(type_, type) else str(type_).removesuffix(" | None")
-                choices = re.findall(r"'(.*?)'", wanted)
-                self._refuse(f.name, f"it must be {'one of ' + ', '.join(choices) if choices else wanted}")
-            if not isinstance(value, numbers.Real) or isinstance(value, bool):
-                continue
-            low, high, above = f.metadata["typer"].get("min"), f.metadata["typer"].get("max"), f.metadata["above"]
-            inside = (low is None or value >= low) and (high is None or value <= high) and abs(value) < math.inf
-            if not inside or (above is not None and value <= above):
-                lower = f"more than {above}" if above is not None else "finite" if low is None else f"at least {low}"
-                self._refuse(f.name, f"it must be {lower}" + ("" if high is None else f", at most {high}"))
-
-    def _refuse(self, name: str, why: str) -> NoReturn:
-        raise OptionError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}: {why}")
-
-    @classmethod
-    def names(cls) -> list[str]:
-        return [f.name for f in fields(cls)]  # type: ignore[arg-type]
-
-    @classmethod
-    def make(cls, options: Self | None, overrides: dict[str, Any]) -> Self:
-        """`options` with `overrides`; an unknown name is a TypeError, as for any Python argument."""
-        return divide(overrides, (cls, options))[0]
-
-
-def divide(overrides: dict[str, Any], *groups: tuple[type, Any]) -> list[Any]:
-    """For each (class, instance or None) of `groups` an instance with the `overrides` that are its fields."""
-    known = {name: group for group, _ in groups for name in group.names()}
-    unknown = [name for name in overrides if name not in known]
-    if unknown:
-        from difflib import get_close_matches
-
-        close = get_close_matches(unknown[0], known, n=1)
-        raise TypeError(f"unknown option {unknown[0]!r}" + (f": did you mean {close[0]!r}?" if close else ""))
-    return [
-        group(**{**(vars(given) if given else {}), **{n: v for n, v in overrides.items() if known[n] is group}})
-        for group, given in groups
-    ]
+from hfkit.declaration import Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(_Checked):
+class ModelOptions(Options):
     """Which model, in which precision, on which devices."""
 
     model: str | None = option(
@@ -119,7 +38,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "eps
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(_Checked):
+class GenerateOptions(Options):
     """How text is generated; all but the last eight are fields of `transformers.GenerationConfig`."""
 
     max_new_tokens: int | None = option(
@@ -196,7 +115,7 @@ class GenerateOptions(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusOptions(_Checked):
+class CorpusOptions(Options):
     """How a corpus is read."""
 
     text_column: str | None = option(None, "Column that holds the text. [default: found, where it is plain]")
@@ -218,7 +137,7 @@ class DataOptions(CorpusOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(_Checked):
+class TrainOptions(Options):
     """How a model is trained; `TrainingArguments` has those of its names, LoRA's are TRL's, the last ones ours."""
 
     output_dir: str | None = option(None, "Folder of the run. [default: runs/NAME of the corpus]", short="-o")
@@ -278,7 +197,7 @@ class TrainOptions(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(_Checked):
+class EvaluateOptions(Options):
     """How a model is measured."""
 
     max_length: int | None = option(None, "Window, in tokens. [default: the model's context]", min=1)
@@ -295,7 +214,7 @@ class ManyModelsOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SizeOptions(_Checked):
+class SizeOptions(Options):
     """A new GPT-2 and its tokenizer; fields of `transformers.GPT2Config`, except `size`."""
 
     size: Literal["tiny", "mini", "small", "medium", "large", "xl"] = option(
@@ -312,7 +231,7 @@ class SizeOptions(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaunchOptions(_Checked):
+class LaunchOptions(Options):
     """How many processes do the work, one a GPU; the names are accelerate's."""
 
     num_processes: int = option(1, "Processes, of all machines together.", min=1)
@@ -323,7 +242,7 @@ class LaunchOptions(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(_Checked):
+class ExportOptions(Options):
     """Where a model is written to, and how."""
 
     output_dir: str | None = option(None, "Folder to write to.", short="-o")
@@ -334,7 +253,7 @@ class ExportOptions(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions(_Checked):
+class InspectOptions(Options):
     """What is shown of a text."""
 
     temperature: float | None = option(None, "What this leaves of the next token's probabilities.", above=0, max=100)

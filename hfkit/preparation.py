@@ -6,12 +6,13 @@ from typing import Any
 
 from hfkit.corpora import Corpora, find_corpus, is_prepared
 from hfkit.data import Prepared, encode_corpus
+from hfkit.declaration import divide
 from hfkit.errors import HfkitError
 from hfkit.models import choose_device, load_config, load_tokenizer
-from hfkit.options import DataOptions, ModelOptions, TrainOptions, divide
+from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.planning import Plan, block_size_for, make_plan
 from hfkit.report import corpus_lines, plan_lines
-from hfkit.sequences import cut, lengths
+from hfkit.sequences import cut
 from hfkit.sources import count_parameters, find
 from hfkit.storage import make_writable
 
@@ -67,14 +68,14 @@ def prepare(
     folder = Path(output_dir) if output_dir else None
     if folder:
         make_writable(folder)
-        if not is_prepared(folder) and any(folder.iterdir()):
+        if not is_prepared(folder) and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise HfkitError(f"{folder} holds something else: name a new folder")
     found, source = find_corpus(corpus), find(model)
     tokenizer, config = load_tokenizer(source), load_config(source)
     prepared = encode_corpus(found, tokenizer, data, folder)
     block_size = block_size_for(config, data.block_size)
-    sequences = len(cut(prepared, block_size))
-    length = min(block_size, lengths(prepared.dataset).sum() / max(1, sequences))
+    sequences = cut(prepared, block_size)
+    length = sequences.tokens / max(1, len(sequences))
     device = choose_device(model, source)
-    plan = make_plan(config, count_parameters(source), sequences, length, TrainOptions(), device)
-    return Preparation(prepared, plan, sequences, block_size)
+    plan = make_plan(config, count_parameters(source), len(sequences), length, TrainOptions(), device)
+    return Preparation(prepared, plan, len(sequences), block_size)

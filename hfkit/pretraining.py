@@ -14,10 +14,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, PreTrainedT
 from hfkit import console, processes, runs
 from hfkit.corpora import END, Corpora, Corpus, Piece, find_corpus, read_records
 from hfkit.data import number_documents
+from hfkit.declaration import divide, set_fields
 from hfkit.errors import HfkitError, OptionError
 from hfkit.fitting import Job
 from hfkit.models import choose_device
-from hfkit.options import DataOptions, ModelOptions, SizeOptions, TrainOptions, divide, set_fields
+from hfkit.options import DataOptions, ModelOptions, SizeOptions, TrainOptions
 from hfkit.planning import Plan, make_plan
 from hfkit.report import describe_plan
 from hfkit.sequences import gather_material, hold_out

@@ -19,8 +19,9 @@ from typing import Any
 
 from hfkit import processes
 from hfkit.corpora import Corpora, find_corpus, is_prepared, name_of
+from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError
-from hfkit.options import TrainOptions, set_fields
+from hfkit.options import TrainOptions
 from hfkit.storage import check_space, lock, make_durable, make_writable, sync_folder, write_text
 
 RECIPE, FACTS, METRICS, CHECKPOINTS = "recipe.yaml", "run.json", "metrics.json", "checkpoints"

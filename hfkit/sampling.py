@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, WatermarkingConfig
 
+from hfkit.declaration import set_fields
 from hfkit.errors import OptionError
 from hfkit.models import LanguageModel, load
-from hfkit.options import SAMPLING, GenerateOptions, set_fields
+from hfkit.options import SAMPLING, GenerateOptions
 
 # Options that GenerationConfig has by another name, in another form, or not at all.
 OWN = ("stop_strings", "bad_words", "sequence_bias", "negative_prompt", "watermark", "assistant_model", "truncate",

@@ -15,11 +15,12 @@ from hfkit import console, processes, runs
 from hfkit.adapters import add_adapter
 from hfkit.checkpoints import Stop, find_fault, find_newest, list_checkpoints, step_of
 from hfkit.corpora import Corpora
+from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError, StoppedError
 from hfkit.fitting import Job, fit, is_done
 from hfkit.models import choose_device, load_config, load_tokenizer, load_weights
 from hfkit.monitoring import best_step, scores
-from hfkit.options import DataOptions, ModelOptions, TrainOptions, divide
+from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.planning import Plan, block_size_for, make_plan, summarize
 from hfkit.report import describe_plan, make_card
 from hfkit.sequences import gather_material

@@ -17,7 +17,7 @@ ORDER = (
     "optimizers checkpoints monitoring adapters report fitting training pretraining tuning tasks exporting writing "
     "measuring conversation machine serving launching cli __main__"
 ).split()
-LIGHT = {"errors", "options", "console", "recipes", "flags", "processes", "prompts", "sources", "cli", "__init__"}
+LIGHT = {"errors", "declaration", "options", "console", "recipes", "flags", "processes", "prompts", "sources", "cli", "__init__"}
 
 
 def imported(tree: ast.AST) -> dict[str, list[str]]:
