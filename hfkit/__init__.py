@@ -18,8 +18,10 @@ _HOME = {
     "LanguageModel": "models",
     "ModelOptions": "options",
     "Run": "training",
+    "Search": "tuning",
     "SizeOptions": "options",
     "TrainOptions": "options",
+    "TuneOptions": "options",
     "evaluate": "evaluation",
     "export": "exporting",
     "finetune": "training",
@@ -29,6 +31,7 @@ _HOME = {
     "prepare": "preparation",
     "pretrain": "pretraining",
     "stream": "generation",
+    "tune": "tuning",
 }
 __all__ = sorted(_HOME)
 

@@ -29,6 +29,7 @@ from hfkit.options import (
     ModelOptions,
     SizeOptions,
     TrainOptions,
+    TuneOptions,
 )
 from hfkit.sources import find
 
@@ -203,6 +204,22 @@ def inspect(
     from hfkit import prompts, showing
 
     showing.write(prompts.read_prompt(text), model, options, json=json)
+
+
+@app.command()
+@flags
+def tune(
+    corpus: _Corpus,
+    model: ModelOptions,
+    data: DataOptions,
+    train: TrainOptions,
+    options: TuneOptions,
+    json: _Json = False,
+) -> None:
+    """Search for good training options; print the trials and the best recipe."""
+    from hfkit import searching
+
+    searching.write(corpus, model, data, train, options, json=json)
 
 
 @app.command()

@@ -167,6 +167,7 @@ class TrainOptions(Options):
     label_smoothing_factor: float | None = option(None, "Label smoothing.", min=0, max=1)
     neftune_noise_alpha: float | None = option(None, "Noise on the embeddings (NEFTune).", above=0)
     activation_checkpointing: bool | None = option(None, "Compute activations twice: less memory, slower.")
+    dropout: float | None = option(None, "Dropout of all layers. [default: the model's own]", min=0, max=1)
     bf16: bool | None = option(None, "bfloat16 arithmetic. [default: where the machine has units for it]")
     fp16: bool | None = option(None, "float16 arithmetic, on a GPU.")
     torch_compile: bool | None = option(None, "Compile the model. [default: if the run is long enough to gain]")
@@ -265,3 +266,18 @@ class InspectOptions(Options):
     layer: int | None = option(None, "Only this layer, from 0. [default: all]", min=0)
     output: str | None = option(None, "Write a picture (.png) or a page (.html).", short="-o")
     overwrite: bool = option(False, "Replace that file if it exists.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(Options):
+    """What is searched for, and how long."""
+
+    n_trials: int = option(20, "Trials in all, those of an interrupted search included.", short="-n", min=1)
+    timeout: float | None = option(None, "Begin no trial after so many seconds.", above=0)
+    search: list[str] | None = option(
+        None,
+        "NAME=LOW..HIGH or NAME=A,B,C of a training option; may be repeated. [default: learning rate, weight decay, "
+        "warm-up, batch, epochs and dropout; rank and dropout of LoRA]",
+    )
+    prune: bool = option(True, "Stop trials that are worse half-way than most were.")
+    train_best: bool = option(False, "Train with the best settings in the end.")

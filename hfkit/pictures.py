@@ -71,6 +71,34 @@ def draw_attention(attention: torch.Tensor, words: Sequence[str], layer: int | N
     return to_png(figure)
 
 
+def draw_trials(trials: Sequence[dict[str, Any]], importances: dict[str, float]) -> bytes:
+    """Scores of a search in their order, against each option's values, and what the options are worth, as PNG."""
+    scored = [trial for trial in trials if trial["loss"] is not None]
+    names = sorted({name for trial in scored for name in trial["params"]})
+    columns = 3
+    rows = -(-(len(names) + 2) // columns)
+    figure = Figure(figsize=(columns * 3.6, rows * 2.9), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    losses = [trial["loss"] for trial in scored]
+    best = [min(losses[: at + 1]) for at in range(len(losses))]
+    grid[0].plot([trial["number"] for trial in scored], losses, "o", label="trial")
+    grid[0].plot([trial["number"] for trial in scored], best, drawstyle="steps-post", label="best so far")
+    grid[0].set(xlabel="trial", ylabel="held-out loss")
+    grid[0].legend()
+    grid[1].barh(list(importances)[::-1], list(importances.values())[::-1])
+    grid[1].set(xlabel="importance")
+    for axes, name in zip(grid[2:], names, strict=False):
+        values = [trial["params"][name] for trial in scored]
+        axes.plot(values, losses, "o")
+        positive = all(isinstance(value, float) and value > 0 for value in values)
+        if positive and max(values) / min(values) > 20:
+            axes.set_xscale("log")
+        axes.set(xlabel=name, ylabel="held-out loss")
+    for axes in grid[2 + len(names) :]:
+        axes.set_visible(False)
+    return to_png(figure)
+
+
 def to_png(figure: Figure) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)

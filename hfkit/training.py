@@ -124,12 +124,14 @@ def make_trainable(source: Source, options: ModelOptions, plan: Plan, tokenizer:
 
 
 def make_ready(model: Any, plan: Plan) -> None:
+    """Set what is not in a model's weights: how its loss is counted, and dropout for the time of the training."""
     # Without this Trainer counts the labels unshifted and its loss and gradients come out too small.
     model.loss_type = "ForCausalLM"
-    if not plan.attention_dropout:
-        for module in model.modules():
-            if isinstance(dropout := getattr(module, "attn_dropout", None), torch.nn.Dropout):
-                dropout.p = 0.0
+    for module in model.modules():
+        if plan.options.dropout is not None and isinstance(module, torch.nn.Dropout):
+            module.p = plan.options.dropout
+        if not plan.attention_dropout and isinstance(getattr(module, "attn_dropout", None), torch.nn.Dropout):
+            module.attn_dropout.p = 0.0
 
 
 def run(job: Job, keep: Callable[[], Any] = lambda: None) -> Run:
