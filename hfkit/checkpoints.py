@@ -170,6 +170,7 @@ class Saving(TrainerCallback):
         last = state.global_step == state.max_steps
         if last:
             self.measuring.measure(state, control)
+            control.should_log = True  # which what was measured, when it was logged, took back
         asked = self.stop.asked()
         extra = self.options.save_steps and state.global_step % self.options.save_steps == 0
         control.should_training_stop |= asked

@@ -3,6 +3,7 @@
 import functools
 import math
 import numbers
+import os
 import re
 from dataclasses import field, fields
 from typing import Any, Literal, NoReturn, Self, get_args, get_origin, get_type_hints
@@ -39,15 +40,22 @@ def _is(value: Any, type_: Any) -> bool:
     return isinstance(value, kind) and isinstance(value, bool) == (type_ is bool)
 
 
+def _plain(value: Any) -> Any:
+    """A path as text, a list for a tuple, Python's number for numpy's."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value.item() if hasattr(value, "item") else value
+
+
 class Options:
     """Types and ranges hold for Python and recipes as for flags; a lone value stands for a list of one."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, type_ = getattr(self, f.name), _hints(type(self))[f.name]
-            if _is([value], type_):
-                value = [value]
-                object.__setattr__(self, f.name, value)
+            type_ = _hints(type(self))[f.name]
+            value = _plain(getattr(self, f.name))
+            value = [value] if _is([value], type_) else value
+            object.__setattr__(self, f.name, value)
             if not _is(value, type_):
                 wanted = type_.__name__ if isinstance(type_, type) else str(type_).removesuffix(" | None")
                 choices = re.findall(r"'(.*?)'", wanted)

@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_callback import PrinterCallback
 
 from hfkit import console, processes, runs
@@ -138,6 +145,7 @@ class _Trainer(Trainer):
 def _build(job: Job, stop: Stop, rows: int, accumulation: int) -> Iterator[Trainer]:
     plan, options, material = job.plan, job.plan.options, job.material
     arguments = _arguments(job, rows, accumulation)  # before the model: DeepSpeed wants to know how to load it
+    set_seed(plan.options.seed)  # an adapter, or a new model, begins with random numbers
     model = job.make_model()
     pad = job.tokenizer.pad_token_id
     pad = pad if pad is not None else job.tokenizer.eos_token_id or 0

@@ -15,7 +15,7 @@ class Muon(torch.optim.Optimizer):
         lr, decay = options["lr"], options["weight_decay"]
         muon = torch.optim.Muon(list(matrices), lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         self._parts = [muon, torch.optim.AdamW(groups, lr=lr, betas=options["betas"], eps=options["eps"], fused=True)]
-        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        super().__init__([group for part in self._parts for group in part.param_groups], {"lr": lr})
         self._share()
 
     def _share(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, PreTrainedTokenizerBase, TrainerCallback
 
 from hfkit import console, processes, runs
 from hfkit.corpora import END, Corpora, Corpus, Piece, find_corpus, read_records
@@ -156,7 +156,6 @@ def make_config(size: SizeOptions, tokenizer: PreTrainedTokenizerBase) -> GPT2Co
 
 
 def _new_model(config: GPT2Config, plan: Plan) -> GPT2LMHeadModel:
-    set_seed(plan.options.seed)
     model = GPT2LMHeadModel(config).to(plan.device)
     make_ready(model, plan)
     return model

@@ -85,10 +85,6 @@ def describe(corpus: Corpora, *groups: Any) -> dict[str, Any]:
             recipe[name] = _corpora(value)
         elif name in ("model", "fsdp_config", "deepspeed") and value != "bundled" and os.path.exists(value):
             recipe[name] = os.path.abspath(value)
-        elif isinstance(value, tuple):
-            recipe[name] = list(value)
-        elif hasattr(value, "item"):
-            recipe[name] = value.item()  # numpy's
     return recipe
 
 

@@ -43,6 +43,8 @@ class Blocks(torch.utils.data.Dataset):
         return -(-int(self._ends[-1]) // self._size) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> Item:
+        if index >= len(self):
+            raise IndexError(index)  # with which an iteration ends
         start, stop = index * self._size, min((index + 1) * self._size, int(self._ends[-1]))
         first, last = np.searchsorted(self._ends, [start, stop - 1], "right")
         ids = np.concatenate(self._dataset[self._rows[first : last + 1].tolist()]["input_ids"])

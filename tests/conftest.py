@@ -2,17 +2,26 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import trials
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants a Hub starts one of its own, in another process
 os.environ.pop("HFKIT_MODEL", None)
+CACHE = tempfile.mkdtemp(prefix="hfkit-tests-")
+os.environ["HF_DATASETS_CACHE"] = CACHE  # what is tokenized here is for nobody else
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # threads that wait for each other are slower than one with so little to do
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def byte_vocabulary() -> dict[str, int]:
@@ -41,6 +50,20 @@ def tiny(tmp_path_factory) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def still(tmp_path_factory, tiny) -> str:
+    """`tiny` without dropout: what is computed twice is the same."""
+    folder = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("models") / "still"))
+    edit_json(folder / "config.json", attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> str:
+    """A text file of 24 documents of some 200 bytes."""
+    return trials.write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +119,6 @@ def tiny_t5(tmp_path_factory, tiny) -> str:
 @pytest.fixture
 def copy(tmp_path):
     """Copy a model's folder, to break it: `folder = copy(tiny)`."""
-    import shutil
 
     def make(model: str) -> Path:
         return Path(shutil.copytree(model, tmp_path / "model"))

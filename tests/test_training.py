@@ -1,0 +1,218 @@
+"""A run is what a plain loop would do, whatever is trained on whatever; what it leaves anybody can load."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import trials
+from conftest import call
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, Trainer
+
+import hfkit
+from hfkit.errors import HfkitError
+
+GREEDY = {"max_new_tokens": 12, "do_sample": False}
+
+
+def train(corpus, model, folder, **options):
+    """A small run in float32."""
+    return hfkit.finetune(corpus, model=model, output_dir=str(folder), **{**trials.SMALL, **options})
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> str:
+    """Rows of prompt and completion, of unequal lengths."""
+    path = tmp_path_factory.mktemp("corpus") / "answers.jsonl"
+    rows = [{"prompt": f"{'say ' * (i % 4)}{i}:", "completion": " yes" * (1 + i % 5)} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory) -> str:
+    """Conversations."""
+    path = tmp_path_factory.mktemp("corpus") / "talks.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes " * (1 + i % 3)}]}
+        for i in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def batches(monkeypatch) -> list[dict[str, torch.Tensor]]:
+    """Every batch that Trainer learns from, in order."""
+    seen, step = [], Trainer.training_step
+
+    def watch(self, model, inputs, *arguments, **keywords):
+        seen.append({name: tensor.clone() for name, tensor in inputs.items()})
+        return step(self, model, inputs, *arguments, **keywords)
+
+    monkeypatch.setattr(Trainer, "training_step", watch)
+    return seen
+
+
+def cross_entropy(model, batch) -> torch.Tensor:
+    """Nats in all over the labels of a batch, written out."""
+    logits = model(batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), reduction="sum")
+
+
+def count(batch) -> int:
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+# the loss
+
+
+@pytest.mark.parametrize("kind", ["text", "answers"])
+def test_the_losses_are_those_of_a_plain_loop(still, corpus, answers, tmp_path, batches, kind):
+    run = train(corpus if kind == "text" else answers, still, tmp_path, warmup_steps=2, weight_decay=0.1)
+    model = GPT2LMHeadModel.from_pretrained(still).train()
+    decayed = [p for name, p in model.named_parameters() if p.ndim == 2]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=1e-3, weight_decay=0.1
+    )
+    half = torch.pi / (6 - 2)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: step / 2 if step < 2 else 0.5 * (1 + torch.cos(torch.tensor(half * (step - 2))).item())
+    )
+    expected = []
+    for batch in batches:
+        loss = cross_entropy(model, batch) / count(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(), rate.step(), optimizer.zero_grad()
+        expected.append(loss.item())
+    assert len(expected) == 6 and (kind == "text" or len({count(batch) for batch in batches}) > 1)
+    assert trials.losses(run.metrics) == pytest.approx(expected, rel=1e-6)
+    # Not the weights: where a gradient is nothing but rounding, as of the keys' bias, Adam makes much of it.
+    ids, saved = batches[0]["input_ids"], GPT2LMHeadModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(saved(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_small_batches_that_are_added_up_are_a_large_one(still, answers, tmp_path):
+    large = train(
+        answers, still, tmp_path / "large", per_device_train_batch_size=4, num_train_epochs=2, max_steps=None
+    )
+    small = train(
+        answers, still, tmp_path / "small", gradient_accumulation_steps=2, num_train_epochs=2, max_steps=None
+    )
+    assert len(trials.losses(large.metrics)) == large.metrics["steps"] > 10
+    assert trials.losses(small.metrics) == pytest.approx(trials.losses(large.metrics), rel=1e-5)
+
+
+def test_what_is_measured_is_what_a_plain_loop_measures(still, corpus, tmp_path):
+    held = Path(trials.write_corpus(tmp_path / "held.txt", documents=5, seed=1))
+    run = train(corpus, still, tmp_path / "run", eval_file=[str(held)], learning_rate=3e-3)
+    tokenizer, nats, tokens = AutoTokenizer.from_pretrained(still), {}, 0
+    ids = [i for text in held.read_text().split("<|endoftext|>") for i in [*tokenizer(text)["input_ids"], 256]]
+    for name in (still, tmp_path / "run"):
+        model = AutoModelForCausalLM.from_pretrained(name).eval()
+        nats[name] = tokens = 0
+        for block in (torch.tensor([ids[i : i + 64]]) for i in range(0, len(ids), 64)):
+            with torch.no_grad():
+                nats[name] += cross_entropy(model, {"input_ids": block, "labels": block}).item()
+            tokens += block.shape[1] - 1
+    assert run.metrics["loss_before"] == pytest.approx(nats[still] / tokens, rel=1e-5)
+    assert run.metrics["loss"] == pytest.approx(nats[tmp_path / "run"] / tokens, rel=1e-5)
+    assert run.perplexity == pytest.approx(float(torch.tensor(run.metrics["loss"]).exp()), rel=1e-5)
+    assert run.perplexity < run.metrics["perplexity_before"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_without_memory_for_a_batch_the_steps_stay_the_same(still, corpus, tmp_path, monkeypatch, capfd, error):
+    whole = train(corpus, still, tmp_path / "whole", per_device_train_batch_size=6)
+    forward = GPT2LMHeadModel.forward
+
+    def limited(self, input_ids, *arguments, **keywords):
+        if self.training and len(input_ids) > 2:
+            raise error
+        return forward(self, input_ids, *arguments, **keywords)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", limited)
+    capfd.readouterr()
+    halved = train(corpus, still, tmp_path / "halved", per_device_train_batch_size=6)
+    assert trials.losses(halved.metrics) == pytest.approx(trials.losses(whole.metrics), rel=1e-5)
+    notes = [line for line in capfd.readouterr().err.splitlines() if "out of memory" in line]
+    assert [note.split("going on with ")[1] for note in notes] == ["3 sequences at a time, 2 times a step",
+                                                                  "1 sequences at a time, 6 times a step"]  # fmt: skip
+    monkeypatch.setattr(
+        GPT2LMHeadModel, "forward", lambda *a, **k: limited(*a, **k) if not a[0].training else limited(a[0], [1] * 9)
+    )
+    with pytest.raises(HfkitError, match="out of memory: lower"):
+        train(corpus, still, tmp_path / "none")
+
+
+# every kind of run
+
+KINDS = {
+    "full": {},
+    "lora": {"lora": True, "lora_r": 4},
+    "answers": {"gradient_accumulation_steps": 2},
+    "talks": {"label_smoothing_factor": 0.1, "neftune_noise_alpha": 1.0},
+    "streaming": {"streaming": True},
+    "activations": {"activation_checkpointing": True, "train_sampling_strategy": "group_by_length"},
+    "precision": {"bf16": True},
+    "muon": {"optim": "muon", "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": 1e-5}'},
+}
+
+
+def flags(options) -> list[str]:
+    """Options as a person types them."""
+    typed = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        typed += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return typed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_leaves_a_model_that_anybody_loads_and_a_recipe_for_the_same(
+    tiny, corpus, answers, talks, tmp_path, capfdbinary, kind
+):
+    source, folder = {"answers": answers, "talks": talks}.get(kind, corpus), tmp_path / "run"
+    eval_file = ["--eval-file", trials.write_corpus(tmp_path / "held.txt", 4, 1)] if kind == "streaming" else []
+    typed = [*flags({**trials.SMALL, **KINDS[kind]}), *eval_file]
+    result = call(capfdbinary, "finetune", source, "-m", tiny, "-o", folder, *typed)
+    assert (result.returncode, result.stdout.decode()) == (0, f"{folder}\n"), result.stderr
+    assert all(line.startswith("hfkit: ") for line in result.stderr.decode().splitlines()), result.stderr
+
+    # plain transformers, or peft, loads it and says the same
+    if kind == "lora":
+        from peft import AutoPeftModelForCausalLM as Loader
+    else:
+        Loader = AutoModelForCausalLM
+    model, tokenizer = Loader.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("the rain", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**ids, **GREEDY, pad_token_id=256)[0], skip_special_tokens=True)
+    assert str(hfkit.generate("the rain", model=hfkit.load(folder, device="cpu"), **GREEDY)) == text
+    for name in ("config.json", "generation_config.json") * (kind != "lora"):
+        before, after = (json.loads((Path(f) / name).read_text()) for f in (tiny, folder))
+        assert {k: after[k] for k in after if not k.startswith("transformers")} == {
+            k: before[k] for k in after if not k.startswith("transformers")
+        }, name
+
+    # what is in the folder
+    found = {path.name for path in folder.iterdir()}
+    assert {"recipe.yaml", "metrics.json", "README.md", "loss.png", "tokenizer.json"} < found
+    assert not [name for name in found if name.endswith((".bin", ".pt", ".pth", ".tmp", ".pkl"))]
+    assert not {"checkpoints", ".staging"} & found
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    metrics = json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert [entry["step"] for entry in metrics["history"] if "loss" in entry] == list(range(1, 7))
+    assert [step for step, *_ in trials.scores(metrics)] == [0, 3, 6]
+    assert metrics["loss"] == min(loss for step, loss, _ in trials.scores(metrics) if step) < metrics["loss_before"]
+
+    # the recipe, from anywhere, gives the same to the bit
+    os.chdir(tmp_path)
+    again = call(capfdbinary, "finetune", "--config", folder / "recipe.yaml", "-o", "again", "--json")
+    assert trials.outcome("again") == trials.outcome(folder)
+    assert json.loads(again.stdout)["loss"] == metrics["loss"]
