@@ -9,21 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hfkit.console import note
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, first_line
 from hfkit.files import kind_of, read_text
 from hfkit.options import CorpusOptions
 from hfkit.tables import Row, read_hub_rows, read_rows
 
 END = "<|endoftext|>"  # in a plain text it ends a document, as in GPT-2's own corpora
 PREPARED = "prepared.json"  # in a folder that `prepare` made
-_PIECE = 4000  # characters
 Corpora = str | Path | Sequence[str | Path]
+_EXAMPLES = (("messages",), ("prompt", "completion"))  # columns
 _TEXT_COLUMNS = ("text", "content", "document", "body")
+_PIECE, _LONGEST = 4000, 16_000  # characters of a piece; _LONGEST where there is no place to cut
+_SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")  # as Unicode has it
+# Between a word and white space, or a word and a sign: GPT-2's own pattern for words ends there in any case.
+_BORDER = re.compile(rf"[^\s](?=[{_SPACE}])|[^\W_](?=[^\w\s'])")
 
 
 class Piece(NamedTuple):
-    """A part of a document, cut where no tokenizer of GPT-2's kind would have joined two words."""
+    """A part of a document, cut where a tokenizer of GPT-2's kind makes no token of what stands on both sides."""
 
     text: str
     last: bool  # the document ends here
@@ -41,8 +44,9 @@ class Corpus:
     """Files and Hub data sets, found but not yet read."""
 
     files: tuple[Path, ...]
-    kinds: tuple[str, ...]  # of the files: text, table, json, lines, parquet, arrow
+    kinds: tuple[str, ...]  # of the files, as `kind_of` names them
     hub: tuple[str, ...] = ()
+    left_out: int = 0  # files of a folder that are empty or no text
 
     @property
     def size(self) -> int:
@@ -65,21 +69,20 @@ def find_corpus(sources: Corpora) -> Corpus:
         HfkitError: there is no such file, it is empty, or it is not text.
     """
     files: dict[Path, str] = {}
-    hub = []
+    hub, left_out = [], 0
     for source in [sources] if isinstance(sources, str | Path) else sources:
         if str(source).startswith("hf://"):
             hub.append(str(source).removeprefix("hf://"))
             continue
         paths, chosen = _paths(str(source))
         found = {path: kind for path in paths if (kind := kind_of(path, chosen))}
-        if len(found) < len(paths):
-            note(f"{len(paths) - len(found)} files in {source} are no text or empty: left out")
+        left_out += len(paths) - len(found)
         if not found:
             raise HfkitError(f"nothing to read ({source}): it holds no text, CSV, JSON, Parquet or Arrow files")
         files |= found
     if not files and not hub:
         raise HfkitError("no corpus: name a file, a folder or hf://NAME")
-    return Corpus(tuple(files), tuple(files.values()), tuple(hub))
+    return Corpus(tuple(files), tuple(files.values()), tuple(hub), left_out)
 
 
 def is_prepared(folder: Path) -> bool:
@@ -89,103 +92,129 @@ def is_prepared(folder: Path) -> bool:
 
 def _paths(source: str) -> tuple[list[Path], bool]:
     """Files that a source stands for, and whether it named just one."""
-    path = Path(source).expanduser()
     try:
+        path = Path(source).expanduser()
         if path.is_dir():
-            hidden = (file for file in sorted(path.rglob("*")) if file.is_file())
-            return [file for file in hidden if not any(p.startswith(".") for p in file.relative_to(path).parts)], False
+            if is_prepared(path):
+                raise HfkitError(f"{source} was made by prepare: name it alone, to finetune")
+            files = (file for file in sorted(path.rglob("*")) if file.is_file())
+            return [file for file in files if not any(p.startswith(".") for p in file.relative_to(path).parts)], False
         if path.is_file():
             return [path], True
         if path.exists():
             raise HfkitError(f"{source} is not a file or folder: save what it gives to a file first")
         paths = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
-    except (OSError, ValueError) as error:
-        raise HfkitError(f"cannot read the corpus ({source}): {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of a user who is not there
+        raise HfkitError(f"cannot read the corpus ({source}): {first_line(error)}") from error
     if not paths:
         raise HfkitError(f"no corpus {source!r}: no such file or folder")
     return paths, len(paths) == 1
 
 
 def read_records(corpus: Corpus, options: CorpusOptions) -> Iterator[Piece | Example]:
-    """All records of `corpus` in order; rows with an answer as Examples, documents in Pieces.
+    """All records of `corpus` in order: of rows with an answer Examples, of other rows and texts Pieces.
 
     Raises:
-        HfkitError: a file is damaged, or a row lacks what it should have; the message has the line.
+        HfkitError: a file is damaged, a row lacks what it should have (the message has the line), or there are both
+            Pieces and Examples.
     """
+    wanted: type = object
+    for name, records in _sources(corpus, options):
+        for record in records:
+            if not isinstance(record, wanted):
+                raise HfkitError(f"the corpus mixes texts and examples ({name} is other): train on one kind at a time")
+            wanted = type(record)
+            yield record
+
+
+def _sources(corpus: Corpus, options: CorpusOptions) -> Iterator[tuple[str, Iterator[Piece | Example]]]:
     for path, kind in zip(corpus.files, corpus.kinds, strict=True):
         if kind == "text":
-            yield from cut_pieces(read_text(path, options.errors))
+            yield str(path), cut_pieces(read_text(path, options.errors))
         else:
-            yield from _records(read_rows(path, kind, options.errors), options)
+            yield str(path), _records(read_rows(path, kind, options.errors), options)
     for name in corpus.hub:
-        yield from _records(read_hub_rows(name, options), options)
+        yield f"hf://{name}", _records(read_hub_rows(name, options), options)
 
 
 def cut_pieces(chunks: Iterable[str]) -> Iterator[Piece]:
-    """Cut a text into Pieces of some 4,000 characters, between words; END begins another document."""
-    rest = ""
+    """Cut a text into Pieces of some 4,000 characters; END begins another document.
+
+    Where the chunks of the text end does not matter.
+    """
+    rest, ended = "", False  # ended: nothing has come since the last END
     for chunk in chunks:
         *whole, rest = (rest + chunk).split(END)
         for text in whole:
-            yield from _cut(text, final=True)
-        start = 0
-        for piece in _cut(rest, final=False):
-            start += len(piece.text)
-            yield piece
-        rest = rest[start:]
-    yield from _cut(rest, final=True)
+            yield from _document(text)
+        *pieces, rest = _cut(rest, len(rest) - len(END))  # its end may be the beginning of an END
+        yield from (Piece(text, False) for text in pieces)
+        ended = (ended or bool(whole)) and not pieces
+    if rest.strip() or not ended:
+        yield from _document(rest)
 
 
-def _cut(text: str, final: bool) -> Iterator[Piece]:
-    """Pieces of `text`; unless `final`, what may still grow is left over."""
-    start, size = 0, len(text)
-    while size - start > 2 * _PIECE:
-        low, high = start + _PIECE // 2, start + _PIECE
-        at = next((at for mark in ("\n\n", "\n", " ") if (at := text.rfind(mark, low, high)) > 0), high)
-        # White space belongs to the word after it: GPT-2 would not join it to the one before.
-        end = start + len(text[start:at].rstrip()) or at
-        yield Piece(text[start:end], False)
+def _document(text: str) -> Iterator[Piece]:
+    *pieces, rest = _cut(text, len(text))
+    yield from (Piece(piece, False) for piece in pieces)
+    yield Piece(rest, True)
+
+
+def _cut(text: str, size: int) -> list[str]:
+    """Pieces of the first `size` characters of a text, of which more may come, and then what is left."""
+    pieces, start = [], 0
+    while size > start + 2 * _PIECE and (end := _find_cut(text, start, size)):
+        pieces.append(text[start:end])
         start = end
-    if final:
-        yield Piece(text[start:], True)
+    return [*pieces, text[start:]]
+
+
+def _find_cut(text: str, start: int, size: int) -> int:
+    """Where the piece that begins at `start` ends; 0 if that is not to be seen in `size` characters."""
+    low, high, last = start + _PIECE // 2, start + _PIECE, start + _LONGEST
+    for mark in ("\n\n", "\n", " "):
+        end = text.rfind(mark, low, high)
+        end = low + len(text[low:end].rstrip(_SPACE)) if end > low else low
+        if end > low:
+            return end
+    if border := _BORDER.search(text, high, min(size, last)):
+        return border.end()
+    return last if size > last else 0
 
 
 def _records(rows: Iterable[Row], options: CorpusOptions) -> Iterator[Piece | Example]:
     """Rows as records; the first row shows which columns matter."""
-    column = None
+    columns: tuple[str, ...] = ()
     for row, where in rows:
-        column = column or _column(row, where, options)
-        if column == "messages":
-            _check_messages(row.get("messages"), where)
-            yield Example({"messages": row["messages"]}, where)
-        elif column == "completion":
-            pair = {name: row.get(name) for name in ("prompt", "completion")}
-            if not all(isinstance(text, str) for text in pair.values()) or not pair["completion"]:
-                raise HfkitError(f"prompt and completion must be texts ({where}): mend or delete the row")
-            yield Example(pair, where)
-        else:
-            text = row.get(column)
-            if text is not None and not isinstance(text, str):
-                raise HfkitError(f"column {column!r} is no text ({where}): mend or delete the row")
-            yield from _cut(text or "", final=True)
+        columns = columns or _columns(row, where, options)
+        if missing := [name for name in columns if name not in row]:
+            raise HfkitError(f"no column {missing[0]!r} ({where}): it has {', '.join(map(repr, row))}")
+        picked = {name: row[name] for name in columns}
+        if options.text_column or columns not in _EXAMPLES:
+            (text,) = picked.values()
+            if not isinstance(text, str | None):
+                raise HfkitError(f"column {columns[0]!r} is no text ({where}): mend or delete the row")
+            yield from cut_pieces([text or ""])
+            continue
+        if "messages" in picked:
+            _check_messages(picked["messages"], where)
+        elif not all(isinstance(text, str) for text in picked.values()) or not picked["completion"]:
+            raise HfkitError(f"prompt and completion must be texts ({where}): mend or delete the row")
+        yield Example(picked, where)
 
 
-def _column(row: dict[str, Any], where: str, options: CorpusOptions) -> str:
-    """The column that holds what is learned."""
-    names = ", ".join(repr(name) for name in row)
+def _columns(row: dict[str, Any], where: str, options: CorpusOptions) -> tuple[str, ...]:
+    """The columns that hold what is learned."""
     if options.text_column:
-        if options.text_column not in row:
-            raise HfkitError(f"no column {options.text_column!r} ({where}): there are {names}")
-        return options.text_column
-    if "messages" in row:
-        return "messages"
-    if "prompt" in row and "completion" in row:
-        return "completion"
-    texts = [name for name, value in row.items() if isinstance(value, str)]
-    plain = [name for name in texts if str(name).lower() in _TEXT_COLUMNS] or texts
+        return (options.text_column,)
+    if example := next((columns for columns in _EXAMPLES if row.keys() >= set(columns)), None):
+        return example
+    named = [name for name in row if str(name).lower() in _TEXT_COLUMNS]
+    plain = named or [name for name, value in row.items() if isinstance(value, str)]
     if len(plain) != 1:
+        names = ", ".join(map(repr, row))
         raise HfkitError(f"which column is the text ({where}: {names})? Say so with --text-column")
-    return plain[0]
+    return (plain[0],)
 
 
 def _check_messages(messages: Any, where: str) -> None:

@@ -1,84 +1,130 @@
 """What a file of a corpus holds, and its text: encodings, compression, and where a bad byte stands."""
 
 import codecs
+import contextlib
 import gzip
 import io
 import json
+import re
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hfkit.errors import HfkitError
 
 _CHUNK = 1 << 20  # bytes
-_MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
+_MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "stream"}
 _BOMS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
          codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
+_DAMAGE = (OSError, EOFError, zlib.error)  # of a file, or of what is compressed in it
+# What `datasets` writes beside the rows.
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 def kind_of(path: Path, chosen: bool) -> str | None:
-    """What a file holds, by its content and then by its name; None for what is no text."""
+    """What a file holds, by its content and then by its name; None for what is no text.
+
+    The kinds are text, csv, tsv, json (one array), lines (a JSON object in each), parquet, arrow and stream (Arrow's
+    two formats). Unless the file was `chosen`, but stood in a folder, JSON that has no rows in it is a text.
+    """
     try:
         with _open(path) as file:
             head = file.read(_CHUNK)
-    except (OSError, EOFError, zlib.error) as error:
-        raise HfkitError(f"cannot read the corpus ({path}): {getattr(error, 'strerror', None) or error}") from error
-    for magic, kind in _MAGIC.items():
-        if head.startswith(magic):
-            return kind
-    binary = b"\0" in head[:8192] and _encoding(head) == "utf-8-sig"
-    if binary or not head.strip():
-        if chosen:
-            what = "is no text: convert it to UTF-8" if binary else "is empty: there is nothing to learn"
-            raise HfkitError(f"the corpus {what} ({path})")
+    except _DAMAGE as error:
+        raise _unreadable(path, error) from error
+    if kind := next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None):
+        return kind
+    start = head.decode(_encoding(head), "replace").lstrip()
+    if not start and chosen:
+        raise HfkitError(f"the corpus is empty ({path}): there is nothing to learn")
+    if not start or (not chosen and ("\0" in start[:8192] or path.name in _ABOUT)):
         return None
     name = path.name.lower().removesuffix(".gz")
-    if name.endswith((".txt", ".md")):
-        return "text"
-    if name.endswith((".csv", ".tsv")):
-        return "table"
-    start = head.decode(_encoding(head), "replace").lstrip()
-    if start[0] == "[" and name.endswith(".json"):
-        return "json"
-    try:  # a JSON object that ends with its line
-        return "lines" if isinstance(json.loads(start.split("\n", 1)[0]), dict) else "text"
+    kinds = {".txt": "text", ".md": "text", ".csv": "csv", ".tsv": "tsv", ".jsonl": "lines", ".ndjson": "lines"}
+    return kinds.get(Path(name).suffix) or _json_kind(start, name.endswith(".json"), chosen)
+
+
+def _json_kind(start: str, named: bool, chosen: bool) -> str:
+    """Whether a file is JSON, and of which kind; named: its name says that it is."""
+    line, _, rest = start.partition("\n")
+    try:
+        whole = isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
-        if name.endswith((".json", ".jsonl", ".ndjson")):
-            return "json" if name.endswith(".json") else "lines"
-        return "text"
+        whole = False
+    if whole and rest.lstrip()[:1] == "{":
+        return "lines"
+    if named and (chosen or re.match(r'(\{\s*"[^{}]*)?\[\s*\{', start)):
+        return "json"
+    return "lines" if whole and chosen else "text"
 
 
-def _open(path: Path) -> Any:
-    file = path.open("rb")
-    if file.peek(2)[:2] == b"\x1f\x8b":
-        return gzip.GzipFile(fileobj=file)
-    return file
+def _open(path: Path) -> IO[bytes]:
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if packed else path.open("rb")  # type: ignore[return-value]
 
 
 def _encoding(head: bytes) -> str:
     return next((encoding for mark, encoding in _BOMS.items() if head.startswith(mark)), "utf-8-sig")
 
 
+def _unreadable(path: Path, error: Exception) -> HfkitError:
+    return HfkitError(f"cannot read the corpus ({path}): {getattr(error, 'strerror', None) or error}")
+
+
+@contextlib.contextmanager
+def unpacked(path: Path) -> Iterator[Path]:
+    """`path` itself, or a file for the time being with what is compressed in it.
+
+    Raises:
+        HfkitError: what is compressed is damaged.
+    """
+    try:
+        with _open(path) as file, contextlib.ExitStack() as stack:
+            if isinstance(file, gzip.GzipFile):
+                copy = stack.enter_context(tempfile.NamedTemporaryFile())
+                shutil.copyfileobj(file, copy)
+                copy.flush()
+                path = Path(copy.name)
+            yield path
+    except _DAMAGE as error:
+        raise _unreadable(path, error) from error
+
+
 def read_text(path: Path, errors: str) -> Iterator[str]:
-    """The text of a file, newlines as \\n, without its byte-order mark."""
-    position, lines, data = 0, 1, b""
+    """The text of a file, newlines as \\n, without its byte-order mark.
+
+    errors: of bytes that are no text: "strict" or "replace". So is NUL: it may be valid, but what has it is a binary.
+
+    Raises:
+        HfkitError: it is damaged, or has such a byte; the message has the line and the byte, counted from 1.
+    """
+    position, line, decoder, encoding = 0, 1, None, ""
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    with _open(path) as file:
-        decoder = None
-        try:
-            while data := file.read(_CHUNK):
-                decoder = decoder or codecs.getincrementaldecoder(_encoding(data))(errors)
-                text = decoder.decode(data)
-                lines, position = lines + text.count("\n"), position + len(data)
-                yield newlines.decode(text)
-            yield newlines.decode(decoder.decode(b"", True) if decoder else "", True)
-        except UnicodeDecodeError as error:
-            start = position + len(data) - len(error.object) + error.start
-            line = lines + error.object[: error.start].count(b"\n")
-            raise HfkitError(
-                f"not {error.encoding.upper()} ({path}, line {line}, byte {start + 1}): convert it, "
-                "or --errors replace"
-            ) from None
-        except (EOFError, zlib.error, OSError) as error:
-            raise HfkitError(f"cannot read the corpus ({path}): {error}") from error
+    try:
+        with _open(path) as file:
+            while True:
+                data = file.read(_CHUNK)
+                if not decoder:
+                    encoding = _encoding(data)
+                    decoder = codecs.getincrementaldecoder(encoding)(errors)
+                if encoding == "utf-8-sig":
+                    data = data.replace(b"\0", b"\xff")
+                text = newlines.decode(decoder.decode(data, not data), not data)
+                yield text
+                position, line = position + len(data), line + text.count("\n")
+                if not data:
+                    return
+    except UnicodeDecodeError as error:
+        byte = position + len(data) - len(error.object) + error.start + 1
+        before: Any = error.object[: error.start].decode(error.encoding, "ignore")
+        line += newlines.decode(before, True).count("\n")
+        name = encoding.removesuffix("-sig").upper()
+        raise HfkitError(
+            f"not {name} text ({path}, line {line}, byte {byte}): convert it, or --errors replace"
+        ) from None
+    except _DAMAGE as error:
+        raise _unreadable(path, error) from error

@@ -2,53 +2,85 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from hfkit.errors import HfkitError
-from hfkit.files import read_text
-from hfkit.options import CorpusOptions
+from hfkit.errors import HfkitError, first_line
+from hfkit.files import read_text, unpacked
+from hfkit.options import CorpusOptions, DataOptions
 from hfkit.sources import reach_hub
 
 csv.field_size_limit(1 << 30)  # a field may be a book
+_ROWS = 128  # that are unpacked together
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can say it, UTF-8 cannot
 Row = tuple[dict[str, Any], str]
 
 
 def read_rows(path: Path, kind: str, errors: str) -> Iterator[Row]:
-    """Rows of a table or of JSON, each with where it stands."""
-    if kind in ("parquet", "arrow"):
-        yield from _columnar_rows(path, kind)
-        return
-    chunks = read_text(path, errors)
-    if kind == "table":
-        yield from _table_rows(path, chunks)
-    elif kind == "lines":
-        for number, line in enumerate(_lines(chunks), 1):
-            if line.strip():
-                yield _object(_parse(line, f"{path}, line {number}"), f"{path}, line {number}")
-    else:
-        value = _parse("".join(chunks), str(path))
-        if isinstance(value, dict):  # {"data": [...]}
-            value = next((v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)), [value])
-        for number, row in enumerate(value, 1):
-            yield _object(row, f"{path}, row {number}")
+    """Rows of a file of this kind, each with where it stands. An array in JSON is read whole, the rest bit by bit.
+
+    Raises:
+        HfkitError: the file is damaged; the message has the line, or the row.
+    """
+    match kind:
+        case "csv" | "tsv":
+            return _table_rows(path, _lines(read_text(path, errors)), kind)
+        case "lines":
+            return _line_rows(path, errors)
+        case "json":
+            return _array_rows(path, errors)
+        case _:
+            return _columnar_rows(path, kind)
 
 
 def _lines(chunks: Iterable[str]) -> Iterator[str]:
-    rest = ""
+    """Lines as they are in a text file: not at U+2028 and the like, where str.splitlines would end them."""
+    parts: list[str] = []
     for chunk in chunks:
-        *whole, rest = (rest + chunk).split("\n")
-        yield from whole
-    yield rest
+        first, *others = chunk.split("\n")
+        parts.append(first)
+        for line in others:
+            yield "".join(parts)
+            parts = [line]
+    yield "".join(parts)
 
 
-def _parse(text: str, where: str) -> Any:
+def _line_rows(path: Path, errors: str) -> Iterator[Row]:
+    for number, line in enumerate(_lines(read_text(path, errors)), 1):
+        if line.strip():
+            yield _object(_parse(line, path, number, errors), f"{path}, line {number}")
+
+
+def _array_rows(path: Path, errors: str) -> Iterator[Row]:
+    value = _parse("".join(read_text(path, errors)), path, 1, errors)
+    if isinstance(value, dict):  # {"data": [...]}, or one row
+        lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        value = lists[0] if lists and "messages" not in value else [value]
+    if not isinstance(value, list):
+        raise HfkitError(f"no rows ({path}): write an array of objects, or an object in each line")
+    for number, row in enumerate(value, 1):
+        yield _object(row, f"{path}, row {number}")
+
+
+def _parse(text: str, path: Path, line: int, errors: str) -> Any:
+    """JSON that begins at `line`."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
+        raise HfkitError(f"not JSON ({where}): {error.msg}") from None
     except (ValueError, RecursionError) as error:
-        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise HfkitError(f"not JSON ({where}): {reason}") from None
+        raise HfkitError(f"not JSON ({path}, line {line}): {first_line(error)}") from None
+    if "\\ud" in text or "\\uD" in text:
+        plain = json.dumps(value, ensure_ascii=False)
+        if _HALF.search(plain):
+            if errors == "strict":
+                raise HfkitError(f"half a surrogate pair ({path}, line {line}): mend it, or --errors replace")
+            value = json.loads(_HALF.sub("\ufffd", plain))
+    return value
 
 
 def _object(row: Any, where: str) -> Row:
@@ -57,60 +89,76 @@ def _object(row: Any, where: str) -> Row:
     return row, where
 
 
-def _table_rows(path: Path, chunks: Iterable[str]) -> Iterator[Row]:
-    lines = (line + "\n" for line in _lines(chunks))
+def _table_rows(path: Path, lines: Iterator[str], kind: str) -> Iterator[Row]:
     header = next(lines)
-    delimiter = "\t" if ".tsv" in path.name.lower() else max(",;\t|", key=header.count)
-    number = 1
+    delimiter = "\t" if kind == "tsv" else max(",;\t|", key=header.count)
+    reader = csv.reader((line + "\n" for line in chain([header], lines)), delimiter=delimiter, strict=True)
+    names: list[str] = []
+    begin = 1
     try:
-        names = next(csv.reader([header], delimiter=delimiter, strict=True))
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         for row in reader:
-            number = reader.line_num + 1
-            if not any(row):  # an empty line
-                continue
-            if len(row) != len(names):
-                raise csv.Error(f"{len(row)} fields, the header has {len(names)}")
-            yield dict(zip(names, row, strict=True)), f"{path}, line {number}"
+            if names and any(row):  # not an empty line
+                if len(row) != len(names):
+                    raise csv.Error(f"{len(row)} fields, the header has {len(names)}")
+                yield dict(zip(names, row, strict=True)), f"{path}, line {begin}"
+            names, begin = names or row, reader.line_num + 1
     except csv.Error as error:
-        raise HfkitError(f"not a table ({path}, line {number}): {error}") from None
+        raise HfkitError(f"not a table ({path}, line {begin}): {error}") from None
 
 
 def _columnar_rows(path: Path, kind: str) -> Iterator[Row]:
     import pyarrow as pa
+
+    number = 0
+    try:
+        with unpacked(path) as plain, pa.memory_map(str(plain)) as source:
+            for batch in _batches(source, kind):
+                for start in range(0, batch.num_rows, _ROWS):
+                    for row in batch.slice(start, _ROWS).to_pylist():
+                        number += 1
+                        yield row, f"{path}, row {number}"
+    except (pa.ArrowException, ValueError, OSError) as error:  # ValueError: also bytes that are not UTF-8
+        raise HfkitError(f"cannot read the corpus ({path}, after row {number}): {first_line(error)}") from error
+
+
+def _batches(source: Any, kind: str) -> Iterator[Any]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        if kind == "parquet":
-            batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
-        else:
-            source = pa.memory_map(str(path))
-            try:
-                reader = pa.ipc.open_file(source)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            except pa.ArrowInvalid:
-                batches = iter(pa.ipc.open_stream(source))
-        number = 0
-        for batch in batches:
-            for row in batch.to_pylist():
-                number += 1
-                yield row, f"{path}, row {number}"
-    except (pa.ArrowException, OSError) as error:
-        raise HfkitError(f"cannot read the corpus ({path}): {str(error).splitlines()[0]}") from error
+    match kind:
+        case "parquet":
+            yield from pq.ParquetFile(source).iter_batches(batch_size=_ROWS)
+        case "arrow":
+            reader = pa.ipc.open_file(source)
+            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+        case _:
+            yield from pa.ipc.open_stream(source)
 
 
 def read_hub_rows(name: str, options: CorpusOptions) -> Iterator[Row]:
-    """Rows of a data set of the Hub."""
+    """Rows of a data set of the Hub.
+
+    Raises:
+        HfkitError: it cannot be reached within seconds, or read.
+    """
     from datasets import load_dataset
     from huggingface_hub import constants
 
     if not constants.is_offline_mode():
-        reach_hub(name)
+        try:
+            reach_hub(name)
+        except HfkitError as error:
+            raise HfkitError(
+                f"the Hub cannot be reached ({constants.ENDPOINT}): go online, set HF_ENDPOINT to a mirror, "
+                f"or HF_HUB_OFFLINE=1 if {name} is cached"
+            ) from error
+    streaming = isinstance(options, DataOptions) and options.streaming
+    number = 0
     try:
-        rows = load_dataset(
-            name, options.dataset_config_name, split=options.dataset_split, streaming=options.streaming
-        )
+        # With this prefix never a folder here that has the same name.
+        whole = f"hf://datasets/{name}"
+        rows = load_dataset(whole, options.dataset_config_name, split=options.dataset_split, streaming=streaming)
         for number, row in enumerate(rows, 1):
             yield row, f"hf://{name}, row {number}"
     except Exception as error:  # the Hub's and the format's own errors, of many classes
-        raise HfkitError(f"cannot read hf://{name}: {str(error).splitlines()[0]}") from error
+        raise HfkitError(f"cannot read hf://{name} (after row {number}): {first_line(error)}") from error
