@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,18 @@ from hfkit.data import (
     Prepared,
     Report,
     encode_corpus,
-    encode_documents,
+    encode_records,
     fingerprint,
     load_prepared,
+    set_template,
 )
 from hfkit.errors import HfkitError
 from hfkit.options import DataOptions
 from hfkit.scoring import IGNORED
 
 Item = dict[str, np.ndarray]
-_WINDOW = 256  # blocks that a stream is shuffled within
+_WINDOW = 256  # sequences that a stream is shuffled within
+_NOTHING = "there is nothing to train on: the corpus is empty, or no example fits --block-size"
 
 
 class Blocks(torch.utils.data.Dataset):
@@ -39,13 +42,17 @@ class Blocks(torch.utils.data.Dataset):
         self._rows, self._size = rows, block_size
         self._ends = np.cumsum(lengths(dataset)[rows])
 
+    @property
+    def tokens(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
     def __len__(self) -> int:
-        return -(-int(self._ends[-1]) // self._size) if len(self._ends) else 0
+        return -(-self.tokens // self._size)
 
     def __getitem__(self, index: int) -> Item:
-        if index >= len(self):
-            raise IndexError(index)  # with which an iteration ends
-        start, stop = index * self._size, min((index + 1) * self._size, int(self._ends[-1]))
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start, stop = index * self._size, min((index + 1) * self._size, self.tokens)
         first, last = np.searchsorted(self._ends, [start, stop - 1], "right")
         ids = np.concatenate(self._dataset[self._rows[first : last + 1].tolist()]["input_ids"])
         skipped = start - (int(self._ends[first - 1]) if first else 0)
@@ -58,6 +65,7 @@ class Examples(torch.utils.data.Dataset):
 
     def __init__(self, dataset: datasets.Dataset, rows: np.ndarray) -> None:
         self._dataset, self._rows = dataset.select_columns(["input_ids", "labels"]).with_format("numpy"), rows
+        self.tokens = int(lengths(dataset)[rows].sum())
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -67,7 +75,7 @@ class Examples(torch.utils.data.Dataset):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Blocks of a corpus that is read anew for each epoch, shuffled by `seed` within a window."""
+    """Sequences of a corpus that is read anew for each epoch, shuffled by `seed` within a window."""
 
     def __init__(
         self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, options: DataOptions, block_size: int, seed: int
@@ -79,9 +87,12 @@ class Stream(torch.utils.data.IterableDataset):
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[Item]:
+        items, worker = self.read(), torch.utils.data.get_worker_info()
+        if worker:  # each process of a DataLoader reads all and keeps its share
+            items = islice(items, worker.id, None, worker.num_workers)
         draw, window = random.Random(f"{self._seed}-{self._epoch}"), []  # noqa: S311, no secret
-        for block in self._blocks():
-            window.append(block)
+        for item in items:
+            window.append(item)
             if len(window) > _WINDOW:
                 at = draw.randrange(len(window))
                 window[at], window[-1] = window[-1], window[at]
@@ -89,9 +100,14 @@ class Stream(torch.utils.data.IterableDataset):
         draw.shuffle(window)
         yield from window
 
-    def _blocks(self) -> Iterator[Item]:
+    def read(self) -> Iterator[Item]:
+        """Blocks of texts, or examples that fit, in the order of the corpus."""
         rest = np.zeros(0, np.int32)
-        for row in encode_documents(read_records(self._corpus, self._options), self._tokenizer):
+        for row in encode_records(read_records(self._corpus, self._options), self._tokenizer):
+            if "labels" in row:
+                if len(row["labels"]) <= self._size:
+                    yield {name: row[name] for name in ("input_ids", "labels")}
+                continue
             rest = np.concatenate([rest, row["input_ids"]])
             while len(rest) >= self._size:
                 yield {"input_ids": rest[: self._size], "labels": rest[: self._size]}
@@ -115,8 +131,10 @@ def hold_out(documents: np.ndarray, sizes: np.ndarray, fraction: float, seed: in
     bulk = np.bincount(units, sizes)
     if fraction == 0 or len(bulk) < 4:
         return np.arange(len(units)), np.zeros(0, np.int64)
+    wanted = min(fraction * bulk.sum(), 1e6)
     order = np.random.default_rng(seed).permutation(len(bulk))
-    count = 1 + int(np.searchsorted(np.cumsum(bulk[order]), min(fraction * bulk.sum(), 1e6)))
+    order = order[bulk[order] <= max(wanted, np.median(bulk))]  # a large document may be most of the corpus
+    count = 1 + int(np.abs(np.cumsum(bulk[order]) - wanted).argmin())
     held = np.isin(units, order[: min(count, len(bulk) // 2)])
     return np.flatnonzero(~held), np.flatnonzero(held)
 
@@ -180,37 +198,38 @@ def gather_material(
     Raises:
         HfkitError: there is nothing to train on.
     """
-    held = [cut(_encode(data.eval_file, tokenizer, data), block_size)] if data.eval_file else []
+    held = cut(_encode(data.eval_file, tokenizer, data), block_size) if data.eval_file else None
     if data.streaming:
         stream = Stream(find_corpus(corpus), tokenizer, data, block_size, seed)
-        return Material(
-            stream, held[0] if held else [], 0, block_size, None, _prompt(held[0] if held else [], tokenizer)
-        )
+        if not next(stream.read(), None):
+            raise HfkitError(_NOTHING)
+        return Material(stream, held or [], 0, block_size, None, _prompt(held or [], tokenizer))
     prepared = _encode(corpus, tokenizer, data)
-    if held:
-        train_set, held_out = cut(prepared, block_size), held[0]
+    if held is not None:
+        train_set, held_out = cut(prepared, block_size), held
     else:
-        columns = [np.array(prepared.dataset[name]) for name in ("document", "bytes")]
+        columns = [prepared.dataset.data.column(name).to_numpy() for name in ("document", "bytes")]
         rows = hold_out(*columns, data.eval_fraction, seed)
         train_set, held_out = (cut(prepared, block_size, part) for part in rows)
         if not len(held_out):
             note("nothing is held out: the corpus is too small, or --eval-fraction is 0")
     if not len(train_set):
-        raise HfkitError("there is nothing to train on: the corpus is too small")
-    length = sum(lengths(prepared.dataset)) / max(1, len(train_set) + len(held_out))
-    length = min(length, block_size)
-    return Material(
-        train_set, held_out, len(train_set), length, prepared.report, _prompt(held_out or train_set, tokenizer)
-    )
+        raise HfkitError(_NOTHING)
+    prompt = _prompt(held_out or train_set, tokenizer)
+    length = train_set.tokens / len(train_set)
+    return Material(train_set, held_out, len(train_set), length, prepared.report, prompt)
 
 
 def _encode(corpus: Corpora, tokenizer: PreTrainedTokenizerBase, data: DataOptions) -> Prepared:
-    folder = Path(corpus if isinstance(corpus, str | Path) else corpus[0])
-    if not is_prepared(folder):
-        return encode_corpus(find_corpus(corpus), tokenizer, data)
-    prepared = load_prepared(folder)
-    if prepared.report.tokenizer != fingerprint(tokenizer):
-        raise HfkitError(f"{folder} was prepared for another tokenizer: prepare it with this -m")
+    sources = [corpus] if isinstance(corpus, str | Path) else corpus
+    if len(sources) == 1 and is_prepared(folder := Path(sources[0]).expanduser()):
+        prepared = load_prepared(folder)
+        if prepared.report.tokenizer != fingerprint(tokenizer):
+            raise HfkitError(f"{folder} was prepared for another tokenizer: prepare it with this -m")
+    else:
+        prepared = encode_corpus(find_corpus(corpus), tokenizer, data)
+    if prepared.report.kind == "messages":
+        set_template(tokenizer)
     return prepared
 
 
@@ -230,6 +249,10 @@ def _prompt(sequences: Any, tokenizer: PreTrainedTokenizerBase) -> str | None:
     if not len(sequences):
         return None
     ids, labels = (sequences[0][name] for name in ("input_ids", "labels"))
-    known = int((labels == IGNORED).argmin())  # tokens before the answer
-    text = tokenizer.decode(ids[: known or 12].tolist())
-    return text if known else text.lstrip().rpartition(" ")[0] or text
+    if known := int((labels == IGNORED).argmin()):  # tokens before the answer
+        return tokenizer.decode(ids[:known].tolist())
+    ids = ids[:12].tolist()
+    if tokenizer.eos_token_id in ids[1:]:  # of the first document alone
+        ids = ids[: ids.index(tokenizer.eos_token_id, 1)]
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip().rstrip("\ufffd")
+    return text.rpartition(" ")[0] or text or None

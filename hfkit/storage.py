@@ -112,15 +112,17 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold `folder` for this process; it is free again when the process ends, however it ends.
+
+    wait: until it is free, where that may be.
 
     Raises:
         HfkitError: another process holds it; the message names it.
     """
     with (folder / ".lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             raise HfkitError(
                 f"{folder} is in use by {_holder(folder)}: wait for it, or name another --output-dir"
