@@ -372,6 +372,12 @@ def test_a_stop_string_is_cut_and_never_shown(lms, name):
         assert stopped.tokens <= len(ids)
 
 
+def test_the_first_stop_string_counts_and_its_beginning_waits():
+    assert cut("a stop and more", ["more", "stop", "op"]) == ("a ", True)
+    assert cut("nothing", ["stop"]) == ("nothing", False)
+    assert [held_back(text, ["stop", "##"]) for text in ("a s", "a sto", "a #", "stop", "x", "")] == [1, 3, 1, 0, 0, 0]
+
+
 @pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
 def test_a_stop_string_ends_the_work_and_does_not_match_the_prompt(lms, how, steps):
     how = {"model": lms["gpt2"], "sequence_bias": ["i=100", " =-100"], "max_new_tokens": 50, "temperature": 0, **how}
