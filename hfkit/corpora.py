@@ -72,6 +72,8 @@ def find_corpus(sources: Corpora) -> Corpus:
     hub, left_out = [], 0
     for source in [sources] if isinstance(sources, str | Path) else sources:
         if str(source).startswith("hf://"):
+        if not str(source):  # else it would be the folder that we are in
+            raise HfkitError("no corpus '': name a file, a folder or hf://NAME")
             hub.append(str(source).removeprefix("hf://"))
             continue
         paths, chosen = _paths(str(source))

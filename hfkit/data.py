@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
     "{{ message['role'] | capitalize }}: {{ message['content'] | trim }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{% if messages %}{{ '\\n' }}{% endif %}Assistant:{% endif %}"
+    "{% if add_generation_prompt %}{{ '\\nAssistant:' }}{% endif %}"
 )
 _VERSION = 2  # of what is kept on disk
 _BATCH = 512  # pieces that are encoded together
@@ -250,7 +250,8 @@ def encode_documents(
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """What the tokenizer begins a text with, and the token that ends one."""
-    begin = [i for i in tokenizer("a")["input_ids"][:1] if i in tokenizer.all_special_ids]
+    whole, bare = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    begin = whole[: whole.index(bare[0])] if bare else []
     return begin, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
@@ -314,8 +315,12 @@ def _encode_chat(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where:
 
     text, spans = render(messages), []
     for turn, message in enumerate(messages):
+    prompt = render(messages, add_generation_prompt=True).removeprefix(text).lstrip()
         if message["role"] == "assistant":
-            before, after = render(messages[:turn], add_generation_prompt=True), render(messages[: turn + 1])
+            after = render(messages[: turn + 1])
+            before = after.partition(prompt)[0] + prompt
+            if turn:  # of no turns there is nothing to render
+                before = render(messages[:turn], add_generation_prompt=True)
             if not (after.startswith(before) and text.startswith(after)):
                 raise HfkitError(f"the chat template changes earlier turns ({where}): give prompt and completion")
             spans.append((len(before), len(after)))
