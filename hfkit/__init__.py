@@ -6,6 +6,10 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it, imported on first use, so that `import hfkit` costs milliseconds.
 _HOME = {
+    "Answer": "answering",
+    "Assessment": "assessment",
+    "Classification": "classification",
+    "CorpusOptions": "options",
     "DataOptions": "options",
     "EvaluateOptions": "options",
     "Evaluation": "evaluation",
@@ -20,8 +24,11 @@ _HOME = {
     "Run": "training",
     "Search": "tuning",
     "SizeOptions": "options",
+    "TaskOptions": "options",
     "TrainOptions": "options",
     "TuneOptions": "options",
+    "answer": "answering",
+    "classify": "classification",
     "evaluate": "evaluation",
     "export": "exporting",
     "finetune": "training",

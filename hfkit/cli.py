@@ -28,6 +28,7 @@ from hfkit.options import (
     ManyModelsOptions,
     ModelOptions,
     SizeOptions,
+    TaskOptions,
     TrainOptions,
     TuneOptions,
 )
@@ -204,6 +205,42 @@ def inspect(
     from hfkit import prompts, showing
 
     showing.write(prompts.read_prompt(text), model, options, json=json)
+
+
+@app.command()
+@flags
+def classify(
+    model: ModelOptions,
+    task: TaskOptions,
+    text: Annotated[str | None, typer.Argument(help="Text to label; without it, stdin is read.")] = None,
+    input: Annotated[
+        Path | None, typer.Option("--input", "-i", help="Many texts: a line each, or a row of .jsonl each.")
+    ] = None,
+    json: _Json = False,
+) -> None:
+    """Label a text, or many, and print label and probability."""
+    from hfkit import labelling
+
+    labelling.write(text, input, model, task, json=json)
+
+
+@app.command()
+@flags
+def answer(
+    question: Annotated[str, typer.Argument(help="What to find out.")],
+    model: ModelOptions,
+    context: Annotated[
+        Path, typer.Option("--context", help="File with the text that has the answer; - or nothing: stdin.")
+    ] = Path("-"),
+    no_answer_threshold: Annotated[
+        float, typer.Option(help="How much likelier than the best span 'no answer' must be to be given.")
+    ] = 0.0,
+    json: _Json = False,
+) -> None:
+    """Answer a question from a text."""
+    from hfkit import labelling
+
+    labelling.write_answer(question, context, model, no_answer_threshold, json=json)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from hfkit.errors import HfkitError, first_line
 from hfkit.files import kind_of, read_text
 from hfkit.options import CorpusOptions
 from hfkit.tables import Row, read_hub_rows, read_rows
+from hfkit.tasks import make_task
 
 END = "<|endoftext|>"  # in a plain text it ends a document, as in GPT-2's own corpora
 PREPARED = "prepared.json"  # in a folder that `prepare` made
@@ -71,9 +72,9 @@ def find_corpus(sources: Corpora) -> Corpus:
     files: dict[Path, str] = {}
     hub, left_out = [], 0
     for source in [sources] if isinstance(sources, str | Path) else sources:
-        if str(source).startswith("hf://"):
         if not str(source):  # else it would be the folder that we are in
             raise HfkitError("no corpus '': name a file, a folder or hf://NAME")
+        if str(source).startswith("hf://"):
             hub.append(str(source).removeprefix("hf://"))
             continue
         paths, chosen = _paths(str(source))
@@ -131,12 +132,24 @@ def read_records(corpus: Corpus, options: CorpusOptions) -> Iterator[Piece | Exa
 
 def _sources(corpus: Corpus, options: CorpusOptions) -> Iterator[tuple[str, Iterator[Piece | Example]]]:
     for path, kind in zip(corpus.files, corpus.kinds, strict=True):
+        if kind == "text" and options.template:
+            raise HfkitError(f"{path} is a plain text: a template takes rows (CSV, JSON Lines, Parquet)")
         if kind == "text":
             yield str(path), cut_pieces(read_text(path, options.errors))
         else:
             yield str(path), _records(read_rows(path, kind, options.errors), options)
     for name in corpus.hub:
         yield f"hf://{name}", _records(read_hub_rows(name, options), options)
+
+
+def read_table(corpus: Corpus, options: CorpusOptions) -> Iterator[Row]:
+    """The rows of `corpus` as they are, each with where it stands. HfkitError if it is made of plain texts."""
+    for path, kind in zip(corpus.files, corpus.kinds, strict=True):
+        if kind == "text":
+            raise HfkitError(f"{path} is a plain text: give rows (CSV, JSON Lines, Parquet) with named columns")
+        yield from read_rows(path, kind, options.errors)
+    for name in corpus.hub:
+        yield from read_hub_rows(name, options)
 
 
 def cut_pieces(chunks: Iterable[str]) -> Iterator[Piece]:
@@ -187,7 +200,11 @@ def _find_cut(text: str, start: int, size: int) -> int:
 def _records(rows: Iterable[Row], options: CorpusOptions) -> Iterator[Piece | Example]:
     """Rows as records; the first row shows which columns matter."""
     columns: tuple[str, ...] = ()
+    task = make_task(options)
     for row, where in rows:
+        if task:
+            yield Example(task.example(row, where), where)
+            continue
         columns = columns or _columns(row, where, options)
         if missing := [name for name in columns if name not in row]:
             raise HfkitError(f"no column {missing[0]!r} ({where}): it has {', '.join(map(repr, row))}")

@@ -82,6 +82,7 @@ def encode_corpus(
     if corpus.left_out:
         note(f"{corpus.left_out} files are empty or no text: left out")
     read = (options.text_column, options.errors, options.dataset_config_name, options.dataset_split)
+    read += (options.template, options.labels)
     report = Report(fingerprint=_hash(repr((corpus.fingerprint(), *read, _VERSION))), tokenizer=fingerprint(tokenizer))
     target = folder or Path(datasets.config.HF_DATASETS_CACHE) / "hfkit" / _hash(report.fingerprint + report.tokenizer)
     try:
@@ -314,8 +315,8 @@ def _encode_chat(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where:
             ) from error
 
     text, spans = render(messages), []
-    for turn, message in enumerate(messages):
     prompt = render(messages, add_generation_prompt=True).removeprefix(text).lstrip()
+    for turn, message in enumerate(messages):
         if message["role"] == "assistant":
             after = render(messages[: turn + 1])
             before = after.partition(prompt)[0] + prompt

@@ -1,7 +1,7 @@
 """A prompt as the token ids that a model is given, once it is sure that they fit it."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +10,17 @@ from transformers import PreTrainedTokenizerBase
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models import context_length
 from hfkit.options import GenerateOptions
+from hfkit.tasks import task_of
 
 _NEW_TOKENS = 100
-Prompt = str | Sequence[int]
+Prompt = str | Mapping[str, Any] | Sequence[int]  # a row where the model's task has several fields
 
 
 @dataclass(frozen=True)
 class Request:
     """A prompt that fits the model."""
 
-    prompt: str
+    prompt: str | Mapping[str, Any]
     ids: list[int]
     new_tokens: int  # most that may be generated
     seed: int | None = None
@@ -33,8 +34,14 @@ def prepare(
     Raises:
         HfkitError: prompt and new tokens are more than the model takes; the message has the numbers.
     """
-    text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-    ids = _encode(prompt, tokenizer, name) if isinstance(prompt, str) else list(prompt)
+    if isinstance(prompt, str | Mapping):
+        text: str | Mapping[str, Any] = prompt
+        task = None if options.raw else task_of(tokenizer)
+        if isinstance(prompt, Mapping) and not task:
+            raise HfkitError("no prompt: write an object with the key 'prompt' and a text")
+        ids = encode(task.fill(prompt) if task else str(prompt), tokenizer, name)
+    else:
+        text, ids = tokenizer.decode(prompt), list(prompt)
     limit, wanted = context_length(config) or sys.maxsize, options.max_new_tokens
     if config.is_encoder_decoder:  # prompt and output have a context each
         if options.truncate:
@@ -64,7 +71,7 @@ def _end(ids: list[int], room: int, bos: int | None) -> list[int]:
     return [bos, *ids[len(ids) - room + 1 :]] if ids[0] == bos and room > 1 else ids[-room:]
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
+def encode(text: str, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
     """Token ids of a prompt; of an empty one the token that begins a text."""
     try:
         text.encode("utf-8")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from hfkit.assessment import Assessment, assess, find_task
 from hfkit.console import detail, progress
 from hfkit.corpora import Corpora, Example, Piece, find_corpus, read_records
 from hfkit.data import encode_documents, encode_examples, number_documents
@@ -17,7 +18,7 @@ from hfkit.declaration import divide
 from hfkit.encoding import first_tokens
 from hfkit.errors import HfkitError
 from hfkit.generation import loaded
-from hfkit.models import LanguageModel
+from hfkit.models import LanguageModel, head_of
 from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions
 from hfkit.planning import has_bfloat16_units
 from hfkit.scoring import IGNORED, Scores, exp, precise_head, ratio_stderr, score_batches
@@ -70,8 +71,8 @@ def evaluate(
     read: CorpusOptions | None = None,
     options: EvaluateOptions | None = None,
     **overrides: Any,
-) -> Evaluation:
-    """Score a model on a corpus; memory does not grow with it.
+) -> Evaluation | Assessment:
+    """Score a model on a corpus; memory does not grow with it. Rows of a task are answered, and the answers scored.
 
     Each document is scored from its first token on, after the token that begins a text. A token is predicted from at
     least window - stride tokens before it, if the document has so many; the last window reaches back to be full.
@@ -85,7 +86,10 @@ def evaluate(
         HfkitError: the corpus or the model cannot be read, or there is nothing to score.
     """
     read, options = divide(overrides, (CorpusOptions, read), (EvaluateOptions, options))
-    found, lm = find_corpus(corpus), loaded(model)
+    found, lm = find_corpus(corpus), loaded(model, "text", "classification", "question-answering")
+    is_text = head_of(lm.model.config) == "text"
+    if (task := find_task(lm, corpus, read) if is_text else None) or not is_text:
+        return assess(lm, corpus, read, task)
     if lm.model.config.is_encoder_decoder:
         raise HfkitError(f"{lm.name} has an encoder: a text alone has no perplexity under it")
     window = int(min(options.max_length or lm.context or _WINDOW, lm.context or math.inf))

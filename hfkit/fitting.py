@@ -27,6 +27,7 @@ from hfkit.checkpoints import Saving, Stop, diverged, find_newest
 from hfkit.corpora import Corpora
 from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError, OptionError, first_line
+from hfkit.heads import HeadCollator
 from hfkit.monitoring import Measuring, Progress, is_stale
 from hfkit.optimizers import MuonFactory
 from hfkit.options import TrainOptions
@@ -36,7 +37,7 @@ from hfkit.sequences import Collator, Examples, Material
 # Options of ours that mean something else to Trainer, or that it gets in another form.
 OWN = ("output_dir", "resume", "overwrite", "num_train_epochs", "max_steps", "optim", "eval_steps", "save_steps",
         "save_total_limit", "bf16", "fp16", "torch_compile", "load_best_model_at_end", "lr_scheduler_kwargs",
-        "fsdp_config")  # fmt: skip
+        "fsdp_config", "head", "dropout")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,12 @@ def _build(job: Job, stop: Stop, rows: int, accumulation: int) -> Iterator[Train
     pad = job.tokenizer.pad_token_id
     pad = pad if pad is not None else job.tokenizer.eos_token_id or 0
     is_static = plan.compile and not isinstance(material.train_set, Examples)
-    collator = Collator(pad, (rows, job.block_size) if is_static else None)
-    measuring = Measuring(
-        _sample(material.held_out, plan), Collator(pad), options.sample_prompt or material.prompt, plan, stop
-    )
+    collator: Any = Collator(pad, (rows, job.block_size) if is_static else None)
+    padding: Any = Collator(pad)
+    if material.head:
+        collator = padding = HeadCollator(pad)
+    prompt = None if material.head else options.sample_prompt or material.prompt
+    measuring = Measuring(_sample(material.held_out, plan), padding, prompt, plan, stop)
     progress, saving = Progress(plan, measuring), Saving(job.folder / runs.CHECKPOINTS, measuring, options, stop)
     trainer = _Trainer(
         model=model, args=arguments, train_dataset=material.train_set, data_collator=collator,
@@ -202,7 +205,9 @@ def _arguments(job: Job, rows: int, accumulation: int) -> TrainingArguments:
         "torch_compile": plan.compile,
         "dataloader_pin_memory": plan.device.type == "cuda",
         "remove_unused_columns": False,
-        "label_names": ["labels"],
+        "label_names": ["start_positions", "end_positions"]
+        if job.material.head == "question-answering"
+        else ["labels"],
         "disable_tqdm": True,
         # When to save and to measure is for `Saving` to say; what a NaN means, for `_Trainer`.
         "save_strategy": "no",

@@ -4,7 +4,7 @@ import functools
 import queue
 import secrets
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -13,19 +13,20 @@ from hfkit import batches
 from hfkit.decoding import Completion, repeats
 from hfkit.encoding import Prompt, Request, prepare
 from hfkit.errors import HfkitError, OptionError
-from hfkit.models import LanguageModel, load
+from hfkit.models import LanguageModel, check_head, load, load_config
 from hfkit.options import GenerateOptions, ModelOptions
 from hfkit.sampling import check, draws, is_plain
 from hfkit.sources import find
+from hfkit.tasks import task_of
 
 _WINDOW = 8  # batches that are sorted by length together
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One generated text; `str()` gives prompt and continuation (of a model with an encoder: the output alone)."""
+    """One generated text; `str()` gives prompt and continuation; of a translator or a task the output alone."""
 
-    prompt: str
+    prompt: str | Mapping[str, Any]
     completion: str
     finish_reason: str  # "stop": end-of-text token or stop string; "length": max_new_tokens or max_time
     tokens: int  # generated, an end-of-text token included
@@ -36,7 +37,7 @@ class Generation:
     loops: bool = field(default=False, repr=False)  # the text ends in a repetition
 
     def __str__(self) -> str:
-        return self.prompt + self.completion if self.echo else self.completion
+        return f"{self.prompt}{self.completion}" if self.echo else self.completion.strip()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that `--json` prints."""
@@ -48,7 +49,7 @@ Model = str | ModelOptions | LanguageModel | tuple[Any, Any] | None
 
 
 def generate(
-    prompt: str | Sequence[str],
+    prompt: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
     *,
     model: Model = None,
     options: GenerateOptions | None = None,
@@ -58,7 +59,8 @@ def generate(
     """Continue one prompt, or many in batches.
 
     Args:
-        prompt: a text, or a list of texts. An empty text lets the model begin.
+        prompt: a text, or a list of texts. An empty text lets the model begin. A model that learned a task puts it
+            into its template; where that has several fields, a mapping gives them.
         model: what `load` returned or takes. A model given by name stays loaded for the next call.
         options: how to generate. Every field of `GenerateOptions` is a keyword, too: `generate(..., top_p=0.9)`.
         batch_size: most rows at a time; by default as many as the device is good for.
@@ -74,18 +76,19 @@ def generate(
     """
     options = GenerateOptions.make(options, overrides)
     lm = loaded(model)
+    is_one = isinstance(prompt, str | Mapping)
     requests = []  # all of them first, so that one that does not fit is told before any is run
-    for number, text in enumerate([prompt] if isinstance(prompt, str) else prompt):
+    for number, text in enumerate([prompt] if is_one else prompt):
         try:
             requests.append(_prepare(lm, text, options))
         except HfkitError as error:
-            raise error if isinstance(prompt, str) else type(error)(f"prompt {number}: {error}") from error
+            raise error if is_one else type(error)(f"prompt {number}: {error}") from error
     results = []
     for _, result in generate_each(enumerate(requests), model=lm, options=options, batch_size=batch_size):
         if isinstance(result, HfkitError):
             raise result
         results.append(result if options.num_return_sequences else result[0])
-    return results[0] if isinstance(prompt, str) else results
+    return results[0] if is_one else results
 
 
 def generate_each(
@@ -192,12 +195,19 @@ def draw_seed() -> int:
     return secrets.randbelow(2**31)
 
 
-def loaded(model: Model) -> LanguageModel:
-    """`model` as a LanguageModel, loaded if it is a name; once, as long as its files stay the same."""
+def loaded(model: Model, *heads: str) -> LanguageModel:
+    """`model` as a LanguageModel, loaded if it is a name; once, as long as its files stay the same.
+
+    heads: what it must be for, see `models.head_of`; by default for text.
+    """
+    heads = heads or ("text",)
     if isinstance(model, tuple):
-        return LanguageModel(*model)
+        lm = LanguageModel(*model)
+        check_head(lm.name, lm.model.config, *heads)
+        return lm
     options = model if isinstance(model, ModelOptions) else ModelOptions(model=model)
     source = find(options)
+    check_head(source.name, load_config(source), *heads)
     files = [source.folder / source.gguf] if source.gguf else [*source.folder.iterdir()]
     files += source.adapter.iterdir() if source.adapter else []
     return _load(options, tuple(sorted((str(file), file.stat().st_mtime_ns) for file in files)))
@@ -221,6 +231,6 @@ def _generation(lm: LanguageModel, options: GenerateOptions, request: Request, c
         logprob=completion.logprob,
         seed=request.seed if draws(lm, options) else None,
         model=lm.name,
-        echo=not lm.model.config.is_encoder_decoder,
+        echo=not lm.model.config.is_encoder_decoder and (options.raw or not task_of(lm.tokenizer)),
         loops=repeats(completion.tokens),
     )

@@ -4,6 +4,7 @@ from dataclasses import fields
 from json import dumps
 
 from hfkit import console
+from hfkit.assessment import Assessment
 from hfkit.corpora import find_corpus
 from hfkit.evaluation import Evaluation, evaluate
 from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ModelOptions
@@ -23,6 +24,8 @@ def write(
     if json:
         rows = [one.to_dict() for one in found]
         console.write(dumps(rows if models.model and len(rows) > 1 else rows[0]) + "\n")
+    elif any(isinstance(one, Assessment) for one in found):
+        _write_assessments([one for one in found if isinstance(one, Assessment)])
     elif len(found) == 1:
         console.write("".join(f"{name:<16} {value}\n" for name, value in _readable(found[0]).items()))
     else:
@@ -62,3 +65,23 @@ def _difference(one: Evaluation, base: Evaluation) -> str:
     gain, error = one.gain_over(base)
     sure = "beyond the error" if abs(gain) > 2 * error else "within the error"
     return f"{gain:+.4f} ± {error:.4f}, {sure}"
+
+
+def _write_assessments(found: list[Assessment]) -> None:
+    """A row for each model and for each baseline, a column for each figure."""
+    from rich.table import Table
+
+    names = [name for name, value in found[0].metrics.items() if isinstance(value, float) and "stderr" not in name]
+    rows = [(one.model, one.metrics) for one in found]
+    rows += [(f"({name})", figures) for name, figures in found[0].baselines.items()]
+    table = Table(f"{found[0].examples:,} examples", *names)
+    for label, figures in rows:
+        cells = (_with_error(figures.get(name), figures.get(f"{name}_stderr")) for name in names)
+        table.add_row(console.printable(label), *cells)
+    console.write_table(table)
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")

@@ -3,13 +3,20 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, GPT2Tokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    GPT2Tokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hfkit.console import detail, quiet_libraries
 from hfkit.errors import HfkitError
@@ -43,10 +50,11 @@ def load(model: str | ModelOptions | None = None, **overrides: Any) -> LanguageM
 
     Returns:
         `(model, tokenizer)`. GPT-2 is a `GPT2LMHeadModel` with a `GPT2Tokenizer`; other models come from
-        `AutoModelForCausalLM` or, where they have an encoder, `AutoModelForSeq2SeqLM`.
+        `AutoModelForCausalLM` or, where they have an encoder, `AutoModelForSeq2SeqLM`; one with a head for labels or
+        for answers from the class that has it.
 
     Raises:
-        HfkitError: the model cannot be found, is damaged, unsafe, or of a kind that does not generate text.
+        HfkitError: the model cannot be found, is damaged or unsafe.
     """
     if not isinstance(model, ModelOptions):
         overrides |= {"model": model}
@@ -62,21 +70,34 @@ def context_length(config: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+# What a class of transformers is for, by its name: everything else writes text.
+_HEADS = {"SequenceClassification": "classification", "QuestionAnswering": "question-answering",
+          "TokenClassification": "other", "MultipleChoice": "other", "MaskedLM": "masked",
+          "PreTraining": "masked"}  # fmt: skip
+_FITTING = {"text": "'hfkit generate'", "classification": "'hfkit classify'", "question-answering": "'hfkit answer'",
+            "masked": "'hfkit finetune --head classification'", "other": "its own library"}  # fmt: skip
+
+
+def head_of(config: Any) -> str:
+    """What a model of this `config` is for: "text", "classification", "question-answering", "masked" or "other"."""
+    names = " ".join(config.architectures or [])
+    return next((head for name, head in _HEADS.items() if f"For{name}" in names), "text")
+
+
+def check_head(name: str, config: Any, *wanted: str) -> None:
+    """HfkitError, with the command that fits, if a model is for something else than is `wanted`."""
+    if (head := head_of(config)) not in wanted:
+        raise HfkitError(f"{name} is a {config.architectures[0]}: use {_FITTING[head]}, or choose another model")
+
+
 def load_config(source: Source) -> Any:
-    """The `PreTrainedConfig` of a model that generates text."""
+    """The `PreTrainedConfig` of a model."""
     with _errors(source), quiet_libraries():
         extra = {"gguf_file": source.gguf} if source.gguf else {}
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code, **extra)
     if source.gguf and config.model_type == "gpt2":
         # transformers reads the length of a GGUF GPT-2 into n_ctx, which its model does not look at
         config.n_positions = getattr(config, "n_ctx", None) or config.n_positions
-    for architecture in config.architectures or []:
-        task = next(
-            (t for t in ("SequenceClassification", "QuestionAnswering", "TokenClassification") if t in architecture),
-            None,
-        )
-        if task:
-            raise HfkitError(f"{source.name} is a {architecture}, which does not generate text: choose a causal model")
     return config
 
 
@@ -146,6 +167,29 @@ def load_weights(source: Source, options: ModelOptions, tokenizer: PreTrainedTok
     return LanguageModel(model.eval(), tokenizer)
 
 
+def load_with_head(
+    source: Source, options: ModelOptions, tokenizer: PreTrainedTokenizerBase, head: str, labels: Sequence[str]
+) -> PreTrainedModel:
+    """The model of `source`, in float32, with a head of its own or a new one, to be trained.
+
+    head: "classification", with these labels, or "question-answering". HfkitError if more than the head is missing.
+    """
+    config = load_config(source)
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+    config.pad_token_id = tokenizer.pad_token_id
+    kind = AutoModelForSequenceClassification if labels else AutoModelForQuestionAnswering
+    with _errors(source), quiet_libraries():
+        model, report = kind.from_pretrained(
+            source.folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+            trust_remote_code=source.trust_remote_code, ignore_mismatched_sizes=head_of(config) != head,
+        )  # fmt: skip
+    body = f"{model.base_model_prefix}."
+    _check_names(source.folder, {"missing_keys": [key for key in report["missing_keys"] if key.startswith(body)]})
+    return model.to(choose_device(options, source))
+
+
 def choose_device(options: ModelOptions, source: Source | None = None) -> torch.device:
     """The device that `options` name; "auto" is this process's GPU, then Apple's, then the CPU."""
     if options.device == "auto":
@@ -185,6 +229,13 @@ def _spread(device: torch.device, source: Source) -> str | None:
 def _class_for(config: Any) -> Any:
     import transformers
 
+    match head_of(config):
+        case "classification":
+            return transformers.AutoModelForSequenceClassification
+        case "question-answering":
+            return transformers.AutoModelForQuestionAnswering
+        case "masked" | "other":
+            return transformers.AutoModel
     if config.model_type == "gpt2":
         return transformers.GPT2LMHeadModel
     return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM

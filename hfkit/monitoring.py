@@ -15,6 +15,7 @@ from hfkit import console, processes
 from hfkit.checkpoints import Stop
 from hfkit.errors import HfkitError
 from hfkit.generation import generate
+from hfkit.heads import HeadCollator, score_items
 from hfkit.models import LanguageModel
 from hfkit.planning import Plan
 from hfkit.scoring import Scores, score_batches, shift
@@ -58,7 +59,9 @@ def scores(history: list[dict[str, Any]], step: int) -> dict[str, float | None]:
 class Measuring:
     """Score the held-out part and continue a fixed prompt; the random numbers of the training stay as they are."""
 
-    def __init__(self, held_out: Any, collator: Collator, prompt: str | None, plan: Plan, stop: Stop) -> None:
+    def __init__(
+        self, held_out: Any, collator: Collator | HeadCollator, prompt: str | None, plan: Plan, stop: Stop
+    ) -> None:
         """held_out: items to score, maybe none. The trainer is set when there is one."""
         self.held_out, self.collator, self.prompt, self.plan, self.stop = held_out, collator, prompt, plan, stop
         self.trainer: Any = None
@@ -118,6 +121,11 @@ class Measuring:
                     return
                 yield self.held_out[index]
 
+        def scored() -> Scores:
+            if isinstance(self.collator, HeadCollator):
+                return score_items(model, (self.collator(items) for items in group(share(), _TOKENS)))
+            return score_batches(model, batches())
+
         def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
             done = 0
             for items in group(share(), _TOKENS):
@@ -126,7 +134,7 @@ class Measuring:
                 yield batch["input_ids"], shift(batch["labels"]), np.broadcast_to(numbers, batch["labels"].shape)
 
         total = Scores()
-        for part in processes.gather([vars(score_batches(model, batches()))]):
+        for part in processes.gather([vars(scored())]):
             total.join(Scores(**part))
         return total
 
@@ -141,6 +149,8 @@ class Measuring:
     def _report(self, found: Scores, sample: str | None, step: int) -> None:
         score = f": held-out perplexity {found.perplexity:.2f}" if found.count else ""
         error = f" ± {found.perplexity_stderr:.2f}" if math.isfinite(found.perplexity_stderr) else ""
+        if found.count and isinstance(self.collator, HeadCollator):
+            score, error = f": held-out loss {found.loss:.3f}", f", accuracy {found.top1.sum() / found.count:.1%}"
         self.tell(f"step {step} of {self.plan.steps}{score}{error}")
         if sample:
             shown = " ".join(console.printable(f"{self.prompt}{sample}").split())

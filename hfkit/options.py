@@ -39,7 +39,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "eps
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(Options):
-    """How text is generated; all but the last eight are fields of `transformers.GenerationConfig`."""
+    """How text is generated; all but the last nine are fields of `transformers.GenerationConfig`."""
 
     max_new_tokens: int | None = option(
         None, "Most tokens to add. [default: 100, or what fits the model]", short="-n", min=1
@@ -80,6 +80,7 @@ class GenerateOptions(Options):
     negative_prompt: str | None = option(None, "What --guidance-scale moves away from. [default: the last token]")
     watermark: bool | None = option(None, "Mark the text so that transformers' WatermarkDetector can tell it.")
     assistant_model: str | None = option(None, "A smaller model that guesses ahead, for speed.")
+    raw: bool = option(False, "Give the prompt as it is, without the template that the model was trained with.")
     truncate: bool = option(False, "Cut the beginning of a prompt that is too long.")
     seed: int | None = option(
         None, "Random seed; sample k uses SEED+k. [default: drawn, and told]", short="-s", min=0, max=2**63 - 1
@@ -115,10 +116,22 @@ class GenerateOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusOptions(Options):
+class TaskOptions(Options):
+    """What is asked and answered; a model that was trained with it carries it."""
+
+    template: str | None = option(None, r"Prompt and answer from a row's columns: 'English: {en}\nFrench: {fr}'.")
+    labels: list[str] | None = option(None, "One of all the answers there are; may be repeated.")
+    metric: list[str] | None = option(
+        None, "accuracy, f1, exact_match, bleu, chrf, rouge1 ...; may be repeated. [default: by the task]"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions(TaskOptions):
     """How a corpus is read."""
 
     text_column: str | None = option(None, "Column that holds the text. [default: found, where it is plain]")
+    label_column: str = option("label", "Column of the label, for a classification head.")
     errors: Literal["strict", "replace"] = option("strict", "Bytes that are not UTF-8: refuse, or replace and count.")
     dataset_config_name: str | None = option(None, "Configuration of an hf:// data set.")
     dataset_split: str = option("train", "Split of an hf:// data set.")
@@ -186,6 +199,9 @@ class TrainOptions(Options):
     fsdp_config: str | None = option(None, "JSON file of transformers' FSDP settings, for models beyond one GPU.")
     deepspeed: str | None = option(None, "JSON file of DeepSpeed settings.")
     full_determinism: bool | None = option(None, "Deterministic kernels, slower.")
+    head: Literal["classification", "question-answering"] | None = option(
+        None, "Train such a head instead of a language model. [default: the one that the model has]"
+    )
     seed: int = option(42, "Random seed of the hold-out, the order and dropout.", short="-s", min=0, max=2**32 - 1)
     lora: bool = option(False, "Train a LoRA adapter instead of all weights.")
     lora_r: int = option(16, "LoRA: rank.", min=1)

@@ -12,8 +12,8 @@ from typing import IO, Any
 from hfkit.errors import HfkitError, OptionError
 
 
-def read_prompts(path: Path) -> Iterator[str | HfkitError]:
-    """One prompt a line of a text file, or the `prompt` of each object of a `.jsonl` file.
+def read_prompts(path: Path) -> Iterator[str | dict[str, Any] | HfkitError]:
+    """One prompt a line of a text file; of a `.jsonl` file each object's `prompt`, or without one the object.
 
     A line that is none comes as an HfkitError in its place. Raises HfkitError where the file cannot be read at all.
     """
@@ -42,7 +42,7 @@ def open_input(path: Path) -> IO[bytes]:
         raise HfkitError(f"cannot read the input ({path}): {error.strerror}") from error
 
 
-def _prompt_of(line: bytes, rows: bool) -> str:
+def _prompt_of(line: bytes, rows: bool) -> str | dict[str, Any]:
     try:
         text = line.decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
@@ -52,6 +52,8 @@ def _prompt_of(line: bytes, rows: bool) -> str:
             row = json.loads(text)
         except (ValueError, RecursionError):
             raise HfkitError("not JSON: write an object with a prompt on each line") from None
+        if isinstance(row, dict) and row and "prompt" not in row:
+            return row  # the columns of a task
         text = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise HfkitError("no prompt: write an object with the key 'prompt' and a text")

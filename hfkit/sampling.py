@@ -11,10 +11,11 @@ from hfkit.declaration import set_fields
 from hfkit.errors import OptionError
 from hfkit.models import LanguageModel, load
 from hfkit.options import SAMPLING, GenerateOptions
+from hfkit.tasks import task_of
 
 # Options that GenerationConfig has by another name, in another form, or not at all.
-OWN = ("stop_strings", "bad_words", "sequence_bias", "negative_prompt", "watermark", "assistant_model", "truncate",
-       "seed", "num_return_sequences")  # fmt: skip
+OWN = ("stop_strings", "bad_words", "sequence_bias", "negative_prompt", "watermark", "assistant_model", "raw",
+       "truncate", "seed", "num_return_sequences")  # fmt: skip
 
 
 def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: int) -> GenerationConfig:
@@ -106,6 +107,8 @@ def end_tokens(lm: LanguageModel) -> set[int]:
 def stops(lm: LanguageModel, options: GenerateOptions) -> list[str]:
     """The strings that end a text."""
     given = options.stop_strings or lm.model.generation_config.stop_strings or []
+    if not given and not options.raw and (task := task_of(lm.tokenizer)):
+        return [task.end]
     return [given] if isinstance(given, str) else list(given)
 
 

@@ -179,7 +179,9 @@ class Material:
     sequences: int  # in an epoch; 0 if a stream's are not known
     length: float  # tokens of one, on average
     report: Report | None  # None for a stream
-    prompt: str | None  # to sample from
+    prompt: str | None = None  # to sample from
+    head: str | None = None  # of a model that does not write text: see `heads`
+    labels: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> dict[str, str]:

@@ -18,14 +18,24 @@ from hfkit.corpora import Corpora
 from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError, StoppedError
 from hfkit.fitting import Job, fit, is_done
-from hfkit.models import choose_device, load_config, load_tokenizer, load_weights
+from hfkit.heads import gather_rows
+from hfkit.models import (
+    check_head,
+    choose_device,
+    head_of,
+    load_config,
+    load_tokenizer,
+    load_weights,
+    load_with_head,
+)
 from hfkit.monitoring import best_step, scores
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.planning import Plan, block_size_for, make_plan, summarize
 from hfkit.report import describe_plan, make_card
-from hfkit.sequences import gather_material
+from hfkit.sequences import Material, gather_material
 from hfkit.sources import Source, count_parameters, find
 from hfkit.storage import lock
+from hfkit.tasks import give_task, make_task
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Run:
     @property
     def perplexity(self) -> float | None:
         """Of the held-out part, for the model that was kept; None if nothing was held out."""
-        return self.metrics["perplexity"]
+        return self.metrics.get("perplexity")
 
 
 def finetune(
@@ -73,10 +83,16 @@ def finetune(
     with reserve(corpus, train, dry_run) as (folder, train):
         source = find(model)
         tokenizer, config = load_tokenizer(source), load_config(source)
+        train = _choose_head(source, config, train)
         _check_model(source, config, model, train, data)
         block_size = block_size_for(config, data.block_size)
         with processes.first_one_first():
-            material = gather_material(corpus, tokenizer, data, block_size, train.seed)
+            if train.head:
+                material = gather_headed(corpus, config, tokenizer, data, train, block_size)
+            else:
+                material = gather_material(corpus, tokenizer, data, block_size, train.seed)
+        if task := make_task(data):
+            give_task(tokenizer, task)
         device = choose_device(model, source)
         plan = make_plan(
             config, count_parameters(source), material.sequences, material.length, train, device,
@@ -86,7 +102,7 @@ def finetune(
             "finetune", source.name, corpus, folder,
             runs.describe(corpus, replace(model, model=source.name), data, plan.options),
             material.fingerprint | {"model_bytes": source.size, "processes": processes.count}, tokenizer,
-            lambda: make_trainable(source, model, plan, tokenizer), material, plan, block_size, callbacks,
+            lambda: make_trainable(source, model, plan, tokenizer, material), material, plan, block_size, callbacks,
         )  # fmt: skip
         describe_plan(material.report, plan)
         return None if dry_run else run(job)
@@ -104,9 +120,29 @@ def reserve(corpus: Corpora, train: TrainOptions, dry_run: bool) -> Iterator[tup
         yield folder, runs.settle(folder, train)
 
 
+def _choose_head(source: Source, config: Any, train: TrainOptions) -> TrainOptions:
+    """The head that is asked for, or else that of the model; none for a model that writes text."""
+    if train.head:
+        return train
+    check_head(source.name, config, "text", "classification", "question-answering")
+    return train if head_of(config) == "text" else replace(train, head=head_of(config))
+
+
+def gather_headed(
+    corpus: Corpora, config: Any, tokenizer: PreTrainedTokenizerBase, data: DataOptions, train: TrainOptions, size: int
+) -> Material:
+    """Material for a head; the tokenizer gets a token to pad with if it has none."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    known = [config.id2label[i] for i in range(config.num_labels)] if head_of(config) == train.head else None
+    return gather_rows(corpus, tokenizer, data, str(train.head), size, train.seed, known)
+
+
 def _check_model(source: Source, config: Any, model: ModelOptions, train: TrainOptions, data: DataOptions) -> None:
     if config.is_encoder_decoder:
         raise HfkitError(f"{source.name} has an encoder: choose a causal model, such as gpt2")
+    if train.head and (train.lora or data.streaming or source.adapter):
+        raise OptionError("--head trains a whole model from files: leave --lora, --streaming and adapters out")
     if train.lora and source.adapter:
         raise HfkitError(f"{source.name} is an adapter: 'hfkit export' merges it, then train another one on top")
     if model.quantize and not (train.lora and torch.cuda.is_available()):
@@ -115,9 +151,14 @@ def _check_model(source: Source, config: Any, model: ModelOptions, train: TrainO
         raise OptionError("--streaming does not know how long the corpus is: add --max-steps")
 
 
-def make_trainable(source: Source, options: ModelOptions, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The model of `source`, in float32, its adapter to train around it if the plan has LoRA."""
-    model = load_weights(source, replace(options, dtype="float32"), tokenizer).model
+def make_trainable(
+    source: Source, options: ModelOptions, plan: Plan, tokenizer: PreTrainedTokenizerBase, material: Material
+) -> Any:
+    """The model of `source`, in float32, with its head, or with an adapter around it if the plan has LoRA."""
+    if material.head:
+        model = load_with_head(source, options, tokenizer, material.head, material.labels)
+    else:
+        model = load_weights(source, replace(options, dtype="float32"), tokenizer).model
     model.name_or_path = source.name if source.name == "bundled" else str(source.folder)
     make_ready(model, plan)
     return add_adapter(model, source, plan.options) if plan.options.lora else model
@@ -125,8 +166,9 @@ def make_trainable(source: Source, options: ModelOptions, plan: Plan, tokenizer:
 
 def make_ready(model: Any, plan: Plan) -> None:
     """Set what is not in a model's weights: how its loss is counted, and dropout for the time of the training."""
-    # Without this Trainer counts the labels unshifted and its loss and gradients come out too small.
-    model.loss_type = "ForCausalLM"
+    if not plan.options.head:
+        # Without this Trainer counts the labels unshifted and its loss and gradients come out too small.
+        model.loss_type = "ForCausalLM"
     for module in model.modules():
         if plan.options.dropout is not None and isinstance(module, torch.nn.Dropout):
             module.p = plan.options.dropout
@@ -175,6 +217,9 @@ def _leave(job: Job, state: TrainerState) -> Run:
         **summarize(plan, state),
         "history": history,
     }
+    if job.material.head:  # no text, no perplexity
+        metrics = {name: value for name, value in metrics.items() if "perplexity" not in name}
+        metrics["accuracy"] = metrics.pop("token_accuracy")
     if processes.rank == 0:
         runs.finish(job.folder, kept, make_card(job, metrics), metrics)
     processes.gather([])

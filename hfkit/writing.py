@@ -23,9 +23,10 @@ from hfkit.sources import find
 def load_for(model: ModelOptions, sampling: GenerateOptions, prompt: str | None = None) -> LanguageModel:
     """Load a model, after everything that can be checked without its weights."""
     source = find(model)
-    tokenizer = models.load_tokenizer(source)
+    tokenizer, config = models.load_tokenizer(source), models.load_config(source)
+    models.check_head(source.name, config, "text")
     if prompt is not None:
-        prepare(prompt, sampling, tokenizer, models.load_config(source), source.name)
+        prepare(prompt, sampling, tokenizer, config, source.name)
     return models.load_weights(source, model, tokenizer)
 
 

@@ -12,10 +12,11 @@ import hfkit
 MODULES = {path.stem: ast.parse(path.read_text()) for path in Path(hfkit.__file__).parent.glob("*.py")}
 # From left to right; a module imports only what stands before it.
 ORDER = (
-    "errors options processes console recipes flags storage files prompts sources tables corpora runs quantization "
-    "models encoding decoding sampling batches generation scoring data sequences planning evaluation metrics "
-    "optimizers checkpoints monitoring adapters report fitting training pretraining tuning tasks exporting writing "
-    "measuring conversation machine serving launching cli __main__"
+    "errors declaration options processes console recipes flags storage files prompts sources tables tasks corpora runs "
+    "quantization models encoding decoding sampling batches generation scoring data sequences planning heads metrics "
+    "classification answering assessment evaluation optimizers checkpoints monitoring adapters pictures report fitting "
+    "training pretraining tuning inspection preparation exporting writing measuring showing searching labelling "
+    "conversation machine serving launching cli __main__"
 ).split()
 LIGHT = {"errors", "declaration", "options", "console", "recipes", "flags", "processes", "prompts", "sources", "cli", "__init__"}
 

@@ -1,0 +1,130 @@
+"""How well a model does a task: its answers or labels against the right ones, beside baselines that know nothing."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from hfkit.answering import find_answers
+from hfkit.classification import calibration_error, classify_each, label_names
+from hfkit.corpora import Corpora, find_corpus, read_table
+from hfkit.errors import HfkitError
+from hfkit.generation import generate_each
+from hfkit.heads import classification_rows, question_rows
+from hfkit.metrics import load_metric
+from hfkit.models import LanguageModel, head_of
+from hfkit.options import CorpusOptions, GenerateOptions, TaskOptions
+from hfkit.tasks import Task, make_task, task_of
+
+_PAIRS = Task("{prompt}{completion}")  # rows that have no template
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Scores of a model at a task."""
+
+    model: str
+    examples: int
+    metrics: dict[str, Any]  # figures, their standard errors beside them
+    baselines: dict[str, dict[str, float]]  # what one gets without a model
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {"model": self.model, "examples": self.examples, **self.metrics, "baselines": self.baselines}
+
+
+def find_task(lm: LanguageModel, corpus: Corpora, options: CorpusOptions) -> Task | None:
+    """The task that the rows of `corpus` are for; None if they are a text to be predicted."""
+    found = find_corpus(corpus)
+    if not found.hub and set(found.kinds) == {"text"}:
+        return None
+    task = make_task(options) or task_of(lm.tokenizer)
+    row, _ = next(read_table(replace(found, files=found.files[:1], kinds=found.kinds[:1]), options), ({}, ""))
+    if task and {*task.inputs, task.answer} <= set(row):
+        return replace(task, metric=tuple(options.metric or task.metric), labels=tuple(options.labels or task.labels))
+    if options.metric and {"prompt", "completion"} <= set(row):
+        return replace(_PAIRS, metric=tuple(options.metric))
+    if options.template:
+        raise HfkitError(f"the template's columns are not there: the rows have {', '.join(map(repr, row))}")
+    return None
+
+
+def assess(lm: LanguageModel, corpus: Corpora, options: CorpusOptions, task: Task | None) -> Assessment:
+    """Let a model answer every row of `corpus`, and score that.
+
+    Args:
+        task: of a model that writes text; a head is its own task.
+
+    Raises:
+        HfkitError: the rows are not as the task wants them.
+    """
+    head = head_of(lm.model.config)
+    if head == "question-answering":
+        rows = question_rows(corpus, options)
+        guesses = [one.answer for one in find_answers(lm, [row[:2] for row in rows], 0.0)]
+        return _score(lm, guesses, [row[2] or [""] for row in rows], task and task.metric or ("squad",), {})
+    if head == "classification":
+        pairs = classification_rows(corpus, options)
+        _check_labels({label for _, label in pairs}, label_names(lm.model))
+        return _label(lm, [text for text, _ in pairs], [label for _, label in pairs], TaskOptions(), ())
+    assert task is not None  # noqa: S101, the caller has found it
+    table = [(row, where) for row, where in read_table(find_corpus(corpus), options)]
+    right = [task.example(row, where) and str(row[task.answer]).strip() for row, where in table]
+    if task.labels:
+        asked = TaskOptions(template=task.template, labels=list(task.labels))
+        return _label(lm, [row for row, _ in table], right, asked, task.metric)
+    guesses = list(_write(lm, [row for row, _ in table], task))
+    copied = {"copying": [str(row[task.inputs[-1]]).strip() for row, _ in table]} if len(task.inputs) == 1 else {}
+    return _score(lm, guesses, right, task.metric or ("squad",), copied)
+
+
+def _check_labels(found: set[str], known: Sequence[str]) -> None:
+    if unknown := found - set(known):
+        raise HfkitError(f"label {sorted(unknown)[0]!r} is none of the model's: {', '.join(known)}")
+
+
+def _write(lm: LanguageModel, rows: Sequence[Mapping[str, Any]], task: Task) -> Iterator[str]:
+    """The likeliest answer of each row."""
+    options = GenerateOptions(temperature=0, stop_strings=[task.end], raw=True)
+    for _, found in generate_each(enumerate(task.prompt(row) for row in rows), model=lm, options=options):
+        if isinstance(found, HfkitError):
+            raise found
+        yield found[0].completion.strip()
+
+
+def _label(
+    lm: LanguageModel, texts: Sequence[Any], right: Sequence[str], options: TaskOptions, metric: Sequence[str]
+) -> Assessment:
+    found = list(classify_each(texts, lm, options))
+    result = _score(lm, [one.label for one in found], right, metric or ("accuracy",), {})
+    claimed = [one.probabilities[one.label] for one in found]
+    hits = [one.label == label for one, label in zip(found, right, strict=True)]
+    nll = [-np.log(max(one.probabilities.get(label, 0.0), 1e-300)) for one, label in zip(found, right, strict=True)]
+    figures = {"loss": float(np.mean(nll)), "calibration_error": calibration_error(claimed, hits)}
+    return replace(result, metrics={**result.metrics, **figures})
+
+
+def _score(
+    lm: LanguageModel, guesses: Sequence[str], right: Sequence[Any], names: Sequence[str], others: dict[str, list[str]]
+) -> Assessment:
+    """Metrics of the guesses, and of guessing the most frequent answer and whatever `others` guess."""
+    if not right:
+        raise HfkitError("there is nothing to score: the corpus holds no rows")
+    singles = [one if isinstance(one, str) else one[0] for one in right]
+    others = {"most frequent answer": [Counter(singles).most_common(1)[0][0]] * len(right), **others}
+
+    def compute(predictions: Sequence[str]) -> dict[str, Any]:
+        metrics = {type(metric): metric for metric in map(load_metric, names)}
+        results = [
+            metric.compute(predictions=list(predictions), references=list(right)) for metric in metrics.values()
+        ]
+        return dict(chain.from_iterable(result.items() for result in results))
+
+    baselines = {
+        name: {key: value for key, value in compute(predictions).items() if isinstance(value, float)}
+        for name, predictions in others.items()
+    }
+    return Assessment(lm.name, len(right), compute(guesses), baselines)

@@ -1,0 +1,207 @@
+"""Models with a head that labels a text or finds an answer in it, BERT's above all: their rows, batches and scores."""
+
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from hfkit.console import note
+from hfkit.corpora import Corpora, find_corpus, read_table
+from hfkit.data import Report, fingerprint
+from hfkit.errors import HfkitError
+from hfkit.options import DataOptions
+from hfkit.scoring import Scores
+from hfkit.sequences import Material, hold_out
+
+Item = dict[str, Any]
+STRIDE = 128  # tokens that windows of a long context share
+
+
+def gather_rows(
+    corpus: Corpora,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataOptions,
+    head: str,
+    length: int,
+    seed: int,
+    labels: Sequence[str] | None,
+) -> Material:
+    """Rows to train a head on, and those that are held out.
+
+    Args:
+        labels: of the model, if its head is trained further; else those of the rows.
+
+    Raises:
+        HfkitError: a column is missing, or there are too few rows.
+    """
+    read = classification_rows if head == "classification" else question_rows
+    rows: list[Any] = read(corpus, data)
+    held: list[Any] = read(data.eval_file, data) if data.eval_file else []
+    if head == "classification":
+        labels = labels or sorted({row[-1] for row in rows})
+        encode = functools.partial(encode_labelled, tokenizer=tokenizer, labels=list(labels), length=length)
+    else:
+        encode = functools.partial(encode_questions, tokenizer=tokenizer, length=length)
+    if not held:
+        sizes = np.array([len(row[0]) for row in rows])
+        kept, out = hold_out(np.arange(len(rows)), sizes, data.eval_fraction, seed)
+        rows, held = [rows[i] for i in kept], [rows[i] for i in out]
+    train_set, held_out = encode(rows), encode(held)
+    if not train_set:
+        raise HfkitError("there is nothing to train on: the corpus is too small")
+    tokens = sum(len(item["input_ids"]) for item in train_set)
+    report = Report(
+        kind=head, documents=len(rows) + len(held), tokens=tokens, characters=sum(len(row[0]) for row in rows),
+        fingerprint=hashlib.sha256(repr((rows, held)).encode()).hexdigest(), tokenizer=fingerprint(tokenizer),
+    )  # fmt: skip
+    count = len(train_set)
+    return Material(train_set, held_out, count, tokens / count, report, head=head, labels=tuple(labels or ()))
+
+
+def classification_rows(corpus: Corpora, options: DataOptions) -> list[tuple[str, str]]:
+    """(text, label) of every row.
+
+    Raises:
+        HfkitError: a column is missing, or there are fewer than two labels.
+    """
+    rows = []
+    for row, where in read_table(find_corpus(corpus), options):
+        label = row.get(options.label_column)
+        if label is None:
+            names = ", ".join(map(repr, row))
+            raise HfkitError(f"no column {options.label_column!r} ({where}: {names}): say so with --label-column")
+        rows.append((_text_of(row, options, where), str(label)))
+    if len({label for _, label in rows}) < 2:
+        raise HfkitError("a classification needs rows of two labels at least")
+    return rows
+
+
+def _text_of(row: Mapping[str, Any], options: DataOptions, where: str) -> str:
+    texts = [name for name, value in row.items() if isinstance(value, str) and name != options.label_column]
+    name = options.text_column or ("text" if "text" in row else texts[0] if len(texts) == 1 else None)
+    if name is None or not isinstance(row.get(name), str):
+        names = ", ".join(map(repr, row))
+        raise HfkitError(f"which column is the text ({where}: {names})? Say so with --text-column")
+    return row[name]
+
+
+def question_rows(corpus: Corpora, options: DataOptions) -> list[tuple[str, str, list[str]]]:
+    """(question, context, right answers) of every row; no answers where the context has none.
+
+    Rows are as in SQuAD, or have a text in `answer` or `answers`.
+
+    Raises:
+        HfkitError: a column is missing.
+    """
+    rows = []
+    for row, where in read_table(find_corpus(corpus), options):
+        answers = row.get("answers", row.get("answer"))
+        if isinstance(answers, Mapping):  # SQuAD's {"text": [...], "answer_start": [...]}
+            answers = answers.get("text")
+        if not isinstance(row.get("question"), str) or not isinstance(row.get("context"), str) or answers is None:
+            names = ", ".join(map(repr, row))
+            raise HfkitError(f"rows must have question, context and answer ({where}: {names})")
+        answers = [answers] if isinstance(answers, str) else list(answers)
+        rows.append((row["question"], row["context"], [answer for answer in answers if answer]))
+    return rows
+
+
+def encode_labelled(
+    rows: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, labels: list[str], length: int
+) -> list[Item]:
+    """A text's token ids, cut at `length`, and the number of its label."""
+    number = {label: index for index, label in enumerate(labels)}
+    items = []
+    for text, label in rows:
+        if label not in number:
+            raise HfkitError(f"label {label!r} is none of the model's: {', '.join(labels)}")
+        ids = tokenizer(text, truncation=True, max_length=length, verbose=False)["input_ids"]
+        items.append({"input_ids": ids, "labels": number[label]})
+    return items
+
+
+def encode_questions(
+    rows: Iterable[tuple[str, str, list[str]]], tokenizer: PreTrainedTokenizerBase, length: int
+) -> list[Item]:
+    """Windows over each context, with the places of its first answer's tokens; place 0 where a window has none."""
+    items = []
+    for question, context, answers in rows:
+        if answers and (start := context.find(answers[0])) < 0:
+            note(f"an answer is not in its context, so it is left out: {answers[0][:60]!r}")
+            continue
+        span = (start, start + len(answers[0])) if answers else None
+        for window in windows(question, context, tokenizer, length):
+            places = [
+                at
+                for at, place in enumerate(window["offsets"])
+                if place and span and place[1] > span[0] and place[0] < span[1]
+            ]
+            inside = (
+                places and window["offsets"][places[0]][0] <= span[0] and window["offsets"][places[-1]][1] >= span[1]
+            )
+            first, last = (places[0], places[-1]) if inside else (0, 0)
+            items.append({**window["inputs"], "start_positions": first, "end_positions": last})
+    return items
+
+
+def windows(question: str, context: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[dict[str, Any]]:
+    """Overlapping windows of question and context: `inputs`, and `offsets`, the characters of each context token."""
+    if not tokenizer.is_fast:
+        raise HfkitError("finding answers needs a tokenizer that knows where its tokens stand: use a fast one")
+    try:
+        encoded = tokenizer(
+            question, context, truncation="only_second", max_length=length, stride=min(STRIDE, length // 4),
+            return_overflowing_tokens=True, return_offsets_mapping=True, verbose=False,
+        )  # fmt: skip
+    except Exception as error:  # tokenizers': the question alone is too long
+        raise HfkitError(f"the question is too long for {length} tokens: shorten it") from error
+    names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
+    for number in range(len(encoded["input_ids"])):
+        of = encoded.sequence_ids(number)
+        offsets = [place if of[at] == 1 else None for at, place in enumerate(encoded["offset_mapping"][number])]
+        yield {"inputs": {name: encoded[name][number] for name in names}, "offsets": offsets}
+
+
+@dataclass(frozen=True)
+class HeadCollator:
+    """Items to a padded batch with its attention mask."""
+
+    pad: int  # token id
+
+    def __call__(self, items: list[Item]) -> dict[str, torch.Tensor]:
+        longest = max(len(item["input_ids"]) for item in items)
+        batch: dict[str, Any] = {
+            "attention_mask": [[1] * len(i["input_ids"]) + [0] * (longest - len(i["input_ids"])) for i in items]
+        }
+        for name in items[0]:
+            values = [item[name] for item in items]
+            fill = self.pad if name == "input_ids" else 0
+            batch[name] = [v + [fill] * (longest - len(v)) for v in values] if isinstance(values[0], list) else values
+        return {name: torch.tensor(values) for name, values in batch.items()}
+
+
+@torch.inference_mode()
+def score_items(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> Scores:
+    """Loss and accuracy, each item a unit and a token: of its label, or of the two places of its answer."""
+    found = Scores()
+    for batch in batches:
+        output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+        if "labels" in batch:
+            pairs = [(output.logits, batch["labels"])]
+        else:
+            pairs = [(output.start_logits, batch["start_positions"]), (output.end_logits, batch["end_positions"])]
+        nll, right = 0.0, True
+        for logits, target in pairs:
+            logits = logits.float().cpu()
+            nll = nll - logits.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
+            right = right & (logits.argmax(-1) == target)
+        count = len(batch["input_ids"])
+        part = Scores()
+        part.add(np.arange(count), nll.double().numpy() / len(pairs), (~right).numpy().astype(int))
+        found.join(part)
+    return found

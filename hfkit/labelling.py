@@ -1,0 +1,73 @@
+"""`hfkit classify` and `hfkit answer` at a shell."""
+
+from collections.abc import Iterator
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+from hfkit import console
+from hfkit.answering import answer
+from hfkit.classification import Classification, classify_each
+from hfkit.errors import HfkitError, OptionError
+from hfkit.files import read_text
+from hfkit.generation import loaded
+from hfkit.options import ModelOptions, TaskOptions
+from hfkit.prompts import check_input, read_prompt, read_prompts
+from hfkit.sources import find
+
+
+def write(text: str | None, path: Path | None, model: ModelOptions, task: TaskOptions, *, json: bool) -> None:
+    """Label the text, or each line of the file; lines that cannot be read are reported, and the exit code is 1."""
+    if path and text is not None:
+        raise OptionError("--input brings its own texts: leave the TEXT out")
+    if path:
+        check_input(path)
+    given = None if path else read_prompt(text)
+    if given is not None and not given.strip():
+        raise OptionError("give a text to label")
+    find(model)
+    lm = loaded(model, "text", "classification")
+    faults: list[str] = []
+    for one in classify_each([given] if given is not None else _texts(path, faults), lm, task):
+        _print(one, json)
+    for fault in faults:
+        console.note(fault)
+    if faults:
+        raise HfkitError(f"{len(faults)} texts could not be read ({path}): mend the lines named above")
+
+
+def _texts(path: Any, faults: list[str]) -> Iterator[Any]:
+    for number, text in enumerate(read_prompts(path), 1):
+        if isinstance(text, HfkitError):
+            faults.append(f"{path}, line {number}: {text}")
+        else:
+            yield text
+
+
+def _print(one: Classification, json: bool) -> None:
+    if json:
+        console.write(dumps(one.to_dict(), ensure_ascii=False) + "\n")
+    else:
+        console.write(f"{one.label}\t{one.probabilities[one.label]:.3f}\n")
+
+
+def write_answer(question: str, context: Path, model: ModelOptions, threshold: float, *, json: bool) -> None:
+    """Print the answer; nothing, and exit code 1, where the text has none."""
+    text = read_prompt("-") if str(context) == "-" else "".join(_read(context))
+    find(model)
+    found = answer(question, text, model=model, no_answer_threshold=threshold)
+    if json:
+        console.write(dumps(found.to_dict(), ensure_ascii=False) + "\n")
+    elif found.answer:
+        console.write(found.answer + "\n")
+        where = "" if found.start is None else f" (characters {found.start} to {found.end})"
+        console.detail(f"probability {found.score:.3f}{where}")
+    else:
+        raise HfkitError("the text does not answer that; a higher --no-answer-threshold gives the best guess")
+
+
+def _read(path: Path) -> Iterator[str]:
+    try:
+        yield from read_text(path, "strict")
+    except OSError as error:
+        raise HfkitError(f"cannot read the text ({path}): {error.strerror}") from error
