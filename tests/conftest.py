@@ -116,6 +116,29 @@ def tiny_t5(tmp_path_factory, tiny) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def _bundled():
+    from hfkit.models import load_tokenizer
+    from hfkit.options import ModelOptions
+    from hfkit.sources import find
+
+    return load_tokenizer(find(ModelOptions(model="bundled")))
+
+
+@pytest.fixture
+def bundled(_bundled):
+    """The tokenizer of the bundled model, as it comes: without a chat template."""
+    _bundled.chat_template = None
+    return _bundled
+
+
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch) -> Path:
+    """A cache of the test's own, for what is tokenized."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture
 def copy(tmp_path):
     """Copy a model's folder, to break it: `folder = copy(tiny)`."""

@@ -8,7 +8,6 @@ import shutil
 import signal
 import time
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,19 +29,6 @@ CHATML = (
     "{% else %}{{ m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-
-@pytest.fixture
-def bundled():
-    """The tokenizer of the bundled model, new for each test: a chat template may be set."""
-    return load_tokenizer(find(ModelOptions(model="bundled")))
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    """A cache of its own."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "hfkit"
 
 
 def prepare(source, tokenizer, folder=None, **options):
@@ -107,7 +93,7 @@ def test_encoding_leaves_the_environment_and_the_tokenizer_as_they_were(bundled,
 
 
 @pytest.mark.parametrize("words", [1 << 16, (1 << 16) + 1])
-def test_a_vocabulary_of_any_size_keeps_its_tokens(tmp_path, cache, words):
+def test_a_vocabulary_of_any_size_keeps_its_tokens(tmp_path, datasets_cache, words):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -122,7 +108,7 @@ def test_a_vocabulary_of_any_size_keeps_its_tokens(tmp_path, cache, words):
 # what is kept
 
 
-def test_a_corpus_is_prepared_as_datasets_keeps_data_and_needs_nothing_else(tmp_path, cache, bundled):
+def test_a_corpus_is_prepared_as_datasets_keeps_data_and_needs_nothing_else(tmp_path, datasets_cache, bundled):
     import datasets
 
     prepared = prepare(write(tmp_path / "a.jsonl"), bundled, tmp_path / "out")
@@ -130,13 +116,13 @@ def test_a_corpus_is_prepared_as_datasets_keeps_data_and_needs_nothing_else(tmp_
     assert ids_of(prepared) == sum(kept["input_ids"], []) == whole(TEXTS, bundled)
     assert sum(kept["bytes"]) == sum(len(text.encode()) for text in TEXTS)
     assert list(dict.fromkeys(kept["document"])) == list(range(len(TEXTS)))
-    assert not cache.exists()
+    assert not datasets_cache.exists()
     assert not [path.name for path in (tmp_path / "out").iterdir() if "tokens" in path.name]
     loaded = load_prepared(tmp_path / "out")
     assert loaded.report == prepared.report and loaded.cached and not prepared.cached
 
 
-def test_what_was_prepared_is_found_by_content_whatever_its_name_and_time(tmp_path, cache, bundled):
+def test_what_was_prepared_is_found_by_content_whatever_its_name_and_time(tmp_path, datasets_cache, bundled):
     first = prepare(write(tmp_path / "a.txt"), bundled)
     shutil.copy(tmp_path / "a.txt", tmp_path / "other-name.txt")
     os.utime(tmp_path / "other-name.txt", (1, 1))
@@ -145,7 +131,7 @@ def test_what_was_prepared_is_found_by_content_whatever_its_name_and_time(tmp_pa
     assert second.report == first.report
 
 
-def test_what_has_changed_is_prepared_anew_though_size_and_time_are_the_same(tmp_path, cache, bundled):
+def test_what_has_changed_is_prepared_anew_though_size_and_time_are_the_same(tmp_path, datasets_cache, bundled):
     path = tmp_path / "a.txt"
     for text in ("one", "two"):
         path.write_text(text)
@@ -154,7 +140,7 @@ def test_what_has_changed_is_prepared_anew_though_size_and_time_are_the_same(tmp
         assert not prepared.cached and ids_of(prepared) == whole([text], bundled)
 
 
-def test_another_tokenizer_or_another_way_to_read_is_prepared_anew(tmp_path, cache, bundled, tiny):
+def test_another_tokenizer_or_another_way_to_read_is_prepared_anew(tmp_path, datasets_cache, bundled, tiny):
     rows = [{"text": "one", "body": "two"}]
     (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]))
     other = load_tokenizer(find(ModelOptions(model=tiny)))
@@ -182,14 +168,14 @@ def test_the_fingerprint_does_not_move_while_a_tokenizer_is_used(bundled, tiny):
     assert fingerprint(bundled) == before != fingerprint(load_tokenizer(find(ModelOptions(model=tiny))))
 
 
-def test_what_the_hub_has_is_read_anew_each_time(monkeypatch, cache, bundled):
+def test_what_the_hub_has_is_read_anew_each_time(monkeypatch, datasets_cache, bundled):
     for text in ("today", "tomorrow"):
         monkeypatch.setattr("datasets.load_dataset", lambda *_, text=text, **__: [{"text": text}])
         prepared = prepare("hf://owner/name", bundled)
         assert not prepared.cached and ids_of(prepared) == whole([text], bundled)
 
 
-def test_a_folder_is_found_again_and_never_given_to_another_corpus(tmp_path, cache, bundled, tiny):
+def test_a_folder_is_found_again_and_never_given_to_another_corpus(tmp_path, datasets_cache, bundled, tiny):
     first, second = write(tmp_path / "a.txt"), write(tmp_path / "b.txt", ["other"])
     assert not prepare(first, bundled, tmp_path / "out").cached
     assert prepare(first, bundled, tmp_path / "out").cached
@@ -201,7 +187,9 @@ def test_a_folder_is_found_again_and_never_given_to_another_corpus(tmp_path, cac
 
 @pytest.mark.parametrize("name", [PREPARED, "data-00000-of-00001.arrow", "state.json", "dataset_info.json"])
 @pytest.mark.parametrize("keep", [None, 0.0, 0.5])
-def test_a_damaged_cache_is_made_anew_and_a_damaged_folder_is_one_sentence(tmp_path, cache, bundled, name, keep):
+def test_a_damaged_cache_is_made_anew_and_a_damaged_folder_is_one_sentence(
+    tmp_path, datasets_cache, bundled, name, keep
+):
     prepared = prepare(write(tmp_path / "a.txt"), bundled)
     path, wanted = prepared.folder / name, ids_of(prepared)
     content = path.read_bytes()
@@ -242,7 +230,9 @@ def die(*arguments, **keywords):
 
 
 @pytest.mark.parametrize("step", ["_column", "_save_one", "os.replace", "make_durable", "write_text", "done"])
-def test_a_process_that_is_killed_leaves_nothing_that_is_taken_for_whole(tmp_path, cache, bundled, monkeypatch, step):
+def test_a_process_that_is_killed_leaves_nothing_that_is_taken_for_whole(
+    tmp_path, datasets_cache, bundled, monkeypatch, step
+):
     source, tokens = write(tmp_path / "a.txt"), whole(TEXTS, bundled)
 
     def work():
@@ -257,7 +247,7 @@ def test_a_process_that_is_killed_leaves_nothing_that_is_taken_for_whole(tmp_pat
     assert not (prepared.folder / ".tokens").exists()
 
 
-def test_an_error_in_the_middle_leaves_nothing_that_is_taken_for_whole(tmp_path, cache, bundled, monkeypatch):
+def test_an_error_in_the_middle_leaves_nothing_that_is_taken_for_whole(tmp_path, datasets_cache, bundled, monkeypatch):
     monkeypatch.setattr(data, "_BATCH", 2)
     rows = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(20))
     (tmp_path / "a.jsonl").write_text(rows + "{")
@@ -269,7 +259,7 @@ def test_an_error_in_the_middle_leaves_nothing_that_is_taken_for_whole(tmp_path,
     assert ids_of(prepared) == whole([f"text {i}" for i in range(20)], bundled)
 
 
-def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(tmp_path, cache, bundled):
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(tmp_path, datasets_cache, bundled):
     source = write(tmp_path / "a.txt", ["word " * 100_000])
 
     def work():
@@ -283,7 +273,7 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(tmp_path, cach
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
-def test_of_two_processes_one_prepares_and_the_other_waits_for_it(tmp_path, cache, bundled, monkeypatch):
+def test_of_two_processes_one_prepares_and_the_other_waits_for_it(tmp_path, datasets_cache, bundled, monkeypatch):
     source, column = write(tmp_path / "a.txt"), data._column
     began = tmp_path / "began"
 
@@ -396,7 +386,7 @@ def test_of_a_prompt_and_its_completion_the_completion_is_learned(bundled, promp
     assert bundled.decode(row["input_ids"]) == prompt + " an answer 🎉<|endoftext|>"
 
 
-def test_examples_are_kept_with_their_labels(tmp_path, cache, bundled):
+def test_examples_are_kept_with_their_labels(tmp_path, datasets_cache, bundled):
     rows = [{"messages": talk(*turns).row["messages"]} for turns in TALKS]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepared = prepare(tmp_path / "a.jsonl", bundled)
@@ -407,7 +397,7 @@ def test_examples_are_kept_with_their_labels(tmp_path, cache, bundled):
     assert prepared.report.longest == max(len(row["labels"]) for row in wanted)
 
 
-def test_a_slow_tokenizer_takes_texts_and_completions_and_says_what_it_cannot_do(tmp_path, cache):
+def test_a_slow_tokenizer_takes_texts_and_completions_and_says_what_it_cannot_do(tmp_path, datasets_cache):
     from transformers import PreTrainedTokenizer
 
     class Slow(PreTrainedTokenizer):
