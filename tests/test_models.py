@@ -254,10 +254,14 @@ def test_a_config_that_makes_no_sense_is_one_sentence(copy, tiny, wrong):
     assert str(folder) in fails(folder)
 
 
-def test_a_model_that_does_not_generate_text_is_refused(copy, tiny, tmp_path):
+def test_a_model_that_does_not_write_text_is_refused(copy, tiny, capfdbinary):
     folder = copy(tiny)
     GPT2ForSequenceClassification(GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=2)).save_pretrained(folder)
-    assert "GPT2ForSequenceClassification, which does not generate text" in fails(folder)
+    assert_fails(
+        call(capfdbinary, "generate", "hi", "-m", folder), 1, "is a GPT2ForSequenceClassification", "classify"
+    )
+    with pytest.raises(HfkitError, match="GPT2ForSequenceClassification"):
+        hfkit.generate("hi", model=str(folder))
     edit_json(folder / "config.json", architectures=["BertModel"], model_type="bert")
     assert str(folder) in fails(folder)
 
@@ -280,10 +284,11 @@ def test_a_bad_tokenizer_is_one_sentence(copy, tiny, text):
     assert str(folder) in fails(folder)
 
 
-def test_a_tokenizer_whose_files_are_not_all_there_is_one_sentence(copy, tiny):
+@pytest.mark.parametrize(("name", "words"), [("vocab.json", "cannot be loaded"), ("vocab.txt", "is empty")])
+def test_a_tokenizer_whose_files_are_not_all_there_is_one_sentence(copy, tiny, name, words):
     folder = copy(tiny)
-    (folder / "tokenizer.json").rename(folder / "vocab.json")
-    assert str(folder) in fails(folder)
+    (folder / "tokenizer.json").rename(folder / name)
+    assert words in fails(folder) and str(folder) in fails(folder)
 
 
 def test_a_model_without_an_end_or_a_padding_token_generates(copy, tiny):

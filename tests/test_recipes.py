@@ -119,6 +119,12 @@ def test_there_are_recipes():
     assert RECIPES
 
 
+def test_a_lone_text_is_a_list_of_one_and_not_of_its_letters(capfdbinary, tmp_path, tiny):
+    (tmp_path / "recipe.yaml").write_text(f"model: {tiny}\nstop_strings: qz\nsequence_bias: [q=100, z=90]\n")
+    result = call(capfdbinary, "generate", "hi", "-c", tmp_path / "recipe.yaml", "-n", 5, "--no-repeat-ngram-size", 2)
+    assert result.stdout == b"hiq\n"
+
+
 def test_a_recipe_becomes_one_instance_for_each_group(tmp_path):
     (tmp_path / "recipe.yaml").write_text("model: gpt2\ntop_p: 0.5\nstop_strings: END\n")
     model, how = read_recipe(tmp_path / "recipe.yaml", ModelOptions, GenerateOptions)
