@@ -196,6 +196,10 @@ def _check_header(path: Path) -> None:
 
 def count_parameters(source: Source) -> int:
     """Parameters of a saved model, from its files."""
+    if source.gguf:
+        from gguf import GGUFReader
+
+        return sum(int(tensor.n_elements) for tensor in GGUFReader(source.folder / source.gguf).tensors)
     from safetensors import safe_open
 
     total = 0
