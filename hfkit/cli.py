@@ -4,10 +4,8 @@ Commands import what is heavy in their bodies, so that `--help` and usage errors
 """
 
 import os
-import re
 import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -15,7 +13,8 @@ import typer
 
 import hfkit
 from hfkit import console, processes, prompts
-from hfkit.errors import HfkitError, OptionError, StoppedError
+from hfkit.errors import OptionError
+from hfkit.failures import close_stdout, explain
 from hfkit.flags import flags
 from hfkit.options import (
     CorpusOptions,
@@ -299,53 +298,9 @@ def main() -> NoReturn:
         code = app(standalone_mode=False)
         sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001, the one place where all ends
-        code = _explain(error)
+        code = explain(error)
     finally:
         signal.signal(signal.SIGTERM, before)
     if code:
-        _close_stdout()
+        close_stdout()
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _explain(error: BaseException) -> int:
-    """Say on stderr what went wrong; the exit code of it."""
-    if isinstance(error, SystemExit) and error.__context__:
-        error = error.__context__  # Typer makes this of a closed pipe
-    if console.state.debug and not isinstance(error, SystemExit):
-        traceback.print_exception(error)
-    match error:
-        case SystemExit():
-            return error.code if isinstance(error.code, int) else 1
-        case KeyboardInterrupt() | typer.Abort():
-            return 130
-        case BrokenPipeError():
-            return 141  # whoever read has had enough, as after SIGPIPE
-        case StoppedError() if processes.rank > 0:
-            return error.exit_code  # the first process says it
-        case HfkitError():
-            console.fail(str(error))
-            return error.exit_code
-        case RuntimeError() if processes.count > 1 and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
-            console.fail(f"process {processes.rank} lost the other processes: see what they say")
-        case typer.TyperException() if hasattr(error, "format_message"):
-            if message := error.format_message():  # none where the help was shown instead
-                console.fail(f"{message} (see --help)")
-            return getattr(error, "exit_code", 2)
-        case MemoryError():
-            console.fail("out of memory: use a smaller model, a smaller --batch-size, or --quantize int8")
-        case OSError() if error.strerror:
-            where = f" ({error.filename})" if error.filename else ""
-            console.fail(f"{error.strerror}{where}: mend that and run it again")
-        case _:
-            console.fail(
-                f"this should not happen: {type(error).__name__}: {error}; run again with --debug and report it"
-            )
-    return 1
-
-
-def _close_stdout() -> None:
-    """What cannot be written any more must not make Python complain at exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
