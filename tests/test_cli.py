@@ -1,11 +1,14 @@
 """The command line: instant help, one sentence for each failure, exit codes, pipes and terminals."""
 
+import fcntl
 import json
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -127,13 +130,13 @@ def test_an_end_from_outside_is_quiet(capfdbinary, monkeypatch, error, code):
 
 
 def test_ctrl_c_ends_with_130_and_no_traceback():
-    process = subprocess.Popen([*HFKIT, "generate"], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-    while process.poll() is None:  # until it has got so far as to read stdin, which this test never closes
-        with open(f"/proc/{process.pid}/wchan") as file:
-            if "pipe" in file.read():
-                process.send_signal(signal.SIGINT)
-        time.sleep(0.02)
-    assert (process.returncode, process.communicate()[1]) == (130, b"")
+    process = subprocess.Popen([*HFKIT, "generate"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    process.stdin.write(b"a prompt that does not end")
+    while struct.unpack("i", fcntl.ioctl(process.stdin, termios.FIONREAD, bytes(4)))[0]:
+        time.sleep(0.01)  # until it reads what is in the pipe
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert process.stderr.read() == b""
 
 
 # pipes
