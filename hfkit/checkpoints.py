@@ -105,8 +105,11 @@ def rotate(folder: Path, keep: int, best: int | None) -> None:
     """Delete all checkpoints but the newest `keep` and that of step `best`; call it after a commit."""
     old = [path for path in list_checkpoints(folder)[keep:] if step_of(path) != best]
     for checkpoint in [*old, *folder.glob(f"{_ASIDE}*")]:
-        (checkpoint / _MANIFEST).unlink(missing_ok=True)  # first: half a deletion must not look whole
-        shutil.rmtree(checkpoint)
+        try:
+            (checkpoint / _MANIFEST).unlink(missing_ok=True)  # first: half a deletion must not look whole
+            shutil.rmtree(checkpoint)
+        except OSError as error:
+            raise HfkitError(f"cannot delete {checkpoint}: {first_line(error)}; mend that, then --resume") from error
 
 
 def diverged(what: str, step: int, learning_rate: float) -> HfkitError:
@@ -156,27 +159,33 @@ class Saving(TrainerCallback):
     def __init__(self, folder: Path, measuring: Any, options: TrainOptions, stop: Stop) -> None:
         """measuring: has `measure(state, control)`, `has_measured(state)` and `best(state)`."""
         self.folder, self.measuring, self.options, self.stop = folder, measuring, options, stop
+        self.started = False  # Trainer has taken its options
         self._begun: Path | None = None  # the checkpoint that is being written
 
     def _is_due(self, state: Any) -> bool:
         return state.global_step % self.options.eval_steps == 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = True
         if self._is_due(state):
-            self.measuring.measure(state, control)
+            self._measure(state, control)
+
+    def _measure(self, state: Any, control: Any) -> None:
+        """Measure, or leave the run if asked to stop meanwhile: where it is resumed it measures first."""
+        self.measuring.measure(state, control)
+        if not self.measuring.has_measured(state):
+            raise KeyboardInterrupt
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         # Here and at no other point of a step is what Trainer saves exact: it goes on to the bit.
         last = state.global_step == state.max_steps
         if last:
-            self.measuring.measure(state, control)
+            self._measure(state, control)
             control.should_log = True  # which what was measured, when it was logged, took back
         asked = self.stop.asked()
         extra = self.options.save_steps and state.global_step % self.options.save_steps == 0
         control.should_training_stop |= asked
-        control.should_save = (
-            self.measuring.has_measured(state) if last else bool(asked or extra or self._is_due(state))
-        )
+        control.should_save = bool(last or asked or extra or self._is_due(state))
         if not control.should_save:
             return
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -198,7 +207,7 @@ class Saving(TrainerCallback):
             rotate(self.folder, self.options.save_total_limit, self.measuring.best(state))
         processes.gather([])
         if self._is_due(state):
-            self.measuring.measure(state, control)
+            self._measure(state, control)
 
     @contextlib.contextmanager
     def one_error(self) -> Iterator[None]:

@@ -59,16 +59,15 @@ class Job:
 
 
 def is_done(state: TrainerState, plan: Plan) -> bool:
-    """Whether all is trained and measured. (If asked to stop meanwhile, the last step is not saved.)"""
-    measured = any(entry.get("measured") == plan.steps for entry in state.log_history)
-    return measured or is_stale(state.log_history, plan.options.early_stopping_patience)
+    """Whether all is trained, or enough."""
+    return state.global_step >= plan.steps or is_stale(state.log_history, plan.options.early_stopping_patience)
 
 
 def fit(job: Job, stop: Stop) -> TrainerState | None:
     """Train until the end, a stop, or an error; with less memory than a batch needs, in smaller ones.
 
     Returns:
-        Trainer's state; None if it was left in the middle of a step.
+        Trainer's state; None if it was left at once, in the middle of a step or a measurement.
     """
     folder, plan = job.folder / runs.CHECKPOINTS, job.plan
     rows, accumulation = plan.options.per_device_train_batch_size, plan.options.gradient_accumulation_steps
@@ -81,7 +80,7 @@ def fit(job: Job, stop: Stop) -> TrainerState | None:
         try:
             return _train(job, stop, rows, accumulation, newest)
         except KeyboardInterrupt:
-            stop.signal = signal.SIGINT
+            stop.signal = stop.signal or signal.SIGINT
             return None
         except RuntimeError as error:
             if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
@@ -145,9 +144,6 @@ class _Trainer(Trainer):
 @contextlib.contextmanager
 def _build(job: Job, stop: Stop, rows: int, accumulation: int) -> Iterator[Trainer]:
     plan, options, material = job.plan, job.plan.options, job.material
-    arguments = _arguments(job, rows, accumulation)  # before the model: DeepSpeed wants to know how to load it
-    set_seed(plan.options.seed)  # an adapter, or a new model, begins with random numbers
-    model = job.make_model()
     pad = job.tokenizer.pad_token_id
     pad = pad if pad is not None else job.tokenizer.eos_token_id or 0
     is_static = plan.compile and not isinstance(material.train_set, Examples)
@@ -158,16 +154,23 @@ def _build(job: Job, stop: Stop, rows: int, accumulation: int) -> Iterator[Train
     prompt = None if material.head else options.sample_prompt or material.prompt
     measuring = Measuring(_sample(material.held_out, plan), padding, prompt, plan, stop)
     progress, saving = Progress(plan, measuring), Saving(job.folder / runs.CHECKPOINTS, measuring, options, stop)
-    trainer = _Trainer(
-        model=model, args=arguments, train_dataset=material.train_set, data_collator=collator,
-        processing_class=job.tokenizer, callbacks=[progress, saving, *job.callbacks],
-        optimizer_cls_and_kwargs=_optimizer(options),
-    )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    measuring.trainer = trainer
     try:
         with saving.one_error():
-            yield trainer
+            arguments = _arguments(job, rows, accumulation)  # before the model: DeepSpeed looks at how that is loaded
+            set_seed(options.seed)  # an adapter, or a new model, begins with random numbers
+            measuring.trainer = _Trainer(
+                model=job.make_model(), args=arguments, train_dataset=material.train_set,
+                data_collator=collator, processing_class=job.tokenizer,
+                callbacks=[progress, saving, *job.callbacks], optimizer_cls_and_kwargs=_optimizer(options),
+            )  # fmt: skip
+            measuring.trainer.remove_callback(PrinterCallback)
+            yield measuring.trainer
+    except (HfkitError, torch.OutOfMemoryError):
+        raise
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        if saving.started:
+            raise
+        raise OptionError(f"Trainer does not take these options: {first_line(error)}") from error
     finally:
         progress.close()
 
@@ -216,10 +219,7 @@ def _arguments(job: Job, rows: int, accumulation: int) -> TrainingArguments:
     if plan.device.type == "cuda" and processes.count == 1 and plan.device.index:
         number = plan.device.index
         raise OptionError(f"--device cuda:{number}: Trainer takes the first GPU, so set CUDA_VISIBLE_DEVICES={number}")
-    try:
-        arguments = TrainingArguments(**{**given, **plan.autocast, **own})
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise OptionError(f"Trainer does not take these options: {first_line(error)}") from error
+    arguments = TrainingArguments(**{**given, **plan.autocast, **own})
     if arguments.n_gpu > 1:  # one process drives one GPU; for several there are several processes
         arguments._n_gpu = 1
     return arguments

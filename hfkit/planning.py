@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hfkit.errors import OptionError
 from hfkit.models import context_length
 from hfkit.options import TrainOptions
 
@@ -116,6 +117,8 @@ def _learning_rate(parameters: int, fresh: bool, lora: bool) -> float:
 
 
 def _precision(options: TrainOptions, device: torch.device) -> tuple[str, str]:
+    if options.bf16 and options.fp16:
+        raise OptionError("--bf16 and --fp16 are one or the other: leave one of them out")
     if options.bf16:
         return "bfloat16", "bfloat16: asked for"
     if options.fp16:

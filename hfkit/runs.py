@@ -27,7 +27,6 @@ from hfkit.storage import check_space, lock, make_durable, make_writable, sync_f
 RECIPE, FACTS, METRICS, CHECKPOINTS = "recipe.yaml", "run.json", "metrics.json", "checkpoints"
 _NOT_ASKED = ("output_dir", "resume", "overwrite")  # do not change what is trained
 _STAGING = ".staging"
-_EMPTY = "{}"  # FACTS of a run that is about to begin
 # What a checkpoint holds besides the model.
 _OF_TRAINING = ("optimizer", "scheduler", "rng_state", "trainer_state", "scaler", "manifest", "README")
 
@@ -63,7 +62,8 @@ def check(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def is_begun(folder: Path) -> bool:
-    return (folder / FACTS).is_file() and (folder / FACTS).read_bytes() != _EMPTY.encode()
+    """Whether anything would be lost with the run in `folder`."""
+    return (folder / METRICS).is_file() or any((folder / CHECKPOINTS).glob("*checkpoint-*"))
 
 
 def settle(folder: Path, train: TrainOptions) -> TrainOptions:
@@ -95,7 +95,16 @@ def _corpora(corpus: Corpora) -> list[str]:
 
 def begin(folder: Path, command: str, recipe: dict[str, Any], facts: dict[str, Any], keep: Callable[[], Any]) -> None:
     """Write what was asked for, and what `keep` writes, into a folder that is new, or is to be as new."""
-    write_text(folder / FACTS, _EMPTY)  # from here on the folder is ours, and what it holds is worth nothing
+    (folder / METRICS).unlink(missing_ok=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    packages = ("hfkit", "torch", "transformers", "accelerate", "datasets", "tokenizers")
+    facts = facts | {
+        "recipe": recipe,
+        "command": shlex.join(["hfkit", *sys.argv[1:]]),
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+    }
+    # With this the folder is a run's, if it was not before, and all else in it is worth nothing.
+    write_text(folder / FACTS, json.dumps(facts, indent=1))
     for path in folder.iterdir():
         if path.name not in (".lock", FACTS):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -105,13 +114,6 @@ def begin(folder: Path, command: str, recipe: dict[str, Any], facts: dict[str, A
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in recipe.items()]
     write_text(folder / RECIPE, f"# hfkit {command} --config {RECIPE} -o ANOTHER-FOLDER\n{''.join(lines)}")
     make_durable(folder)
-    packages = ("hfkit", "torch", "transformers", "accelerate", "datasets", "tokenizers")
-    facts = facts | {
-        "recipe": recipe,
-        "command": shlex.join(["hfkit", *sys.argv[1:]]),
-        "versions": {package: importlib.metadata.version(package) for package in packages},
-    }
-    write_text(folder / FACTS, json.dumps(facts, indent=1))  # last: with it the run has begun
 
 
 def compare(folder: Path, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -165,3 +167,5 @@ def clear(folder: Path) -> None:
     """Remove what a finished run needs no longer."""
     for name in (_STAGING, CHECKPOINTS):
         shutil.rmtree(folder / name, ignore_errors=True)
+    for path in [*folder.glob(".*.tmp"), *folder.glob(".*.probe")]:  # of processes that were killed
+        path.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, first_line
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -29,9 +29,12 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+        sync_folder(path.parent)
+    except OSError as error:  # a full disk does not say where
+        raise HfkitError(f"cannot write {path}: {first_line(error)}; mend that and run it again") from error
     finally:
-        aside.unlink(missing_ok=True)
-    sync_folder(path.parent)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def sync_folder(folder: Path) -> None:

@@ -160,6 +160,7 @@ def make_trainable(
     else:
         model = load_weights(source, replace(options, dtype="float32"), tokenizer).model
     model.name_or_path = source.name if source.name == "bundled" else str(source.folder)
+    model.requires_grad_(not plan.options.lora)  # a merged adapter leaves it frozen
     make_ready(model, plan)
     return add_adapter(model, source, plan.options) if plan.options.lora else model
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import trials
-from conftest import call
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, Trainer
+from conftest import assert_fails, call
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, Trainer, TrainerCallback
 
 import hfkit
-from hfkit.errors import HfkitError
+from hfkit.checkpoints import find_fault
+from hfkit.errors import HfkitError, OptionError
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 
@@ -161,6 +162,7 @@ KINDS = {
     "streaming": {"streaming": True},
     "activations": {"activation_checkpointing": True, "train_sampling_strategy": "group_by_length"},
     "precision": {"bf16": True},
+    "llama": {"lora": True, "lora_target_modules": "q_proj"},
     "muon": {"optim": "muon", "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": 1e-5}'},
 }
 
@@ -176,29 +178,34 @@ def flags(options) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_leaves_a_model_that_anybody_loads_and_a_recipe_for_the_same(
-    tiny, corpus, answers, talks, tmp_path, capfdbinary, kind
+    tiny, tiny_llama, corpus, answers, talks, tmp_path, capfdbinary, kind
 ):
+    base = tiny_llama if kind == "llama" else tiny
     source, folder = {"answers": answers, "talks": talks}.get(kind, corpus), tmp_path / "run"
     eval_file = ["--eval-file", trials.write_corpus(tmp_path / "held.txt", 4, 1)] if kind == "streaming" else []
     typed = [*flags({**trials.SMALL, **KINDS[kind]}), *eval_file]
-    result = call(capfdbinary, "finetune", source, "-m", tiny, "-o", folder, *typed)
+    result = call(capfdbinary, "finetune", source, "-m", base, "-o", folder, *typed)
     assert (result.returncode, result.stdout.decode()) == (0, f"{folder}\n"), result.stderr
     assert all(line.startswith("hfkit: ") for line in result.stderr.decode().splitlines()), result.stderr
 
     # plain transformers, or peft, loads it and says the same
-    if kind == "lora":
+    lora = "lora" in KINDS[kind]
+    if lora:
         from peft import AutoPeftModelForCausalLM as Loader
     else:
         Loader = AutoModelForCausalLM
     model, tokenizer = Loader.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("the rain", return_tensors="pt")
-    text = tokenizer.decode(model.generate(**ids, **GREEDY, pad_token_id=256)[0], skip_special_tokens=True)
-    assert str(hfkit.generate("the rain", model=hfkit.load(folder, device="cpu"), **GREEDY)) == text
-    for name in ("config.json", "generation_config.json") * (kind != "lora"):
-        before, after = (json.loads((Path(f) / name).read_text()) for f in (tiny, folder))
-        assert {k: after[k] for k in after if not k.startswith("transformers")} == {
-            k: before[k] for k in after if not k.startswith("transformers")
-        }, name
+    expected, ours = (
+        m.generate(**ids, **GREEDY, pad_token_id=0)[0] for m in (model, hfkit.load(folder, device="cpu").model)
+    )
+    assert ours.tolist() == expected.tolist()
+    if base == tiny:
+        text = str(hfkit.generate("the rain", model=hfkit.load(folder, device="cpu"), **GREEDY))
+        assert text == tokenizer.decode(expected, skip_special_tokens=True)
+    for name in () if lora else ("config.json", "generation_config.json"):
+        before, after = (json.loads((Path(where) / name).read_text()) for where in (tiny, folder))
+        assert before | after == before, name
 
     # what is in the folder
     found = {path.name for path in folder.iterdir()}
@@ -216,3 +223,120 @@ def test_a_run_leaves_a_model_that_anybody_loads_and_a_recipe_for_the_same(
     again = call(capfdbinary, "finetune", "--config", folder / "recipe.yaml", "-o", "again", "--json")
     assert trials.outcome("again") == trials.outcome(folder)
     assert json.loads(again.stdout)["loss"] == metrics["loss"]
+
+
+def test_a_run_that_does_not_get_better_stops_early_and_keeps_its_best_state(tiny, corpus, tmp_path, capfd):
+    options = {"max_steps": 20, "eval_steps": 2, "early_stopping_patience": 2, "learning_rate": 0.02}
+    run = train(corpus, tiny, tmp_path / "run", **options, lr_scheduler_type="constant", warmup_steps=0)
+    measured = {step: loss for step, loss, _ in trials.scores(run.metrics) if step}
+    best = min(measured, key=measured.get)
+    assert run.metrics["steps"] == max(measured) == best + 4 < 20 and run.metrics["step"] == best
+    assert "no progress in 2 measurements: stopping early" in capfd.readouterr().err
+    assert run.metrics["loss"] == measured[best]
+
+    # what was kept is what scored so
+    again = train(corpus, str(tmp_path / "run"), tmp_path / "again", max_steps=1, eval_steps=1)
+    assert again.metrics["loss_before"] == pytest.approx(measured[best], rel=1e-6)
+    last = train(corpus, tiny, tmp_path / "last", **options, lr_scheduler_type="constant", warmup_steps=0,
+                 load_best_model_at_end=False)  # fmt: skip
+    assert last.metrics["step"] == last.metrics["steps"] == max(measured)
+    assert last.metrics["loss"] == measured[max(measured)]
+
+
+# Python
+
+
+class Watch(TrainerCallback):
+    """What Trainer calls, and whether a checkpoint is whole when it says so."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.calls, self.saved, self.stop_at = [], [], stop_at
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.calls.append(state.global_step)
+        control.should_training_stop |= state.global_step == self.stop_at
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved.append(find_fault(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+
+
+def test_callbacks_of_transformers_are_called(tiny, corpus, tmp_path):
+    watch = Watch()
+    run = train(corpus, tiny, tmp_path, callbacks=[watch])
+    assert (watch.calls, watch.saved) == ([1, 2, 3, 4, 5, 6], [None, None])
+    assert run == hfkit.Run(str(tmp_path), json.loads((tmp_path / "metrics.json").read_text()))
+
+
+def test_a_callback_may_stop_a_run_once_something_is_saved(tiny, corpus, tmp_path):
+    run = train(corpus, tiny, tmp_path / "some", callbacks=[Watch(stop_at=4)])
+    assert (run.metrics["steps"], run.metrics["step"]) == (4, 3)
+    with pytest.raises(HfkitError, match="before anything was saved: lower --save-steps"):
+        train(corpus, tiny, tmp_path / "nothing", callbacks=[Watch(stop_at=2)])
+
+
+def test_options_are_keywords_or_objects_and_bad_ones_are_named(tiny, tiny_t5, corpus, tmp_path):
+    both = {"output_dir": tmp_path / "run", "dry_run": True}
+    objects = {"train": hfkit.TrainOptions(max_steps=3), "data": hfkit.DataOptions(eval_fraction=0.1)}
+    assert hfkit.finetune(corpus, model=hfkit.ModelOptions(model=tiny), **objects, **both) is None
+    assert hfkit.finetune([Path(corpus)], model=Path(tiny), max_steps=3, eval_fraction=0.1, **both) is None
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(TypeError, match="unknown option 'max_step': did you mean 'max_steps'"):
+        hfkit.finetune(corpus, model=tiny, max_step=3, **both)
+    for options, words in {
+        ("max_steps", 0): "--max-steps is 0",
+        ("streaming", True): "add --max-steps",
+        ("quantize", "int8"): "--quantize trains with --lora and on a GPU",
+    }.items():
+        with pytest.raises(OptionError, match=words):
+            hfkit.finetune(corpus, model=tiny, **{options[0]: options[1]}, **both)
+    with pytest.raises(HfkitError, match="has an encoder: choose a causal model"):
+        hfkit.finetune(corpus, model=tiny_t5, **both)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"optim": "adamm"}, "adamm"),
+        ({"lr_scheduler_kwargs": "{min_lr}"}, "--lr-scheduler-kwargs is no JSON"),
+        ({"report_to": "nothing-of-the-kind"}, "nothing-of-the-kind"),
+        ({"lora": True, "lora_target_modules": "nothing"}, "--lora-target-modules"),
+        ({"fp16": True, "bf16": True}, "fp16"),
+    ],
+)
+def test_what_trainer_does_not_take_is_a_usage_error_and_the_folder_stays_free(
+    tiny, corpus, tmp_path, capfdbinary, options, words
+):
+    common = ["finetune", corpus, "-m", tiny, "-o", tmp_path / "run", "-q", *flags(trials.SMALL | options)]
+    for _ in range(2):
+        assert_fails(call(capfdbinary, *common), 2, words)
+
+
+def test_an_adapter_is_not_trained_on_top_of_an_adapter(tiny, corpus, tmp_path):
+    train(corpus, tiny, tmp_path / "adapter", lora=True, max_steps=1)
+    with pytest.raises(HfkitError, match="is an adapter: 'hfkit export' merges it"):
+        train(corpus, str(tmp_path / "adapter"), tmp_path / "second", lora=True)
+    whole = train(corpus, str(tmp_path / "adapter"), tmp_path / "whole", max_steps=1)
+    assert AutoModelForCausalLM.from_pretrained(whole.output_dir)
+
+
+def test_one_run_leaves_nothing_behind_for_the_next(tiny, corpus, tmp_path):
+    before = dict(os.environ)
+    first = train(corpus, tiny, tmp_path / "1", bf16=True)
+    train(corpus, tiny, tmp_path / "2", lora=True)
+    with pytest.raises(OptionError):
+        train(corpus, tiny, tmp_path / "3", optim="nonsense")
+    assert dict(os.environ) == before
+    assert train(corpus, tiny, tmp_path / "4", bf16=True).metrics["loss"] == first.metrics["loss"]
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same_and_the_next_one_is_not_compiled(still, corpus, tmp_path):
+    plain = train(corpus, still, tmp_path / "plain")
+    before = dict(os.environ)
+    compiled = train(corpus, still, tmp_path / "compiled", torch_compile=True)
+    assert compiled.metrics["compiled"] and dict(os.environ) == before
+    assert trials.losses(compiled.metrics) == pytest.approx(trials.losses(plain.metrics), rel=1e-4)
+    again = train(corpus, still, tmp_path / "again")
+    assert trials.outcome(again.output_dir) == trials.outcome(plain.output_dir)
+    loaded = AutoModelForCausalLM.from_pretrained(compiled.output_dir)  # no _orig_mod in the names
+    assert loaded.state_dict().keys() == AutoModelForCausalLM.from_pretrained(still).state_dict().keys()

@@ -4,13 +4,18 @@ As a script (`python tests/trials.py TASK.json`) it imports hfkit once and forks
 `hfkit` takes seconds to start. It prints what the trials did, as JSON, and asserts nothing.
 """
 
+import gc
 import hashlib
+import io
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,38 +89,124 @@ def wait(child: int, seconds: float) -> int | None:
     return None
 
 
+def _watch(call: Callable[[], None]) -> Callable[[], None]:
+    """Let every operation on files begin with `call`; what takes that back."""
+    operations = [(os, name) for name in ("open", "fsync", "replace", "unlink", "rmdir", "mkdir", "chmod")]
+    originals = {(owner, name): getattr(owner, name) for owner, name in [*operations, (io, "open")]}
+
+    def wrap(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*arguments: Any, **keywords: Any) -> Any:
+            call()
+            result = original(*arguments, **keywords)
+            if isinstance(result, io.BufferedWriter):
+                wrap(result, "write")
+            return result
+
+        setattr(owner, name, wrapped)
+
+    for owner, name in originals:
+        wrap(owner, name)
+    return lambda: [setattr(*place, original) for place, original in originals.items()]
+
+
+def _at_each(folder: Path, backup: Path) -> Iterator[Callable[[Callable[[], None]], Callable[[], None]]]:
+    """For 1, 2, 3 ... with `folder` as it was: a way to watch that acts at so manieth an operation on files."""
+    shutil.copytree(folder, backup)
+    for count in itertools.count(1):
+        shutil.rmtree(folder)
+        shutil.copytree(backup, folder, copy_function=os.link)
+        left = [count]
+
+        def watch(act: Callable[[], None], left: list[int] = left) -> Callable[[], None]:
+            def call() -> None:
+                left[0] -= 1
+                if not left[0]:
+                    act()
+
+            return _watch(call)
+
+        yield watch
+
+
+def killed_at_each(act: Callable[[], Any], folder: Path, backup: Path) -> Iterator[bool]:
+    """Do `act`, which changes `folder`, in a child that is killed at its first operation on files; then anew, at its
+    second, and so on until it is done. After each: whether it is.
+    """
+    for watch in _at_each(folder, backup):
+        if not (child := os.fork()):
+            try:
+                watch(lambda: os.kill(os.getpid(), signal.SIGKILL))
+                act()
+                os._exit(0)
+            finally:
+                os._exit(70)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, -signal.SIGKILL), code
+        yield code == 0
+        if code == 0:
+            return
+
+
+def failing_at_each(number: int, act: Callable[[], Any], folder: Path, backup: Path) -> Iterator[Exception | None]:
+    """As `killed_at_each`, but the operation fails with the error `number`. After each: what `act` made of it.
+
+    None where it does not matter, and at the end, when nothing failed.
+    """
+
+    failed = []
+
+    def fail() -> None:
+        failed.append(True)
+        raise OSError(number, os.strerror(number))
+
+    for watch in _at_each(folder, backup):
+        failed.clear()
+        restore, found = watch(fail), None
+        try:
+            act()
+        except Exception as error:
+            found = error
+        finally:
+            restore()
+        yield found
+        if not failed:
+            return
+
+
 def run_trials(task: dict[str, Any]) -> dict[str, Any]:
     """A run that nothing disturbs, then runs that get signals at random moments, and are resumed until they are done.
 
-    task: `folder` to work in; `command`, without the output folder; `count` of signals to be sent; their `names`, one
-    of them is drawn each time; `seed`.
+    task: `folder` to work in; `command`, without the output folder; `names` of the signals to send, in this order;
+    `seed`. Of each process: the signal it got, and its exit status.
     """
     import torch
 
-    import hfkit.pretraining  # noqa: F401, so that no child has to
-    from hfkit import cli  # noqa: F401
+    import hfkit.training
+    from hfkit import cli  # noqa: F401, so that no child has to
 
     torch.set_num_threads(1)
-    folder, draw = Path(task["folder"]), random.Random(task["seed"])
+    hfkit.training.make_card = lambda *_: {}
+    gc.collect(), gc.freeze()  # what is here already need not be looked through by every child
+    folder, draw, names = Path(task["folder"]), random.Random(task["seed"]), list(task["names"])
     log, seconds = folder / "log", []
     for name in ("first", "whole"):  # the first one fills caches
         started = time.monotonic()
         assert wait(fork(task, str(folder / name), log), 120) == 0, log.read_text()
         seconds.append(time.monotonic() - started)
-    result = {"whole": outcome(folder / "whole"), "outcomes": [], "codes": [], "log": ""}
-    number = 0
-    while task["count"] > 0:
-        number += 1
-        target, quota, code = str(folder / f"run{number}"), draw.randint(2, 5), None
+    result = {"whole": outcome(folder / "whole"), "outcomes": [], "ends": []}
+    while names:
+        target, signals, code = str(folder / f"run{len(names)}"), draw.randint(2, 5), None
         while code != 0:
-            child = fork(task, target, log)
-            if quota and task["count"]:
+            name, child = None, fork(task, target, log)
+            if signals and names:
+                name, signals = names.pop(0), signals - 1
                 time.sleep(draw.uniform(0, 0.8 * seconds[1]))
-                os.kill(child, getattr(signal, draw.choice(task["names"])))  # in vain where it is done already
-                quota, task["count"] = quota - 1, task["count"] - 1
+                os.kill(child, getattr(signal, name))  # in vain where it is done already
             code = wait(child, 120)
-            result["codes"].append(code)
-            if code not in (0, -9, 143, 130):
+            result["ends"].append([name, code])
+            if code is None or code > 0 and code < 128:
                 return result | {"log": log.read_text()}
         result["outcomes"].append(outcome(target))
     return result | {"log": log.read_text()}
