@@ -143,7 +143,9 @@ class Measuring:
             return None
         with contextlib.suppress(HfkitError):
             lm = LanguageModel(model, self.trainer.processing_class)
-            return generate(self.prompt, model=lm, seed=self.plan.options.seed, max_new_tokens=_SAMPLE).completion
+            most = min(_SAMPLE, (lm.context or _TOKENS) // 2)
+            options = {"seed": self.plan.options.seed, "max_new_tokens": most, "truncate": True}
+            return generate(self.prompt, model=lm, **options).completion
         return None
 
     def _report(self, found: Scores, sample: str | None, step: int) -> None:

@@ -1,5 +1,6 @@
 """Pretraining: a tokenizer and a GPT-2 from nothing, trained with the same machinery as `finetune`."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from itertools import chain
@@ -124,7 +125,9 @@ def train_tokenizer(corpus: Corpora, size: SizeOptions, data: DataOptions, seed:
     console.note(f"training a tokenizer of {vocabulary:,} tokens")
     texts = (piece.text for used, (*_, piece) in zip(kept, _pieces(found, data), strict=True) if used)
     backend.train_from_iterator(texts, trainer)
-    return GPT2Tokenizer(tokenizer_object=backend, bos_token=END, eos_token=END, unk_token=END)
+    with tempfile.TemporaryDirectory() as folder:  # the same, but to a resumed run, which reads it, it must be equal
+        GPT2Tokenizer(tokenizer_object=backend, bos_token=END, eos_token=END, unk_token=END).save_pretrained(folder)
+        return GPT2Tokenizer.from_pretrained(folder)
 
 
 def _pieces(found: Corpus, data: DataOptions) -> Iterator[tuple[int, bool, Piece]]:
