@@ -7,7 +7,7 @@ from hfkit.options import TrainOptions
 from hfkit.sources import Source
 
 
-def add_adapter(model: Any, source: Source, options: TrainOptions) -> Any:
+def add_adapter(model: Any, source: Source, revision: str | None, options: TrainOptions) -> Any:
     """`model` with a new adapter around it, the only part that is trained."""
     try:
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -17,7 +17,7 @@ def add_adapter(model: Any, source: Source, options: TrainOptions) -> Any:
     hub = not source.folder.is_dir() or source.folder.parent.name == "snapshots"
     model.name_or_path = source.name if hub else str(source.folder.resolve())
     config = LoraConfig(
-        r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout,
+        revision=revision, r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout,
         target_modules=options.lora_target_modules or "all-linear", task_type="CAUSAL_LM",
         fan_in_fan_out=model.config.model_type == "gpt2",  # its Conv1D keeps (in, out)
     )  # fmt: skip

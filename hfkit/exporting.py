@@ -42,7 +42,7 @@ def export(model: str | ModelOptions, options: ExportOptions | None = None, **ov
     dtype = options.dtype if options.dtype != "auto" else kept if kept in ("bfloat16", "float16") else "float32"
     lm = load_weights(source, ModelOptions(device="cpu", dtype=dtype, trust_remote_code=chosen.trust_remote_code),
                       load_tokenizer(source))  # fmt: skip
-    staging = target.with_name(f".{target.name}.staging")
+    staging = target.with_name(f".{target.name[:40]}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         _write(lm, source.adapter or source.folder, staging)
@@ -60,9 +60,15 @@ def export(model: str | ModelOptions, options: ExportOptions | None = None, **ov
 
 def _check_target(target: Path, source: Source, overwrite: bool) -> None:
     make_writable(target.parent)
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
+    try:
+        target.lstat()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:  # no name that a folder could have
+        raise HfkitError(f"cannot write to {target}: {first_line(error)}; name another --output-dir") from error
+    if target.is_symlink() or not target.is_dir():
         raise HfkitError(f"{target} is no folder: name another --output-dir")
-    if not target.exists() or not any(target.iterdir()):
+    if not any(target.iterdir()):
         return
     for folder in (source.folder, source.adapter or source.folder):
         if folder.resolve().is_relative_to(target.resolve()):

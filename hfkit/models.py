@@ -135,10 +135,12 @@ def load_weights(source: Source, options: ModelOptions, tokenizer: PreTrainedTok
         "output_loading_info": True,
     }
     if source.gguf:
+        from transformers import GgufConfig
         from transformers import modeling_gguf_pytorch_utils as reader
 
         reader.tqdm = lambda tensors, **_: tensors  # a bar that nothing else turns off
         arguments["gguf_file"] = source.gguf
+        arguments["quantization_config"] = GgufConfig(dequantize=True)  # without this it could not be saved
         del arguments["use_safetensors"]
     if options.quantize and device.type == "cuda":
         arguments["quantization_config"] = _bitsandbytes(options.quantize)

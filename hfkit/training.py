@@ -145,6 +145,8 @@ def _check_model(source: Source, config: Any, model: ModelOptions, train: TrainO
         raise OptionError("--head trains a whole model from files: leave --lora, --streaming and adapters out")
     if train.lora and source.adapter:
         raise HfkitError(f"{source.name} is an adapter: 'hfkit export' merges it, then train another one on top")
+    if train.lora and source.gguf:
+        raise HfkitError(f"{source.name} is a file, an adapter would not find it: 'hfkit export' makes a folder of it")
     if model.quantize and not (train.lora and torch.cuda.is_available()):
         raise OptionError("--quantize trains with --lora and on a GPU only: leave it out")
     if data.streaming and not train.max_steps:
@@ -162,7 +164,7 @@ def make_trainable(
     model.name_or_path = source.name if source.name == "bundled" else str(source.folder)
     model.requires_grad_(not plan.options.lora)  # a merged adapter leaves it frozen
     make_ready(model, plan)
-    return add_adapter(model, source, plan.options) if plan.options.lora else model
+    return add_adapter(model, source, options.revision, plan.options) if plan.options.lora else model
 
 
 def make_ready(model: Any, plan: Plan) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -317,6 +319,33 @@ def test_an_adapter_is_not_trained_on_top_of_an_adapter(tiny, corpus, tmp_path):
         train(corpus, str(tmp_path / "adapter"), tmp_path / "second", lora=True)
     whole = train(corpus, str(tmp_path / "adapter"), tmp_path / "whole", max_steps=1)
     assert AutoModelForCausalLM.from_pretrained(whole.output_dir)
+
+
+def test_a_gguf_file_is_trained_further_and_becomes_a_plain_model(tiny_llama, corpus, tmp_path):
+    from test_models import write_gguf
+
+    lm = hfkit.load(tiny_llama, device="cpu")
+    file = write_gguf(lm.model, lm.tokenizer, tmp_path / "model.gguf")
+    run = train(corpus, file, tmp_path / "run")
+    assert run.metrics["parameters"] == lm.model.num_parameters() and run.metrics["loss"] < run.metrics["loss_before"]
+    assert AutoModelForCausalLM.from_pretrained(run.output_dir).dtype == torch.float32
+    with pytest.raises(HfkitError, match="an adapter would not find it: 'hfkit export' makes a folder of it"):
+        train(corpus, file, tmp_path / "adapter", lora=True)
+
+
+def test_an_adapter_of_a_hub_model_names_it_and_never_asks_for_it(tiny, corpus, tmp_path, monkeypatch):
+    commit, cache = "a" * 40, tmp_path / "hub"
+    shutil.copytree(tiny, cache / "models--owner--name" / "snapshots" / commit)
+    (cache / "models--owner--name" / "refs").mkdir()
+    (cache / "models--owner--name" / "refs" / "v1").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network"))
+    run = train(corpus, "owner/name", tmp_path / "run", lora=True, revision="v1")
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "v1")
+    assert run.metrics["model"] == "owner/name" and hfkit.load(run.output_dir)
 
 
 def test_one_run_leaves_nothing_behind_for_the_next(tiny, corpus, tmp_path):
