@@ -148,7 +148,7 @@ def label_scores(lm: LanguageModel, prompts: Sequence[str], task: Task) -> torch
         input_ids=padded[:, :-1].to(device),
         attention_mask=torch.cat([mask.repeat_interleave(len(labels), 0), real[:, :-1]], 1).to(device),
         position_ids=(mask.sum(1).repeat_interleave(len(labels))[:, None] + torch.arange(longest - 1)).to(device),
-        past_key_values=cache,
+        cache=cache,
     )  # fmt: skip
     following = output.logits.float().log_softmax(-1).gather(-1, padded[:, 1:, None].to(device)).squeeze(-1)
     rest = (following.cpu() * real[:, 1:]).sum(1)
