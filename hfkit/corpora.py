@@ -23,7 +23,7 @@ _TEXT_COLUMNS = ("text", "content", "document", "body")
 _PIECE, _LONGEST = 4000, 16_000  # characters of a piece; _LONGEST where there is no place to cut
 _SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")  # as Unicode has it
 # Between a word and white space, or a word and a sign: GPT-2's own pattern for words ends there in any case.
-_BORDER = re.compile(rf"[^\s](?=[{_SPACE}])|[^\W_](?=[^\w\s'])")
+_BORDER = re.compile(rf"[^\s](?=[{_SPACE}])|[^\W_](?=[^\w\s])")
 
 
 class Piece(NamedTuple):

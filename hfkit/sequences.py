@@ -52,7 +52,7 @@ class Blocks(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start, stop = index * self._size, min((index + 1) * self._size, self.tokens)
+        start, stop = index * self._size, (index + 1) * self._size
         first, last = np.searchsorted(self._ends, [start, stop - 1], "right")
         ids = np.concatenate(self._dataset[self._rows[first : last + 1].tolist()]["input_ids"])
         skipped = start - (int(self._ends[first - 1]) if first else 0)

@@ -149,6 +149,15 @@ def test_batches_of_any_size_are_read_bit_by_bit(tmp_path):
         assert documents(tmp_path / name) == texts
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "txt"])
+def test_what_lies_across_the_border_of_what_is_read_at_a_time_is_whole(tmp_path, kind):
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("ab cé\n", k=draw.randint(1, 60_000))) + "." for _ in range(100)]
+    path = write(tmp_path / f"a.{kind}", texts)
+    assert os.path.getsize(path) > 2 * CHUNK
+    assert documents(path) == texts
+
+
 # sources
 
 
@@ -337,6 +346,7 @@ DAMAGED = {
     "bad.jsonl": (f"{GOOD}\n{GOOD}{{'a': 1}}\n".encode(), "not JSON", "bad.jsonl, line 4, column 2"),
     "list.jsonl": (f"{GOOD}[1]\n".encode(), "not an object", "list.jsonl, line 2"),
     "half.jsonl": (f'{GOOD}{{"text": "\\ud83d"}}\n'.encode(), "surrogate", "half.jsonl, line 2"),
+    "HALF.jsonl": (b'{"text": "\\uDC00"}', "surrogate", "HALF.jsonl, line 1"),
     "deep.jsonl": (GOOD.encode() + b"[" * 100_000, "not JSON", "deep.jsonl, line 2"),
     "bad.json": (b'[{"text": "a"},\n {"text" "b"}]', "not JSON", "bad.json, line 2, column 10"),
     "cut.json": (b'[{"text": "a"},\n', "not JSON", "cut.json, line 2"),
@@ -516,6 +526,12 @@ def test_pieces_are_the_text_cut_the_same_however_it_comes(seed):
             start += size
         if len(chunks) < 20_000:
             assert list(cut_pieces(chunks)) == pieces
+
+
+def test_the_mark_between_documents_is_found_wherever_a_chunk_ends():
+    line = "=" * 9000  # without a place to cut
+    for cut in range(len(END) + 1):
+        assert join(cut_pieces([line + END[:cut], END[cut:] + "next"])) == [line, "next"]
 
 
 @pytest.mark.parametrize("size", [9, pytest.param(100, marks=pytest.mark.slow)])

@@ -64,6 +64,17 @@ def test_the_tokens_of_the_pieces_are_those_of_the_whole_document(bundled, seed)
     assert [number for number, _ in groupby(row["document"] for row in rows)] == list(range(len(documents)))
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_no_word_lies_across_two_pieces(seed):
+    from tokenizers import pre_tokenizers
+
+    words, text = pre_tokenizers.ByteLevel(add_prefix_space=False), scrawl(seed).replace(END, "")
+    ends, end = {stop for _, (_, stop) in words.pre_tokenize_str(text)}, 0
+    for piece in cut_pieces([text]):
+        end += len(piece.text)
+        assert end in ends or len(piece.text) == 16_000  # where there is no place to cut
+
+
 def test_a_document_begins_as_the_tokenizer_begins_a_text_and_is_closed_unless_told_otherwise(tiny_llama):
     tokenizer = load_tokenizer(find(ModelOptions(model=tiny_llama)))
     assert tokenizer.bos_token_id is not None
@@ -161,9 +172,10 @@ def test_another_tokenizer_or_another_way_to_read_is_prepared_anew(tmp_path, dat
 
 
 def test_the_fingerprint_does_not_move_while_a_tokenizer_is_used(bundled, tiny):
+    bundled("a")
     before = fingerprint(bundled)
-    bundled("a", truncation=True, max_length=2)
     list(encode_examples([talk(("assistant", "a"))], bundled))
+    bundled("a", truncation=True, max_length=2)
     assert bundled.chat_template == CHAT_TEMPLATE
     assert fingerprint(bundled) == before != fingerprint(load_tokenizer(find(ModelOptions(model=tiny))))
 
@@ -245,6 +257,22 @@ def test_a_process_that_is_killed_leaves_nothing_that_is_taken_for_whole(
     prepared = prepare(source, bundled)
     assert prepared.cached == (step == "done") and ids_of(prepared) == tokens
     assert not (prepared.folder / ".tokens").exists()
+
+
+def test_a_process_that_is_killed_while_it_renews_leaves_nothing_that_is_taken_for_whole(
+    datasets_cache, bundled, monkeypatch
+):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [{"text": "today"}])
+    prepared = prepare("hf://owner/name", bundled)
+
+    def work():
+        monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [{"text": "tomorrow"}])
+        monkeypatch.setattr("hfkit.data.write_text", die)
+        prepare("hf://owner/name", bundled)
+
+    assert in_child(work) == -signal.SIGKILL
+    with pytest.raises(HfkitError, match="cannot be read"):
+        load_prepared(prepared.folder)
 
 
 def test_an_error_in_the_middle_leaves_nothing_that_is_taken_for_whole(tmp_path, datasets_cache, bundled, monkeypatch):

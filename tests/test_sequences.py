@@ -131,7 +131,8 @@ def test_the_order_of_a_stream_is_that_of_its_seed_and_epoch(numbers, bundled):
     assert order(1, 1) != order(2, 1) and order(1, 1) != order(1, 2)
 
 
-def test_processes_that_load_a_stream_share_it(numbers, bundled):
+def test_processes_that_load_a_stream_share_it(numbers, bundled, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # as the command line has it
     source = stream(numbers, bundled)
     wanted = Counter(tuple(ids([item])) for item in source)  # after this the tokenizer has threads, which a fork lacks
     together = torch.utils.data.DataLoader(
