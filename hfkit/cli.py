@@ -292,8 +292,11 @@ def main() -> NoReturn:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, open(os.devnull, mode))
-    # As an exception it lets what was begun be cleared away. A training run has a better answer, while it lasts.
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # As an exception it lets what was begun be cleared away; but one of several processes may be waiting for another,
+    # and must not. A training run has a better answer, while it lasts.
+    before = signal.getsignal(signal.SIGTERM)
+    if processes.count == 1:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()

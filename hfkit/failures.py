@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 import traceback
 
 import typer
@@ -27,6 +28,8 @@ def explain(error: BaseException) -> int:
         case StoppedError() if processes.rank > 0:
             return error.exit_code  # the first process says it
         case HfkitError():
+            if processes.rank > 0:
+                time.sleep(5)  # where the first process says the same, the launcher ends this one before it does
             console.fail(str(error))
             return error.exit_code
         case RuntimeError() if processes.count > 1 and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):

@@ -1,5 +1,6 @@
 """The same command on several processes, one for each GPU, through torch's launcher."""
 
+import logging
 import os
 import signal
 import sys
@@ -24,11 +25,11 @@ def launch(options: LaunchOptions) -> bool:
     here = options.num_processes // options.num_machines
     for name, value in {
         "OMP_NUM_THREADS": max(1, (os.cpu_count() or 1) // here),
-        "LOGLEVEL": "CRITICAL",  # of the launcher: the processes say themselves what matters
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": 60,  # seconds to save, before they are killed
     }.items():
         os.environ.setdefault(name, str(value))
+    logging.disable()  # of the launcher: the processes say themselves what matters
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -44,9 +45,9 @@ def launch(options: LaunchOptions) -> bool:
     except SignalException as stop:
         code = 128 + stop.sigval
     except ChildFailedError as error:
-        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
+        rank, first = min(error.failures.items(), key=lambda failed: failed[1].timestamp)
         code = first.exitcode
         if code < 0:
-            why = f"process {first.global_rank} was killed ({signal.Signals(-code).name})"
+            why = f"process {rank} was killed ({signal.Signals(-code).name})"
             raise HfkitError(f"{why}; --resume goes on from the newest checkpoint") from error
     sys.exit(code)

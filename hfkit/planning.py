@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hfkit.console import note
 from hfkit.errors import OptionError
 from hfkit.models import context_length
 from hfkit.options import TrainOptions
@@ -144,7 +145,8 @@ def _compiled(options: TrainOptions, device: torch.device, seconds: float) -> tu
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     if options.torch_compile is not None:
         if options.torch_compile and not compiler:
-            return False, "not compiled, though asked for: there is no C++ compiler"
+            note(without := "not compiled, though asked for: there is no C++ compiler")
+            return False, without
         return options.torch_compile, "compiled: asked for" if options.torch_compile else "not compiled: asked for"
     if device.type not in _COMPILE_SECONDS or not compiler:
         return False, "not compiled: " + ("no C++ compiler" if not compiler else f"not done on {device.type}")
