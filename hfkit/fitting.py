@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import signal
@@ -120,6 +121,22 @@ def _own_environment(job: Job) -> Iterator[None]:
                 del os.environ[name]
 
 
+class _Endless(torch.utils.data.IterableDataset):
+    """A stream, pass after pass: to Trainer it is one epoch, so that a resumed run finds its place in any of them."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[Any]:
+        item: Any = True
+        for epoch in itertools.count():
+            self._stream.set_epoch(epoch)
+            for item in self._stream:
+                yield item
+            if item is True:  # the share of this process is empty
+                return
+
+
 class _Trainer(Trainer):
     def __init__(self, model: Any, **options: Any) -> None:
         self._use_cache = model.config.use_cache
@@ -159,7 +176,8 @@ def _build(job: Job, stop: Stop, rows: int, accumulation: int) -> Iterator[Train
             arguments = _arguments(job, rows, accumulation)  # before the model: DeepSpeed looks at how that is loaded
             set_seed(options.seed)  # an adapter, or a new model, begins with random numbers
             measuring.trainer = _Trainer(
-                model=job.make_model(), args=arguments, train_dataset=material.train_set,
+                model=job.make_model(), args=arguments,
+                train_dataset=_Endless(material.train_set) if material.sequences == 0 else material.train_set,
                 data_collator=collator, processing_class=job.tokenizer,
                 callbacks=[progress, saving, *job.callbacks], optimizer_cls_and_kwargs=_optimizer(options),
             )  # fmt: skip

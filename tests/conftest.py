@@ -24,7 +24,7 @@ def pytest_sessionfinish() -> None:
     shutil.rmtree(CACHE, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def brisk():
     """Runs without a picture each, and collections of garbage that do not look at torch each time: half the time."""
     import gc

@@ -177,6 +177,26 @@ def test_a_second_sigterm_breaks_nothing_and_before_anything_is_saved_it_is_said
         train(corpus, tiny, tmp_path, overwrite=True, callbacks=[At("on_step_begin", 0, send(signal.SIGINT, 2))])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"streaming": True, "max_steps": 26},  # the third time through the corpus
+        {"max_steps": 26, "gradient_accumulation_steps": 2},
+        {"max_steps": 6, "optim": "muon", "dropout": 0.2},
+        {"max_steps": 6, "lora": True},
+        {"max_steps": 6, "train_sampling_strategy": "group_by_length", "neftune_noise_alpha": 2.0},
+    ],
+)
+def test_every_kind_of_run_goes_on_to_the_bit(tiny, corpus, tmp_path, options):
+    held = trials.write_corpus(tmp_path / "held.txt", 3, seed=1)
+    options = {"per_device_train_batch_size": 8, "eval_file": held, "eval_steps": 10, "save_steps": None, **options}
+    half = options["max_steps"] * 3 // 4
+    whole = train(corpus, tiny, tmp_path / "whole", **options)
+    with pytest.raises(StoppedError, match=f"step {half + 1} of"):
+        train(corpus, tiny, tmp_path / "run", **options, callbacks=[At("on_step_begin", half, send(signal.SIGTERM))])
+    assert resume(corpus, tiny, tmp_path / "run", **options) == trials.outcome(whole.output_dir)
+
+
 # damage
 
 
