@@ -190,6 +190,8 @@ def _write(target: Path, rows: Iterator[dict[str, Any]], report: Report, vocabul
             (target / name).unlink(missing_ok=True)
         _save_one(first[0], features, target)
         os.replace(aside, target / _DATA)
+    except OSError as error:
+        raise HfkitError(f"cannot write the tokens ({target}): {first_line(error)}; make room there") from error
     finally:
         aside.unlink(missing_ok=True)
     make_durable(target)

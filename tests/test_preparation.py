@@ -156,6 +156,16 @@ def test_after_a_failure_the_same_folder_may_be_named_again(rows, tmp_path, capf
     assert call(capfdbinary, "prepare", rows, "-m", tiny, "-o", tmp_path / "out").returncode == 0
 
 
+def test_ctrl_c_ends_it_quietly_and_leaves_nothing(rows, tmp_path, capfdbinary, monkeypatch, tiny):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hfkit.data._column", interrupt)
+    result = call(capfdbinary, "prepare", rows, "-m", tiny, "-o", tmp_path / "out")
+    assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
 @pytest.mark.parametrize("name", ["deep/er/out", "выход 出", "two\nlines", "n" * 255, "."], ids=ascii)
 def test_any_folder_that_can_be_made_can_be_written_to(rows, tmp_path, monkeypatch, tiny, name):
     (tmp_path / "here").mkdir()
