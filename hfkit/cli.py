@@ -13,7 +13,7 @@ import typer
 
 import hfkit
 from hfkit import console, processes, prompts
-from hfkit.errors import OptionError
+from hfkit.errors import HfkitError, OptionError
 from hfkit.failures import close_stdout, explain
 from hfkit.flags import flags
 from hfkit.options import (
@@ -259,6 +259,21 @@ def tune(
     from hfkit import searching
 
     searching.write(corpus, model, data, train, options, json=json)
+
+
+@app.command()
+@flags
+def report(
+    run: Annotated[list[str], typer.Argument(help="Folders of finished runs.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Page to write.")] = Path("runs.html"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it exists.")] = False,
+) -> None:
+    """Compare training runs on one page: losses, settings, samples."""
+    if output.exists() and not overwrite:
+        raise HfkitError(f"{output} exists: --overwrite replaces it, or name another --output")
+    from hfkit import cards
+
+    console.write(f"{cards.compare(list(run), output)}\n")
 
 
 @app.command()

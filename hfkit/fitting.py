@@ -31,7 +31,7 @@ from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.heads import HeadCollator
 from hfkit.monitoring import Measuring, Progress, is_stale
 from hfkit.optimizers import MuonFactory
-from hfkit.options import TrainOptions
+from hfkit.options import DataOptions, TrainOptions
 from hfkit.planning import Plan
 from hfkit.sequences import Collator, Examples, Material
 
@@ -56,6 +56,7 @@ class Job:
     material: Material
     plan: Plan
     block_size: int
+    data: DataOptions
     callbacks: Sequence[TrainerCallback] = ()
 
 

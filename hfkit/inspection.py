@@ -15,6 +15,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from hfkit import pages
 from hfkit.console import printable
 from hfkit.declaration import set_fields
 from hfkit.encoding import first_tokens
@@ -76,7 +77,7 @@ class Inspection:
         )
         heads = "".join(f"<th>{html.escape(name)}</th>" for name in ["next token", "alone", *_headings(self.left)])
         return (
-            f'<div class="hfkit-tokens">{words}</div>'
+            f'<div class="tokens">{words}</div>'
             f"<p>{self.bits:.1f} bits in {len(self.tokens)} tokens; the darker, the more surprising</p>"
             f"<table><tr>{heads}</tr>{rows}</table>"
         )
@@ -191,26 +192,4 @@ def readable(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 def to_page(found: Inspection, picture: bytes | None) -> str:
     """A page of its own, which needs no network."""
-    import base64
-
-    image = (
-        f'<img alt="attention" src="data:image/png;base64,{base64.b64encode(picture).decode()}">' if picture else ""
-    )
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>hfkit inspect</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 16px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-.hfkit-tokens {{ font-family: ui-monospace, monospace; overflow-wrap: anywhere; }}
-.hfkit-tokens span {{ border-right: 1px solid #8884; }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
-td, th {{ padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #8884; }}
-td:first-child {{ font-family: ui-monospace, monospace; }}
-img {{ max-width: 100%; background: white; }}
-</style>
-<h1>{html.escape(found.model)}</h1>
-{found._repr_html_()}
-{image}
-</html>
-"""
+    return pages.page(found.model, found._repr_html_(), pages.image(picture, "attention") if picture else "")

@@ -18,7 +18,7 @@ from hfkit.generation import generate
 from hfkit.heads import HeadCollator, score_items
 from hfkit.models import LanguageModel
 from hfkit.planning import Plan
-from hfkit.scoring import Scores, score_batches, shift
+from hfkit.scoring import Scores, ratio_stderr, score_batches, shift
 from hfkit.sequences import Collator, group
 
 _TOKENS = 4096  # that are scored at a time
@@ -40,20 +40,6 @@ def is_stale(history: list[dict[str, Any]], patience: int | None) -> bool:
     """Whether the last `patience` measurements brought nothing."""
     steps = [entry["step"] for entry in evaluations(history) if entry["step"]]
     return bool(patience and steps and len(steps) - 1 - steps.index(best_step(history)) >= patience)  # type: ignore[arg-type]
-
-
-def scores(history: list[dict[str, Any]], step: int) -> dict[str, float | None]:
-    """Held-out scores at `step`, and what they were before the training."""
-    found = {entry["step"]: entry for entry in evaluations(history)}
-    before, after = found.get(0, {}), found.get(step, {})
-    return {
-        "perplexity_before": before.get("eval_perplexity"),
-        "perplexity": after.get("eval_perplexity"),
-        "loss_before": before.get("eval_loss"),
-        "loss": after.get("eval_loss"),
-        "loss_stderr": after.get("eval_loss_stderr"),
-        "token_accuracy": after.get("eval_token_accuracy"),
-    }
 
 
 class Measuring:
@@ -101,11 +87,14 @@ class Measuring:
             "eval_loss_stderr": found.loss_stderr,
             "eval_perplexity": found.perplexity,
             "eval_token_accuracy": found.top1.sum() / max(1, found.count),
+            **_gain(state.log_history, found),
         }
         if math.isfinite(found.loss):
             self.trainer.log({name: value for name, value in measured.items() if math.isfinite(value)})
         seconds = self._before + time.monotonic() - self._started
-        state.log_history.append({"measured": step, "step": step, "seconds": seconds, "sample": sample})
+        entry = {"measured": step, "step": step, "seconds": seconds, "sample": sample}
+        # What the model was at first, sequence by sequence: the same ones are easier or harder for all states of it.
+        state.log_history.append(entry if step else entry | {"units": found.nll.tolist()})
         self._report(found, sample, step)
         patience = self.plan.options.early_stopping_patience
         if is_stale(state.log_history, patience):
@@ -157,6 +146,18 @@ class Measuring:
         if sample:
             shown = " ".join(console.printable(f"{self.prompt}{sample}").split())
             self.tell(f"    {shown[:200]}")
+
+
+def _gain(history: list[dict[str, Any]], found: Scores) -> dict[str, float]:
+    """How many nats a token less than before the training, and the standard error of that."""
+    before = np.array(next((entry["units"] for entry in history if "units" in entry), []))
+    if not len(before) or len(before) != len(found.nll):
+        return {}
+    saved = before - found.nll
+    return {
+        "eval_loss_gain": float(saved.sum() / found.count),
+        "eval_loss_gain_stderr": ratio_stderr(saved, found.tokens),
+    }
 
 
 def autocast(plan: Plan) -> Any:

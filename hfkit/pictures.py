@@ -34,6 +34,21 @@ def plot_loss(axes: Any, history: Sequence[dict[str, Any]], name: str = "", colo
         axes.legend()
 
 
+def draw_curves(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> bytes:
+    """Losses, and below them the learning rates, of runs, each with its name and Trainer's log; as PNG."""
+    figure = Figure(figsize=(8, 5.6), layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for number, (name, history) in enumerate(runs):
+        plot_loss(losses, history, name if len(runs) > 1 else "", f"C{number}")
+        points = [(entry["step"], entry["learning_rate"]) for entry in history if "learning_rate" in entry]
+        if points:
+            rates.plot(*zip(*points, strict=True), color=f"C{number}")
+    losses.set(xlabel="")
+    rates.set(xlabel="step", ylabel="learning rate")
+    rates.grid(alpha=0.3)
+    return to_png(figure)
+
+
 def smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """A running mean over a thirtieth of the points."""
     window, total, found = max(1, len(points) // 30), 0.0, []

@@ -185,19 +185,3 @@ def _memory(config: Any, parameters: int, tokens: float, options: TrainOptions) 
     state = parameters * (4 if options.lora else 16)
     kept = layers * width * (8 if options.activation_checkpointing else 40) * tokens
     return int(state + kept + 10 * tokens * getattr(config, "vocab_size", 50257))
-
-
-def summarize(plan: Plan, state: Any) -> dict[str, Any]:
-    """What a finished run did, for metrics.json; `state` is Trainer's."""
-    seconds = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
-    tokens = int(plan.tokens * state.global_step / plan.steps)
-    return {
-        "parameters": plan.parameters,
-        "tokens": tokens,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds if seconds else None,
-        "device": torch.cuda.get_device_name() if plan.device.type == "cuda" else plan.device.type,
-        "precision": plan.precision,
-        "compiled": plan.compile,
-        "seed": plan.options.seed,
-    }

@@ -84,7 +84,7 @@ def pretrain(
             "pretrain", "a new GPT-2", corpus, folder,
             runs.describe(corpus, size, data, plan.options) | {"device": device},
             material.fingerprint | {"processes": processes.count}, tokenizer,
-            lambda: _new_model(config, plan), material, plan, block_size, callbacks,
+            lambda: _new_model(config, plan), material, plan, block_size, data, callbacks,
         )  # fmt: skip
         return run(job, keep=lambda: tokenizer.save_pretrained(folder / _TOKENIZER))
 

@@ -1,12 +1,9 @@
-"""What a training run tells a person: what it is going to be, its model card, its loss as a picture."""
+"""What a training run tells a person before it begins: what is in the corpus, and what is going to be done."""
 
 import math
-from pathlib import Path
-from typing import Any
 
 from hfkit import console, processes
 from hfkit.data import Report
-from hfkit.pictures import draw_loss
 from hfkit.planning import Plan
 
 
@@ -58,60 +55,3 @@ def describe_plan(report: Report | None, plan: Plan) -> None:
         console.note(line)
     for line in plan.why:
         console.detail(line)
-
-
-def make_card(job: Any, metrics: dict[str, Any]) -> dict[str, str | bytes]:
-    """README.md and loss.png of a finished run; `job` is what was trained."""
-    return {"README.md": _card(job, metrics), "loss.png": draw_loss(metrics["history"])}
-
-
-def _card(job: Any, metrics: dict[str, Any]) -> str:
-    options, folder = job.plan.options, job.folder.name
-    base = "" if job.command == "pretrain" else f"base_model: {metrics['model']}\n"
-    library = "peft" if options.lora else "transformers"
-    rows = [
-        ("corpus", ", ".join(Path(source).name for source in metrics["corpus"])),
-        ("tokens trained on", f"{metrics['tokens']:,} in {metrics['steps']:,} steps, {job.block_size} at a time"),
-        ("optimizer", f"{options.optim}, peak {options.learning_rate:g}, {options.lr_scheduler_type}"),
-        ("precision", f"{metrics['precision']} on {metrics['device']}, {duration(metrics['seconds'])}"),
-        ("seed", str(metrics["seed"])),
-    ]
-    score = "Nothing was held out, so nothing was measured."
-    if metrics["perplexity"] is not None:
-        error = f" ± {metrics['perplexity'] * metrics['loss_stderr']:.2f}" if metrics["loss_stderr"] else ""
-        score = (
-            "| | before | after |\n|---|---|---|\n"
-            f"| held-out perplexity | {_number(metrics['perplexity_before'])} | {metrics['perplexity']:.2f}{error} |"
-            "\n\n![loss](loss.png)"
-        )
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    what = "trained from nothing" if job.command == "pretrain" else f"{metrics['model']}, trained further"
-    return f"""---
-library_name: {library}
-pipeline_tag: text-generation
-{base}---
-
-# {folder}
-
-{what.capitalize()} with [hfkit](https://pypi.org/project/hfkit/) on the corpus below. The exact options are in
-`recipe.yaml`.
-
-| | |
-|---|---|
-{table}
-
-{score}
-
-## Use
-
-    hfkit generate -m {job.folder} "{(metrics["history"] and job.material.prompt) or "Once"}"
-
-## Limits
-
-It has learned from this corpus alone what it did not know before: it repeats the corpus' errors and opinions, may give
-parts of it back word for word, and states what is not true.
-"""
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"

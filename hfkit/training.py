@@ -1,7 +1,6 @@
 """Fine-tuning: from a corpus and a model to a folder with the best state, its scores and its card."""
 
 import contextlib
-import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from hfkit import console, processes, runs
 from hfkit.adapters import add_adapter
+from hfkit.cards import make_files
 from hfkit.checkpoints import Stop, find_fault, find_newest, list_checkpoints, step_of
 from hfkit.corpora import Corpora
 from hfkit.declaration import divide
@@ -28,10 +28,11 @@ from hfkit.models import (
     load_weights,
     load_with_head,
 )
-from hfkit.monitoring import best_step, scores
+from hfkit.monitoring import best_step
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
-from hfkit.planning import Plan, block_size_for, make_plan, summarize
-from hfkit.report import describe_plan, make_card
+from hfkit.outcomes import make_metrics
+from hfkit.planning import Plan, block_size_for, make_plan
+from hfkit.report import describe_plan
 from hfkit.sequences import Material, gather_material
 from hfkit.sources import Source, count_parameters, find
 from hfkit.storage import lock
@@ -102,7 +103,8 @@ def finetune(
             "finetune", source.name, corpus, folder,
             runs.describe(corpus, replace(model, model=source.name), data, plan.options),
             material.fingerprint | {"model_bytes": source.size, "processes": processes.count}, tokenizer,
-            lambda: make_trainable(source, model, plan, tokenizer, material), material, plan, block_size, callbacks,
+            lambda: make_trainable(source, model, plan, tokenizer, material), material, plan, block_size, data,
+            callbacks,
         )  # fmt: skip
         describe_plan(material.report, plan)
         return None if dry_run else run(job)
@@ -208,25 +210,13 @@ def run(job: Job, keep: Callable[[], Any] = lambda: None) -> Run:
 
 def _leave(job: Job, state: TrainerState) -> Run:
     """The best state as a model, its scores and its card, in the run's folder."""
-    plan, history = job.plan, [_jsonable(entry) for entry in state.log_history]
-    best = best_step(history) if plan.options.load_best_model_at_end else None
-    kept = processes.gather([_find_kept(job.folder / runs.CHECKPOINTS, best) if processes.rank == 0 else None])[0]
-    metrics = {
-        "model": job.name,
-        "corpus": job.recipe["corpus"],
-        "step": step_of(kept),
-        "steps": state.global_step,
-        **scores(history, step_of(kept)),
-        **summarize(plan, state),
-        "history": history,
-    }
-    if job.material.head:  # no text, no perplexity
-        metrics = {name: value for name, value in metrics.items() if "perplexity" not in name}
-        metrics["accuracy"] = metrics.pop("token_accuracy")
+    best = best_step(state.log_history) if job.plan.options.load_best_model_at_end else None
+    metrics = None
     if processes.rank == 0:
-        runs.finish(job.folder, kept, make_card(job, metrics), metrics)
-    processes.gather([])
-    return Run(str(job.folder), metrics)
+        kept = _find_kept(job.folder / runs.CHECKPOINTS, best)
+        metrics = make_metrics(job, state, kept)
+        runs.finish(job.folder, kept, make_files(metrics), metrics)
+    return Run(str(job.folder), processes.gather([metrics])[0])
 
 
 def _find_kept(folder: Path, best: int | None) -> Path:
@@ -239,8 +229,3 @@ def _find_kept(folder: Path, best: int | None) -> Path:
             return checkpoint
         console.note(f"{checkpoint} is left out: {fault}")
     raise HfkitError(f"no checkpoint is whole ({folder}): --overwrite begins anew")
-
-
-def _jsonable(entry: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: the gradient of a step that float16 skips is one."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}

@@ -34,7 +34,7 @@ def brisk():
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hfkit.training.make_card", lambda *_: {})
+        patch.setattr("hfkit.training.make_files", lambda *_: {})
         yield
     gc.unfreeze()
 

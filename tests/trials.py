@@ -187,7 +187,7 @@ def run_trials(task: dict[str, Any]) -> dict[str, Any]:
     from hfkit import cli  # noqa: F401, so that no child has to
 
     torch.set_num_threads(1)
-    hfkit.training.make_card = lambda *_: {}
+    hfkit.training.make_files = lambda *_: {}
     gc.collect(), gc.freeze()  # what is here already need not be looked through by every child
     folder, draw, names = Path(task["folder"]), random.Random(task["seed"]), list(task["names"])
     log, seconds = folder / "log", []
