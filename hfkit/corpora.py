@@ -99,7 +99,9 @@ def _paths(source: str) -> tuple[list[Path], bool]:
         path = Path(source).expanduser()
         if path.is_dir():
             if is_prepared(path):
-                raise HfkitError(f"{source} was made by prepare: name it alone, to finetune")
+                raise HfkitError(
+                    f"{source} was made by prepare: only finetune takes it, alone and without --streaming"
+                )
             files = (file for file in sorted(path.rglob("*")) if file.is_file())
             return [file for file in files if not any(p.startswith(".") for p in file.relative_to(path).parts)], False
         if path.is_file():
