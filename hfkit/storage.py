@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from hfkit.console import note
 from hfkit.errors import HfkitError, first_line
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -125,11 +126,13 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """
     with (folder / ".lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise HfkitError(
-                f"{folder} is in use by {_holder(folder)}: wait for it, or name another --output-dir"
-            ) from None
+            used = f"{folder} is in use by {_holder(folder)}"
+            if not wait:
+                raise HfkitError(f"{used}: wait for it, or name another --output-dir") from None
+            note(f"{used}: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -225,16 +225,21 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, b
 # crashes
 
 
-def in_child(work) -> int:
-    """Run `work` in a process forked off; its exit status, or minus the signal that ended it."""
+def start(work) -> int:
+    """Run `work` in a process forked off; its id."""
     child = os.fork()
     if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return child
     try:
         work()
     except BaseException:  # noqa: BLE001 - nothing of pytest may run here
         os._exit(1)
     os._exit(0)
+
+
+def end_of(child: int) -> int:
+    """The exit status of a process, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def die(*arguments, **keywords):
@@ -253,7 +258,7 @@ def test_a_process_that_is_killed_leaves_nothing_that_is_taken_for_whole(
         monkeypatch.setattr("os.replace" if step == "os.replace" else f"hfkit.data.{step}", die)
         prepare(source, bundled)
 
-    assert in_child(work) == -signal.SIGKILL
+    assert end_of(start(work)) == -signal.SIGKILL
     prepared = prepare(source, bundled)
     assert prepared.cached == (step == "done") and ids_of(prepared) == tokens
     assert not (prepared.folder / ".tokens").exists()
@@ -270,7 +275,7 @@ def test_a_process_that_is_killed_while_it_renews_leaves_nothing_that_is_taken_f
         monkeypatch.setattr("hfkit.data.write_text", die)
         prepare("hf://owner/name", bundled)
 
-    assert in_child(work) == -signal.SIGKILL
+    assert end_of(start(work)) == -signal.SIGKILL
     with pytest.raises(HfkitError, match="cannot be read"):
         load_prepared(prepared.folder)
 
@@ -296,11 +301,13 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, datasets_cache
         with pytest.raises(HfkitError, match="cannot write the tokens .*File too large"):
             prepare(source, bundled, tmp_path / "out")
 
-    assert in_child(work) == 0
+    assert end_of(start(work)) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
-def test_of_two_processes_one_prepares_and_the_other_waits_for_it(tmp_path, datasets_cache, bundled, monkeypatch):
+def test_of_two_processes_one_prepares_and_the_other_waits_for_it(
+    tmp_path, datasets_cache, bundled, monkeypatch, capsys
+):
     source, column = write(tmp_path / "a.txt"), data._column
     began = tmp_path / "began"
 
@@ -313,14 +320,13 @@ def test_of_two_processes_one_prepares_and_the_other_waits_for_it(tmp_path, data
         monkeypatch.setattr(data, "_column", slowly)
         assert not prepare(source, bundled).cached
 
-    child = os.fork()
-    if not child:
-        os._exit(in_child(first))
+    child = start(first)
     while not began.exists():
         time.sleep(0.01)
     prepared = prepare(source, bundled)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert end_of(child) == 0
     assert prepared.cached and ids_of(prepared) == whole(TEXTS, bundled)
+    assert f"in use by process {child} on" in capsys.readouterr().err
 
 
 # examples
