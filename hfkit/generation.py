@@ -14,12 +14,15 @@ from hfkit.decoding import Completion, repeats
 from hfkit.encoding import Prompt, Request, prepare
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models import LanguageModel, check_head, load, load_config
+from hfkit.novelty import WORDS, Index, index_corpus
 from hfkit.options import GenerateOptions, ModelOptions
 from hfkit.sampling import check, draws, is_plain
 from hfkit.sources import find
 from hfkit.tasks import task_of
 
 _WINDOW = 8  # batches that are sorted by length together
+_ATTEMPTS = 10  # at a text that copies too much
+_FAR = 1_000_003  # between their seeds, so that they are not those of the next prompts
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,35 @@ def generate_each(
                 on_done(samples)
         completions = batches.run_all(lm, [request for *_, request in rows], options, size, on_done)
         for (number, k, request), completion in zip(rows, completions, strict=True):
-            results[number][k] = _generation(lm, options, request, completion)  # type: ignore[index]
+            if isinstance(found := results[number], HfkitError):
+                continue
+            try:
+                found[k] = _redraw(lm, options, request, _generation(lm, options, request, completion))
+            except HfkitError as error:
+                results[number] = error
         yield from results.items()
+
+
+def _redraw(lm: LanguageModel, options: GenerateOptions, request: Request, found: Generation) -> Generation:
+    """`found`, or where it copies more than `novel` allows the first of other seeds that does not."""
+    if not options.novel:
+        return found
+    most = options.novel_words or WORDS
+    index, request = _index(tuple(options.novel), most + 1), replace(request, seed=found.seed)
+    for _ in range(_ATTEMPTS):
+        if not (copied := index.look_up(found.completion)).words:
+            return found
+        request = replace(request, seed=(request.seed + _FAR) % 2**63)  # type: ignore[operator]
+        found = _generation(lm, options, request, batches.run(lm, [request], options)[0])
+    raise HfkitError(
+        f"every one of {_ATTEMPTS} samples copies more than {most} words, such as "
+        f"{copied.longest!r}: raise --novel-words or --temperature"
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _index(corpus: tuple[str, ...], length: int) -> Index:
+    return index_corpus(list(corpus), length=length)
 
 
 def _special(lm: LanguageModel, request: Request, options: GenerateOptions) -> list[Generation]:
@@ -164,6 +194,12 @@ def stream(
 
 
 def _stream(lm: LanguageModel, request: Request, options: GenerateOptions) -> Generator[str, None, Generation]:
+    if options.novel:
+        generation = _redraw(
+            lm, options, request, _generation(lm, options, request, batches.run(lm, [request], options)[0])
+        )
+        yield generation.completion
+        return generation
     if not is_plain(lm, options):  # beams and guesses are taken back: there is nothing to show before the end
         generation = _special(lm, request, options)[0]
         yield generation.completion

@@ -39,7 +39,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "eps
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(Options):
-    """How text is generated; all but the last nine are fields of `transformers.GenerationConfig`."""
+    """How text is generated; all but the last eleven are fields of `transformers.GenerationConfig`."""
 
     max_new_tokens: int | None = option(
         None, "Most tokens to add. [default: 100, or what fits the model]", short="-n", min=1
@@ -80,6 +80,8 @@ class GenerateOptions(Options):
     negative_prompt: str | None = option(None, "What --guidance-scale moves away from. [default: the last token]")
     watermark: bool | None = option(None, "Mark the text so that transformers' WatermarkDetector can tell it.")
     assistant_model: str | None = option(None, "A smaller model that guesses ahead, for speed.")
+    novel: list[str] | None = option(None, "Draw again what copies from this corpus; may be repeated.")
+    novel_words: int | None = option(None, "Words in a row that may be copied from it. [default: 8]", min=1, max=1000)
     raw: bool = option(False, "Give the prompt as it is, without the template that the model was trained with.")
     truncate: bool = option(False, "Cut the beginning of a prompt that is too long.")
     seed: int | None = option(

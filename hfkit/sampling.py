@@ -14,8 +14,8 @@ from hfkit.options import SAMPLING, GenerateOptions
 from hfkit.tasks import task_of
 
 # Options that GenerationConfig has by another name, in another form, or not at all.
-OWN = ("stop_strings", "bad_words", "sequence_bias", "negative_prompt", "watermark", "assistant_model", "raw",
-       "truncate", "seed", "num_return_sequences")  # fmt: skip
+OWN = ("stop_strings", "bad_words", "sequence_bias", "negative_prompt", "watermark", "assistant_model",
+       "novel", "novel_words", "raw", "truncate", "seed", "num_return_sequences")  # fmt: skip
 
 
 def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: int) -> GenerationConfig:
@@ -118,6 +118,8 @@ def check(lm: LanguageModel, options: GenerateOptions) -> None:
     if samples > 1 and not draws(lm, options) and samples > most:
         way = f"it must be at most --num-beams ({most})" if most > 1 else "greedy decoding has one result, so sample"
         raise OptionError(f"--num-return-sequences is {samples}: {way}")
+    if options.novel and not (draws(lm, options) and is_plain(lm, options)):
+        raise OptionError("--novel draws again what copies: sample, without beams and speculation")
     size = lm.model.get_input_embeddings().weight.shape[0]
     for name in ("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"):
         value = getattr(options, name)

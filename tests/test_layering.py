@@ -13,10 +13,10 @@ MODULES = {path.stem: ast.parse(path.read_text()) for path in Path(hfkit.__file_
 # From left to right; a module imports only what stands before it.
 ORDER = """
     errors declaration options processes console recipes flags storage files prompts sources tables tasks corpora runs
-    quantization models encoding decoding sampling batches generation scoring data sequences planning heads metrics
-    classification answering assessment evaluation optimizers checkpoints monitoring adapters pictures report fitting
-    training pretraining tuning inspection preparation exporting writing measuring showing searching labelling
-    conversation machine serving launching failures cli __main__
+    novelty quantization models encoding decoding sampling batches generation scoring data sequences planning heads
+    metrics classification answering assessment evaluation optimizers checkpoints monitoring adapters pictures pages
+    report fitting outcomes cards training pretraining tuning inspection preparation exporting writing measuring showing
+    searching labelling conversation machine serving launching failures cli __main__
 """.split()
 LIGHT = "errors declaration options console recipes flags processes prompts sources failures cli __init__".split()
 
