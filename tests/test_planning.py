@@ -15,6 +15,7 @@ from hfkit.errors import OptionError
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.planning import make_plan
 
+pytestmark = pytest.mark.usefixtures("brisk")
 CPU = torch.device("cpu")
 CONFIG = GPT2Config(n_layer=2, n_embd=64, n_head=2)
 COMPILERS = ("c++", "g++", "clang++")

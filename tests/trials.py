@@ -56,6 +56,21 @@ def outcome(folder: str | Path) -> dict[str, Any]:
     return {"losses": losses(metrics), "scores": [list(each) for each in scores(metrics)], "weights": digest(folder)}
 
 
+def make_brisk(set_attribute: Callable[[Any, str, Any], Any]) -> None:
+    """Take from a small run what takes most of its time: the picture, the guess of the speed, long samples, and
+    collections of garbage that look at all of torch.
+    """
+    import hfkit.monitoring
+    import hfkit.planning
+    import hfkit.training
+
+    set_attribute(hfkit.training, "make_files", lambda *_: {})
+    set_attribute(hfkit.planning, "_speed", lambda *_: 1e9)
+    set_attribute(hfkit.monitoring, "_SAMPLE", 6)
+    gc.collect()
+    gc.freeze()
+
+
 def fork(task: dict[str, Any], folder: str, log: Path) -> int:
     """`hfkit COMMAND` in a child, which writes what it says into `log`; its process id."""
     child = os.fork()
@@ -183,12 +198,10 @@ def run_trials(task: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    import hfkit.training
     from hfkit import cli  # noqa: F401, so that no child has to
 
     torch.set_num_threads(1)
-    hfkit.training.make_files = lambda *_: {}
-    gc.collect(), gc.freeze()  # what is here already need not be looked through by every child
+    make_brisk(setattr)
     folder, draw, names = Path(task["folder"]), random.Random(task["seed"]), list(task["names"])
     log, seconds = folder / "log", []
     for name in ("first", "whole"):  # the first one fills caches
