@@ -234,8 +234,9 @@ class ManyModelsOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SizeOptions(Options):
-    """A new GPT-2 and its tokenizer; fields of `transformers.GPT2Config`, except `size`."""
+    """A new model and its tokenizer; fields of `transformers.GPT2Config`, except the first two."""
 
+    architecture: Literal["gpt2", "bert"] = option("gpt2", "GPT-2, or BERT with a --head.")
     size: Literal["tiny", "mini", "small", "medium", "large", "xl"] = option(
         "mini", "tiny 1 million parameters, mini 9, then GPT-2's: small 124, medium 355, large 774, xl 1558."
     )

@@ -1,8 +1,8 @@
-"""Pretraining: a tokenizer and a GPT-2 from nothing, trained with the same machinery as `finetune`."""
+"""Pretraining: a tokenizer and a model from nothing, trained with the same machinery as `finetune`."""
 
+import functools
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,26 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 
 from hfkit import console, processes, runs
 from hfkit.corpora import END, Corpora, Corpus, Piece, find_corpus, read_records
 from hfkit.data import number_documents
 from hfkit.declaration import divide, set_fields
+from hfkit.encoders import make_bert, new_model, row_texts, train_wordpiece
 from hfkit.errors import HfkitError, OptionError
 from hfkit.fitting import Job
+from hfkit.heads import gather_rows
 from hfkit.models import choose_device
 from hfkit.options import DataOptions, ModelOptions, SizeOptions, TrainOptions
-from hfkit.planning import Plan, make_plan
+from hfkit.planning import make_plan
 from hfkit.report import describe_plan
 from hfkit.sequences import gather_material, hold_out
 from hfkit.training import Run, make_ready, reserve, run
@@ -48,7 +57,7 @@ def pretrain(
     dry_run: bool = False,
     **overrides: Any,
 ) -> Run | None:
-    """Train a byte-level BPE tokenizer and a GPT-2 on a corpus, from nothing.
+    """Train a byte-level BPE tokenizer and a GPT-2 on a corpus, from nothing; or a BERT and its head on rows.
 
     Args:
         corpus: as for `finetune`; plain texts or a text column.
@@ -63,15 +72,23 @@ def pretrain(
     size, data, train = divide(overrides, *groups)
     if train.lora or data.streaming:
         raise OptionError("a new model is trained whole and from files: leave --lora and --streaming out")
+    if (size.architecture == "bert") != bool(train.head):
+        raise OptionError("a new BERT is trained with a --head, and a new GPT-2 without: say --architecture bert")
     with reserve(corpus, train, dry_run) as (folder, train):
         resumed = train.resume and not train.overwrite and runs.is_begun(folder)
-        tokenizer = _load_tokenizer(folder) if resumed else _train_tokenizer_once(corpus, size, data, train.seed)
-        config = make_config(size, tokenizer)
-        with torch.device("meta"):  # sizes without values
-            parameters = GPT2LMHeadModel(config).num_parameters()
-        block_size = min(data.block_size or config.n_positions, config.n_positions)
+        tokenizer = _load_tokenizer(folder) if resumed else _train_tokenizer_once(corpus, size, data, train)
+        shape = shape_of(size)
+        block_size = min(data.block_size or shape["n_positions"], shape["n_positions"])
         with processes.first_one_first():
-            material = gather_material(corpus, tokenizer, data, block_size, train.seed)
+            if train.head:
+                material = gather_rows(corpus, tokenizer, data, train.head, block_size, train.seed, None)
+                config: Any = make_bert(shape, tokenizer, material.labels)
+            else:
+                material = gather_material(corpus, tokenizer, data, block_size, train.seed)
+                config = make_config(shape, tokenizer)
+        make = functools.partial(new_model, config, train.head) if train.head else lambda: GPT2LMHeadModel(config)
+        with torch.device("meta"):  # sizes without values
+            parameters = make().num_parameters()
         where = choose_device(ModelOptions(device=device))
         plan = make_plan(
             config, parameters, material.sequences, material.length, train, where, fresh=True,
@@ -80,11 +97,17 @@ def pretrain(
         describe_plan(material.report, plan)
         if dry_run:
             return None
+
+        def new() -> Any:
+            model = make().to(where)
+            make_ready(model, plan)
+            return model
+
         job = Job(
-            "pretrain", "a new GPT-2", corpus, folder,
+            "pretrain", "a new BERT" if train.head else "a new GPT-2", corpus, folder,
             runs.describe(corpus, size, data, plan.options) | {"device": device},
-            material.fingerprint | {"processes": processes.count}, tokenizer,
-            lambda: _new_model(config, plan), material, plan, block_size, data, callbacks,
+            material.fingerprint | {"processes": processes.count}, tokenizer, new, material, plan, block_size, data,
+            callbacks,
         )  # fmt: skip
         return run(job, keep=lambda: tokenizer.save_pretrained(folder / _TOKENIZER))
 
@@ -92,12 +115,25 @@ def pretrain(
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a run; a finished one has it where every model has it."""
     kept = folder / _TOKENIZER
-    return GPT2Tokenizer.from_pretrained(kept if kept.is_dir() else folder)
+    return AutoTokenizer.from_pretrained(kept if kept.is_dir() else folder)
 
 
-def _train_tokenizer_once(*arguments: Any) -> PreTrainedTokenizerBase:
-    """`train_tokenizer` in the first process; the others get what it made."""
-    return processes.gather([train_tokenizer(*arguments) if processes.rank == 0 else None])[0]
+def _train_tokenizer_once(
+    corpus: Corpora, size: SizeOptions, data: DataOptions, train: TrainOptions
+) -> PreTrainedTokenizerBase:
+    """A new tokenizer, trained in the first process; the others get what it made."""
+    made = None
+    if processes.rank == 0 and train.head:
+        texts = list(row_texts(corpus, data, train.head))
+        made = train_wordpiece(texts, size.vocab_size or _vocabulary(size, sum(len(text) for text in texts)))
+    elif processes.rank == 0:
+        made = train_tokenizer(corpus, size, data, train.seed)
+    return processes.gather([made])[0]
+
+
+def _vocabulary(size: SizeOptions, characters: int) -> int:
+    """A token for each 300 bytes of text at most: rarer ones would hardly be seen."""
+    return max(512, min(_SIZES[size.size][-1], characters // 300))
 
 
 def train_tokenizer(corpus: Corpora, size: SizeOptions, data: DataOptions, seed: int) -> PreTrainedTokenizerBase:
@@ -113,8 +149,7 @@ def train_tokenizer(corpus: Corpora, size: SizeOptions, data: DataOptions, seed:
     kept = np.ones(len(rows), bool)
     if not data.eval_file:
         kept[hold_out(rows[:, 0], rows[:, 1], data.eval_fraction, seed)[1]] = False
-    # A token for each 300 bytes of text at most: rarer ones would hardly be seen.
-    vocabulary = size.vocab_size or max(512, min(_SIZES[size.size][-1], int(rows[:, 1].sum()) // 300))
+    vocabulary = size.vocab_size or _vocabulary(size, int(rows[:, 1].sum()))
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -138,27 +173,21 @@ def _pieces(found: Corpus, data: DataOptions) -> Iterator[tuple[int, bool, Piece
     yield from number_documents(chain([first], records))  # type: ignore[arg-type]
 
 
-def make_config(size: SizeOptions, tokenizer: PreTrainedTokenizerBase) -> GPT2Config:
-    """GPT-2's configuration of a size; no dropout unless asked for.
+def shape_of(size: SizeOptions) -> dict[str, Any]:
+    """The sizes by GPT-2's names; no dropout unless asked for.
 
     Raises:
-        OptionError: the sizes do not go together.
+        OptionError: they do not go together.
     """
-    names = ("n_layer", "n_embd", "n_head", "n_positions")
-    given = {name: value for name, value in set_fields(size).items() if name in {f.name for f in fields(GPT2Config)}}
-    shape = dict(zip(names, _SIZES[size.size], strict=False)) | {
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-    }
-    shape |= given | {"vocab_size": len(tokenizer)}
+    shape = dict(zip(("n_layer", "n_embd", "n_head", "n_positions"), _SIZES[size.size], strict=False))
+    shape |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    shape |= {name: value for name, value in set_fields(size).items() if name in shape}
     if shape["n_embd"] % shape["n_head"]:
         raise OptionError(f"--n-embd is {shape['n_embd']}: it must be a multiple of --n-head, {shape['n_head']}")
+    return shape
+
+
+def make_config(shape: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> GPT2Config:
+    """GPT-2's configuration of these sizes."""
     end = tokenizer.eos_token_id
-    return GPT2Config(**shape, bos_token_id=end, eos_token_id=end)
-
-
-def _new_model(config: GPT2Config, plan: Plan) -> GPT2LMHeadModel:
-    model = GPT2LMHeadModel(config).to(plan.device)
-    make_ready(model, plan)
-    return model
+    return GPT2Config(**shape, vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end)

@@ -15,8 +15,8 @@ ORDER = """
     errors declaration options processes console recipes flags storage files prompts sources tables tasks corpora runs
     novelty quantization models encoding decoding sampling batches generation scoring data sequences planning heads
     metrics classification answering assessment evaluation optimizers checkpoints monitoring adapters pictures pages
-    report fitting outcomes cards training pretraining tuning inspection preparation exporting writing measuring showing
-    searching labelling conversation machine serving launching failures cli __main__
+    report fitting outcomes cards training encoders pretraining tuning inspection preparation exporting writing
+    measuring showing searching labelling conversation machine serving launching failures cli __main__
 """.split()
 LIGHT = "errors declaration options console recipes flags processes prompts sources failures cli __init__".split()
 

@@ -23,7 +23,7 @@ import hfkit
 from hfkit.errors import OptionError, StoppedError
 from hfkit.optimizers import Muon, MuonFactory
 from hfkit.options import DataOptions, SizeOptions
-from hfkit.pretraining import make_config, train_tokenizer
+from hfkit.pretraining import make_config, shape_of, train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("brisk")
 SHAPE = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32, "vocab_size": 300}
@@ -117,7 +117,7 @@ def test_a_size_has_as_many_parameters_as_its_help_says(size):
     tokens = {"tiny": 2048, "mini": 4096}.get(size, 50257)
     vocabulary = {str(token): token for token in range(tokens - 1)} | {"<|endoftext|>": tokens - 1}
     with torch.device("meta"):
-        config = make_config(SizeOptions(size=size), GPT2Tokenizer(vocab=vocabulary, merges=[]))
+        config = make_config(shape_of(SizeOptions(size=size)), GPT2Tokenizer(vocab=vocabulary, merges=[]))
         parameters = GPT2LMHeadModel(config).num_parameters()
     assert round(parameters / 1e6) == int(re.search(rf"{size} (\d+)", text)[1])
 
