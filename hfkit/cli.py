@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import hfkit
-from hfkit import console, processes, prompts
+from hfkit import console, cookbook, processes, prompts
 from hfkit.errors import HfkitError, OptionError
 from hfkit.failures import close_stdout, explain
 from hfkit.flags import flags
@@ -60,6 +60,7 @@ def _root(
 ) -> None: ...
 
 
+app.add_typer(cookbook.app, name="recipes")
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 

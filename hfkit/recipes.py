@@ -1,6 +1,7 @@
 """A recipe is a YAML file: a flat mapping from option names to values."""
 
 import re
+import shutil
 from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
@@ -9,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from hfkit.errors import OptionError
+from hfkit.errors import HfkitError, OptionError
 
 _LARGEST = 1_000_000  # bytes: a recipe is written by a person
 
@@ -40,7 +41,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 
 def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
     """The values that the recipe at `path` sets; OptionError where one is not `known` or the file is no recipe."""
-    path, known = Path(path), list(known)
+    path, known = find_recipe(Path(path)), list(known)
     try:
         if path.stat().st_size > _LARGEST:
             raise OptionError(f"{path} is larger than {_LARGEST:,} bytes: that is no recipe")
@@ -71,7 +72,58 @@ def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
         where = f"{path}, line {mark.line + 1}" if mark else path
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise OptionError(f"not a readable recipe ({where}): {problem}") from error
-    return {key: value for key, value in recipe.items() if value is not None}
+    values = {key: value for key, value in recipe.items() if value is not None}
+    return values | {key: _find_data(values[key], path) for key in ("corpus", "eval_file") if key in values}
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with hfkit, by name."""
+    inside = Path(__file__).parent / "shipped"  # of an installed package; in a checkout they lie beside it
+    folder = inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(path: Path) -> Path:
+    """A file, or the shipped recipe of that name."""
+    return path if path.exists() else shipped().get(path.name.removesuffix(".yaml"), path)
+
+
+def describe(path: Path) -> list[str]:
+    """The comment that a recipe begins with, line by line: what it is, and the commands to use it."""
+    lines = []
+    for line in path.read_text("utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" "))
+    return lines
+
+
+def copy_recipe(name: str, folder: Path) -> list[Path]:
+    """Copy a shipped recipe, and the data that it names, into `folder`; the files.
+
+    Raises:
+        HfkitError: there is no such recipe, or a file is there already.
+    """
+    recipe = shipped().get(name)
+    if recipe is None:
+        close = get_close_matches(name, shipped(), n=1)
+        raise HfkitError(f"no recipe {name!r}: " + (f"did you mean {close[0]!r}?" if close else "see 'hfkit recipes'"))
+    data = sorted({*re.findall(r"data/[\w.-]+", recipe.read_text("utf-8"))})
+    wanted = [recipe.name, *data]
+    if taken := [name for name in wanted if (folder / name).exists()]:
+        raise HfkitError(f"{folder / taken[0]} exists: remove it, or copy to another folder")
+    for name in wanted:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(recipe.parent / name, folder / name)
+    return [folder / name for name in wanted]
+
+
+def _find_data(value: Any, recipe: Path) -> Any:
+    """A corpus that is not in the working folder is looked for beside the recipe that names it."""
+    if isinstance(value, list):
+        return [_find_data(one, recipe) for one in value]
+    beside = recipe.parent / str(value)
+    return str(beside) if not Path(str(value)).exists() and beside.exists() else value
 
 
 def read_value(text: str) -> Any:

@@ -1,0 +1,29 @@
+"""`hfkit recipes`: the shipped recipes, and a copy of one to start from."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hfkit import console
+from hfkit.recipes import copy_recipe, describe, shipped
+
+app = typer.Typer(help="List the shipped recipes; copy one to start from.", invoke_without_command=True)
+
+
+@app.callback()
+def list_recipes(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        names = shipped()
+        width = max(map(len, names), default=0)
+        console.write("".join(f"{name:<{width}}  {describe(path)[0]}\n" for name, path in names.items()))
+
+
+@app.command()
+def copy(
+    name: Annotated[str, typer.Argument(help="A recipe, as `hfkit recipes` lists it.")],
+    to: Annotated[Path, typer.Option(help="Folder.")] = Path(),
+) -> None:
+    """Copy a recipe and its data; print the files and the commands to go on with."""
+    files = copy_recipe(name, to)
+    console.write("".join(f"{file}\n" for file in files) + "\n" + "\n".join(describe(files[0])) + "\n")
