@@ -75,7 +75,7 @@ class Measuring:
         training = model.training
         model.eval()
         try:
-            with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), autocast(self.plan):
+            with autocast(self.plan):
                 found = self._score(model)
                 if self.stop.asked():
                     return

@@ -197,6 +197,21 @@ def test_every_kind_of_run_goes_on_to_the_bit(tiny, corpus, tmp_path, options):
     assert resume(corpus, tiny, tmp_path / "run", **options) == trials.outcome(whole.output_dir)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_before_it_trains_a_run_leaves_nothing_in_the_way(
+    tiny, corpus, tmp_path, monkeypatch, capfdbinary, number, code
+):
+    def tokenize(*arguments):
+        os.kill(os.getpid(), number)
+        pytest.fail("it went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hfkit.training.gather_material", tokenize)
+        result = call(capfdbinary, "finetune", corpus, "-m", tiny, "-o", tmp_path / "run")
+    assert (result.returncode, result.stdout, result.stderr) == (code, b"", b"")
+    assert train(corpus, tiny, tmp_path / "run", max_steps=1)
+
+
 # damage
 
 
@@ -372,6 +387,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tiny, co
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
         with pytest.raises(HfkitError, match=r"has 10,000 bytes free, [\d,]+ are needed: make room, then --resume"):
             train(corpus, tiny, copied, resume=True)
+    assert step_of(list_checkpoints(copied / "checkpoints")[0]) == 6
     assert resume(corpus, tiny, copied) == whole
 
 
