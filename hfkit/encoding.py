@@ -39,6 +39,9 @@ def prepare(
         task = None if options.raw else task_of(tokenizer)
         if isinstance(prompt, Mapping) and not task:
             raise HfkitError("no prompt: write an object with the key 'prompt' and a text")
+        if options.src_lang:
+            language_token(tokenizer, options.src_lang)
+            tokenizer.src_lang = options.src_lang
         ids = encode(task.fill(prompt) if task else str(prompt), tokenizer, name)
     else:
         text, ids = tokenizer.decode(prompt), list(prompt)
@@ -69,6 +72,14 @@ def _end(ids: list[int], room: int, bos: int | None) -> list[int]:
     if len(ids) <= room or room < 1:
         return ids
     return [bos, *ids[len(ids) - room + 1 :]] if ids[0] == bos and room > 1 else ids[-room:]
+
+
+def language_token(tokenizer: PreTrainedTokenizerBase, code: str) -> int:
+    """The token of a language code, such as NLLB's eng_Latn. OptionError if the model has no such language."""
+    token = tokenizer.convert_tokens_to_ids(code)
+    if token is None or token == tokenizer.unk_token_id or token not in tokenizer.all_special_ids:
+        raise OptionError(f"the model has no language {code!r}: see its card for the codes, such as eng_Latn")
+    return token
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:

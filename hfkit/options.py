@@ -39,7 +39,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "eps
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(Options):
-    """How text is generated; all but the last eleven are fields of `transformers.GenerationConfig`."""
+    """How text is generated; all but languages and the last eleven are fields of `transformers.GenerationConfig`."""
 
     max_new_tokens: int | None = option(
         None, "Most tokens to add. [default: 100, or what fits the model]", short="-n", min=1
@@ -69,6 +69,8 @@ class GenerateOptions(Options):
     suppress_tokens: list[int] | None = option(None, "Never produce this token id; may be repeated.")
     begin_suppress_tokens: list[int] | None = option(None, "Never begin with this token id; may be repeated.")
     forced_bos_token_id: int | None = option(None, "First token to produce (language codes of translators).", min=0)
+    src_lang: str | None = option(None, "Language of the text, for translators with language codes: eng_Latn.")
+    tgt_lang: str | None = option(None, "Language to translate to: fra_Latn.")
     renormalize_logits: bool | None = option(None, "Renormalise after the last processor.")
     use_cache: bool | None = option(None, "Reuse keys and values of earlier tokens.")
     max_time: float | None = option(None, "Stop after so many seconds.", above=0)

@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, WatermarkingConfig
 
 from hfkit.declaration import set_fields
+from hfkit.encoding import language_token
 from hfkit.errors import OptionError
 from hfkit.models import LanguageModel, load
 from hfkit.options import SAMPLING, GenerateOptions
@@ -15,7 +16,7 @@ from hfkit.tasks import task_of
 
 # Options that GenerationConfig has by another name, in another form, or not at all.
 OWN = ("stop_strings", "bad_words", "sequence_bias", "negative_prompt", "watermark", "assistant_model",
-       "novel", "novel_words", "raw", "truncate", "seed", "num_return_sequences")  # fmt: skip
+       "novel", "novel_words", "src_lang", "tgt_lang", "raw", "truncate", "seed", "num_return_sequences")  # fmt: skip
 
 
 def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: int) -> GenerationConfig:
@@ -38,6 +39,8 @@ def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: i
         config.bad_words_ids = [ids for word in options.bad_words for ids in _spellings(lm, word)]
     if options.sequence_bias:
         config.sequence_bias = {tuple(ids): bias for text, bias in options.biases() for ids in _spellings(lm, text)}
+    if options.tgt_lang:
+        config.forced_bos_token_id = language_token(lm.tokenizer, options.tgt_lang)
     if options.watermark:
         config.watermarking_config = WatermarkingConfig()
     return config

@@ -173,7 +173,11 @@ def run(*arguments, input: bytes | None = None, env: dict | None = None, **optio
     command = [sys.executable, "-m", "hfkit", *map(str, arguments)]
     stdin = {} if input is not None else {"stdin": subprocess.DEVNULL}
     return subprocess.run(
-        command, input=input, capture_output=True, env={**os.environ, **(env or {})}, timeout=120, **stdin, **options
+        command,
+        input=input,
+        capture_output=True,
+        env={**os.environ, **(env or {})},
+        **{"timeout": 120, **stdin, **options},
     )
 
 
