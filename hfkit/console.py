@@ -1,6 +1,7 @@
 """What a person at a terminal sees: notes on stderr, text made safe to show."""
 
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -34,6 +35,7 @@ def configure(*, quiet: bool, verbose: bool, debug: bool) -> None:
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its caches
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
