@@ -53,7 +53,8 @@ def _flag(name: str, type_: Any, default: Any, metadata: Any, **extra: Any) -> i
     if type_ in (bool, bool | None) and metadata.get("negatable", True):
         long += "/--no-" + name.replace("_", "-")
     names = [long, short] if short else [long]
-    option = typer.Option(*names, help=metadata["help"], **metadata.get("typer", {}), **extra)
+    help = metadata["help"].replace("[", r"\[")  # "[default: 3]" is no markup
+    option = typer.Option(*names, help=help, **metadata.get("typer", {}), **extra)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[type_, option]
     )
