@@ -502,13 +502,13 @@ def scrawl(seed: int) -> str:
             case 0:
                 parts.append(draw.choice(" \n\t\u3000") * draw.randint(1, 9000))
             case 1:
-                parts.append(draw.choice(["a", "漢", "7", "=", "ab ", "\n \n", "a.", "é'"]) * draw.randint(1, 9000))
+                parts.append(draw.choice(["a", "漢", "7", "=", "ab ", "!\x1c ", "a.", "é'"]) * draw.randint(1, 9000))
             case 2:
                 parts.append(END)
     return "".join(parts)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_pieces_are_the_text_cut_the_same_however_it_comes(seed):
     text, draw = scrawl(seed), random.Random(seed)
     pieces = list(cut_pieces([text]))
