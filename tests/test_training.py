@@ -156,6 +156,7 @@ def test_without_memory_for_a_batch_the_steps_stay_the_same(still, corpus, tmp_p
 
 KINDS = {
     "full": {},
+    "prepared": {"seed": 7},
     "lora": {"lora": True, "lora_r": 4},
     "answers": {"gradient_accumulation_steps": 2},
     "talks": {"label_smoothing_factor": 0.1, "neftune_noise_alpha": 1.0},
@@ -184,6 +185,8 @@ def test_a_run_leaves_a_model_that_anybody_loads_and_a_recipe_for_the_same(
         monkeypatch.setattr("hfkit.training.make_files", make_files)
     base = tiny_llama if kind == "llama" else tiny
     source, folder = {"answers": answers, "talks": talks}.get(kind, corpus), tmp_path / "run"
+    if kind == "prepared":
+        source = hfkit.prepare(corpus, model=tiny, output_dir=tmp_path / "prepared").folder
     eval_file = ["--eval-file", trials.write_corpus(tmp_path / "held.txt", 4, 1)] if kind == "streaming" else []
     typed = [*flags({**trials.SMALL, **KINDS[kind]}), *eval_file]
     result = call(capfdbinary, "finetune", source, "-m", base, "-o", folder, *typed)
