@@ -1,7 +1,7 @@
 """The folder of a training run: who may write there, what was asked for, what is left in the end.
 
 runs/NAME/recipe.yaml     the options in effect; --config takes it
-          run.json        what the recipe does not say: the corpus' fingerprint, versions, the command
+          run.json        what a resumed run must share, options and the corpus' fingerprint; versions, the command
           checkpoints/    while it lasts
           ...             the model as transformers saves it, its card, loss.png; metrics.json comes last
 """
@@ -28,7 +28,8 @@ RECIPE, FACTS, METRICS, CHECKPOINTS = "recipe.yaml", "run.json", "metrics.json",
 _NOT_ASKED = ("output_dir", "resume", "overwrite")  # do not change what is trained
 _STAGING = ".staging"
 # What a checkpoint holds besides the model.
-_OF_TRAINING = ("optimizer", "scheduler", "rng_state", "trainer_state", "scaler", "manifest", "README")
+_OF_TRAINING = ("optimizer", "scheduler", "rng_state", "trainer_state", "scaler", "manifest", "README",
+                "pytorch_model", "zero_to_fp32", "latest")  # fmt: skip
 
 
 def check_request(corpus: Sequence[str], train: TrainOptions, *, dry_run: bool) -> None:
@@ -124,7 +125,10 @@ def compare(folder: Path, recipe: dict[str, Any], facts: dict[str, Any]) -> None
     names = [name for name in names if begun.get(name) != asked.get(name)]
     if names:
         shown = ", ".join(f"{name} was {_short(begun.get(name))}, is {_short(asked.get(name))}" for name in names[:8])
-        raise HfkitError(f"{folder} was begun with other settings ({shown}): use those, or --overwrite begins anew")
+        raise HfkitError(
+            f"{folder} was begun with other settings ({shown}): --config {folder / RECIPE} has those, "
+            "or --overwrite begins anew"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

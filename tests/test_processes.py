@@ -131,7 +131,7 @@ def workers(process: subprocess.Popen) -> dict[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_all_save_once_and_go_on_to_the_bit(tiny, corpus, tmp_path, number):
+def test_asked_to_stop_all_save_and_one_says_so(tiny, corpus, tmp_path, number):
     process = start(corpus, tiny, tmp_path / "run")
     wait_for(tmp_path / "run" / "checkpoints" / "checkpoint-50" / "manifest.json")
     process.send_signal(number)

@@ -171,9 +171,18 @@ def test_a_run_is_resumed_with_the_same_settings_only(stopped, tiny, still, corp
     asked["model"] = {"still": still}.get(asked["model"], asked["model"])
     if name == "corpus":
         asked["corpus"] = trials.write_corpus(tmp_path / "corpus.txt", seed=5)
-    with pytest.raises(HfkitError, match=f"begun with other settings .*{name} was .*, is .*--overwrite begins anew"):
+    with pytest.raises(
+        HfkitError, match=f"begun with other settings .*{name} was .*, is .*: --config .*recipe.yaml has those, or"
+    ):
         train(asked.pop("corpus"), asked.pop("model"), stopped, resume=True, **asked)
     assert (stopped / "checkpoints" / "checkpoint-4").is_dir()
+
+
+def test_its_recipe_is_enough_to_resume_a_run(stopped, finished, tmp_path, capfdbinary):
+    folder = Path(shutil.copytree(stopped, tmp_path / "run"))
+    result = call(capfdbinary, "finetune", "--config", folder / "recipe.yaml", "-o", folder, "--resume")
+    assert (result.returncode, result.stdout.decode()) == (0, f"{folder}\n"), result.stderr
+    assert trials.outcome(folder) == trials.outcome(finished)
 
 
 def test_a_corpus_that_was_edited_is_another(stopped, tiny, corpus, tmp_path, monkeypatch):
