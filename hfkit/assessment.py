@@ -17,6 +17,7 @@ from hfkit.heads import classification_rows, question_rows
 from hfkit.metrics import load_metric
 from hfkit.models import LanguageModel, head_of
 from hfkit.options import CorpusOptions, GenerateOptions, TaskOptions
+from hfkit.scoring import jsonable
 from hfkit.tasks import Task, make_task, task_of
 
 _PAIRS = Task("{prompt}{completion}")  # rows that have no template
@@ -33,13 +34,14 @@ class Assessment:
 
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
-        return {"model": self.model, "examples": self.examples, **self.metrics, "baselines": self.baselines}
+        figures = {**self.metrics, "baselines": self.baselines}
+        return jsonable({"model": self.model, "examples": self.examples, **figures})
 
 
 def find_task(lm: LanguageModel, corpus: Corpora, options: CorpusOptions) -> Task | None:
     """The task that the rows of `corpus` are for; None if they are a text to be predicted."""
     found = find_corpus(corpus)
-    if not found.hub and set(found.kinds) == {"text"}:
+    if "text" in found.kinds and not options.metric and not options.template:  # those are for rows: say so below
         return None
     task = make_task(options) or task_of(lm.tokenizer)
     row, _ = next(read_table(replace(found, files=found.files[:1], kinds=found.kinds[:1]), options), ({}, ""))
@@ -47,8 +49,9 @@ def find_task(lm: LanguageModel, corpus: Corpora, options: CorpusOptions) -> Tas
         return replace(task, metric=tuple(options.metric or task.metric), labels=tuple(options.labels or task.labels))
     if options.metric and {"prompt", "completion"} <= set(row):
         return replace(_PAIRS, metric=tuple(options.metric))
-    if options.template:
-        raise HfkitError(f"the template's columns are not there: the rows have {', '.join(map(repr, row))}")
+    if options.template or options.metric:
+        wanted = "the template's columns" if options.template else "prompt and completion, which a metric compares,"
+        raise HfkitError(f"{wanted} are not there: the rows have {', '.join(map(repr, row))}")
     return None
 
 
@@ -65,11 +68,12 @@ def assess(lm: LanguageModel, corpus: Corpora, options: CorpusOptions, task: Tas
     if head == "question-answering":
         rows = question_rows(corpus, options)
         guesses = [one.answer for one in find_answers(lm, [row[:2] for row in rows], 0.0)]
-        return _score(lm, guesses, [row[2] or [""] for row in rows], task and task.metric or ("squad",), {})
+        return _score(lm, guesses, [row[2] or [""] for row in rows], options.metric or ("squad",), {})
     if head == "classification":
         pairs = classification_rows(corpus, options)
         _check_labels({label for _, label in pairs}, label_names(lm.model))
-        return _label(lm, [text for text, _ in pairs], [label for _, label in pairs], TaskOptions(), ())
+        texts, labels = zip(*pairs, strict=True)
+        return _label(lm, texts, labels, TaskOptions(), options.metric or ())
     assert task is not None  # noqa: S101, the caller has found it
     table = [(row, where) for row, where in read_table(find_corpus(corpus), options)]
     right = [task.example(row, where) and str(row[task.answer]).strip() for row, where in table]
@@ -99,7 +103,9 @@ def _label(
     lm: LanguageModel, texts: Sequence[Any], right: Sequence[str], options: TaskOptions, metric: Sequence[str]
 ) -> Assessment:
     found = list(classify_each(texts, lm, options))
-    result = _score(lm, [one.label for one in found], right, metric or ("accuracy",), {})
+    # The F1 of labels is not that of the words in them.
+    names = ["classification" if name == "f1" else name for name in metric or ("accuracy",)]
+    result = _score(lm, [one.label for one in found], right, names, {})
     claimed = [one.probabilities[one.label] for one in found]
     hits = [one.label == label for one, label in zip(found, right, strict=True)]
     nll = [-np.log(max(one.probabilities.get(label, 0.0), 1e-300)) for one, label in zip(found, right, strict=True)]

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -57,13 +57,20 @@ def write(text: str, file: IO[str] | None = None) -> None:
     file.flush()
 
 
-def write_table(table: Any, width: int = 120) -> None:
-    """Write a rich table to stdout; `width` holds where it is no terminal."""
+def write_table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int = 120, **options: Any) -> None:
+    """Write a table to stdout, its cells printable; `width` holds where it is no terminal, `options` are rich's."""
     import shutil
 
     from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text  # a str would be read as rich's markup
 
-    Console(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else width, highlight=False).print(table)
+    table = Table(**options)
+    for name in head:
+        table.add_column(Text(printable(name)))
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    Console(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else width).print(table)
 
 
 def note(text: str) -> None:

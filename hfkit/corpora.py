@@ -39,6 +39,12 @@ class Example(NamedTuple):
     row: dict[str, Any]
     where: str
 
+    @property
+    def answers(self) -> list[str]:
+        if "messages" not in self.row:
+            return [self.row["completion"]]
+        return [turn["content"] for turn in self.row["messages"] if turn["role"] == "assistant"]
+
 
 @dataclass(frozen=True)
 class Corpus:

@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\nAssistant:' }}{% endif %}"
 )
-_VERSION = 2  # of what is kept on disk
+_VERSION = 3  # of what is kept on disk
 _BATCH = 512  # pieces that are encoded together
 _SAMPLE = 1_000_000  # characters that are looked at for their script
 _DATA = "data-00000-of-00001.arrow"  # as `datasets` names it
@@ -243,10 +243,13 @@ def encode_documents(
     """Token ids of each piece; a document begins as the tokenizer begins a text, and ends with EOS if it is closed."""
     begin, end = _frame(tokenizer)
     end = end if close else []
+    space = _space(tokenizer)
     numbered = number_documents(pieces)
     while batch := list(islice(numbered, _BATCH)):
-        texts = [piece.text for *_, piece in batch]
-        for (document, first, piece), ids in zip(batch, _ids(tokenizer, texts), strict=True):
+        texts = [piece.text if first or not space else piece.text.removeprefix(" ") for _, first, piece in batch]
+        for (document, first, piece), text, ids in zip(batch, texts, _ids(tokenizer, texts), strict=True):
+            if not first and text == piece.text and ids[:1] == space:
+                ids = ids[1:]
             ids = (begin if first else []) + ids + (end if piece.last else [])
             yield {"input_ids": np.array(ids, np.int32), "document": document, "bytes": len(piece.text.encode())}
 
@@ -256,6 +259,12 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     whole, bare = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
     begin = whole[: whole.index(bare[0])] if bare else []
     return begin, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _space(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """The token of a space, if the tokenizer writes one before each text: within a document it is one too many."""
+    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[:1]
+    return [tokenizer.convert_tokens_to_ids("▁")] if first and first[0].startswith("▁") else None
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:

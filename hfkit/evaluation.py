@@ -18,10 +18,11 @@ from hfkit.declaration import divide
 from hfkit.encoding import first_tokens
 from hfkit.errors import HfkitError
 from hfkit.generation import loaded
+from hfkit.metrics import load_metric
 from hfkit.models import LanguageModel, head_of
 from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions
 from hfkit.planning import has_bfloat16_units
-from hfkit.scoring import IGNORED, Scores, exp, precise_head, ratio_stderr, score_batches
+from hfkit.scoring import IGNORED, Scores, exp, jsonable, precise_head, ratio_stderr, score_batches
 from hfkit.sequences import Item, group
 
 _WINDOW = 1024  # tokens, where the model sets no limit
@@ -55,11 +56,17 @@ class Evaluation:
     passages: np.ndarray  # their sizes in bytes, (passages,)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `--json` prints."""
-        return {name: value for name, value in vars(self).items() if name not in ("scores", "passages")}
+        """What `--json` prints; None where a figure is not known."""
+        return jsonable({name: value for name, value in vars(self).items() if name not in ("scores", "passages")})
 
     def gain_over(self, other: "Evaluation") -> tuple[float, float]:
-        """How many bits per byte fewer than `other` on the same corpus, and the standard error of that."""
+        """How many bits per byte fewer than `other` on the same corpus, and the standard error of that.
+
+        Raises:
+            HfkitError: it is another corpus.
+        """
+        if not np.array_equal(self.passages, other.passages):
+            raise HfkitError("only evaluations of the same corpus can be compared")
         saved = (other.scores.nll - self.scores.nll) / math.log(2)
         return float(saved.sum() / self.passages.sum()), ratio_stderr(saved, self.passages)
 
@@ -86,6 +93,8 @@ def evaluate(
         HfkitError: the corpus or the model cannot be read, or there is nothing to score.
     """
     read, options = divide(overrides, (CorpusOptions, read), (EvaluateOptions, options))
+    for name in read.metric or []:
+        load_metric(name)  # a wrong name is told before anything is computed
     found, lm = find_corpus(corpus), loaded(model, "text", "classification", "question-answering")
     is_text = head_of(lm.model.config) == "text"
     if (task := find_task(lm, corpus, read) if is_text else None) or not is_text:
@@ -126,11 +135,12 @@ class _Reader:
         if isinstance(first, Example):
             yield from self._answers(records)
             return
-        rows = encode_documents(self._counted(records), self._tokenizer, close=False)
-        numbered = ((row["document"], unit, row["input_ids"]) for unit, row in enumerate(rows))
-        for number, passages in groupby(numbered, key=lambda row: row[0]):
+        begin = self._begin()
+        rows = enumerate(encode_documents(self._counted(records), self._tokenizer, close=False))
+        for number, passages in groupby(rows, key=lambda row: row[1]["document"]):
             self.documents = number + 1
-            yield from slide(((ids, unit) for _, unit, ids in passages), self._begin(), self._window, self._stride)
+            texts = (_passage(row["input_ids"], row["input_ids"], unit) for unit, row in passages)
+            yield from slide(texts, begin, self._window, self._stride)
 
     def _begin(self) -> list[int]:
         """What stands before the first token; nothing if the tokenizer writes it itself."""
@@ -145,44 +155,48 @@ class _Reader:
             yield piece
 
     def _answers(self, examples: Iterable[Any]) -> Iterator[Item]:
+        begin = self._begin()
         for unit, example in enumerate(examples):
             (row,) = encode_examples([example], self._tokenizer)
-            turns = example.row.get("messages") or [{"role": "assistant", "content": example.row["completion"]}]
-            answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
             self.documents += 1
-            self.words += sum(len(answer.split()) for answer in answers)
-            self.bytes.append(sum(len(answer.encode()) for answer in answers))
+            self.words += sum(len(answer.split()) for answer in example.answers)
+            self.bytes.append(sum(len(answer.encode()) for answer in example.answers))
             self._bar.update(row["bytes"])
-            ids, labels = (row[name][-self._window - 1 :] for name in ("input_ids", "labels"))
-            yield {"input_ids": ids[:-1], "targets": labels[1:], "units": np.full(len(ids) - 1, unit)}
+            text = _passage(row["input_ids"], row["labels"], unit)
+            alone = len(text[0]) and text[1, 0] != IGNORED  # an answer to nothing
+            yield from slide([text], begin if alone else [], self._window, self._stride)
 
 
-def slide(passages: Iterable[tuple[np.ndarray, int]], begin: list[int], window: int, stride: int) -> Iterator[Item]:
-    """Windows over one document, which comes in passages of token ids, each with its unit.
+def _passage(ids: np.ndarray, labels: np.ndarray, unit: int) -> np.ndarray:
+    """(3, tokens): token ids, what counts of them, and the number of the passage."""
+    return np.stack([ids, labels, np.full(len(ids), unit)]).astype(np.int64)
 
-    Every token is a target once: in the first window all, then `stride` new ones each; the last one reaches back.
+
+def slide(passages: Iterable[np.ndarray], begin: list[int], window: int, stride: int) -> Iterator[Item]:
+    """Windows over one document, which comes in passages, (3, tokens) each, after the token ids `begin`.
+
+    Every token that counts is a target once: in the first window all, then `stride` new ones each; the last one
+    reaches back.
     """
-    ids = np.array(begin, np.int64)
-    units = np.zeros(len(begin), np.int64)
-    offset, done = 0, 0  # of the document's token at ids[0]; of the last one that was a target
+    text = _passage(np.array(begin, np.int64), np.full(len(begin), IGNORED), 0)
+    offset, done = 0, 0  # of the document's token at text[:, 0]; of the last one that was a target
 
-    def cut(end: int) -> Item:
+    def cut(end: int) -> Iterator[Item]:
         start = max(0, end - window)
-        span = slice(start - offset, end - offset)
-        after = slice(start + 1 - offset, end + 1 - offset)
-        fresh = np.arange(start + 1, end + 1) > done
-        return {"input_ids": ids[span], "targets": np.where(fresh, ids[after], IGNORED), "units": units[after]}
+        _, labels, units = text[:, start + 1 - offset : end + 1 - offset]
+        targets = np.where(np.arange(start + 1, end + 1) > done, labels, IGNORED)
+        if (targets != IGNORED).any():
+            yield {"input_ids": text[0, start - offset : end - offset], "targets": targets, "units": units}
 
-    for new, unit in passages:
+    for passage in passages:
         keep = max(0, done - window - offset)
         offset += keep
-        ids = np.concatenate([ids[keep:], new])
-        units = np.concatenate([units[keep:], np.full(len(new), unit)])
-        while offset + len(ids) - 1 >= (end := done + stride if done else window):
-            yield cut(end)
+        text = np.concatenate([text[:, keep:], passage], 1)
+        while offset + text.shape[1] - 1 >= (end := done + stride if done else window):
+            yield from cut(end)
             done = end
-    if offset + len(ids) - 1 > done:
-        yield cut(offset + len(ids) - 1)
+    if offset + text.shape[1] - 1 > done:
+        yield from cut(offset + text.shape[1] - 1)
 
 
 def _batches(windows: Iterator[Item], tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
@@ -204,23 +218,23 @@ def _score(lm: LanguageModel, windows: Iterator[Item], is_exact: bool) -> tuple[
     model, device = lm.model, lm.model.device.type
     batches = _batches(windows, _BATCH.get(device, _BATCH["cpu"]))
     dtype = str(model.dtype).removeprefix("torch.")
-    if is_exact or model.dtype != torch.float32 or device not in ("cpu", "cuda") or not _halves(device):
-        return score_batches(model, batches), dtype
-    first = next(batches, None)
-    if first is None:
-        return Scores(), dtype
-    exact = score_batches(model, [first])
-    with torch.autocast(device, torch.bfloat16), precise_head(model):
-        moved = abs(score_batches(model, [first]).loss - exact.loss)
-        detail(f"bfloat16 changes the loss of the first {exact.count} tokens by {moved:.1e} nats a token")
-        if moved < _CLOSE:
-            found = score_batches(model, batches)
-            found.merge(exact)
-            return found, "bfloat16"
-    found = score_batches(model, batches)
-    found.merge(exact)
-    return found, dtype
+    first = list(islice(batches, 2))
+    batches = chain(first[1:], batches)
+    with precise_head(model):
+        exact = score_batches(model, first[:1])
+        if len(first) == 2 and not is_exact and model.dtype == torch.float32 and _has_halves(device):
+            with torch.autocast(device, torch.bfloat16):
+                moved = abs(score_batches(model, first[:1]).loss - exact.loss)
+                detail(f"bfloat16 changes the loss of the first {exact.count} tokens by {moved:.1e} nats a token")
+                if moved < _CLOSE:
+                    dtype = "bfloat16"
+                    exact.merge(score_batches(model, batches))
+        exact.merge(score_batches(model, batches))  # what is left
+    return exact, dtype
 
 
-def _halves(device: str) -> bool:
-    return has_bfloat16_units() if device == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
+def _has_halves(device: str) -> bool:
+    """Whether it computes faster in bfloat16."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and has_bfloat16_units()

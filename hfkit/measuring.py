@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from json import dumps
+from math import isfinite
 
 from hfkit import console
 from hfkit.assessment import Assessment
@@ -23,21 +24,29 @@ def write(
     found = [evaluate(corpus, model=one, read=read, options=options) for one in chosen]
     if json:
         rows = [one.to_dict() for one in found]
-        console.write(dumps(rows if models.model and len(rows) > 1 else rows[0]) + "\n")
-    elif any(isinstance(one, Assessment) for one in found):
-        _write_assessments([one for one in found if isinstance(one, Assessment)])
-    elif len(found) == 1:
-        console.write("".join(f"{name:<16} {value}\n" for name, value in _readable(found[0]).items()))
-    else:
-        _write_table(found)
+        console.write(dumps(rows if len(rows) > 1 else rows[0], ensure_ascii=False) + "\n")
+        return
+    texts = [one for one in found if isinstance(one, Evaluation)]
+    if len(texts) == 1:
+        console.write("".join(f"{name:<16} {value}\n" for name, value in _readable(texts[0]).items()))
+    elif texts:
+        _write_table(texts)
+    if tasks := [one for one in found if isinstance(one, Assessment)]:
+        _write_assessments(tasks)
+
+
+def _with_error(value: float, error: float | None, form: str) -> str:
+    """A figure and its error in this format; one that is not known is left out."""
+    known = error is not None and isfinite(error)
+    return f"{value:{form}} ± {error:{form}}" if known else f"{value:{form}}"
 
 
 def _readable(one: Evaluation) -> dict[str, str]:
     return {
         "model": one.model,
-        "perplexity": f"{one.perplexity:.3f} ± {one.perplexity_stderr:.3f}",
-        "loss": f"{one.loss:.4f} ± {one.loss_stderr:.4f} nats a token",
-        "bits per byte": f"{one.bits_per_byte:.4f} ± {one.bits_per_byte_stderr:.4f}",
+        "perplexity": _with_error(one.perplexity, one.perplexity_stderr, ".3f"),
+        "loss": _with_error(one.loss, one.loss_stderr, ".4f") + " nats a token",
+        "bits per byte": _with_error(one.bits_per_byte, one.bits_per_byte_stderr, ".4f"),
         "token accuracy": f"{one.token_accuracy:.2%} (among the five likeliest: {one.top5_accuracy:.2%})",
         "corpus": f"{one.documents:,} documents, {one.tokens:,} tokens, {one.words:,} words, {one.bytes:,} bytes",
         "how": f"windows of {one.window:,} tokens, {one.stride:,} new in each, in {one.dtype}",
@@ -45,43 +54,41 @@ def _readable(one: Evaluation) -> dict[str, str]:
 
 
 def _write_table(found: list[Evaluation]) -> None:
-    from rich.table import Table
-
-    names = ("model", "perplexity", "bits per byte", "top 1", "top 5", f"bits saved over {found[0].model}")
-    table = Table(*(console.printable(name) for name in names))
-    for one in found:
-        table.add_row(
-            console.printable(one.model),
-            f"{one.perplexity:.2f} ± {one.perplexity_stderr:.2f}",
-            f"{one.bits_per_byte:.4f} ± {one.bits_per_byte_stderr:.4f}",
+    names = ("model", "perplexity", "bits per byte", "top 1", "top 5", "dtype", f"bits saved over {found[0].model}")
+    rows = [
+        (
+            one.model,
+            _with_error(one.perplexity, one.perplexity_stderr, ".2f"),
+            _with_error(one.bits_per_byte, one.bits_per_byte_stderr, ".4f"),
             f"{one.token_accuracy:.1%}",
             f"{one.top5_accuracy:.1%}",
-            "" if one is found[0] else _difference(one, found[0]),
+            one.dtype,
+            _difference(one, found[0]) if one is not found[0] else "",
         )
-    console.write_table(table)
+        for one in found
+    ]
+    console.write_table(names, rows)
 
 
 def _difference(one: Evaluation, base: Evaluation) -> str:
     gain, error = one.gain_over(base)
     sure = "beyond the error" if abs(gain) > 2 * error else "within the error"
-    return f"{gain:+.4f} ± {error:.4f}, {sure}"
+    return _with_error(gain, error, "+.4f").replace("± +", "± ") + (f", {sure}" if isfinite(error) else "")
 
 
 def _write_assessments(found: list[Assessment]) -> None:
     """A row for each model and for each baseline, a column for each figure."""
-    from rich.table import Table
-
     names = [name for name, value in found[0].metrics.items() if isinstance(value, float) and "stderr" not in name]
     rows = [(one.model, one.metrics) for one in found]
     rows += [(f"({name})", figures) for name, figures in found[0].baselines.items()]
-    table = Table(f"{found[0].examples:,} examples", *names)
-    for label, figures in rows:
-        cells = (_with_error(figures.get(name), figures.get(f"{name}_stderr")) for name in names)
-        table.add_row(console.printable(label), *cells)
-    console.write_table(table)
-
-
-def _with_error(value: float | None, error: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+    cells = [
+        (
+            label,
+            *(
+                _with_error(v, figures.get(f"{name}_stderr"), ".3g") if (v := figures.get(name)) is not None else ""
+                for name in names
+            ),
+        )
+        for label, figures in rows
+    ]
+    console.write_table((f"{found[0].examples:,} examples", *names), cells)

@@ -3,11 +3,11 @@
 Each is used like any of that library (`add_batch`, `compute`), and gives standard errors beside its figures.
 """
 
-import json
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import datasets
@@ -18,19 +18,29 @@ from hfkit.errors import HfkitError, OptionError
 from hfkit.sources import reach_hub
 
 _RESAMPLES = 1000  # of the bootstrap
+_NAMES = ("accuracy", "precision", "recall", "f1")
+_MOST_LABELS = 100  # that a confusion table is made of
 _TEXT, _TEXTS = datasets.Value("string"), datasets.List(datasets.Value("string"))
 
 
 class _Metric(evaluate.Metric):
     """References are a text each, or a list of texts any of which is right."""
 
+    package = ""  # that it needs
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(keep_in_memory=True, **kwargs)
 
+    def _build_data_dir(self) -> str:
+        return ""  # in memory no folder is needed, and that of the library may not be writable
+
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any] | None:
         """As `evaluate.Metric.compute`; of nothing every figure is NaN."""
-        if predictions is not None and not len(predictions):  # the library cannot tell what nothing is made of
+        given = [one for one in (predictions, references) if one is not None]
+        if all(not len(one) for one in given) and self.writer is None:  # the library needs one to tell their type
             return self._compute([], [])
+        if len({len(one) for one in given}) > 1:
+            raise ValueError(f"{len(predictions)} predictions, but {len(references)} references")
         return super().compute(predictions=predictions, references=references, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -43,6 +53,11 @@ class _Metric(evaluate.Metric):
         )
 
 
+def _lists(references: Sequence[Any]) -> list[list[str]]:
+    """All references of each row; an empty one where there is none."""
+    return [[one] if isinstance(one, str) else list(one) or [""] for one in references]
+
+
 class Classification(_Metric):
     """Accuracy; precision, recall and F1 as means over the classes; the same for each class; a confusion table.
 
@@ -50,58 +65,54 @@ class Classification(_Metric):
     """
 
     def _compute(self, predictions: Sequence[str], references: Sequence[Any]) -> dict[str, Any]:
-        references = [one if isinstance(one, str) else one[0] for one in references]
-        labels = sorted({*predictions, *references})
+        right = [answers[0] for answers in _lists(references)]
+        labels = sorted({*predictions, *right})
         number = {label: index for index, label in enumerate(labels)}
-        pairs = np.array(
-            [[number[a], number[b]] for a, b in zip(references, predictions, strict=True)], np.int64
-        ).reshape(-1, 2)
-        table = _confusion(pairs, len(labels))
-        precision, recall, f1 = _rates(table)
-        classes = {
-            label: {"precision": p, "recall": r, "f1": f, "support": int(row.sum())}
-            for label, p, r, f, row in zip(labels, precision, recall, f1, table, strict=True)
-        }
-
-        def summary(confusion: np.ndarray) -> np.ndarray:
-            seen = (confusion.sum(0) + confusion.sum(1)) > 0
-            means = [rate[seen].mean() if seen.any() else np.nan for rate in _rates(confusion)]
-            return np.array([np.trace(confusion) / max(1, confusion.sum()) if seen.any() else np.nan, *means])
-
-        figures = summary(table)
+        pairs = np.array([[number[one] for one in ones] for ones in (right, predictions)], np.int64)
+        figures = _summarize(pairs, len(labels))
         draw = np.random.default_rng(0)
-        drawn = [
-            summary(_confusion(pairs[draw.integers(0, len(pairs), len(pairs))], len(labels)))
-            for _ in range(_RESAMPLES if len(pairs) > 1 else 0)
-        ]
-        errors = np.std(drawn, axis=0) if drawn else np.full(4, np.nan)
-        names = ("accuracy", "precision", "recall", "f1")
-        found = dict(zip(names, figures.tolist(), strict=True))
-        found |= {f"{name}_stderr": error for name, error in zip(names, errors.tolist(), strict=True)}
-        return {**found, "classes": classes, "confusion": {"labels": labels, "matrix": table.tolist()}}
+        rows = pairs.shape[1]
+        drawn = [_summarize(pairs[:, draw.integers(0, rows, rows)], len(labels)) for _ in range(_RESAMPLES)]
+        errors = np.std(drawn, axis=0) if rows > 1 else np.full(4, np.nan)
+        found = dict(zip(_NAMES, figures.tolist(), strict=True))
+        found |= {f"{name}_stderr": error for name, error in zip(_NAMES, errors.tolist(), strict=True)}
+        support, *rates = _rates(pairs, len(labels))
+        found["classes"] = {
+            label: dict(zip((*_NAMES[1:], "support"), (*map(float, of_label), int(count)), strict=True))
+            for label, count, *of_label in zip(labels, support, *rates, strict=True)
+        }
+        if len(labels) <= _MOST_LABELS:
+            places = np.bincount(pairs[0] * len(labels) + pairs[1], minlength=len(labels) ** 2)
+            matrix = places.reshape(len(labels), len(labels)).tolist()
+            found["confusion"] = {"labels": labels, "matrix": matrix}  # a row for each reference
+        return found
 
 
-def _confusion(pairs: np.ndarray, classes: int) -> np.ndarray:
-    """Counts of (reference, prediction), (classes, classes)."""
-    return np.bincount(pairs[:, 0] * classes + pairs[:, 1], minlength=classes * classes).reshape(classes, classes)
-
-
-def _rates(confusion: np.ndarray) -> tuple[list[float], ...]:
-    """Precision, recall and F1 of each class."""
-    hits, predicted, referred = np.diag(confusion), confusion.sum(0), confusion.sum(1)
+def _rates(pairs: np.ndarray, labels: int) -> list[np.ndarray]:
+    """Of each label how often it is right, precision, recall and F1, (labels,); pairs: (right or predicted, rows)."""
+    referred, predicted, hits = (
+        np.bincount(row, minlength=labels) for row in (*pairs, pairs[0, pairs[0] == pairs[1]])
+    )
 
     def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-        return np.divide(above, below, out=np.zeros(len(hits)), where=below > 0)
+        return np.divide(above, below, out=np.zeros(labels), where=below > 0)
 
-    return ratio(hits, predicted), ratio(hits, referred), ratio(2 * hits, predicted + referred)  # type: ignore[return-value]
+    return [referred, ratio(hits, predicted), ratio(hits, referred), ratio(2 * hits, predicted + referred)]
+
+
+def _summarize(pairs: np.ndarray, labels: int) -> np.ndarray:
+    """Accuracy, and the means of precision, recall and F1 over the labels that there are, (4,)."""
+    if not pairs.size:
+        return np.full(4, np.nan)
+    seen = np.unique(pairs)
+    return np.array([(pairs[0] == pairs[1]).mean(), *(rate[seen].mean() for rate in _rates(pairs, labels)[1:])])
 
 
 class Squad(_Metric):
     """Exact match and token F1 of answers, as SQuAD defines them; an empty answer is right where there is none."""
 
     def _compute(self, predictions: Sequence[str], references: Sequence[Any]) -> dict[str, float]:
-        answers = [[one] if isinstance(one, str) else list(one) or [""] for one in references]
-        pairs = list(zip(predictions, answers, strict=True))
+        pairs = list(zip(predictions, _lists(references), strict=True))
         exact = [max(float(normalize(guess) == normalize(answer)) for answer in right) for guess, right in pairs]
         f1 = [max(token_f1(guess, answer) for answer in right) for guess, right in pairs]
         return _mean("exact_match", exact) | _mean("f1", f1)
@@ -129,40 +140,47 @@ def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 class Bleu(_Metric):
-    """BLEU and chrF of sacrebleu, from 0 to 100; the errors are from its bootstrap."""
+    """BLEU and chrF of sacrebleu, from 0 to 100; the errors are of a bootstrap over the rows."""
+
+    package = "sacrebleu"
 
     def _compute(self, predictions: Sequence[str], references: Sequence[Any]) -> dict[str, float]:
-        try:
-            from sacrebleu.metrics import BLEU, CHRF
-        except ImportError as error:
-            raise HfkitError("BLEU and chrF need sacrebleu: pip install 'hfkit[metrics]'") from error
+        from sacrebleu.metrics import BLEU, CHRF
+
         if not predictions:
             return {name: float("nan") for name in ("bleu", "bleu_stderr", "chrf", "chrf_stderr")}
-        texts = [[one] if isinstance(one, str) else list(one) for one in references]
+        texts = _lists(references)
         most = max(len(one) for one in texts)
         # A stream for each place in the lists; sacrebleu skips what is None.
         streams = [[one[place] if place < len(one) else None for one in texts] for place in range(most)]
         found = {}
-        for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
-            score = metric.corpus_score(list(predictions), streams, n_bootstrap=_RESAMPLES)
-            found[name] = score.score
-            told = json.loads(score.format(12, is_json=True, signature=str(metric.get_signature())))
-            found[f"{name}_stderr"] = told.get("confidence_var", 0.0) / 1.96  # half of its interval of 95 %
+        for name, metric in (("bleu", BLEU(force=True)), ("chrf", CHRF())):  # force: without a warning
+            found[name] = float(metric.corpus_score(list(predictions), streams).score)
+            # Its own bootstrap fails where some of the samples have 0 (statistics.mean of float and float32).
+            counts = np.array(metric._extract_corpus_statistics(list(predictions), streams))
+            draw = np.random.default_rng(0)
+            drawn = [
+                metric._compute_score_from_stats(
+                    counts[draw.integers(0, len(texts), len(texts))].sum(0).tolist()
+                ).score
+                for _ in range(_RESAMPLES if len(texts) > 1 else 0)
+            ]
+            found[f"{name}_stderr"] = float(np.std(drawn)) if drawn else float("nan")
         return found
 
 
 class Rouge(_Metric):
     """ROUGE-1, ROUGE-2 and ROUGE-L (F measures) of rouge-score; the best of several references counts."""
 
+    package = "rouge_score"
+
     def _compute(self, predictions: Sequence[str], references: Sequence[Any]) -> dict[str, float]:
-        try:
-            from rouge_score.rouge_scorer import RougeScorer
-        except ImportError as error:
-            raise HfkitError("ROUGE needs rouge-score: pip install 'hfkit[metrics]'") from error
+        from rouge_score.rouge_scorer import RougeScorer
+
         names = ("rouge1", "rouge2", "rougeL")
         scorer = RougeScorer(list(names))
-        answers = [[one] if isinstance(one, str) else list(one) for one in references]
-        scores = [scorer.score_multi(a, guess) for guess, a in zip(predictions, answers, strict=True)]
+        pairs = zip(_lists(references), predictions, strict=True)
+        scores = [scorer.score_multi(answers, guess) for answers, guess in pairs]
         found: dict[str, float] = {}
         for name in names:
             found |= _mean(name, [score[name].fmeasure for score in scores])
@@ -170,7 +188,7 @@ class Rouge(_Metric):
 
 
 # Every figure that can be asked for, and the metric that has it.
-METRICS: dict[str, Callable[[], evaluate.Metric]] = {
+METRICS: dict[str, Callable[[], Any]] = {
     **dict.fromkeys(("accuracy", "precision", "recall"), Classification),
     **dict.fromkeys(("exact_match", "f1"), Squad),
     **dict.fromkeys(("bleu", "chrf"), Bleu),
@@ -186,7 +204,10 @@ def load_metric(name: str) -> Any:
         OptionError: there is none of that name here, and the Hub cannot be reached or has none.
     """
     if name in METRICS:
-        return METRICS[name]()
+        metric = METRICS[name]()
+        if metric.package and not find_spec(metric.package):
+            raise HfkitError(f"--metric {name} needs a package: pip install 'hfkit[metrics]'")
+        return metric
     try:
         reach_hub(name)
         return evaluate.load(name)

@@ -113,12 +113,17 @@ def score_batches(model: Any, batches: Iterable[tuple[torch.Tensor, torch.Tensor
 
 @contextlib.contextmanager
 def precise_head(model: Any) -> Iterator[None]:
-    """Compute logits in float32 inside an autocast: those of GPT-2 are near -100, where bfloat16 has steps of 0.5."""
+    """Compute logits in float32, whatever the rest is in: GPT-2's are near -100, where bfloat16 has steps of 0.5."""
     head = model.get_output_embeddings()
+    if head is None or hasattr(head, "_hf_hook"):  # its weights may be elsewhere until accelerate brings them
+        yield
+        return
     before = head.forward
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
+            if not head.weight.is_floating_point():  # quantised: it knows its scale itself
+                return before(hidden.float())
             bias = None if head.bias is None else head.bias.float()
             return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
 
@@ -127,3 +132,14 @@ def precise_head(model: Any) -> Iterator[None]:
         yield
     finally:
         head.forward = before
+
+
+def jsonable(value: Any) -> Any:
+    """`value` as JSON can say it: Python's numbers for numpy's, None for what is not finite."""
+    if isinstance(value, dict):
+        return {name: jsonable(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(one) for one in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return jsonable(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value

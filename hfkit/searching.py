@@ -25,15 +25,12 @@ def write(
 
 
 def _write_trials(found: Search) -> None:
-    from rich.table import Table
-
     names = list(dict.fromkeys(name for trial in found.trials for name in trial["params"]))
     worth = [f"{name}\n{found.importances[name]:.0%}" if name in found.importances else name for name in names]
-    table = Table("trial", "held-out loss", *worth)
+    rows = []
     for trial in sorted(found.trials, key=lambda one: (one["loss"] is None, one["loss"] or 0)):
         score = "pruned" if trial["state"] == "pruned" else f"{trial['loss']:.4f}"
         cells = (trial["params"].get(name, "") for name in names)
-        table.add_row(
-            str(trial["number"]), score, *(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells)
-        )
-    console.write_table(table, 140)
+        shown = (f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells)
+        rows.append((str(trial["number"]), score, *shown))
+    console.write_table(("trial", "held-out loss", *worth), rows, 140)

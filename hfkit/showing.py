@@ -71,10 +71,11 @@ def _style(token: Token) -> str:
 
 
 def _write_next(found: Inspection) -> None:
-    from rich.table import Table
-
-    table = Table("next", "alone", *(f"{name}\n{count:,} left" for name, count in found.left.items()))
-    for row in found.following:
-        cells = [row["probability"], *(row[name] for name in found.left)]
-        table.add_row(console.printable(row["text"]), *(f"{cell:.2%}" if cell else "" for cell in cells))
-    console.write_table(table)
+    rows = [
+        (
+            row["text"],
+            *(f"{share:.2%}" if share else "" for share in (row["probability"], *(row[n] for n in found.left))),
+        )
+        for row in found.following
+    ]
+    console.write_table(("next", "alone", *(f"{name}\n{count:,} left" for name, count in found.left.items())), rows)

@@ -119,17 +119,9 @@ def write_sweep(model: ModelOptions, sampling: GenerateOptions, prompt: str, swe
             console.write("".join(to_line(result.to_dict() | {name: value}) for result in found))
         columns[f"{name} {value}"] = found
     if not json:
-        _write_columns(columns)
-
-
-def _write_columns(columns: dict[str, list[Generation]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*columns, show_lines=True)
-    for row in zip(*columns.values(), strict=False):
-        table.add_row(*(Text(console.printable(result.completion.strip())) for result in row))
-    console.write_table(table, max(80, 40 * len(columns)))
+        rows = zip(*columns.values(), strict=False)
+        texts = ([result.completion.strip() for result in row] for row in rows)
+        console.write_table(list(columns), texts, max(80, 40 * len(columns)), show_lines=True)
 
 
 def write_file(

@@ -12,12 +12,12 @@ import hfkit
 MODULES = {path.stem: ast.parse(path.read_text()) for path in Path(hfkit.__file__).parent.glob("*.py")}
 # From left to right; a module imports only what stands before it.
 ORDER = """
-    errors declaration options processes console recipes cookbook flags storage files prompts sources tables
-    tasks corpora runs novelty quantization models encoding decoding sampling batches generation scoring data
-    sequences planning heads metrics classification answering assessment evaluation optimizers checkpoints
-    monitoring adapters pictures pages report fitting outcomes cards training encoders pretraining tuning
-    inspection preparation exporting writing measuring showing searching labelling conversation machine serving
-    launching failures cli __main__
+    errors declaration options processes console recipes cookbook flags storage files prompts sources tables tasks
+    corpora runs novelty quantization models encoding decoding sampling batches generation scoring data sequences
+    planning heads metrics classification answering assessment evaluation optimizers checkpoints monitoring
+    adapters pictures pages report fitting outcomes cards training encoders pretraining tuning inspection
+    preparation exporting writing measuring showing searching labelling conversation machine serving launching
+    failures cli __main__
 """.split()
 LIGHT = (
     "errors declaration options console recipes cookbook flags processes prompts sources failures cli __init__".split()

@@ -1,20 +1,14 @@
 """A recipe is YAML as people mean it, and can do nothing but set options."""
 
-import json
-import re
 import time
 from pathlib import Path
 
 import pytest
-import typer
 from conftest import assert_fails, call
 
-from hfkit.cli import app
 from hfkit.errors import OptionError
 from hfkit.options import GenerateOptions, ModelOptions
 from hfkit.recipes import read_recipe, read_value, read_values
-
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -104,19 +98,6 @@ def test_a_value_of_another_shape_is_a_usage_error(capfdbinary, tmp_path, text):
     )
     with pytest.raises(OptionError):
         read_recipe(tmp_path / "recipe.yaml", ModelOptions, GenerateOptions)
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
-def test_a_shipped_recipe_says_how_to_run_it_and_reads(path, capfdbinary, tiny):
-    command = re.search(rf"^#   hfkit (\w+) .*recipes/{path.name}$", path.read_text(), re.MULTILINE)[1]
-    assert read_values(path, [p.name for p in typer.main.get_command(app).commands[command].params])
-    if command == "generate":
-        result = call(capfdbinary, "generate", "hi", "-c", path, "-m", tiny, "-n", 2, "--json")
-        assert json.loads(result.stdout)["tokens"] == 2
-
-
-def test_there_are_recipes():
-    assert RECIPES
 
 
 def test_a_lone_text_is_a_list_of_one_and_not_of_its_letters(capfdbinary, tmp_path, tiny):
