@@ -1,20 +1,23 @@
 """`answer`: find the answer to a question in a text with a model of BERT's type, or let a causal model write it."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from hfkit.errors import HfkitError
 from hfkit.generation import generate, loaded
 from hfkit.heads import HeadCollator, windows
 from hfkit.models import LanguageModel, head_of
-from hfkit.options import ModelOptions
+from hfkit.options import GenerateOptions, ModelOptions
 from hfkit.tasks import Task, task_of
 
 _LONGEST = 30  # tokens of an answer
-_BATCH = 16  # windows at a time
+_BATCH = 16  # texts, and windows, at a time
 _GENERATIVE = Task("{context}\n\nQuestion: {question}\nAnswer: {answer}")
 
 
@@ -64,57 +67,67 @@ def answer(
         raise HfkitError("give a question, and a text to answer it from")
     lm = loaded(model, "question-answering", "text")
     if head_of(lm.model.config) == "question-answering":
-        return find_answers(lm, [(question, context)], no_answer_threshold)[0]
+        GenerateOptions.make(None, overrides)  # they change nothing here, but must exist
+        return next(find_answers(lm, [(question, context)], no_answer_threshold))
     return _write(lm, question, context, overrides)
 
 
 def _write(lm: LanguageModel, question: str, context: str, options: dict[str, Any]) -> Answer:
     task = task_of(lm.tokenizer) or _GENERATIVE
+    if not {*task.inputs} <= {"question", "context"}:
+        raise HfkitError(f"{lm.name} learned another task, from {', '.join(task.inputs)}: use 'hfkit generate'")
     given = {"max_new_tokens": 40, "temperature": 0, "stop_strings": [task.end], "raw": True} | options
     found = generate(task.prompt({"question": question, "context": context}), model=lm, **given)
-    score = float(torch.tensor(found.logprob).exp())
+    score = math.exp(found.logprob)
     return Answer(found.completion.strip(), score, None, None, question, lm.name)
 
 
 @torch.inference_mode()
-def find_answers(lm: LanguageModel, pairs: Sequence[tuple[str, str]], threshold: float) -> list[Answer]:
-    """The likeliest span of each (question, context), or none."""
+def find_answers(lm: LanguageModel, pairs: Iterable[tuple[str, str]], threshold: float) -> Iterator[Answer]:
+    """The likeliest span of each (question, context), or none, in order."""
     length = min(lm.context or 512, 512)
-    parts = [
-        (number, part)
-        for number, (question, context) in enumerate(pairs)
-        for part in windows(question, context, lm.tokenizer, length)
-    ]
     collate = HeadCollator(lm.tokenizer.pad_token_id or 0)
-    found: list[list[tuple[float, int, int]]] = [[] for _ in pairs]  # (score, start, end) of each span
-    nothing = [float("inf")] * len(pairs)  # the least score of "no answer" of its windows
-    for at in range(0, len(parts), _BATCH):
-        batch = parts[at : at + _BATCH]
-        inputs = collate([part["inputs"] for _, part in batch])
-        output = lm.model(**{name: tensor.to(lm.model.device) for name, tensor in inputs.items()})
-        for (number, part), start, end in zip(
-            batch, output.start_logits.float().cpu(), output.end_logits.float().cpu(), strict=True
-        ):
-            nothing[number] = min(nothing[number], float(start[0] + end[0]))
-            found[number] += _spans(part["offsets"], start, end)
-    answers = []
-    for (question, context), spans, none in zip(pairs, found, nothing, strict=True):
-        score, first, last = max(spans, default=(float("-inf"), 0, 0))
-        scores = torch.tensor([none, *(span[0] for span in spans)])
-        probability = float((torch.tensor(max(score, none)) - scores.logsumexp(0)).exp())
-        if none - score > threshold:
-            answers.append(Answer("", probability, None, None, question, lm.name))
-        else:
-            shown = float((torch.tensor(score) - scores.logsumexp(0)).exp())
-            answers.append(Answer(context[first:last], shown, first, last, question, lm.name))
-    return answers
+    pairs = iter(pairs)
+    while some := list(islice(pairs, _BATCH)):
+        parts = [(i, part) for i, pair in enumerate(some) for part in windows(*pair, lm.tokenizer, length)]
+        spans: list[list[np.ndarray]] = [[] for _ in some]
+        nothing = [math.inf] * len(some)  # the least score of "no answer" of its windows
+        for at in range(0, len(parts), _BATCH):
+            batch = parts[at : at + _BATCH]
+            inputs = collate([part["inputs"] for _, part in batch])
+            output = lm.model(**{name: tensor.to(lm.model.device) for name, tensor in inputs.items()})
+            logits = torch.stack([output.start_logits, output.end_logits], 1).double().cpu().numpy()
+            for (number, part), (start, end) in zip(batch, logits, strict=True):
+                nothing[number] = min(nothing[number], start[0] + end[0])
+                spans[number].append(_spans(part["offsets"], start, end))
+        for (question, context), found, none in zip(some, spans, nothing, strict=True):
+            yield _choose(lm.name, question, context, np.concatenate(found, 1), none, threshold)
 
 
-def _spans(offsets: list[Any], start: torch.Tensor, end: torch.Tensor) -> list[tuple[float, int, int]]:
-    """Scores of the likely spans of one window, with their characters."""
-    inside = [at for at, place in enumerate(offsets) if place]
-    starts = sorted(inside, key=lambda at: -float(start[at]))[:20]
-    ends = sorted(inside, key=lambda at: -float(end[at]))[:20]
-    return [
-        (float(start[a] + end[b]), offsets[a][0], offsets[b][1]) for a in starts for b in ends if a <= b < a + _LONGEST
-    ]
+def _spans(offsets: list[Any], start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """All spans of one window that an answer may be: score, first character, the one behind the last; (3, spans)."""
+    inside = np.array([bool(place and place[0] < place[1]) for place in offsets])
+    size = len(offsets)
+    near = np.tri(size, size, _LONGEST - 1, dtype=bool) & ~np.tri(size, size, -1, dtype=bool)
+    firsts, lasts = np.nonzero(near & inside & inside[:, None])
+    places = np.array([place or (0, 0) for place in offsets])
+    return np.stack([start[firsts] + end[lasts], places[firsts, 0], places[lasts, 1]])
+
+
+def _choose(name: str, question: str, context: str, spans: np.ndarray, none: float, threshold: float) -> Answer:
+    """The likeliest of `spans`, (3, spans), or no answer where that is likelier by more than `threshold`."""
+    # Windows overlap: of a span that two of them have, the better score counts.
+    order = np.lexsort((-spans[0], spans[2], spans[1]))
+    spans = spans[:, order]
+    new = np.ones(len(order), bool)
+    new[1:] = (spans[1:, 1:] != spans[1:, :-1]).any(0)
+    spans = spans[:, new]
+    best = int(spans[0].argmax()) if spans.size else None
+    score = -math.inf if best is None else float(spans[0, best])
+    total = np.logaddexp.reduce([none, *spans[0]])
+    if best is None or none - score > threshold:
+        return Answer("", float(np.exp(none - total)), None, None, question, name)
+    first, last = map(int, spans[1:, best])
+    text = context[first:last]
+    first, last = last - len(text.lstrip()), first + len(text.rstrip())
+    return Answer(context[first:last], float(np.exp(score - total)), first, last, question, name)

@@ -1,7 +1,8 @@
 """How well a model does a task: its answers or labels against the right ones, beside baselines that know nothing."""
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from hfkit.answering import find_answers
 from hfkit.classification import calibration_error, classify_each, label_names
+from hfkit.console import progress
 from hfkit.corpora import Corpora, find_corpus, read_table
 from hfkit.errors import HfkitError
 from hfkit.generation import generate_each
@@ -18,9 +20,11 @@ from hfkit.metrics import load_metric
 from hfkit.models import LanguageModel, head_of
 from hfkit.options import CorpusOptions, GenerateOptions, TaskOptions
 from hfkit.scoring import jsonable
+from hfkit.tables import Row
 from hfkit.tasks import Task, make_task, task_of
 
 _PAIRS = Task("{prompt}{completion}")  # rows that have no template
+_NOTHING = "there is nothing to score: the corpus holds no rows"
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,13 @@ def assess(lm: LanguageModel, corpus: Corpora, options: CorpusOptions, task: Tas
     head = head_of(lm.model.config)
     if head == "question-answering":
         rows = question_rows(corpus, options)
-        guesses = [one.answer for one in find_answers(lm, [row[:2] for row in rows], 0.0)]
-        return _score(lm, guesses, [row[2] or [""] for row in rows], options.metric or ("squad",), {})
+        found = find_answers(lm, [(row.question, row.context) for row in rows], 0.0)
+        guesses = [one.answer for one in _watched(found, len(rows))]
+        return _score(lm, guesses, [row.answers or [""] for row in rows], options.metric or ("squad",), {})
     if head == "classification":
         pairs = classification_rows(corpus, options)
         _check_labels({label for _, label in pairs}, label_names(lm.model))
-        texts, labels = zip(*pairs, strict=True)
+        texts, labels = [text for text, _ in pairs], [label for _, label in pairs]
         return _label(lm, texts, labels, TaskOptions(), options.metric or ())
     assert task is not None  # noqa: S101, the caller has found it
     table = [(row, where) for row, where in read_table(find_corpus(corpus), options)]
@@ -80,7 +85,7 @@ def assess(lm: LanguageModel, corpus: Corpora, options: CorpusOptions, task: Tas
     if task.labels:
         asked = TaskOptions(template=task.template, labels=list(task.labels))
         return _label(lm, [row for row, _ in table], right, asked, task.metric)
-    guesses = list(_write(lm, [row for row, _ in table], task))
+    guesses = list(_watched(_write(lm, table, task), len(table)))
     copied = {"copying": [str(row[task.inputs[-1]]).strip() for row, _ in table]} if len(task.inputs) == 1 else {}
     return _score(lm, guesses, right, task.metric or ("squad",), copied)
 
@@ -90,26 +95,46 @@ def _check_labels(found: set[str], known: Sequence[str]) -> None:
         raise HfkitError(f"label {sorted(unknown)[0]!r} is none of the model's: {', '.join(known)}")
 
 
-def _write(lm: LanguageModel, rows: Sequence[Mapping[str, Any]], task: Task) -> Iterator[str]:
+def _watched(found: Iterable[Any], rows: int) -> Iterator[Any]:
+    """What is found, with a bar that shows how much of it is."""
+    with progress(rows, "row", "evaluating") as bar:
+        for one in found:
+            yield one
+            bar.update()
+
+
+def _write(lm: LanguageModel, table: Sequence[Row], task: Task) -> Iterator[str]:
     """The likeliest answer of each row."""
     options = GenerateOptions(temperature=0, stop_strings=[task.end], raw=True)
-    for _, found in generate_each(enumerate(task.prompt(row) for row in rows), model=lm, options=options):
+    prompts = enumerate(task.prompt(row, where) for row, where in table)
+    for number, found in generate_each(prompts, model=lm, options=options):
         if isinstance(found, HfkitError):
-            raise found
+            raise type(found)(f"{table[number][1]}: {found}") from found
         yield found[0].completion.strip()
 
 
 def _label(
     lm: LanguageModel, texts: Sequence[Any], right: Sequence[str], options: TaskOptions, metric: Sequence[str]
 ) -> Assessment:
-    found = list(classify_each(texts, lm, options))
+    if not texts:
+        raise HfkitError(_NOTHING)
+    found = []
+    for one in _watched(classify_each(texts, lm, options), len(texts)):
+        if isinstance(one, HfkitError):
+            raise type(one)(f"row {len(found) + 1}: {one}") from one
+        found.append(one)
     # The F1 of labels is not that of the words in them.
     names = ["classification" if name == "f1" else name for name in metric or ("accuracy",)]
     result = _score(lm, [one.label for one in found], right, names, {})
     claimed = [one.probabilities[one.label] for one in found]
     hits = [one.label == label for one, label in zip(found, right, strict=True)]
     nll = [-np.log(max(one.probabilities.get(label, 0.0), 1e-300)) for one, label in zip(found, right, strict=True)]
-    figures = {"loss": float(np.mean(nll)), "calibration_error": calibration_error(claimed, hits)}
+    error = float(np.std(nll, ddof=1) / np.sqrt(len(nll))) if len(nll) > 1 else math.nan
+    figures = {
+        "loss": float(np.mean(nll)),
+        "loss_stderr": error,
+        "calibration_error": calibration_error(claimed, hits),
+    }
     return replace(result, metrics={**result.metrics, **figures})
 
 
@@ -118,7 +143,7 @@ def _score(
 ) -> Assessment:
     """Metrics of the guesses, and of guessing the most frequent answer and whatever `others` guess."""
     if not right:
-        raise HfkitError("there is nothing to score: the corpus holds no rows")
+        raise HfkitError(_NOTHING)
     singles = [one if isinstance(one, str) else one[0] for one in right]
     others = {"most frequent answer": [Counter(singles).most_common(1)[0][0]] * len(right), **others}
 

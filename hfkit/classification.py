@@ -1,5 +1,6 @@
 """`classify`: label texts, by the likelihood of each label as an answer, or with a model that has a head for it."""
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,14 +9,19 @@ from typing import Any
 
 import torch
 
+from hfkit.console import note
+from hfkit.data import encode_answers
 from hfkit.encoding import encode
 from hfkit.errors import HfkitError, OptionError
 from hfkit.generation import loaded
+from hfkit.heads import HeadCollator, encode_text
 from hfkit.models import LanguageModel, head_of
 from hfkit.options import ModelOptions, TaskOptions
+from hfkit.sequences import group
 from hfkit.tasks import Task, make_task, task_of
 
-_BATCH = 32  # texts at a time
+_WINDOW = 128  # texts that are sorted by length together
+_TOKENS = {"cpu": 16_384, "cuda": 131_072}  # at a time, of texts or of labels behind them
 _ZERO_SHOT = "{text}\nThis is about: {label}"  # for labels without a template
 
 
@@ -59,100 +65,154 @@ def classify(
     options = TaskOptions.make(options, overrides)
     lm = loaded(model, "text", "classification")
     many = [text] if isinstance(text, str | Mapping) else list(text)
-    found = list(classify_each(many, lm, options))
+    found = []
+    for one in classify_each(many, lm, options):
+        if isinstance(one, HfkitError):
+            raise one if len(many) == 1 else type(one)(f"text {len(found)}: {one}") from one
+        found.append(one)
     return found[0] if isinstance(text, str | Mapping) else found
 
 
 def classify_each(
-    texts: Iterable[str | Mapping[str, Any]], lm: LanguageModel, options: TaskOptions
-) -> Iterator[Classification]:
-    """As `classify`, batch by batch; the results come in order."""
+    texts: Iterable[str | Mapping[str, Any] | HfkitError], lm: LanguageModel, options: TaskOptions
+) -> Iterator[Classification | HfkitError]:
+    """As `classify`, in order; an HfkitError in place of a text that cannot be labelled, or that is one."""
     task = None if head_of(lm.model.config) == "classification" else labelling_task(lm, options)
-    texts = iter(texts)
-    while batch := list(islice(texts, _BATCH)):
-        if task is None:
-            labels, scores = label_names(lm.model), _head_scores(lm, [_only_text(text) for text in batch])
-        else:
-            labels, scores = list(task.labels), label_scores(lm, [task.fill(text) for text in batch], task)
-        for text, row in zip(batch, scores.softmax(-1).tolist(), strict=True):
-            order = sorted(range(len(labels)), key=lambda index: -row[index])
-            probabilities = {labels[index]: row[index] for index in order}
-            shown = text if isinstance(text, str) else " ".join(str(value) for value in text.values())
-            yield Classification(shown, labels[order[0]], probabilities, lm.name)
+    names = list(task.labels) if task else label_names(lm.model)
+    labels = _label_ids(lm, task) if task else []
+    tokens = _TOKENS.get(lm.model.device.type, _TOKENS["cpu"]) // (len(labels) or 1)
+    # Without a token for it, a head does not see where the padding begins.
+    tokens = 1 if not task and lm.model.config.pad_token_id is None else tokens
+    texts, long = iter(texts), 0
+    while window := list(islice(texts, _WINDOW)):
+        found: dict[int, Any] = {}
+        items = []
+        for number, given in enumerate(window):
+            try:
+                if isinstance(given, HfkitError):
+                    raise given
+                found[number] = _shown(given, task)
+                ids = _prompt_ids(lm, task.fill(given), labels) if task else _text_ids(lm, found[number])
+                long += not task and len(ids) == lm.context
+                items.append({"input_ids": ids, "number": number})
+            except HfkitError as error:
+                found[number] = error
+        for some in group(sorted(items, key=lambda item: len(item["input_ids"])), tokens):
+            rows = [item["input_ids"] for item in some]
+            scores = label_scores(lm, rows, labels).softmax(-1) if task else _head_probabilities(lm, rows)
+            for item, row in zip(some, scores.tolist(), strict=True):
+                order = sorted(range(len(names)), key=lambda index, row=row: -row[index])
+                shares = {names[index]: row[index] for index in order}
+                found[item["number"]] = Classification(found[item["number"]], names[order[0]], shares, lm.name)
+        yield from (found[number] for number in range(len(window)))
+    if long:
+        note(f"{long} texts have {lm.context} tokens or more, which {lm.name} takes: their ends are left out")
 
 
-def _only_text(given: str | Mapping[str, Any]) -> str:
+def _shown(given: str | Mapping[str, Any], task: Task | None) -> str:
+    """The text of a row: its columns that are looked at."""
     if isinstance(given, str):
         return given
-    if not isinstance(given.get("text"), str):
+    if not task and not isinstance(given.get("text"), str):
         raise HfkitError("a model with a head labels the column 'text': rename the column")
-    return given["text"]
+    return " ".join(str(given[name]) for name in (task.inputs if task else ["text"]) if name in given)
 
 
 def labelling_task(lm: LanguageModel, options: TaskOptions) -> Task:
     """The task to label texts with: as asked for, else the model's own.
 
     Raises:
-        OptionError: there are no labels to choose from.
+        HfkitError: there are no labels to choose from, or the model is none that goes on with a text.
     """
+    if lm.model.config.is_encoder_decoder:
+        raise HfkitError(f"{lm.name} has an encoder: use 'hfkit generate', or choose a causal model")
     own = task_of(lm.tokenizer)
     task = make_task(options) or own or Task(_ZERO_SHOT)
     labels = tuple(options.labels or task.labels or (own.labels if own else ()))
     if len(labels) < 2:
         raise OptionError(f"{lm.name} has no labels of its own: give --labels, once for each")
+    if len(set(labels)) < len(labels) or not all(label.strip() for label in labels):
+        raise OptionError(f"--labels are {', '.join(map(repr, labels))}: give each once, and none that is empty")
     return Task(task.template, labels, task.metric)
 
 
 def label_names(model: Any) -> list[str]:
-    """The labels of a model with a head, in the order of its outputs."""
+    """The labels of a model with a head, in the order of its outputs.
+
+    Raises:
+        HfkitError: it gives a number instead.
+    """
+    if model.config.num_labels < 2:
+        raise HfkitError(f"{model.name_or_path} gives a number, not labels: use its own library")
     return [model.config.id2label[index] for index in range(model.config.num_labels)]
 
 
-@torch.inference_mode()
-def _head_scores(lm: LanguageModel, texts: list[str]) -> torch.Tensor:
-    """Logits of a classification head, (texts, labels)."""
-    encoded = lm.tokenizer(texts, padding=True, truncation=True, max_length=lm.context, return_tensors="pt")
-    return lm.model(**encoded.to(lm.model.device)).logits.float().cpu()
+def _text_ids(lm: LanguageModel, text: str) -> list[int]:
+    return encode_text(text, lm.tokenizer, lm.context or 512)
 
 
 @torch.inference_mode()
-def label_scores(lm: LanguageModel, prompts: Sequence[str], task: Task) -> torch.Tensor:
-    """Log-likelihood of each label as the answer to each prompt, in nats, (prompts, labels).
+def _head_probabilities(lm: LanguageModel, rows: list[list[int]]) -> torch.Tensor:
+    """What a classification head makes of texts, (texts, labels); where several labels may hold, of each alone."""
+    inputs = HeadCollator(lm.model.config.pad_token_id or 0)([{"input_ids": row} for row in rows])
+    logits = lm.model(**{name: tensor.to(lm.model.device) for name, tensor in inputs.items()}).logits.float().cpu()
+    several = lm.model.config.problem_type == "multi_label_classification"
+    return logits.sigmoid() if several else logits.softmax(-1)
+
+
+def _label_ids(lm: LanguageModel, task: Task) -> list[list[int]]:
+    """The tokens of each label as an answer; with what ends it only where one label begins another."""
+    whole = [task.complete(label) for label in task.labels]
+    bare = encode_answers([text.removesuffix(task.end) for text in whole], lm.tokenizer)
+    nested = any(one is not other and other[: len(one)] == one for one in bare for other in bare)
+    return encode_answers(whole, lm.tokenizer) if nested else bare
+
+
+def _prompt_ids(lm: LanguageModel, prompt: str, labels: list[list[int]]) -> list[int]:
+    ids, longest = encode(prompt, lm.tokenizer, lm.name), max(map(len, labels))
+    if lm.context and len(ids) + longest > lm.context:
+        raise HfkitError(
+            f"{len(ids)} tokens of text and {longest} of a label do not fit {lm.name}, which takes {lm.context} "
+            "together: shorten the text"
+        )
+    return ids
+
+
+@torch.inference_mode()
+def label_scores(lm: LanguageModel, rows: list[list[int]], labels: list[list[int]]) -> torch.Tensor:
+    """Log-likelihood of each label as the answer to each prompt, in nats, (rows, labels); all given as token ids.
 
     A prompt is computed once, whatever the number of labels: these go on from its keys and values.
     """
-    model, tokenizer = lm.model, lm.tokenizer
-    rows = [encode(prompt, tokenizer, lm.name) for prompt in prompts]
-    labels = [tokenizer(task.complete(label).removesuffix(task.end), add_special_tokens=False)["input_ids"]
-              for label in task.labels]  # fmt: skip
     width, longest = max(map(len, rows)), max(map(len, labels))
-    if lm.context and width + longest > lm.context:
-        raise HfkitError(f"a text of {width} tokens and its label do not fit {lm.name}, which takes {lm.context}")
     ids = torch.tensor([[row[0]] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     places = (mask.cumsum(1) - 1).clamp(min=0)
-    device = model.device
-    first = model(
-        input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=places.to(device), use_cache=True,
-        logits_to_keep=1,
-    )  # fmt: skip
-    start = first.logits[:, -1].float().log_softmax(-1)
+    first = _forward(lm, input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1)
+    start = first.logits[:, -1].float().log_softmax(-1).cpu()
     scores = torch.stack([start[:, label[0]] for label in labels], 1)
     if longest == 1:
-        return scores.cpu()
-    cache = first.past_key_values
+        return scores
+    cache = first.cache
     cache.batch_repeat_interleave(len(labels))
     padded = torch.tensor([label + [0] * (longest - len(label)) for label in labels]).repeat(len(rows), 1)
     real = torch.tensor([[1] * len(label) + [0] * (longest - len(label)) for label in labels]).repeat(len(rows), 1)
-    output = model(
-        input_ids=padded[:, :-1].to(device),
-        attention_mask=torch.cat([mask.repeat_interleave(len(labels), 0), real[:, :-1]], 1).to(device),
-        position_ids=(mask.sum(1).repeat_interleave(len(labels))[:, None] + torch.arange(longest - 1)).to(device),
-        cache=cache,
-    )  # fmt: skip
-    following = output.logits.float().log_softmax(-1).gather(-1, padded[:, 1:, None].to(device)).squeeze(-1)
-    rest = (following.cpu() * real[:, 1:]).sum(1)
-    return scores.cpu() + rest.view(len(rows), len(labels))
+    places = mask.sum(1).repeat_interleave(len(labels))[:, None] + torch.arange(longest - 1)
+    seen = torch.cat([mask.repeat_interleave(len(labels), 0), real[:, :-1]], 1)
+    output = _forward(lm, input_ids=padded[:, :-1], attention_mask=seen, position_ids=places, cache=cache)
+    following = output.logits.float().log_softmax(-1).cpu().gather(-1, padded[:, 1:, None]).squeeze(-1)
+    return scores + (following * real[:, 1:]).sum(1).view(len(rows), len(labels))
+
+
+def _forward(lm: LanguageModel, **inputs: Any) -> Any:
+    """The model's outputs; not all models know of positions, or of logits that are not wanted."""
+    known = inspect.signature(lm.model.forward).parameters
+    device = lm.model.device
+    return lm.model(**{
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.items()
+        if name in known or name not in ("position_ids", "logits_to_keep")
+    })  # fmt: skip
 
 
 def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> float:

@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\nAssistant:' }}{% endif %}"
 )
-_VERSION = 3  # of what is kept on disk
+_VERSION = 4  # of what is kept on disk
 _BATCH = 512  # pieces that are encoded together
 _SAMPLE = 1_000_000  # characters that are looked at for their script
 _DATA = "data-00000-of-00001.arrow"  # as `datasets` names it
@@ -291,6 +291,13 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
+def encode_answers(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of texts that follow a prompt, without the space that some tokenizers write before any text."""
+    space = _space(tokenizer)
+    rows = zip(texts, _ids(tokenizer, [text.removeprefix(" ") if space else text for text in texts]), strict=True)
+    return [ids[ids[:1] == space and text[:1] != " " :] for text, ids in rows]
+
+
 def encode_examples(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
     """Token ids of each example, with the labels IGNORED outside of its answers."""
     begin, end = _frame(tokenizer)
@@ -298,8 +305,8 @@ def encode_examples(examples: Iterable[Example], tokenizer: PreTrainedTokenizerB
         if "messages" in row:
             ids, labels = _encode_chat(row["messages"], tokenizer, where)
         else:
-            prompt, answer = _ids(tokenizer, [row["prompt"], row["completion"]])
-            prompt, answer = begin + prompt, answer + end
+            prompt = begin + _ids(tokenizer, [row["prompt"]])[0]
+            answer = encode_answers([row["completion"]], tokenizer)[0] + end
             ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
         size = sum(len(text.encode()) for text in _texts(row))
         arrays = {"input_ids": np.array(ids, np.int32), "labels": np.array(labels, np.int32)}

@@ -24,7 +24,7 @@ def row_texts(corpus: Corpora, data: DataOptions, head: str) -> Iterable[str]:
     """All texts of the rows that a head is trained on."""
     if head == "classification":
         return [text for text, _ in classification_rows(corpus, data)]
-    return [text for question, context, _ in question_rows(corpus, data) for text in (question, context)]
+    return [text for row in question_rows(corpus, data) for text in (row.question, row.context)]
 
 
 def train_wordpiece(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:

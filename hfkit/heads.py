@@ -4,7 +4,7 @@ import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from hfkit.console import note
 from hfkit.corpora import Corpora, find_corpus, read_table
 from hfkit.data import Report, fingerprint
+from hfkit.encoding import encode
 from hfkit.errors import HfkitError
 from hfkit.options import DataOptions
 from hfkit.scoring import Scores
@@ -20,6 +21,15 @@ from hfkit.sequences import Material, hold_out
 
 Item = dict[str, Any]
 STRIDE = 128  # tokens that windows of a long context share
+
+
+class Question(NamedTuple):
+    """A question to a text."""
+
+    question: str
+    context: str
+    answers: list[str]  # all that are right; none if the context has none
+    start: int  # of the first one, in characters of the context; -1 if it is not there
 
 
 def gather_rows(
@@ -37,13 +47,15 @@ def gather_rows(
         labels: of the model, if its head is trained further; else those of the rows.
 
     Raises:
-        HfkitError: a column is missing, or there are too few rows.
+        HfkitError: a column is missing, or there are too few rows or labels.
     """
     read = classification_rows if head == "classification" else question_rows
     rows: list[Any] = read(corpus, data)
     held: list[Any] = read(data.eval_file, data) if data.eval_file else []
     if head == "classification":
         labels = labels or sorted({row[-1] for row in rows})
+        if len(labels) < 2:
+            raise HfkitError("a classification needs rows of two labels at least")
         encode = functools.partial(encode_labelled, tokenizer=tokenizer, labels=list(labels), length=length)
     else:
         encode = functools.partial(encode_questions, tokenizer=tokenizer, length=length)
@@ -67,7 +79,7 @@ def classification_rows(corpus: Corpora, options: DataOptions) -> list[tuple[str
     """(text, label) of every row.
 
     Raises:
-        HfkitError: a column is missing, or there are fewer than two labels.
+        HfkitError: a column is missing.
     """
     rows = []
     for row, where in read_table(find_corpus(corpus), options):
@@ -76,8 +88,6 @@ def classification_rows(corpus: Corpora, options: DataOptions) -> list[tuple[str
             names = ", ".join(map(repr, row))
             raise HfkitError(f"no column {options.label_column!r} ({where}: {names}): say so with --label-column")
         rows.append((_text_of(row, options, where), str(label)))
-    if len({label for _, label in rows}) < 2:
-        raise HfkitError("a classification needs rows of two labels at least")
     return rows
 
 
@@ -90,8 +100,8 @@ def _text_of(row: Mapping[str, Any], options: DataOptions, where: str) -> str:
     return row[name]
 
 
-def question_rows(corpus: Corpora, options: DataOptions) -> list[tuple[str, str, list[str]]]:
-    """(question, context, right answers) of every row; no answers where the context has none.
+def question_rows(corpus: Corpora, options: DataOptions) -> list[Question]:
+    """Every row as a Question; no answers where the context has none.
 
     Rows are as in SQuAD, or have a text in `answer` or `answers`.
 
@@ -100,15 +110,25 @@ def question_rows(corpus: Corpora, options: DataOptions) -> list[tuple[str, str,
     """
     rows = []
     for row, where in read_table(find_corpus(corpus), options):
-        answers = row.get("answers", row.get("answer"))
+        answers, starts = row.get("answers", row.get("answer")), [row.get("answer_start")]
         if isinstance(answers, Mapping):  # SQuAD's {"text": [...], "answer_start": [...]}
-            answers = answers.get("text")
+            answers, starts = answers.get("text"), list(answers.get("answer_start") or [])
         if not isinstance(row.get("question"), str) or not isinstance(row.get("context"), str) or answers is None:
             names = ", ".join(map(repr, row))
             raise HfkitError(f"rows must have question, context and answer ({where}: {names})")
-        answers = [answers] if isinstance(answers, str) else list(answers)
-        rows.append((row["question"], row["context"], [answer for answer in answers if answer]))
+        answers = [answer for answer in ([answers] if isinstance(answers, str) else answers) if answer]
+        if not all(isinstance(answer, str) for answer in answers):
+            raise HfkitError(f"an answer is no text ({where}): mend or delete the row")
+        rows.append(Question(row["question"], row["context"], answers, _place(row["context"], answers, starts)))
     return rows
+
+
+def _place(context: str, answers: list[str], starts: list[Any]) -> int:
+    """Where the first answer stands: as the row says, if it does and is right, else where it comes first; or -1."""
+    if not answers:
+        return -1
+    said = isinstance(start := next(iter(starts), None), int) and start >= 0
+    return start if said and context.startswith(answers[0], start) else context.find(answers[0])
 
 
 def encode_labelled(
@@ -120,18 +140,21 @@ def encode_labelled(
     for text, label in rows:
         if label not in number:
             raise HfkitError(f"label {label!r} is none of the model's: {', '.join(labels)}")
-        ids = tokenizer(text, truncation=True, max_length=length, verbose=False)["input_ids"]
-        items.append({"input_ids": ids, "labels": number[label]})
+        items.append({"input_ids": encode_text(text, tokenizer, length), "labels": number[label]})
     return items
 
 
-def encode_questions(
-    rows: Iterable[tuple[str, str, list[str]]], tokenizer: PreTrainedTokenizerBase, length: int
-) -> list[Item]:
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[int]:
+    """Token ids of a text; of one that is too long those of its beginning, closed as the tokenizer closes a text."""
+    ids = encode(text, tokenizer, "the model")
+    return ids if len(ids) <= length else tokenizer(text, truncation=True, max_length=length)["input_ids"]
+
+
+def encode_questions(rows: Iterable[Question], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Item]:
     """Windows over each context, with the places of its first answer's tokens; place 0 where a window has none."""
     items = []
-    for question, context, answers in rows:
-        if answers and (start := context.find(answers[0])) < 0:
+    for question, context, answers, start in rows:
+        if answers and start < 0:
             note(f"an answer is not in its context, so it is left out: {answers[0][:60]!r}")
             continue
         span = (start, start + len(answers[0])) if answers else None

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from json import dumps
 from pathlib import Path
-from typing import Any
 
 from hfkit import console
 from hfkit.answering import answer
@@ -14,6 +13,7 @@ from hfkit.generation import loaded
 from hfkit.options import ModelOptions, TaskOptions
 from hfkit.prompts import check_input, read_prompt, read_prompts
 from hfkit.sources import find
+from hfkit.tasks import make_task
 
 
 def write(text: str | None, path: Path | None, model: ModelOptions, task: TaskOptions, *, json: bool) -> None:
@@ -22,26 +22,23 @@ def write(text: str | None, path: Path | None, model: ModelOptions, task: TaskOp
         raise OptionError("--input brings its own texts: leave the TEXT out")
     if path:
         check_input(path)
+    make_task(task)  # a wrong template is told before a model is loaded
     given = None if path else read_prompt(text)
     if given is not None and not given.strip():
         raise OptionError("give a text to label")
     find(model)
     lm = loaded(model, "text", "classification")
-    faults: list[str] = []
-    for one in classify_each([given] if given is not None else _texts(path, faults), lm, task):
-        _print(one, json)
-    for fault in faults:
-        console.note(fault)
-    if faults:
-        raise HfkitError(f"{len(faults)} texts could not be read ({path}): mend the lines named above")
-
-
-def _texts(path: Any, faults: list[str]) -> Iterator[Any]:
-    for number, text in enumerate(read_prompts(path), 1):
-        if isinstance(text, HfkitError):
-            faults.append(f"{path}, line {number}: {text}")
+    faults = 0
+    for number, one in enumerate(classify_each(read_prompts(path) if path else [given], lm, task), 1):
+        if isinstance(one, Classification):
+            _print(one, json)
+        elif not path:
+            raise one
         else:
-            yield text
+            console.note(f"{path}, line {number}: {one}")
+            faults += 1
+    if faults:
+        raise HfkitError(f"{faults} texts could not be labelled ({path}): mend the lines named above")
 
 
 def _print(one: Classification, json: bool) -> None:

@@ -67,9 +67,13 @@ def load(model: str | ModelOptions | None = None, **overrides: Any) -> LanguageM
 
 def context_length(config: Any) -> int | None:
     """Most positions that a model of this `config` (of transformers) can take; None without a limit."""
-    return getattr(config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    # RoBERTa and its kin count positions from behind the padding token's number.
+    return limit - config.pad_token_id - 1 if limit and config.model_type in _SHIFTED else limit
 
 
+_SHIFTED = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "mpnet",
+            "longformer")  # fmt: skip
 # What a class of transformers is for, by its name: everything else writes text.
 _HEADS = {"SequenceClassification": "classification", "QuestionAnswering": "question-answering",
           "TokenClassification": "other", "MultipleChoice": "other", "MaskedLM": "masked",
@@ -188,7 +192,9 @@ def load_with_head(
             trust_remote_code=source.trust_remote_code, ignore_mismatched_sizes=head_of(config) != head,
         )  # fmt: skip
     body = f"{model.base_model_prefix}."
-    _check_names(source.folder, {"missing_keys": [key for key in report["missing_keys"] if key.startswith(body)]})
+    # A pooler belongs to the head: a masked language model has none.
+    missing = [key for key in report["missing_keys"] if key.startswith(body) and ".pooler." not in key]
+    _check_names(source.folder, {"missing_keys": missing})
     return model.to(choose_device(options, source))
 
 

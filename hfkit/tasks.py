@@ -88,31 +88,41 @@ class Task:
             raise HfkitError(f"the model's template has the fields {names}: give rows with these, by --input")
         return self.prompt({self.inputs[0]: given})
 
-    def chat_template(self) -> str | None:
-        """The same in Jinja, with the last message as the one column; None for more columns than one."""
+    def chat_template(self, begin: str = "") -> str | None:
+        """The same in Jinja, with the last message as the one column; None for more columns than one.
+
+        begin: what the tokenizer writes before a text, which it leaves to a chat template.
+        """
         if len(self.inputs) != 1:
             return None
         (first, _), (last, _) = self._fields
-        before, after = (json.dumps(text, ensure_ascii=False) for text in (first, last.rstrip(" ")))
-        return f"{{{{ {before} + messages[-1]['content'] + {after} }}}}"
+        before, after = (json.dumps(text, ensure_ascii=False) for text in (begin + first, last.rstrip(" ")))
+        return f"{{{{ {before} + (messages[-1]['content'] | trim) + {after} }}}}"
 
 
 def _parse(template: str) -> list[tuple[str, str | None]]:
-    """(text, name of the field after it), the last name maybe None."""
+    """(text, name of the field after it), the last name None unless the template ends with a field."""
+    found, before = [], ""
     try:
-        parts = [(text, name) for text, name, _, _ in string.Formatter().parse(template)]
+        for text, name, form, conversion in string.Formatter().parse(template):
+            before += text
+            if name is None:  # a brace that was written twice, or the end
+                continue
+            if form or conversion or not name.isidentifier():
+                raise ValueError("a field is the name of a column, such as {text}")
+            found.append((before, name))
+            before = ""
     except ValueError as error:
-        raise OptionError(f"--template is {template!r}: {error}") from error
-    if any(name is not None and not name.isidentifier() for _, name in parts):
-        raise OptionError(f"--template is {template!r}: a field is the name of a column, such as {{text}}")
-    return parts
+        raise OptionError(f"--template is {template!r}: {error}; a brace that is none of a field is doubled") from None
+    return [*found, (before, None)] if before else found
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
-    value = row.get(name)
-    if value is None:
-        place = f" ({where})" if where else ""
+    value, place = row.get(name), f" ({where})" if where else ""
+    if name not in row:
         raise HfkitError(f"no column {name!r}{place}: there are {', '.join(map(repr, row))}")
+    if value is None or isinstance(value, list | dict):
+        raise HfkitError(f"column {name!r} holds no text{place}: mend or delete the row")
     return str(value).strip()
 
 
@@ -135,5 +145,7 @@ def task_of(tokenizer: Any) -> Task | None:
 
 def give_task(tokenizer: Any, task: Task) -> None:
     """Let `tokenizer` carry `task`; it is saved with it."""
+    whole, bare = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    begin = "".join(tokenizer.convert_ids_to_tokens(whole[: whole.index(bare[0])])) if bare else ""
     tokenizer.init_kwargs[_KEY] = asdict(task)
-    tokenizer.chat_template = task.chat_template() or tokenizer.chat_template
+    tokenizer.chat_template = task.chat_template(begin) or tokenizer.chat_template
