@@ -22,6 +22,7 @@ from hfkit.metrics import load_metric
 from hfkit.models import LanguageModel, head_of
 from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions
 from hfkit.planning import has_bfloat16_units
+from hfkit.quantization import bits_of
 from hfkit.scoring import IGNORED, Scores, exp, jsonable, precise_head, ratio_stderr, score_batches
 from hfkit.sequences import Item, group
 
@@ -230,7 +231,7 @@ def _score(lm: LanguageModel, windows: Iterator[Item], is_exact: bool) -> tuple[
                     dtype = "bfloat16"
                     exact.merge(score_batches(model, batches))
         exact.merge(score_batches(model, batches))  # what is left
-    return exact, dtype
+    return exact, bits_of(model) or dtype
 
 
 def _has_halves(device: str) -> bool:

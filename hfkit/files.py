@@ -39,7 +39,7 @@ def kind_of(path: Path, chosen: bool) -> str | None:
         return kind
     start = head.decode(_encoding(head), "replace").lstrip()
     if not start and chosen:
-        raise HfkitError(f"the corpus is empty ({path}): there is nothing to learn")
+        raise HfkitError(f"the corpus is empty ({path}): it holds no text")
     if not start or (not chosen and ("\0" in start[:8192] or path.name in _ABOUT)):
         return None
     name = path.name.lower().removesuffix(".gz")

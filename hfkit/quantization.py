@@ -70,6 +70,14 @@ def _finish(y: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torc
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
+def bits_of(model: nn.Module) -> str | None:
+    """ "int8" or "int4" where the weights are in 8 or 4 bits, here or by bitsandbytes; else None."""
+    kinds = {type(layer) for layer in model.modules()}
+    if Int4Linear in kinds or getattr(model, "is_loaded_in_4bit", False):
+        return "int4"
+    return "int8" if Int8Linear in kinds or getattr(model, "is_loaded_in_8bit", False) else None
+
+
 @torch.no_grad()
 def quantize(model: nn.Module, bits: str) -> None:
     """Replace every linear layer of `model` in place; embeddings and norms keep their precision.
