@@ -130,6 +130,26 @@ def tiny_t5(tmp_path_factory, tiny) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory) -> str:
+    """A random BERT of 64 positions that fills masks, without a pooler, and its WordPiece tokenizer, in a folder."""
+    from transformers import BertForMaskedLM, set_seed
+
+    from hfkit.encoders import make_bert, train_wordpiece
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    tokenizer = train_wordpiece([" ".join(trials.WORDS), "abcdefghijklmnopqrstuvwxyz 0123456789 .,?!"] * 9, 300)
+    shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
+    set_seed(3)
+    model = BertForMaskedLM(make_bert(shape, tokenizer, ()))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data *= 4
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def _bundled():
     from hfkit.models import load_tokenizer
     from hfkit.options import ModelOptions
