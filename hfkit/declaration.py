@@ -1,10 +1,10 @@
 """How an option is declared: a dataclass field with its help and its range, which hold wherever it is set."""
 
 import functools
-import math
 import numbers
 import os
 import re
+import sys
 from dataclasses import field, fields
 from typing import Any, Literal, NoReturn, Self, get_args, get_origin, get_type_hints
 
@@ -63,10 +63,13 @@ class Options:
             if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 continue
             low, high, above = f.metadata["typer"].get("min"), f.metadata["typer"].get("max"), f.metadata["above"]
-            inside = (low is None or value >= low) and (high is None or value <= high) and abs(value) < math.inf
+            finite = abs(value) <= sys.float_info.max  # neither infinity nor an integer that no float can be
+            inside = (low is None or value >= low) and (high is None or value <= high) and finite
             if not inside or (above is not None and value <= above):
                 lower = f"more than {above}" if above is not None else "finite" if low is None else f"at least {low}"
                 self._refuse(f.name, f"it must be {lower}" + ("" if high is None else f", at most {high}"))
+            if _is(0.5, type_):  # transformers takes a temperature of 2.0, not of 2
+                object.__setattr__(self, f.name, float(value))
 
     def _refuse(self, name: str, why: str) -> NoReturn:
         raise OptionError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}: {why}")

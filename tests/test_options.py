@@ -8,7 +8,7 @@ import yaml
 from conftest import assert_fails, call
 
 from hfkit.errors import OptionError
-from hfkit.options import SAMPLING, GenerateOptions, ModelOptions
+from hfkit.options import SAMPLING, GenerateOptions, ModelOptions, TrainOptions
 from hfkit.recipes import read_recipe
 
 HUGE = 10**9
@@ -69,6 +69,15 @@ GOOD = {
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in GOOD.items() for value in values])
 def test_the_ends_of_a_range_are_in_it(name, value):
     assert getattr(GenerateOptions(**{name: value}), name) == value
+
+
+def test_a_whole_number_is_a_float_where_that_is_wanted():
+    options = GenerateOptions(temperature=2, repetition_penalty=2, top_k=2)
+    assert [type(value) for value in (options.temperature, options.repetition_penalty, options.top_k)] == [
+        float, float, int,
+    ]  # fmt: skip
+    with pytest.raises(OptionError, match="learning-rate"):
+        TrainOptions(learning_rate=10**400)
 
 
 @pytest.mark.parametrize(
