@@ -68,7 +68,7 @@ def gather_rows(
         raise HfkitError("there is nothing to train on: the corpus is too small")
     tokens = sum(len(item["input_ids"]) for item in train_set)
     report = Report(
-        kind=head, documents=len(rows) + len(held), tokens=tokens, characters=sum(len(row[0]) for row in rows),
+        kind=head, documents=len(rows) + len(held), tokens=tokens, characters=sum(len(text) for row in rows for text in row[: 2 - bool(labels)]),
         fingerprint=hashlib.sha256(repr((rows, held)).encode()).hexdigest(), tokenizer=fingerprint(tokenizer),
     )  # fmt: skip
     count = len(train_set)
@@ -218,6 +218,8 @@ def score_items(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> Score
             pairs = [(output.logits, batch["labels"])]
         else:
             pairs = [(output.start_logits, batch["start_positions"]), (output.end_logits, batch["end_positions"])]
+            padding = batch["attention_mask"] == 0  # no answer is there, in whichever batch it is looked for
+            pairs = [(logits.float().cpu().masked_fill(padding, -torch.inf), target) for logits, target in pairs]
         nll, right = 0.0, True
         for logits, target in pairs:
             logits = logits.float().cpu()

@@ -184,6 +184,8 @@ def load_with_head(
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
+    elif head_of(config) != head:
+        config.num_labels = 2  # where an answer begins, and where it ends
     config.pad_token_id = tokenizer.pad_token_id
     kind = AutoModelForSequenceClassification if labels else AutoModelForQuestionAnswering
     with _errors(source), quiet_libraries():
