@@ -1,6 +1,5 @@
 """`hfkit classify` and `hfkit answer` at a shell."""
 
-from collections.abc import Iterator
 from json import dumps
 from pathlib import Path
 
@@ -50,7 +49,11 @@ def _print(one: Classification, json: bool) -> None:
 
 def write_answer(question: str, context: Path, model: ModelOptions, threshold: float, *, json: bool) -> None:
     """Print the answer; nothing, and exit code 1, where the text has none."""
-    text = read_prompt("-") if str(context) == "-" else "".join(_read(context))
+    if str(context) == "-":
+        text = read_prompt("-")
+    else:
+        check_input(context)
+        text = "".join(read_text(context, "strict"))
     find(model)
     found = answer(question, text, model=model, no_answer_threshold=threshold)
     if json:
@@ -61,10 +64,3 @@ def write_answer(question: str, context: Path, model: ModelOptions, threshold: f
         console.detail(f"probability {found.score:.3f}{where}")
     else:
         raise HfkitError("the text does not answer that; a higher --no-answer-threshold gives the best guess")
-
-
-def _read(path: Path) -> Iterator[str]:
-    try:
-        yield from read_text(path, "strict")
-    except OSError as error:
-        raise HfkitError(f"cannot read the text ({path}): {error.strerror}") from error
