@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from hfkit import pages
 from hfkit.console import printable
 from hfkit.declaration import set_fields
-from hfkit.encoding import first_tokens
+from hfkit.encoding import encode, first_tokens
 from hfkit.errors import HfkitError
 from hfkit.generation import loaded
 from hfkit.models import LanguageModel
@@ -121,9 +122,9 @@ def inspect(
     lm = loaded(model)
     if lm.model.config.is_encoder_decoder:
         raise HfkitError(f"{lm.name} has an encoder: inspect a causal model")
-    own = lm.tokenizer(text, verbose=False)["input_ids"]
-    if not own:
+    if not text:
         raise HfkitError("there is nothing to inspect: give a text")
+    own = encode(text, lm.tokenizer, lm.name)
     begin = first_tokens(lm.tokenizer)
     ids = own if own[: len(begin)] == begin else begin + own
     if len(ids) > (lm.context or len(ids)):
@@ -137,7 +138,11 @@ def inspect(
     ]
     skipped = len(ids) - len(own)
     following, left = _next(lm, output.logits[:, -1].float(), options)
-    attention = torch.cat(output.attentions).float().cpu() if options.attention else None
+    attention = None
+    if options.attention:
+        if not (layers := getattr(output, "attentions", None)) or any(layer is None for layer in layers):
+            raise HfkitError(f"{lm.name} does not give its attention: leave it out")
+        attention = torch.cat(layers).float().cpu()
     return Inspection(lm.name, tokens[skipped:], following, left, [token.text for token in tokens], attention)
 
 
@@ -175,15 +180,23 @@ def _next(
         | {name: values[one].item() for name, values in under.items()}
         for one in likeliest
     ]
-    return rows, {name: int((values > 0).sum()) for name, values in under.items()}
+    return rows, {name: int(values.isfinite().sum()) for name, values in warped.items()}
 
 
 def readable(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """A token as a reader can read it: spaces and newlines as signs, a part of a character as its bytes."""
     word = tokenizer.convert_ids_to_tokens(token)
-    if token in tokenizer.all_special_ids or not all(sign in _BYTES for sign in word):
-        return word.replace("▁", "·")
-    raw = bytes(_BYTES[sign] for sign in word)
+    if word is None:  # some models have more outputs than their tokenizer has tokens
+        return f"⟨token {token}⟩"
+    if token in tokenizer.all_special_ids:
+        return word
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend and "ByteLevel" in str(backend.decoder) and all(sign in _BYTES for sign in word):
+        raw = bytes(_BYTES[sign] for sign in word)
+    elif byte := re.fullmatch("<0x([0-9A-F]{2})>", word):  # SentencePiece's
+        raw = bytes.fromhex(byte[1])
+    else:
+        raw = word.replace("▁", " ").encode()
     try:
         return raw.decode().translate(_SIGNS)
     except UnicodeDecodeError:

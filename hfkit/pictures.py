@@ -1,13 +1,18 @@
 """Pictures: a run's losses, and what attention heads look at."""
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 _LABELLED = 48  # tokens that can still be read along an axis
+# matplotlib brings no font with Chinese, Japanese or Korean; one of these is where people read them.
+_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
+          "Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Arial Unicode MS")  # fmt: skip
 
 
 def draw_loss(history: Sequence[dict[str, Any]]) -> bytes:
@@ -20,14 +25,15 @@ def draw_loss(history: Sequence[dict[str, Any]]) -> bytes:
 
 def plot_loss(axes: Any, history: Sequence[dict[str, Any]], name: str = "", color: str = "C0") -> None:
     """Both losses of a run; the training's as it is, faint, and smoothed."""
+    of = f" ({name})".replace("$", r"\$") if name else ""
     train = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     held = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     if train:
         axes.plot(*zip(*train, strict=True), color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(*zip(*smooth(train), strict=True), color=color, label=f"{name} training".strip())
+        axes.plot(*zip(*smooth(train), strict=True), color=color, label="training" + of)
     if held:
         style = {"color": color if name else "C1", "marker": "o", "linestyle": "--" if name else "-"}
-        axes.plot(*zip(*held, strict=True), label=f"{name} held out".strip(), **style)
+        axes.plot(*zip(*held, strict=True), label="held out" + of, **style)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     if train or held:
@@ -69,19 +75,21 @@ def draw_attention(attention: torch.Tensor, words: Sequence[str], layer: int | N
     rows = len(layers) * -(-heads // columns)
     is_labelled = length <= _LABELLED
     side = max(1.6, 0.11 * length) if is_labelled else 3.0
+    installed = set(font_manager.get_font_names())
+    style = {"fontsize": 6, "family": ["monospace", *installed.intersection(_FONTS)], "parse_math": False}
     figure = Figure(figsize=(columns * side + 1.2, rows * (side + 0.3) + 1.0), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(layers) * heads :]:
         axes.set_visible(False)
     for place, axes in enumerate(grid[: len(layers) * heads]):
-        head = attention[layers[place // heads], place % heads]
+        head = attention[layers[place // heads], place % heads].numpy()
         image = axes.imshow(head, cmap="viridis", vmin=0, vmax=1)
         axes.set_title(f"layer {layers[place // heads]}, head {place % heads}", fontsize=8)
         axes.set(xticks=[], yticks=[])
         if is_labelled and place % columns == 0:
-            axes.set_yticks(range(length), words, fontsize=6, family="monospace")
+            axes.set_yticks(range(length), words, **style)
         if is_labelled and place + columns >= len(layers) * heads:
-            axes.set_xticks(range(length), words, fontsize=6, family="monospace", rotation=90)
+            axes.set_xticks(range(length), words, rotation=90, **style)
     figure.colorbar(image, ax=list(grid), label="attention from the row's token to the column's", shrink=0.6)
     return to_png(figure)
 
@@ -116,5 +124,7 @@ def draw_trials(trials: Sequence[dict[str, Any]], importances: dict[str, float])
 
 def to_png(figure: Figure) -> bytes:
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a sign that no font has is drawn as a box
+        figure.savefig(picture, format="png", dpi=110)
     return picture.getvalue()

@@ -33,6 +33,8 @@ def write(text: str, model: ModelOptions, options: InspectOptions, *, json: bool
 
 def check_output(options: InspectOptions) -> Path | None:
     """The file to write, if there is one; before a model is loaded."""
+    if options.layer is not None and not options.attention:
+        raise OptionError("--layer chooses what --attention draws: add --attention")
     if not options.output and not options.attention:
         return None
     path = Path(options.output or "attention.png")
