@@ -9,6 +9,8 @@ import torch
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
+from hfkit.console import printable
+
 _LABELLED = 48  # tokens that can still be read along an axis
 # matplotlib brings no font with Chinese, Japanese or Korean; one of these is where people read them.
 _FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
@@ -70,7 +72,7 @@ def draw_attention(attention: torch.Tensor, words: Sequence[str], layer: int | N
     attention: (layers, heads, length, length). words: the tokens. layer: this one large, or None for all, small.
     """
     layers = range(len(attention)) if layer is None else [layer]
-    heads, length = attention.shape[1], len(words)
+    heads, length, words = attention.shape[1], len(words), [printable(word) for word in words]
     columns = heads if layer is None else min(heads, 4)
     rows = len(layers) * -(-heads // columns)
     is_labelled = length <= _LABELLED

@@ -67,9 +67,10 @@ def controlled(lm: LanguageModel, text: str, **controls) -> torch.Tensor:
     """The probabilities that transformers would draw the next token from."""
     ids = torch.tensor([[lm.tokenizer.bos_token_id, *lm.tokenizer(text)["input_ids"]]])
     neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    controls = neutral | {name: type(neutral.get(name, 0.0))(value) for name, value in controls.items()}
     output = lm.model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=1, output_scores=True, pad_token_id=0,
-        return_dict_in_generate=True, **neutral | {name: type(neutral.get(name, 0.0))(v) for name, v in controls.items()},
+        return_dict_in_generate=True, **controls,
     )  # fmt: skip
     return output.scores[0][0]
 
@@ -265,9 +266,11 @@ def test_every_head_is_drawn_with_its_number_and_the_tokens_along_it(lms, figure
 def test_any_token_is_drawn_and_too_many_are_not(lms, figures, recwarn):
     """matplotlib takes $...$ for a formula, and lacks most scripts."""
     found = hfkit.inspect("$x$", model=lms["gpt2"], attention=True)
-    words = ["$\\nonsense{$", "雨", "^", "🙂"]
+    words = ["$\\nonsense{$", "雨", "\x00", "🙂"]
     pictures.draw_attention(found.attention, words, None)
-    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == words and not recwarn.list
+    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == [
+        *map(printable, words)
+    ] and not recwarn.list
     long = hfkit.inspect("the cat sat " * 5, model=lms["gpt2"], attention=True)
     pictures.draw_attention(long.attention, long.words, None)
     assert not figures[1].axes[0].get_yticklabels()  # nobody could read them
