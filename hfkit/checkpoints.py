@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from hfkit import processes
 from hfkit.console import note
-from hfkit.errors import HfkitError, first_line
+from hfkit.errors import DivergedError, HfkitError, first_line
 from hfkit.options import TrainOptions
 from hfkit.storage import check_space, folder_size, make_durable, sync_folder, write_text
 
@@ -112,9 +112,9 @@ def rotate(folder: Path, keep: int, best: int | None) -> None:
             raise HfkitError(f"cannot delete {checkpoint}: {first_line(error)}; mend that, then --resume") from error
 
 
-def diverged(what: str, step: int, learning_rate: float) -> HfkitError:
+def diverged(what: str, step: int, learning_rate: float) -> DivergedError:
     """The error of a training that can only get worse."""
-    return HfkitError(
+    return DivergedError(
         f"{what} at step {step}: lower --learning-rate (it is {learning_rate:g}) and --overwrite; "
         "the last checkpoint is kept"
     )

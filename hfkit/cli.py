@@ -14,7 +14,7 @@ import typer
 import hfkit
 from hfkit import console, cookbook, processes, prompts
 from hfkit.errors import HfkitError, OptionError
-from hfkit.failures import close_stdout, explain
+from hfkit.failures import ask_again, close_stdout, explain
 from hfkit.flags import flags
 from hfkit.options import (
     CorpusOptions,
@@ -310,7 +310,8 @@ def main() -> NoReturn:
             setattr(sys, name, open(os.devnull, mode))
     # As an exception it lets what was begun be cleared away; but one of several processes may be waiting for another,
     # and must not. A training run has a better answer, while it lasts.
-    before = signal.getsignal(signal.SIGTERM)
+    before, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    sys.unraisablehook = ask_again
     if processes.count == 1:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -320,6 +321,7 @@ def main() -> NoReturn:
         code = explain(error)
     finally:
         signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
     if code:
         close_stdout()
     sys.exit(code if isinstance(code, int) else 0)

@@ -13,6 +13,10 @@ class OptionError(HfkitError, ValueError):
     exit_code = 2
 
 
+class DivergedError(HfkitError):
+    """The loss of a training, or its weights, are no numbers any more."""
+
+
 class StoppedError(HfkitError):
     """A run ended as Ctrl-C or SIGTERM asked; what it had done is saved."""
 

@@ -2,9 +2,12 @@
 
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
+from typing import Any
 
 import typer
 
@@ -48,6 +51,18 @@ def explain(error: BaseException) -> int:
                 f"this should not happen: {type(error).__name__}: {error}; run again with --debug and report it"
             )
     return 1
+
+
+def ask_again(lost: Any) -> None:
+    """A `sys.unraisablehook`: Ctrl-C or SIGTERM that came where Python swallows all exceptions comes once more."""
+    match lost.exc_value:
+        case KeyboardInterrupt():
+            number = signal.SIGINT
+        case SystemExit(code=code) if code == 128 + signal.SIGTERM:
+            number = signal.SIGTERM
+        case _:
+            return sys.__unraisablehook__(lost)
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # here it would be swallowed, too
 
 
 def close_stdout() -> None:

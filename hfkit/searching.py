@@ -1,11 +1,11 @@
 """`hfkit tune` at a shell: the trials as a table, what each option is worth, and the best recipe."""
 
 from json import dumps
+from pathlib import Path
 
 from hfkit import console
-from hfkit.corpora import find_corpus
+from hfkit.corpora import find_corpus, is_prepared
 from hfkit.options import DataOptions, ModelOptions, TrainOptions, TuneOptions
-from hfkit.sources import find
 from hfkit.tuning import Search, tune
 
 
@@ -13,8 +13,8 @@ def write(
     corpus: list[str], model: ModelOptions, data: DataOptions, train: TrainOptions, options: TuneOptions, *, json: bool
 ) -> None:
     """Search, and print what was found."""
-    find_corpus(corpus)
-    find(model)
+    if not is_prepared(Path(corpus[0])):
+        find_corpus(corpus)
     found = tune(corpus, model=model, data=data, train=train, options=options)
     if json:
         values = {name: value for name, value in vars(found).items() if name != "run"}

@@ -116,10 +116,10 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def lock(folder: Path, *, wait: bool = False, tell: bool = True) -> Iterator[None]:
     """Hold `folder` for this process; it is free again when the process ends, however it ends.
 
-    wait: until it is free, where that may be.
+    wait: until it is free, where that may be. tell: say so, as that may take long.
 
     Raises:
         HfkitError: another process holds it; the message names it.
@@ -131,7 +131,8 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
             used = f"{folder} is in use by {_holder(folder)}"
             if not wait:
                 raise HfkitError(f"{used}: wait for it, or name another --output-dir") from None
-            note(f"{used}: waiting for it")
+            if tell:
+                note(f"{used}: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

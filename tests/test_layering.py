@@ -15,9 +15,9 @@ ORDER = """
     errors declaration options processes console recipes cookbook flags storage files prompts sources tables tasks
     corpora runs novelty quantization models encoding decoding sampling batches generation scoring data sequences
     planning heads metrics classification answering assessment evaluation optimizers checkpoints monitoring
-    adapters pictures pages report fitting outcomes cards training encoders pretraining tuning inspection
-    preparation exporting writing measuring showing searching labelling conversation machine serving launching
-    failures cli __main__
+    adapters pictures pages report fitting outcomes cards training encoders pretraining ranges studies
+    tuning inspection preparation exporting writing measuring showing searching labelling conversation machine serving
+    launching failures cli __main__
 """.split()
 LIGHT = (
     "errors declaration options console recipes cookbook flags processes prompts sources failures cli __init__".split()

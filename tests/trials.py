@@ -75,6 +75,7 @@ def make_brisk(set_attribute: Callable[[Any, str, Any], Any]) -> None:
 
 def fork(task: dict[str, Any], folder: str, log: Path) -> int:
     """`hfkit COMMAND` in a child, which writes what it says into `log`; its process id."""
+    sys.stdout.flush()
     child = os.fork()
     if child:
         return child
@@ -225,6 +226,38 @@ def run_trials(task: dict[str, Any]) -> dict[str, Any]:
                 return result | {"log": log.read_text()}
         result["outcomes"].append(outcome(target))
     return result | {"log": log.read_text()}
+
+
+def run_searches(task: dict[str, Any]) -> dict[str, Any]:
+    """A search by so many `processes` at once, one of which is killed, or all, and started again.
+
+    task: `folder`, `command`, `seed` as for `run_trials`; `kills`; the `seconds` that a search takes. Of each kill:
+    the trials that were finished then.
+    """
+    folder, draw, log = Path(task["folder"]), random.Random(task["seed"]), Path(task["folder"]) / "log"
+    share, target, result = task["seconds"] / (task["kills"] + 1), folder / "run", {"kills": [], "ends": []}
+    for kill in range(task["kills"]):
+        children = [fork(task, str(target), log) for _ in range(task["processes"])]
+        while len(list(target.glob("trial-*/run.json"))) <= kill:  # a trial is under way
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, share))
+        os.kill(children[0], signal.SIGKILL)
+        os.waitpid(children[0], 0)
+        if kill + 1 < task["kills"]:
+            [os.kill(child, signal.SIGKILL) for child in children[1:]]
+            [os.waitpid(child, 0) for child in children[1:]]
+        result["kills"].append(finished_trials(target))
+    children = children[1:] or [fork(task, str(target), log)]
+    result["ends"] = [wait(child, 300) for child in children]
+    return result | {"log": log.read_text(), "final": finished_trials(target)}
+
+
+def finished_trials(folder: Path) -> list[int]:
+    """Numbers of the trials in a study that are complete or pruned."""
+    import sqlite3
+
+    with sqlite3.connect(folder / "study.db") as study:
+        return [row[0] for row in study.execute("SELECT number FROM trials WHERE state IN ('COMPLETE', 'PRUNED')")]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,135 @@
+"""The folder of a search: the study in SQLite, the processes that work on it, and which trial is next."""
+
+import contextlib
+import json
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hfkit.errors import HfkitError
+from hfkit.ranges import suggest
+from hfkit.storage import lock, write_text
+
+RESULT, _STUDY, _WORKER = "tuning.json", "study.db", ".worker-"
+
+
+def claim(folder: Path, asked: dict[str, Any], *, overwrite: bool) -> None:
+    """Make `folder` that of a search for what is asked, unless it is; call it under the lock."""
+    path = folder / RESULT
+    if not path.is_file() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise HfkitError(f"{folder} holds something that is no search: name another --output-dir")
+    if overwrite and path.is_file():
+        for own in folder.glob(f"{_WORKER}*"):
+            with lock(own):  # HfkitError where it is at work
+                pass
+        write_text(path, "{}")  # from here on it is the search for nothing, however much of it is left
+        for entry in folder.iterdir():
+            if entry.name not in (".lock", RESULT):
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    elif path.is_file():
+        known, asked = json.loads(path.read_text("utf-8")), json.loads(json.dumps(asked))
+        if differing := [name for name in asked if known.get(name) != asked[name]]:
+            old, new = (values.get(differing[0], {}) for values in (known, asked))
+            names = ", ".join(name for name in {**old, **new} if old.get(name) != new.get(name))
+            raise HfkitError(
+                f"{folder} holds a search with other settings ({names}): --overwrite, or another --output-dir"
+            )
+        return
+    write_text(path, json.dumps(asked, indent=1))
+
+
+@contextlib.contextmanager
+def work(folder: Path) -> Iterator[str]:
+    """A name for this process; while it lives its folder is locked."""
+    number = 0
+    while True:
+        own = folder / f"{_WORKER}{number}"
+        own.mkdir(exist_ok=True)
+        try:
+            with lock(own):
+                yield own.name
+                return
+        except HfkitError as error:
+            if "in use" not in str(error):
+                raise
+            number += 1
+
+
+def _is_alive(folder: Path, worker: str | None, own: str) -> bool:
+    if worker is None or worker == own:  # died before it could say who it was; what was ours died with our forerunner
+        return False
+    try:
+        with lock(folder / worker):
+            return False
+    except HfkitError:
+        return True
+
+
+def open_study(folder: Path, *, prune: bool) -> Any:
+    """The study in `folder`, a new one if there is none; call it under the lock."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    pruner = optuna.pruners.MedianPruner() if prune else optuna.pruners.NopPruner()
+
+    def connect() -> sqlite3.Connection:  # not by a URL, since a folder's name may have a ? in it
+        return sqlite3.connect(folder / _STUDY, timeout=120, check_same_thread=False)
+
+    storage = optuna.storages.RDBStorage(f"sqlite:///{_STUDY}", engine_kwargs={"creator": connect})
+    return optuna.create_study(study_name="hfkit", storage=storage, load_if_exists=True, pruner=pruner)
+
+
+def next_trial(study: Any, folder: Path, worker: str, space: dict[str, Any], most: int, seed: int) -> tuple[Any, int]:
+    """A trial to run, one that was interrupted before a new one, or None if there are enough; and how many are run.
+
+    Call it under the lock.
+    """
+    import optuna
+    from optuna.trial import TrialState
+
+    trials = study.get_trials(deepcopy=False)
+    waiting = [trial.user_attrs.get("folder") for trial in trials if trial.state == TrialState.WAITING]
+    busy = 0
+    for trial in trials:
+        if trial.state != TrialState.RUNNING:
+            continue
+        if _is_alive(folder, trial.user_attrs.get("worker"), worker):
+            busy += 1
+            continue
+        # Asked for again before it is given up: killed in between, it is there twice, and is known by its folder.
+        values = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+        own = trial.user_attrs.get("folder")
+        if own and own not in waiting:
+            study.enqueue_trial(values, user_attrs={"folder": own})
+        study.tell(trial.number, state=TrialState.FAIL)
+    begun = len(finished(study)) + busy
+    if begun >= most:
+        return None, busy
+    # The same search draws the same values, interrupted or not; no two of its processes do.
+    study.sampler = optuna.samplers.TPESampler(seed=(seed + begun) % 2**32)
+    trial = study.ask()
+    trial.set_user_attr("worker", worker)
+    for name, values in space.items():
+        suggest(trial, name, values)
+    if not trial.user_attrs.get("folder"):
+        trial.set_user_attr("folder", f"trial-{trial.number}")
+    return trial, busy
+
+
+def finished(study: Any) -> list[dict[str, Any]]:
+    """The trials as `Search` has them. What Optuna takes for the loss of a pruned one is that of half a run."""
+    from optuna.trial import TrialState
+
+    found = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    return [
+        {"number": t.number, "state": "diverged" if t.user_attrs.get("diverged") else t.state.name.lower(),
+         "loss": t.value if t.state == TrialState.COMPLETE else None, "params": t.params,
+         "folder": t.user_attrs["folder"]}
+        for t in found
+    ]  # fmt: skip
+
+
+def best_of(trials: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return min((t for t in trials if t["loss"] is not None), key=lambda trial: trial["loss"], default=None)
