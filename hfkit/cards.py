@@ -7,7 +7,7 @@ from typing import Any
 from hfkit import pages
 from hfkit.console import printable
 from hfkit.errors import HfkitError
-from hfkit.novelty import WORDS
+from hfkit.novelty import MOST, WORDS
 from hfkit.pictures import draw_curves, draw_loss
 from hfkit.report import duration
 from hfkit.storage import write_text
@@ -67,12 +67,13 @@ def copying(metrics: dict[str, Any]) -> str:
     copied = metrics.get("copied")
     if not copied:
         return ""
+    seen = "" if copied.get("is_whole", True) else f" Only its first {MOST:,} words were looked at."
     longest = (
         f"The longest run of words in them that stands in the corpus has {copied['words']}: “{copied['longest']}”. "
     )
     return (
         longest if copied["words"] else f"No run of {WORDS} words in them stands in the corpus. "
-    ) + f"{copied['share']:.1%} of all runs of {WORDS} words are from there."
+    ) + f"{copied['share']:.1%} of all runs of {WORDS} words are from there.{seen}"
 
 
 def make_card(metrics: dict[str, Any]) -> str:

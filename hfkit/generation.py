@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 from hfkit import batches
+from hfkit.corpora import find_corpus
 from hfkit.decoding import Completion, repeats
 from hfkit.encoding import Prompt, Request, prepare
 from hfkit.errors import HfkitError, OptionError
@@ -22,7 +23,9 @@ from hfkit.tasks import task_of
 
 _WINDOW = 8  # batches that are sorted by length together
 _ATTEMPTS = 10  # at a text that copies too much
-_FAR = 1_000_003  # between their seeds, so that they are not those of the next prompts
+# Between their seeds: they are no other prompt's, and the first one can be told from them. A CPU draws by the lower 32
+# bits of a seed alone.
+FAR = 2**40 + 1_000_003
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def generate(
     The seed of prompt `i`, sample `k` is `seed + i * num_return_sequences + k`; it alone gives the same text again.
     """
     options = GenerateOptions.make(options, overrides)
+    novel_index(options)  # before a model is loaded
     lm = loaded(model)
     is_one = isinstance(prompt, str | Mapping)
     requests = []  # all of them first, so that one that does not fit is told before any is run
@@ -147,12 +151,11 @@ def _redraw(lm: LanguageModel, options: GenerateOptions, request: Request, found
     """`found`, or where it copies more than `novel` allows the first of other seeds that does not."""
     if not options.novel:
         return found
-    most = options.novel_words or WORDS
-    index, request = _index(tuple(options.novel), most + 1), replace(request, seed=found.seed)
+    most, index, request = options.novel_words or WORDS, novel_index(options), replace(request, seed=found.seed)
     for _ in range(_ATTEMPTS):
         if not (copied := index.look_up(found.completion)).words:
             return found
-        request = replace(request, seed=(request.seed + _FAR) % 2**63)  # type: ignore[operator]
+        request = replace(request, seed=(request.seed + FAR) % 2**63)  # type: ignore[operator]
         found = _generation(lm, options, request, batches.run(lm, [request], options)[0])
     raise HfkitError(
         f"every one of {_ATTEMPTS} samples copies more than {most} words, such as "
@@ -160,8 +163,16 @@ def _redraw(lm: LanguageModel, options: GenerateOptions, request: Request, found
     )
 
 
+def novel_index(options: GenerateOptions) -> Index | None:
+    """What `novel` names, read once, as long as its files stay the same; None if it names nothing."""
+    if not options.novel:
+        return None
+    stamps = tuple((str(file), file.stat().st_mtime_ns) for file in find_corpus(options.novel).files)
+    return _index(tuple(options.novel), (options.novel_words or WORDS) + 1, stamps)
+
+
 @functools.lru_cache(maxsize=1)
-def _index(corpus: tuple[str, ...], length: int) -> Index:
+def _index(corpus: tuple[str, ...], length: int, stamps: tuple[tuple[str, int], ...]) -> Index:
     return index_corpus(list(corpus), length=length)
 
 
@@ -186,6 +197,7 @@ def stream(
     options = GenerateOptions.make(options, overrides)
     if (options.num_return_sequences or 1) > 1:
         raise OptionError("stream gives one text: leave num_return_sequences out, and change the seed")
+    novel_index(options)
     lm = loaded(model)
     check(lm, options)
     request = _prepare(lm, prompt, options)

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from hfkit.corpora import Corpora, Example, find_corpus, read_records
+from hfkit.console import note
+from hfkit.corpora import Corpora, Example, Piece, find_corpus, read_records
 from hfkit.options import CorpusOptions
 
 WORDS = 8  # in a row that count as copied
-_MOST = 30_000_000  # words of a corpus that are looked at
+MOST = 20_000_000  # words of a corpus that are looked at
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u9fff"  # Chinese and Japanese do not divide words: each of their signs is one
 _WORD = re.compile(rf"[{_IDEOGRAPH}]|[^\W{_IDEOGRAPH}]+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, of random bits: what a rolling hash is multiplied by
@@ -27,36 +28,46 @@ class Copied:
 
 
 class Index:
-    """All runs of `length` words of a corpus, as sorted 64-bit hashes: 8 bytes a word."""
+    """All runs of `length` words of a corpus, as sorted 64-bit hashes, and where they stand: 12 bytes a word."""
 
-    def __init__(self, texts: Iterable[str], length: int = WORDS) -> None:
-        self.length = length
-        parts, seen = [], 0
-        for text in texts:
-            ids = _word_hashes(_split(text))
-            parts.append(_run_hashes(ids, length))
-            seen += len(ids)
-            if seen > _MOST:
+    def __init__(self, pieces: Iterable[Piece], length: int = WORDS) -> None:
+        self.length, self.is_whole = length, True
+        hashes, places, seen = [np.zeros(0, np.uint64)], [np.zeros(0, np.int32)], 0
+        rest = hashes[0]  # of the words so far those that a run may begin with
+        for piece in pieces:
+            if seen > MOST:
+                self.is_whole = False
                 break
-        self._hashes = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.uint64)
+            ids = np.concatenate([rest, _word_hashes(_split(piece.text))])
+            runs = _run_hashes(ids, length)
+            hashes.append(runs)
+            places.append(np.arange(seen, seen + len(runs), dtype=np.int32))
+            # Runs that follow one another stand at places that do; the last of a document and the next one do not.
+            rest, seen = (rest[:0], seen + len(runs) + 1) if piece.last else (ids[len(runs) :], seen + len(runs))
+        whole = np.concatenate(hashes)
+        del hashes
+        order = np.argsort(whole, kind="stable")
+        self._hashes, self._places = whole[order], np.concatenate(places)[order]
 
     def look_up(self, text: str) -> Copied:
         """What of `text` is in the corpus, whatever the case and the punctuation."""
         words = _split(text)
         runs = _run_hashes(_word_hashes(words), self.length)
-        if not len(runs) or not len(self._hashes):
+        if not len(runs):
             return Copied("", 0, 0.0)
-        places = np.searchsorted(self._hashes, runs).clip(max=len(self._hashes) - 1)
-        found = self._hashes[places] == runs
-        # So many found in a row, ending at each run: a longer stretch is copied where they follow one another.
-        count, best, end = 0, 0, 0
-        for at, hit in enumerate(found.tolist()):
-            count = count + 1 if hit else 0
-            if count > best:
-                best, end = count, at
+        starts, ends = (np.searchsorted(self._hashes, runs, side) for side in ("left", "right"))
+        best, end = 0, 0  # most runs that follow one another both here and there, and the last of them
+        before, counts = np.array([-2]), np.array([0])  # places of the run before, and how many follow up to it
+        for at, (low, high) in enumerate(zip(starts, ends, strict=True)):
+            places = self._places[low:high]
+            previous = np.searchsorted(before, places - 1).clip(max=len(before) - 1)
+            counts = np.append(0, np.where(before[previous] == places - 1, counts[previous], 0) + 1)
+            before = np.append(-2, places)
+            if counts.max() > best:
+                best, end = int(counts.max()), at
         size = best + self.length - 1 if best else 0
         start = end - best + 1
-        return Copied(" ".join(words[start : start + size]) if best else "", size, float(found.mean()))
+        return Copied(" ".join(words[start : start + size]), size, float((ends > starts).mean()))
 
 
 def _split(text: str) -> list[str]:
@@ -81,18 +92,12 @@ def _run_hashes(ids: np.ndarray, length: int) -> np.ndarray:
 
 def index_corpus(corpus: Corpora, options: CorpusOptions | None = None, length: int = WORDS) -> Index:
     """The index of a corpus; of rows with an answer, of the answers."""
-    return Index(_documents(read_records(find_corpus(corpus), options or CorpusOptions())), length)
+    index = Index(_pieces(read_records(find_corpus(corpus), options or CorpusOptions())), length)
+    if not index.is_whole:
+        note(f"what is copied is looked for in the first {MOST:,} words of the corpus")
+    return index
 
 
-def _documents(records: Iterable[Any]) -> Iterator[str]:
-    """Whole documents: a run of words may go over the border of two pieces."""
-    parts: list[str] = []
+def _pieces(records: Iterable[Any]) -> Iterator[Piece]:
     for record in records:
-        if isinstance(record, Example):
-            turns = record.row.get("messages") or [{"role": "assistant", "content": record.row["completion"]}]
-            yield "\n".join(turn["content"] for turn in turns if turn["role"] == "assistant")
-            continue
-        parts.append(record.text)
-        if record.last:
-            yield "".join(parts)
-            parts = []
+        yield Piece("\n".join(record.answers), True) if isinstance(record, Example) else record

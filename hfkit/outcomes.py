@@ -104,7 +104,7 @@ def _copied(job: Job, samples: list[str]) -> dict[str, Any] | None:
     found = [index.look_up(sample.removeprefix(prompt)) for sample in samples]
     longest = max(found, key=lambda one: one.words)
     share = sum(one.share for one in found) / len(found)
-    return {"longest": longest.longest, "words": longest.words, "share": share}
+    return {"longest": longest.longest, "words": longest.words, "share": share, "is_whole": index.is_whole}
 
 
 def _jsonable(entry: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from hfkit.sources import find
 def load_for(model: ModelOptions, sampling: GenerateOptions, prompt: str | None = None) -> LanguageModel:
     """Load a model, after everything that can be checked without its weights."""
     source = find(model)
+    generation.novel_index(sampling)
     tokenizer, config = models.load_tokenizer(source), models.load_config(source)
     models.check_head(source.name, config, "text")
     if prompt is not None:
@@ -191,6 +192,8 @@ def _seed(lm: LanguageModel, sampling: GenerateOptions, last: dict[str, Any] | N
     if last:
         # The record's own is SEED + (line - 1) * samples + k, and k that of the last sample.
         seed = None if last["seed"] is None else last["seed"] + 1 - last["line"] * samples
+        if sampling.novel and seed is not None:  # where the text was drawn again it is some steps farther
+            seed = seed % generation.FAR + (sampling.seed or 0) // generation.FAR * generation.FAR
         if last["model"] != lm.name or drawn != (seed is not None) or (drawn and sampling.seed not in (None, seed)):
             made = f"with {last['model']}" + ("" if seed is None else f" and --seed {seed}")
             raise HfkitError(f"what is to be resumed was made {made}: give the same, or --overwrite begins anew")
