@@ -144,13 +144,14 @@ def test_a_chat_template_has_one_field_and_the_models_own_stays_where_it_cannot(
 
 
 @pytest.mark.parametrize("family", ["tiny", "tiny_llama"])
-def test_the_answer_alone_is_learned_in_the_tokens_that_the_whole_text_has(family, request):
-    tokenizer, task = AutoTokenizer.from_pretrained(request.getfixturevalue(family)), Task("E: {en}\nF: {fr}")
-    example = task.example({"en": "the rain", "fr": "the end"})
+@pytest.mark.parametrize("template", ["E: {en}\nF: {fr}", "{en}={fr}"])
+def test_the_answer_alone_is_learned_in_the_tokens_that_the_whole_text_has(family, template, request):
+    tokenizer, task = AutoTokenizer.from_pretrained(request.getfixturevalue(family)), Task(template)
+    example = task.example({"en": "the rain", "fr": "an end"})
     (row,) = encode_examples([Example(example, "here")], tokenizer)
     ids, learned = row["input_ids"].tolist(), row["labels"] != IGNORED
     assert ids == [*tokenizer(example["prompt"] + example["completion"])["input_ids"], tokenizer.eos_token_id]
-    assert tokenizer.decode(row["input_ids"][learned], skip_special_tokens=True).strip(" ") == "the end\n"
+    assert tokenizer.decode(row["input_ids"][learned], skip_special_tokens=True).strip(" ") == "an end\n"
     assert ids[: (~learned).sum()] == tokenizer(example["prompt"])["input_ids"]
 
 
