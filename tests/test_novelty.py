@@ -186,7 +186,7 @@ def test_a_corpus_that_changes_is_read_again(parrot, tmp_path):
 def test_many_prompts_are_resumed_with_the_same_seeds(tiny, tmp_path, capfdbinary, monkeypatch):
     """The last record may be of a text that was drawn again, and so have a seed that is far away."""
     corpus = write_corpus(tmp_path / "corpus.txt", 2)
-    (tmp_path / "prompts.txt").write_text("".join(f"{number}\n" for number in range(6)))
+    (tmp_path / "prompts.txt").write_text("".join(f"{number}\n" for number in range(9)))
 
     def look_up(self, text: str) -> novelty.Copied:  # some texts are called copies
         return novelty.Copied("", 9 * (sum(map(ord, text)) % 2), 0.0)
@@ -195,7 +195,7 @@ def test_many_prompts_are_resumed_with_the_same_seeds(tiny, tmp_path, capfdbinar
         return [(row["completion"], row["seed"]) for row in map(json.loads, path.read_text().splitlines())]
 
     monkeypatch.setattr(Index, "look_up", look_up)
-    monkeypatch.setattr(generation, "draw_seed", itertools.count(11, 100).__next__)
+    monkeypatch.setattr(generation, "draw_seed", itertools.count(12, 100).__next__)
     line = ["generate", "-i", tmp_path / "prompts.txt", "-m", tiny, "-n", 8, "--novel", corpus]
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     for seed in (["-s", 5], ["-s", 2**41 + 7], []):
