@@ -21,7 +21,8 @@ from hfkit.sequences import group
 from hfkit.tasks import Task, make_task, task_of
 
 _WINDOW = 128  # texts that are sorted by length together
-_TOKENS = {"cpu": 16_384, "cuda": 131_072}  # at a time, of texts or of labels behind them
+_TOKENS = {"cpu": 16_384, "cuda": 131_072}  # at a time, of texts with the labels behind each
+_SCORED = {"cpu": 2048, "cuda": 16_384}  # likewise, of the labels alone: their logits are what takes memory
 _ZERO_SHOT = "{text}\nThis is about: {label}"  # for labels without a template
 
 
@@ -80,7 +81,9 @@ def classify_each(
     task = None if head_of(lm.model.config) == "classification" else labelling_task(lm, options)
     names = list(task.labels) if task else label_names(lm.model)
     labels = _label_ids(lm, task) if task else []
-    tokens = _TOKENS.get(lm.model.device.type, _TOKENS["cpu"]) // (len(labels) or 1)
+    device = lm.model.device.type
+    tokens = _TOKENS.get(device, _TOKENS["cpu"]) // (len(labels) or 1)
+    most = _SCORED.get(device, _SCORED["cpu"]) // sum(map(len, labels)) if task else _WINDOW
     # Without a token for it, a head does not see where the padding begins.
     tokens = 1 if not task and lm.model.config.pad_token_id is None else tokens
     texts, long = iter(texts), 0
@@ -97,7 +100,7 @@ def classify_each(
                 items.append({"input_ids": ids, "number": number})
             except HfkitError as error:
                 found[number] = error
-        for some in group(sorted(items, key=lambda item: len(item["input_ids"])), tokens):
+        for some in _batches(items, tokens, max(1, most)):
             rows = [item["input_ids"] for item in some]
             scores = label_scores(lm, rows, labels).softmax(-1) if task else _head_probabilities(lm, rows)
             for item, row in zip(some, scores.tolist(), strict=True):
@@ -107,6 +110,12 @@ def classify_each(
         yield from (found[number] for number in range(len(window)))
     if long:
         note(f"{long} texts have {lm.context} tokens or more, which {lm.name} takes: their ends are left out")
+
+
+def _batches(items: list[dict[str, Any]], tokens: int, most: int) -> Iterator[list[dict[str, Any]]]:
+    """Items of like length, at most so many tokens and items together."""
+    for some in group(sorted(items, key=lambda item: len(item["input_ids"])), tokens):
+        yield from (some[at : at + most] for at in range(0, len(some), most))
 
 
 def _shown(given: str | Mapping[str, Any], task: Task | None) -> str:
@@ -200,7 +209,8 @@ def label_scores(lm: LanguageModel, rows: list[list[int]], labels: list[list[int
     places = mask.sum(1).repeat_interleave(len(labels))[:, None] + torch.arange(longest - 1)
     seen = torch.cat([mask.repeat_interleave(len(labels), 0), real[:, :-1]], 1)
     output = _forward(lm, input_ids=padded[:, :-1], attention_mask=seen, position_ids=places, cache=cache)
-    following = output.logits.float().log_softmax(-1).cpu().gather(-1, padded[:, 1:, None]).squeeze(-1)
+    logits, targets = output.logits.float(), padded[:, 1:, None].to(output.logits.device)
+    following = (logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)).cpu()
     return scores + (following * real[:, 1:]).sum(1).view(len(rows), len(labels))
 
 

@@ -67,8 +67,9 @@ def gather_rows(
     if not train_set:
         raise HfkitError("there is nothing to train on: the corpus is too small")
     tokens = sum(len(item["input_ids"]) for item in train_set)
+    characters = sum(len(text) for row in rows for text in row[: 1 if labels else 2])  # a question with its context
     report = Report(
-        kind=head, documents=len(rows) + len(held), tokens=tokens, characters=sum(len(text) for row in rows for text in row[: 2 - bool(labels)]),
+        kind=head, documents=len(rows) + len(held), tokens=tokens, characters=characters,
         fingerprint=hashlib.sha256(repr((rows, held)).encode()).hexdigest(), tokenizer=fingerprint(tokenizer),
     )  # fmt: skip
     count = len(train_set)
@@ -84,6 +85,8 @@ def classification_rows(corpus: Corpora, options: DataOptions) -> list[tuple[str
     rows = []
     for row, where in read_table(find_corpus(corpus), options):
         label = row.get(options.label_column)
+        if label is None and options.label_column in row:
+            raise HfkitError(f"column {options.label_column!r} holds no label ({where}): mend or delete the row")
         if label is None:
             names = ", ".join(map(repr, row))
             raise HfkitError(f"no column {options.label_column!r} ({where}: {names}): say so with --label-column")

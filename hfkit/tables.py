@@ -141,7 +141,7 @@ def read_hub_rows(name: str, options: CorpusOptions) -> Iterator[Row]:
     Raises:
         HfkitError: it cannot be reached within seconds, or read.
     """
-    from datasets import load_dataset
+    from datasets import ClassLabel, load_dataset
     from huggingface_hub import constants
 
     if not constants.is_offline_mode():
@@ -158,7 +158,11 @@ def read_hub_rows(name: str, options: CorpusOptions) -> Iterator[Row]:
         # With this prefix never a folder here that has the same name.
         whole = f"hf://datasets/{name}"
         rows = load_dataset(whole, options.dataset_config_name, split=options.dataset_split, streaming=streaming)
+        kinds = getattr(rows, "features", None) or {}
+        named = {column: dict(enumerate(kind.names)) for column, kind in kinds.items() if isinstance(kind, ClassLabel)}
         for number, row in enumerate(rows, 1):
+            # Labels are kept as numbers there, of which -1 is none.
+            row |= {column: names.get(row[column]) for column, names in named.items()}
             yield row, f"hf://{name}, row {number}"
     except Exception as error:  # the Hub's and the format's own errors, of many classes
         raise HfkitError(f"cannot read hf://{name} (after row {number}): {first_line(error)}") from error

@@ -213,6 +213,21 @@ def test_texts_and_labels_are_found(tmp_path):
         rows_of(tmp_path, [{"a": "x", "b": "y", "label": "z"}], classification_rows)
 
 
+def test_labels_of_the_hub_are_names_though_it_keeps_numbers(monkeypatch):
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+    )
+    rows = datasets.Dataset.from_dict({"text": ["rain", "light"], "label": [0, 1]}, features)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
+    assert classification_rows("hf://owner/name", DataOptions()) == [("rain", "neg"), ("light", "pos")]
+    unknown = datasets.Dataset.from_dict({"text": ["rain"], "label": [-1]}, features)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: unknown.to_iterable_dataset())
+    with pytest.raises(HfkitError, match="column 'label' holds no label .*hf://owner/name, row 1"):
+        classification_rows("hf://owner/name", DataOptions())
+
+
 def test_questions_are_as_in_squad_or_have_a_text(tmp_path):
     context = "the rain of the light and the rain"
     base = {"question": "what", "context": context}
