@@ -13,8 +13,10 @@ def corpus_lines(report: Report) -> list[str]:
     lines = [
         f"{report.documents:,} {what}, {report.characters:,} characters, {report.tokens:,} tokens "
         f"({report.characters / max(1, report.tokens):.2f} characters a token)",
-        "scripts: " + (", ".join(f"{name} {share:.1%}" for name, share in report.scripts.items()) or "no letters"),
     ]
+    if report.kind in ("text", "completion", "messages"):  # the rows of a head are not looked at so closely
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in report.scripts.items())
+        lines.append(f"scripts: {shares or 'no letters'}")
     if report.duplicates:
         lines.append(f"{report.duplicates:,} {what} came before, to the letter: they count twice")
     if report.empty:

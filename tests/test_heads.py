@@ -419,6 +419,7 @@ def test_what_a_run_is_told_by_a_shell(tiny_bert, reviews, tmp_path, capfdbinary
     options = ["--head", "classification", "--max-steps", 2, "--eval-steps", 1, "-o", tmp_path / "run", "--json"]
     result = call(capfdbinary, "finetune", reviews, "-m", tiny_bert, *options)
     assert result.returncode == 0 and b"held-out loss" in result.stderr and b"perplexity" not in result.stderr
+    assert b"96 examples" in result.stderr and b"no letters" not in result.stderr
     metrics = json.loads(result.stdout)
     assert metrics["head"] == "classification" and "perplexity" not in metrics and 0 <= metrics["accuracy"] <= 1
     folder = tmp_path / "run"
