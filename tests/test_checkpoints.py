@@ -10,6 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import weakref
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,24 +102,25 @@ def run_trials(corpus, model, folder: Path, names: list[str], seed: int, seconds
     return json.loads(done.stdout)
 
 
-def check_trials(result: dict) -> None:
+def check_trials(result: dict, name: str, count: int) -> None:
     assert result["outcomes"] and all(outcome == result["whole"] for outcome in result["outcomes"]), result["log"]
-    # A signal in the first milliseconds finds no handler yet; one that comes too late finds nobody.
+    # A signal in the first milliseconds finds no handler yet; for one that comes too late another is sent.
     allowed = {"SIGKILL": {-9, 0}, "SIGTERM": {143, -15, 0}, "SIGINT": {130, -2, 0}, None: {0}}
     assert [end for end in result["ends"] if end[1] not in allowed[end[0]]] == [], result["log"]
-    assert sum(code != 0 for _, code in result["ends"]) >= 0.5 * sum(name is not None for name, _ in result["ends"])
+    assert [sent for sent, code in result["ends"] if code] == [name] * count
+    print(f"signals and exit codes: {Counter((name, code) for name, code in result['ends'])}")
     lines = [line for line in result["log"].splitlines() if line]
     assert all(line.startswith(("hfkit: ", "/")) for line in lines), result["log"]
 
 
 def test_killed_at_any_moment_a_run_goes_on_to_the_bit(tiny, corpus, tmp_path):
-    check_trials(run_trials(corpus, tiny, tmp_path, ["SIGKILL"] * 10, seed=1, seconds=240))
+    check_trials(run_trials(corpus, tiny, tmp_path, ["SIGKILL"] * 10, seed=1, seconds=240), "SIGKILL", 10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), [("SIGKILL", 50), ("SIGTERM", 20), ("SIGINT", 20)])
 def test_a_signal_at_any_of_many_moments(tiny, corpus, tmp_path, name, count):
-    check_trials(run_trials(corpus, tiny, tmp_path, [name] * count, seed=2, seconds=1800))
+    check_trials(run_trials(corpus, tiny, tmp_path, [name] * count, seed=2, seconds=1800), name, count)
 
 
 @pytest.mark.parametrize(
@@ -198,11 +202,18 @@ def test_every_kind_of_run_goes_on_to_the_bit(tiny, corpus, tmp_path, options):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("swallowed", [False, True])
 def test_stopped_before_it_trains_a_run_leaves_nothing_in_the_way(
-    tiny, corpus, tmp_path, monkeypatch, capfdbinary, number, code
+    tiny, corpus, tmp_path, monkeypatch, capfdbinary, number, code, swallowed
 ):
     def tokenize(*arguments):
-        os.kill(os.getpid(), number)
+        if swallowed:  # Python drops what is raised in such a function
+            thing = set()
+            watched = weakref.ref(thing, lambda _: os.kill(os.getpid(), number))
+            del thing
+            time.sleep(5 if watched() is None else 0)
+        else:
+            os.kill(os.getpid(), number)
         pytest.fail("it went on")
 
     with monkeypatch.context() as patch:

@@ -212,20 +212,24 @@ def run_trials(task: dict[str, Any]) -> dict[str, Any]:
         assert wait(fork(task, str(folder / name), log), 120) == 0, log.read_text()
         seconds.append(time.monotonic() - started)
     result = {"whole": outcome(folder / "whole"), "outcomes": [], "ends": []}
-    while names:
-        target, signals, code = str(folder / f"run{len(names)}"), draw.randint(2, 5), None
+    for number in itertools.count():
+        target, signals, code = str(folder / f"run{number}"), draw.randint(2, 5), None
         while code != 0:
             name, child = None, fork(task, target, log)
             if signals and names:
                 name, signals = names.pop(0), signals - 1
                 time.sleep(draw.uniform(0, 0.8 * seconds[1]))
-                os.kill(child, getattr(signal, name))  # in vain where it is done already
+                os.kill(child, getattr(signal, name))
             code = wait(child, 120)
+            if name and code == 0:  # it was done already, so this one does not count
+                names.insert(0, name)
             result["ends"].append([name, code])
             if code is None or code > 0 and code < 128:
                 return result | {"log": log.read_text()}
         result["outcomes"].append(outcome(target))
-    return result | {"log": log.read_text()}
+        if not names:
+            return result | {"log": log.read_text()}
+    raise AssertionError("it goes on until it returns")
 
 
 def run_searches(task: dict[str, Any]) -> dict[str, Any]:
