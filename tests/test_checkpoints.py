@@ -188,6 +188,7 @@ def test_a_second_sigterm_breaks_nothing_and_before_anything_is_saved_it_is_said
         {"max_steps": 26, "gradient_accumulation_steps": 2},
         {"max_steps": 6, "optim": "muon", "dropout": 0.2},
         {"max_steps": 6, "lora": True},
+        {"max_steps": 6, "bf16": True, "activation_checkpointing": True, "lr_scheduler_type": "linear"},
         {"max_steps": 6, "train_sampling_strategy": "group_by_length", "neftune_noise_alpha": 2.0},
     ],
 )
@@ -345,7 +346,7 @@ def test_killed_at_any_operation_of_a_save_the_old_state_or_the_new_one_is_there
     assert [path.name for path in folder.iterdir()] == ["checkpoint-7"]  # rotated
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 def test_an_error_at_any_operation_of_a_save_is_one_line_and_the_old_state_stays(saving, tmp_path, number):
     saver, folder = saving
     old, errors = digests(folder / "checkpoint-6"), []

@@ -51,6 +51,20 @@ def test_precision_is_chosen_by_the_units_of_the_machine(machine):
         plan(bf16=True, fp16=True)
 
 
+def test_without_units_for_bfloat16_a_run_is_what_trainer_would_do(still, corpus, tmp_path, monkeypatch, machine):
+    machine(units=False)
+    seen, forward = set(), GPT2LMHeadModel.forward
+
+    def watch(self, *arguments, **keywords):
+        seen.add((self.dtype, torch.is_autocast_enabled("cpu")))
+        return forward(self, *arguments, **keywords)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", watch)
+    run = hfkit.finetune(corpus, model=still, output_dir=tmp_path, max_steps=2, num_train_epochs=1)
+    assert seen == {(torch.float32, False)}
+    assert (run.metrics["precision"], run.metrics["compiled"]) == ("float32", False)
+
+
 def test_a_long_run_is_compiled_where_there_is_a_compiler(machine):
     machine(speed=10)
     assert plan().compile and plan(torch_compile=False).compile is False

@@ -1,5 +1,6 @@
 """A folder belongs to one run and to one process, says what was asked for, and never mixes two runs."""
 
+import errno
 import json
 import os
 import resource
@@ -21,7 +22,7 @@ from hfkit.checkpoints import commit, find_fault
 from hfkit.errors import HfkitError
 from hfkit.options import DataOptions, ModelOptions, SizeOptions, TrainOptions
 from hfkit.recipes import read_values
-from hfkit.storage import lock
+from hfkit.storage import lock, write_text
 
 pytestmark = pytest.mark.usefixtures("brisk")
 BEGUN = {**trials.SMALL, "eval_steps": 2}
@@ -196,6 +197,18 @@ def test_a_corpus_that_was_edited_is_another(stopped, tiny, corpus, tmp_path, mo
         path.write_text(before)
 
 
+def test_a_model_with_another_tokenizer_is_another(tiny, corpus, tmp_path):
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    with pytest.raises(RuntimeError, match="power"):
+        train(corpus, str(model), tmp_path / "run", callbacks=[PowerCut()])
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(HfkitError, match="tokenizer_sha256 was"):
+        train(corpus, str(model), tmp_path / "run", resume=True)
+
+
 def test_what_was_decided_when_a_run_began_holds_when_it_goes_on(tiny, corpus, tmp_path, monkeypatch):
     """Where the machine has become another one, or a new version decides otherwise."""
     options = {"max_steps": 6, "eval_steps": 2}
@@ -215,6 +228,24 @@ def test_what_was_decided_when_a_run_began_holds_when_it_goes_on(tiny, corpus, t
 
 
 # killed, operation by operation
+
+
+@pytest.mark.parametrize("old", [None, "old" * 5000])
+def test_killed_while_it_is_written_a_file_is_the_old_one_or_the_new_one(tmp_path, old):
+    folder, new, seen = tmp_path / "run", "new" * 9000, set()
+    folder.mkdir()
+    if old:
+        (folder / "metrics.json").write_text(old)
+    act = lambda: write_text(folder / "metrics.json", new)  # noqa: E731
+    for _ in trials.killed_at_each(act, folder, tmp_path / "backup"):
+        seen.add((folder / "metrics.json").read_text() if (folder / "metrics.json").exists() else None)
+    assert seen == {old, new}
+    for number in (errno.ENOSPC, errno.EIO):
+        shutil.rmtree(tmp_path / "backup")
+        for error in trials.failing_at_each(number, act, folder, tmp_path / "backup"):
+            assert error is None or isinstance(error, HfkitError) and "metrics.json" in str(error)
+            assert [path.name for path in folder.iterdir()] == ["metrics.json"]
+            assert (folder / "metrics.json").read_text() == new
 
 
 def test_killed_while_it_begins_a_folder_can_be_used_without_ado(tmp_path):

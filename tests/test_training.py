@@ -1,5 +1,6 @@
 """A run is what a plain loop would do, whatever is trained on whatever; what it leaves anybody can load."""
 
+import io
 import json
 import os
 import shutil
@@ -250,6 +251,20 @@ def test_a_run_that_does_not_get_better_stops_early_and_keeps_its_best_state(tin
                  load_best_model_at_end=False)  # fmt: skip
     assert last.metrics["step"] == last.metrics["steps"] == max(measured)
     assert last.metrics["loss"] == measured[max(measured)]
+
+
+def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(tiny, corpus, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    run = train(corpus, tiny, tmp_path)
+    shown = [line for line in terminal.getvalue().replace("\r", "\n").split("\n") if "training:" in line]
+    assert " 6/6 [" in shown[-1] and "tokens/s]" in shown[-1] and "<00:00, " in shown[-1]
+    assert f"loss {trials.losses(run.metrics)[-2]:.3f}" in shown[-1]  # Trainer tells it when the step is over
+    assert "\nhfkit: step 6 of 6: held-out perplexity" in terminal.getvalue().replace("\r", "\n")
 
 
 # Python
