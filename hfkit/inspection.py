@@ -1,6 +1,5 @@
 """`inspect`: how likely each token of a text is, what would come next, and what each sampling control leaves of it."""
 
-import html
 import math
 import re
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hfkit import pages
-from hfkit.console import printable
 from hfkit.declaration import set_fields
 from hfkit.encoding import encode, first_tokens
 from hfkit.errors import HfkitError
@@ -67,16 +65,16 @@ class Inspection:
 
     def _repr_html_(self) -> str:
         words = "".join(
-            f'<span title="{html.escape(_told(token))}" style="background:rgba(220,90,20,{_strength(token):.2f})">'
-            f"{html.escape(printable(token.text))}</span>" + ("<br>" if "↵" in token.text else "")
+            f'<span title="{pages.escape(_told(token))}" style="background:rgba(220,90,20,{_strength(token):.2f})">'
+            f"{pages.escape(token.text)}</span>" + ("<br>" if "↵" in token.text else "")
             for token in self.tokens
         )
         names = ["text", "probability", *self.left]
         rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(_cell(row[name]))}</td>" for name in names) + "</tr>"
+            "<tr>" + "".join(f"<td>{pages.escape(_cell(row[name]))}</td>" for name in names) + "</tr>"
             for row in self.following
         )
-        heads = "".join(f"<th>{html.escape(name)}</th>" for name in ["next token", "alone", *_headings(self.left)])
+        heads = "".join(f"<th>{pages.escape(name)}</th>" for name in ["next token", "alone", *_headings(self.left)])
         return (
             f'<div class="tokens">{words}</div>'
             f"<p>{self.bits:.1f} bits in {len(self.tokens)} tokens; the darker, the more surprising</p>"
@@ -98,7 +96,7 @@ def _headings(left: dict[str, int]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    return printable(value) if isinstance(value, str) else f"{value:.2%}"
+    return value if isinstance(value, str) else f"{value:.2%}"
 
 
 def inspect(

@@ -4,6 +4,8 @@ import base64
 import html
 from collections.abc import Iterable, Sequence
 
+from hfkit.console import printable
+
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -20,18 +22,27 @@ img { max-width: 100%; background: white; border-radius: .4rem; }
 """
 
 
+def escape(text: str) -> str:
+    """`text` as a page shows it to the letter; control characters are written out."""
+    return html.escape(printable(text))
+
+
 def page(title: str, *parts: str) -> str:
     """A whole page; the parts are HTML."""
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1>\n{body}\n</html>\n"
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style>\n<h1>{escape(title)}</h1>\n{body}\n</html>\n"
     )
 
 
 def heading(text: str) -> str:
-    return f"<h2>{html.escape(text)}</h2>"
+    return f"<h2>{escape(text)}</h2>"
+
+
+def paragraph(text: str) -> str:
+    return f"<p>{escape(text)}</p>" if text else ""
 
 
 def table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
@@ -39,7 +50,7 @@ def table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
 
     def cells(row: Sequence[str], tag: str) -> str:
         return "".join(
-            f"<{tag}{' class=number' if text[:1].isdigit() or text[:1] in '+-−–' else ''}>{html.escape(text)}</{tag}>"
+            f"<{tag}{' class=number' if text[:1].isdigit() or text[:1] in '+-−–' else ''}>{escape(text)}</{tag}>"
             for text in row
         )
 
@@ -49,11 +60,11 @@ def table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
 
 def image(png: bytes, text: str) -> str:
     """A picture inside the page; `text` says what it shows to who cannot see it."""
-    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return f'<img alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def samples(pairs: Iterable[tuple[str, str]]) -> str:
     """Texts side by side, each under its title."""
     return '<div class="pair">' + "".join(
-        f"<div><b>{html.escape(title)}</b><div class=sample>{html.escape(text)}</div></div>" for title, text in pairs
+        f"<div><b>{escape(title)}</b><div class=sample>{escape(text)}</div></div>" for title, text in pairs
     ) + "</div>"  # fmt: skip

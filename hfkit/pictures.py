@@ -17,19 +17,15 @@ _FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen
           "Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Arial Unicode MS")  # fmt: skip
 
 
-def draw_loss(history: Sequence[dict[str, Any]]) -> bytes:
-    """Training and held-out loss over the steps of Trainer's log, as PNG."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    plot_loss(axes, history)
-    return to_png(figure)
+def points(history: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """Step and value of what Trainer logged under `name`."""
+    return [(int(entry["step"]), float(entry[name])) for entry in history if entry.get(name) is not None]
 
 
 def plot_loss(axes: Any, history: Sequence[dict[str, Any]], name: str = "", color: str = "C0") -> None:
     """Both losses of a run; the training's as it is, faint, and smoothed."""
     of = f" ({name})".replace("$", r"\$") if name else ""
-    train = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    held = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    train, held = points(history, "loss"), points(history, "eval_loss")
     if train:
         axes.plot(*zip(*train, strict=True), color=color, alpha=0.25, linewidth=0.8)
         axes.plot(*zip(*smooth(train), strict=True), color=color, label="training" + of)
@@ -48,20 +44,19 @@ def draw_curves(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> bytes:
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     for number, (name, history) in enumerate(runs):
         plot_loss(losses, history, name if len(runs) > 1 else "", f"C{number}")
-        points = [(entry["step"], entry["learning_rate"]) for entry in history if "learning_rate" in entry]
-        if points:
-            rates.plot(*zip(*points, strict=True), color=f"C{number}")
+        if planned := points(history, "learning_rate"):
+            rates.plot(*zip(*planned, strict=True), color=f"C{number}")
     losses.set(xlabel="")
     rates.set(xlabel="step", ylabel="learning rate")
     rates.grid(alpha=0.3)
     return to_png(figure)
 
 
-def smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def smooth(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """A running mean over a thirtieth of the points."""
-    window, total, found = max(1, len(points) // 30), 0.0, []
-    for at, (step, value) in enumerate(points):
-        total += value - (points[at - window][1] if at >= window else 0.0)
+    window, total, found = max(1, len(curve) // 30), 0.0, []
+    for at, (step, value) in enumerate(curve):
+        total += value - (curve[at - window][1] if at >= window else 0.0)
         found.append((step, total / min(at + 1, window)))
     return found
 

@@ -20,7 +20,7 @@ class Page(HTMLParser):
         self.attributes: list[tuple[str, str | None]] = []
         self.tables: list[list[list[str]]] = []
         self.shown: list[str] = []
-        self.style = ""
+        self.style, self.in_cell = "", False
         self.feed(source)
         self.close()
 
@@ -33,13 +33,17 @@ class Page(HTMLParser):
             self.tables[-1].append([])
         elif tag in ("td", "th"):
             self.tables[-1][-1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_cell = self.in_cell and tag not in ("td", "th")
 
     def handle_data(self, data: str) -> None:
         if "style" in self.tags[-1:]:
             self.style += data
             return
         self.shown.append(data)
-        if self.tags[-1:] in (["td"], ["th"]):
+        if self.in_cell:
             self.tables[-1][-1][-1] += data
 
     @property
