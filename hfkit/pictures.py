@@ -94,7 +94,7 @@ def draw_attention(attention: torch.Tensor, words: Sequence[str], layer: int | N
 def draw_trials(trials: Sequence[dict[str, Any]], importances: dict[str, float]) -> bytes:
     """Scores of a search in their order, against each option's values, and what the options are worth, as PNG."""
     scored = [trial for trial in trials if trial["loss"] is not None]
-    names = sorted({name for trial in scored for name in trial["params"]})
+    names = list({**importances, **{name: 0 for trial in scored for name in trial["params"]}})
     columns = 3
     rows = -(-(len(names) + 2) // columns)
     figure = Figure(figsize=(columns * 3.6, rows * 2.9), layout="constrained")
@@ -105,8 +105,11 @@ def draw_trials(trials: Sequence[dict[str, Any]], importances: dict[str, float])
     grid[0].plot([trial["number"] for trial in scored], best, drawstyle="steps-post", label="best so far")
     grid[0].set(xlabel="trial", ylabel="held-out loss")
     grid[0].legend()
-    grid[1].barh(list(importances)[::-1], list(importances.values())[::-1])
-    grid[1].set(xlabel="importance")
+    for at, (name, worth) in enumerate(importances.items()):
+        grid[1].barh(-at, worth, color="C0", alpha=0.4)
+        grid[1].text(0, -at, f" {name}", va="center", fontsize=8)
+    grid[1].set(xlabel="importance", yticks=[])
+    grid[1].set_visible(bool(importances))
     for axes, name in zip(grid[2:], names, strict=False):
         values = [trial["params"][name] for trial in scored]
         axes.plot(values, losses, "o")

@@ -34,7 +34,7 @@ def read_space(search: Sequence[str] | None, train: TrainOptions) -> dict[str, A
 def _default_space(train: TrainOptions) -> dict[str, Any]:
     rate = train.learning_rate
     space: dict[str, Any] = {
-        "learning_rate": (rate / 10, rate * 10) if rate else (1e-5, 1e-3),
+        "learning_rate": (rate / 10, rate * 10) if rate else (5e-5, 5e-3) if train.lora else (1e-5, 1e-3),
         "weight_decay": (0.0, 0.2),
         "warmup_steps": (0.0, 0.2),
         "per_device_train_batch_size": [2, 4, 8, 16],
