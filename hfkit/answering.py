@@ -97,6 +97,8 @@ def find_answers(lm: LanguageModel, pairs: Iterable[tuple[str, str]], threshold:
             inputs = collate([part["inputs"] for _, part in batch])
             output = lm.model(**{name: tensor.to(lm.model.device) for name, tensor in inputs.items()})
             logits = torch.stack([output.start_logits, output.end_logits], 1).double().cpu().numpy()
+            if np.isnan(logits).any():
+                raise HfkitError(f"{lm.name} gives values that are not numbers: try --dtype float32")
             for (number, part), (start, end) in zip(batch, logits, strict=True):
                 nothing[number] = min(nothing[number], start[0] + end[0])
                 spans[number].append(_spans(part["offsets"], start, end))

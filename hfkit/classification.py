@@ -77,8 +77,10 @@ def classify(
 def classify_each(
     texts: Iterable[str | Mapping[str, Any] | HfkitError], lm: LanguageModel, options: TaskOptions
 ) -> Iterator[Classification | HfkitError]:
-    """As `classify`, in order; an HfkitError in place of a text that cannot be labelled, or that is one."""
+    """As `classify`, in order; in place of a text that cannot be labelled, or was not read, an HfkitError."""
     task = None if head_of(lm.model.config) == "classification" else labelling_task(lm, options)
+    if not task and (options.labels or options.template):
+        raise OptionError(f"{lm.name} has labels of its own: leave --labels and --template out")
     names = list(task.labels) if task else label_names(lm.model)
     labels = _label_ids(lm, task) if task else []
     device = lm.model.device.type
@@ -103,6 +105,8 @@ def classify_each(
         for some in _batches(items, tokens, max(1, most)):
             rows = [item["input_ids"] for item in some]
             scores = label_scores(lm, rows, labels).softmax(-1) if task else _head_probabilities(lm, rows)
+            if scores.isnan().any():
+                raise HfkitError(f"{lm.name} gives values that are not numbers: try --dtype float32")
             for item, row in zip(some, scores.tolist(), strict=True):
                 order = sorted(range(len(names)), key=lambda index, row=row: -row[index])
                 shares = {names[index]: row[index] for index in order}

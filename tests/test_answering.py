@@ -160,6 +160,13 @@ def test_a_context_of_which_nothing_is_left_has_no_answer(random_bert):
     assert (found.answer, found.score, found.start) == ("", pytest.approx(1), None)
 
 
+def test_values_that_are_not_numbers_are_told(random_bert):
+    lm = hfkit.load(random_bert)
+    lm.model.qa_outputs.bias.data[:] = torch.nan
+    with pytest.raises(HfkitError, match="not numbers: try --dtype float32"):
+        answer("what?", "rain", model=lm)
+
+
 def test_what_cannot_be_asked_is_told(random_bert, random_gpt2):
     for question, context in (("", "rain"), ("what?", " \n"), (" ", " ")):
         with pytest.raises(HfkitError, match="give a question, and a text"):

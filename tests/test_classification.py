@@ -254,6 +254,20 @@ def test_a_head_needs_the_column_text(headed):
         classify({"review": "rain"}, model=headed["bert"])
 
 
+def test_values_that_are_not_numbers_are_told(headed, tiny):
+    for folder, options in ((headed["bert"], {}), (tiny, {"labels": ["a", "b"]})):
+        lm = hfkit.load(folder)
+        next(lm.model.parameters()).data[:] = torch.nan
+        with pytest.raises(HfkitError, match="not numbers: try --dtype float32"):
+            classify("rain", model=lm, **options)
+
+
+def test_a_head_has_its_own_labels(headed, capfdbinary):
+    for option in (["--labels", "a", "--labels", "b"], ["--template", "{text}: {label}"]):
+        result = call(capfdbinary, "classify", "rain", "-m", headed["bert"], *option)
+        assert_fails(result, 2, "has labels of its own: leave --labels and --template out")
+
+
 def test_a_head_that_gives_a_number_is_told(headed):
     with pytest.raises(HfkitError, match="gives a number, not labels"):
         classify("rain", model=headed["number"])
