@@ -178,14 +178,13 @@ def _run_trial(job: _Job, trial: Any, most: int) -> str:
             score = "diverged"
             trial.set_user_attr(score, True)
         job.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        shutil.rmtree(own / runs.CHECKPOINTS, ignore_errors=True)
     except StoppedError as stop:
         done = f"{len(finished(job.study))} of {most} trials are done ({job.folder})"
         raise StoppedError(f"stopped as asked: {done}, the same command goes on", stop.exit_code - 128) from None
     finally:
         console.state.quiet = quiet
     with lock(job.folder, wait=True, tell=False):
-        _keep_best_weights(job)
+        _clear(job)
     values = ", ".join(f"{name} {_short(value)}" for name, value in trial.params.items())
     return f"trial {trial.number}: {score}, {values}"
 
@@ -194,7 +193,7 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _keep_best_weights(job: _Job) -> None:
+def _clear(job: _Job) -> None:
     """Of all trials but the best only recipe and scores stay: a model each would fill the disk."""
     trials = finished(job.study)
     best = best_of(trials)
@@ -202,12 +201,15 @@ def _keep_best_weights(job: _Job) -> None:
         if trial is not best:
             for weights in (job.folder / trial["folder"]).glob("*.safetensors"):
                 weights.unlink()
+        if trial["loss"] is None:
+            shutil.rmtree(job.folder / trial["folder"] / runs.CHECKPOINTS, ignore_errors=True)
 
 
 def _finish(job: _Job, options: TuneOptions) -> Search:
     """The table, the picture and the best recipe; and the best run, if it was asked for."""
     folder, run = job.folder, None
     with lock(folder, wait=True):
+        _clear(job)
         trials = finished(job.study)
         best = best_of(trials)
         if not best:

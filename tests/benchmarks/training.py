@@ -87,8 +87,9 @@ def train_plainly(model: str, material: Any, steps: int, block: int) -> tuple[fl
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=steps, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True
-        )
+            folder, max_steps=steps, per_device_train_batch_size=ROWS, logging_steps=1, save_strategy="no",
+            report_to="none", disable_tqdm=True,
+        )  # fmt: skip
         trainer = Watched(
             GPT2LMHeadModel.from_pretrained(model, dtype="float32"), arguments, train_dataset=material.train_set,
             data_collator=Collator(0), callbacks=[watcher(times, losses)],
