@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 IGNORED = -100  # label of a token that is neither learned nor counted
+_AT_ONCE = {False: 1 << 22, True: 1 << 28}  # logits that are looked at together: on a CPU, what its caches nearly hold
 
 
 def _none() -> np.ndarray:
@@ -90,9 +91,16 @@ def score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, to
     Returns:
         Two tensors (rows, length).
     """
-    counts, logits = targets != IGNORED, logits.float()
-    own = logits.gather(-1, targets.clamp(min=0)[..., None])
-    return (logits.logsumexp(-1) - own.squeeze(-1)) * counts, (logits > own).sum(-1) * counts
+    flat, goals = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    rows = max(1, _AT_ONCE[logits.is_cuda] // flat.shape[1])
+    nll, rank = [], []
+    for some, goal in zip(flat.split(rows), goals.split(rows), strict=True):
+        some = some.float()
+        own = some.gather(-1, goal.clamp(min=0)[:, None])
+        # Several times as fast as logsumexp on a CPU; 0 where they do not count.
+        nll.append(torch.nn.functional.cross_entropy(some, goal, reduction="none", ignore_index=IGNORED))
+        rank.append((some > own).sum(-1, dtype=torch.int32) * (goal != IGNORED))
+    return torch.cat(nll).view_as(targets), torch.cat(rank).view_as(targets)
 
 
 def shift(labels: torch.Tensor) -> torch.Tensor:
@@ -125,13 +133,22 @@ def precise_head(model: Any) -> Iterator[None]:
             if not head.weight.is_floating_point():  # quantised: it knows its scale itself
                 return before(hidden.float())
             bias = None if head.bias is None else head.bias.float()
-            return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
+            return _linear(hidden.float(), head.weight.float(), bias)
 
     head.forward = forward
     try:
         yield
     finally:
         head.forward = before
+
+
+def _linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """torch's `linear`. MKL, which does it in torch, takes twice as long on AMD's processors as oneDNN."""
+    if hidden.device.type == "cpu" and torch.backends.mkldnn.is_available() and not torch.is_grad_enabled():
+        if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+            # A private operator: the one that torch.compile puts in.
+            return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
+    return torch.nn.functional.linear(hidden, weight, bias)
 
 
 def jsonable(value: Any) -> Any:
