@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,13 +72,13 @@ class Inspection:
         )
         names = ["text", "probability", *self.left]
         rows = "".join(
-            "<tr>" + "".join(f"<td>{pages.escape(_cell(row[name]))}</td>" for name in names) + "</tr>"
+            "<tr>" + "".join(f"<td>{pages.escape(cell(row[name]))}</td>" for name in names) + "</tr>"
             for row in self.following
         )
         heads = "".join(f"<th>{pages.escape(name)}</th>" for name in ["next token", "alone", *_headings(self.left)])
         return (
             f'<div class="tokens">{words}</div>'
-            f"<p>{self.bits:.1f} bits in {len(self.tokens)} tokens; the darker, the more surprising</p>"
+            f"<p>{self.bits:.1f} bits in {len(self.tokens)} tokens; the stronger the colour, the more surprising</p>"
             f"<table><tr>{heads}</tr>{rows}</table>"
         )
 
@@ -95,8 +96,9 @@ def _headings(left: dict[str, int]) -> list[str]:
     return [f"{name}: {count:,} left" for name, count in left.items()]
 
 
-def _cell(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:.2%}"
+def cell(value: str | float) -> str:
+    """A text, or a share; nothing where nothing is left."""
+    return value if isinstance(value, str) else f"{value:.2%}" if value else ""
 
 
 def inspect(
@@ -201,6 +203,7 @@ def readable(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
         return "⟨" + raw.hex(" ") + "⟩"
 
 
-def to_page(found: Inspection, picture: bytes | None) -> str:
-    """A page of its own, which needs no network."""
-    return pages.page(found.model, found._repr_html_(), pages.image(picture, "attention") if picture else "")
+def to_page(found: Inspection, pictures: Mapping[int, bytes]) -> str:
+    """A page of its own, which needs no network; the pictures are of these layers."""
+    drawn = [pages.image(png, f"attention of layer {layer}", wide=True) for layer, png in pictures.items()]
+    return pages.page(found.model, found._repr_html_(), *drawn)

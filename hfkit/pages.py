@@ -2,23 +2,28 @@
 
 import base64
 import html
+import re
 from collections.abc import Iterable, Sequence
 
 from hfkit.console import printable
 
+_NUMBER = re.compile(r"[-+−–]?\d|–$")
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2 { line-height: 1.25; }
-table { border-collapse: collapse; display: block; overflow-x: auto; }
+table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; }
 td, th { padding: .25rem .8rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 pre, .sample { background: var(--soft); padding: .8rem 1rem; border-radius: .4rem; white-space: pre-wrap;
   overflow-wrap: anywhere; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1rem; }
 .tokens { font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
-.tokens span { border-right: 1px solid var(--line); }
-img { max-width: 100%; background: white; border-radius: .4rem; }
+.tokens span { border-right: 1px solid var(--line); display: inline-block; }
+img { max-width: min(100%, 46rem); background: white; border-radius: .4rem; }
+.wide { overflow-x: auto; margin: 1rem 0; }
+.wide img { max-width: none; }
+@media (max-width: 40rem) { table { font-size: .85rem; } td, th { padding: .25rem .4rem; } }
 """
 
 
@@ -46,21 +51,24 @@ def paragraph(text: str) -> str:
 
 
 def table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
-    """A table of texts; what looks like a number stands on the right."""
+    """A table of texts; under a head, a column of what looks like numbers stands on the right."""
+    rows = list(rows)
+    is_number = [
+        bool(head) and all(not cell or _NUMBER.match(cell) for cell in column) for column in zip(*rows, strict=True)
+    ]
 
     def cells(row: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{' class=number' if text[:1].isdigit() or text[:1] in '+-−–' else ''}>{escape(text)}</{tag}>"
-            for text in row
-        )
+        kinds = zip(row, is_number, strict=True)
+        return "".join(f"<{tag}{' class=number' * right}>{escape(text)}</{tag}>" for text, right in kinds)
 
-    lines = [f"<tr>{cells(head, 'th')}</tr>"] if head else []
+    lines = [f"<tr>{cells(head, 'th')}</tr>"] if head and rows else []
     return "<table>" + "\n".join([*lines, *(f"<tr>{cells(row, 'td')}</tr>" for row in rows)]) + "</table>"
 
 
-def image(png: bytes, text: str) -> str:
-    """A picture inside the page; `text` says what it shows to who cannot see it."""
-    return f'<img alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def image(png: bytes, text: str, *, wide: bool = False) -> str:
+    """A picture inside the page; `text` says what it shows to who cannot see it. wide: it is scrolled, not shrunk."""
+    found = f'<img alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return f"<div class=wide>{found}</div>" if wide else found
 
 
 def samples(pairs: Iterable[tuple[str, str]]) -> str:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from matplotlib import font_manager
+from matplotlib import font_manager, rc_context
 from matplotlib.figure import Figure
 
 from hfkit.console import printable
 
-_LABELLED = 48  # tokens that can still be read along an axis
+_LABELLED = 48  # tokens along an axis that get a name; of more, every second, third ...
+_PITCH = 0.11  # inches that a name needs
+_PAGE, _LARGEST = 7.5, 64.0  # inches: heads of one layer in a row, and of all layers
 # matplotlib brings no font with Chinese, Japanese or Korean; one of these is where people read them.
 _FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
           "Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Arial Unicode MS")  # fmt: skip
@@ -40,16 +42,17 @@ def plot_loss(axes: Any, history: Sequence[dict[str, Any]], name: str = "", colo
 
 def draw_curves(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> bytes:
     """Losses, and below them the learning rates, of runs, each with its name and Trainer's log; as PNG."""
-    figure = Figure(figsize=(8, 5.6), layout="constrained")
-    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for number, (name, history) in enumerate(runs):
-        plot_loss(losses, history, name if len(runs) > 1 else "", f"C{number}")
-        if planned := points(history, "learning_rate"):
-            rates.plot(*zip(*planned, strict=True), color=f"C{number}")
-    losses.set(xlabel="")
-    rates.set(xlabel="step", ylabel="learning rate")
-    rates.grid(alpha=0.3)
-    return to_png(figure)
+    with rc_context({"font.size": 11}):  # on a phone it is half as large
+        figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+        losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        for number, (name, history) in enumerate(runs):
+            plot_loss(losses, history, name if len(runs) > 1 else "", f"C{number}")
+            if planned := points(history, "learning_rate"):
+                rates.plot(*zip(*planned, strict=True), color=f"C{number}")
+        losses.set(xlabel="")
+        rates.set(xlabel="step", ylabel="learning rate")
+        rates.grid(alpha=0.3)
+        return to_png(figure, 160)
 
 
 def smooth(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -66,14 +69,15 @@ def draw_attention(attention: torch.Tensor, words: Sequence[str], layer: int | N
 
     attention: (layers, heads, length, length). words: the tokens. layer: this one large, or None for all, small.
     """
-    layers = range(len(attention)) if layer is None else [layer]
-    heads, length, words = attention.shape[1], len(words), [printable(word) for word in words]
-    columns = heads if layer is None else min(heads, 4)
+    layers, heads = range(len(attention)) if layer is None else [layer], attention.shape[1]
+    side = max(1.6, _PITCH * min(len(words), _LABELLED))
+    columns = heads if layer is None else min(heads, int(_PAGE // side))
     rows = len(layers) * -(-heads // columns)
-    is_labelled = length <= _LABELLED
-    side = max(1.6, 0.11 * length) if is_labelled else 3.0
+    side = min(side, _LARGEST / max(rows, columns))
+    step = -(-len(words) // int(side / _PITCH))
+    places, names = range(0, len(words), step), [printable(word) for word in words[::step]]
     installed = set(font_manager.get_font_names())
-    style = {"fontsize": 6, "family": ["monospace", *installed.intersection(_FONTS)], "parse_math": False}
+    style = {"fontsize": 7, "family": ["monospace", *installed.intersection(_FONTS)], "parse_math": False}
     figure = Figure(figsize=(columns * side + 1.2, rows * (side + 0.3) + 1.0), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(layers) * heads :]:
@@ -83,10 +87,10 @@ def draw_attention(attention: torch.Tensor, words: Sequence[str], layer: int | N
         image = axes.imshow(head, cmap="viridis", vmin=0, vmax=1)
         axes.set_title(f"layer {layers[place // heads]}, head {place % heads}", fontsize=8)
         axes.set(xticks=[], yticks=[])
-        if is_labelled and place % columns == 0:
-            axes.set_yticks(range(length), words, **style)
-        if is_labelled and place + columns >= len(layers) * heads:
-            axes.set_xticks(range(length), words, rotation=90, **style)
+        if place % columns == 0:
+            axes.set_yticks(places, names, **style)
+        if place + columns >= len(layers) * heads:
+            axes.set_xticks(places, names, rotation=90, **style)
     figure.colorbar(image, ax=list(grid), label="attention from the row's token to the column's", shrink=0.6)
     return to_png(figure)
 
@@ -122,9 +126,9 @@ def draw_trials(trials: Sequence[dict[str, Any]], importances: dict[str, float])
     return to_png(figure)
 
 
-def to_png(figure: Figure) -> bytes:
+def to_png(figure: Figure, dpi: int = 110) -> bytes:
     picture = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a sign that no font has is drawn as a box
-        figure.savefig(picture, format="png", dpi=110)
+        figure.savefig(picture, format="png", dpi=dpi)
     return picture.getvalue()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hfkit import console
 from hfkit.errors import HfkitError, OptionError
-from hfkit.inspection import Inspection, Token, inspect, to_page
+from hfkit.inspection import Inspection, Token, cell, inspect, to_page
 from hfkit.options import InspectOptions, ModelOptions
 from hfkit.pictures import draw_attention
 from hfkit.storage import make_writable, write_bytes
@@ -16,18 +16,22 @@ def write(text: str, model: ModelOptions, options: InspectOptions, *, json: bool
     """Inspect `text`, print what was found, and write the file that was asked for."""
     path = check_output(options)
     found = inspect(text, model=model, options=options)
-    picture = None
-    if found.attention is not None:
-        if options.layer is not None and options.layer >= len(found.attention):
-            raise OptionError(f"--layer is {options.layer}: {found.model} has layers 0 to {len(found.attention) - 1}")
-        picture = draw_attention(found.attention, found.words, options.layer)
+    layers = range(0 if found.attention is None else len(found.attention))
+    if options.layer is not None and options.layer not in layers:
+        raise OptionError(f"--layer is {options.layer}: {found.model} has layers 0 to {layers[-1]}")
     if json:
         console.write(dumps(found.to_dict(), ensure_ascii=False) + "\n")
     else:
         _write_text(found)
         _write_next(found)
     if path:
-        write_bytes(path, picture if path.suffix == ".png" and picture else to_page(found, picture).encode())
+        if path.suffix == ".png":
+            content = draw_attention(found.attention, found.words, options.layer)
+        else:
+            drawn = layers if options.layer is None else [options.layer]
+            pictures = {layer: draw_attention(found.attention, found.words, layer) for layer in drawn}
+            content = to_page(found, pictures).encode()
+        write_bytes(path, content)
         console.note(f"written: {path}")
 
 
@@ -73,11 +77,5 @@ def _style(token: Token) -> str:
 
 
 def _write_next(found: Inspection) -> None:
-    rows = [
-        (
-            row["text"],
-            *(f"{share:.2%}" if share else "" for share in (row["probability"], *(row[n] for n in found.left))),
-        )
-        for row in found.following
-    ]
+    rows = [[cell(row[name]) for name in ("text", "probability", *found.left)] for row in found.following]
     console.write_table(("next", "alone", *(f"{name}\n{count:,} left" for name, count in found.left.items())), rows)
