@@ -145,9 +145,10 @@ def precise_head(model: Any) -> Iterator[None]:
 def _linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """torch's `linear`. MKL, which does it in torch, takes twice as long on AMD's processors as oneDNN."""
     if hidden.device.type == "cpu" and torch.backends.mkldnn.is_available() and not torch.is_grad_enabled():
-        if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-            # A private operator: the one that torch.compile puts in.
-            return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
+        # A private operator, which may go: the one that torch.compile puts in.
+        product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+        if product and torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+            return product(hidden, weight, bias, "none", [], "")
     return torch.nn.functional.linear(hidden, weight, bias)
 
 

@@ -512,7 +512,7 @@ def test_truncate_keeps_the_token_that_begins_a_text(lms):
 
 def test_a_text_with_an_encoder_may_be_as_long_as_the_context_and_so_may_its_translation(lms):
     class Config:
-        is_encoder_decoder, max_position_embeddings = True, 300
+        model_type, is_encoder_decoder, max_position_embeddings = "t5", True, 300
 
     def new(length, **options):
         return prepare([7] * length, GenerateOptions(**options), lms["t5"].tokenizer, Config, "m")
