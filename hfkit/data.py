@@ -35,6 +35,7 @@ CHAT_TEMPLATE = (
 _VERSION = 4  # of what is kept on disk
 _BATCH = 512  # pieces that are encoded together
 _SAMPLE = 1_000_000  # characters that are looked at for their script
+_SCRIPTS = {"Cjk": "Han", "Masculine": "Latin", "Feminine": "Latin", "Micro": "Greek"}  # ª, º and µ
 _DATA = "data-00000-of-00001.arrow"  # as `datasets` names it
 _PROCESS = os.getpid()
 _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ue000-\uf8ff\ufeff\ufffd]")
@@ -156,10 +157,9 @@ def _watch(records: Iterable[Piece | Example], report: Report, size: int, bar: A
     report.duplicates = len(seen) - len(np.unique(seen))
     report.odd = {f"U+{ord(character):04X}": count for character, count in odd.most_common()}
     scripts: Counter[str] = Counter()
-    for character, count in sample.items():
-        if character.isalpha():
-            script = unicodedata.name(character, "?").split()[0].capitalize()
-            scripts["Han" if script == "Cjk" else script] += count
+    for character in filter(str.isalpha, sample):
+        script = unicodedata.name(character, "?").split()[0].capitalize()
+        scripts[_SCRIPTS.get(script, script)] += sample[character]
     report.scripts = {script: count / scripts.total() for script, count in scripts.most_common(4)}
 
 
