@@ -3,6 +3,7 @@
 Commands import what is heavy in their bodies, so that `--help` and usage errors are instant.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -310,10 +311,11 @@ def main() -> NoReturn:
             setattr(sys, name, open(os.devnull, mode))
     # As an exception it lets what was begun be cleared away; but one of several processes may be waiting for another,
     # and must not. A training run has a better answer, while it lasts.
-    before, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    before, hook, threshold = signal.getsignal(signal.SIGTERM), sys.unraisablehook, gc.get_threshold()
     sys.unraisablehook = ask_again
     if processes.count == 1:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    gc.set_threshold(50_000)  # importing transformers makes many objects and no garbage: a sixth of its time
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
@@ -322,6 +324,7 @@ def main() -> NoReturn:
     finally:
         signal.signal(signal.SIGTERM, before)
         sys.unraisablehook = hook
+        gc.set_threshold(*threshold)
     if code:
         close_stdout()
     sys.exit(code if isinstance(code, int) else 0)
