@@ -1,9 +1,9 @@
 """The command line: instant help, one sentence for each failure, exit codes, pipes and terminals."""
 
+import contextlib
 import fcntl
 import json
 import os
-import select
 import signal
 import struct
 import subprocess
@@ -219,14 +219,23 @@ def test_control_characters_are_escaped_for_a_terminal_and_untouched_for_a_pipe(
         with open(follower, "w", encoding="utf-8", newline="") as file:
             assert file.isatty() == terminal
             console.write(f"a{sequence}b\t", file)
-        with open(leader, "rb", buffering=0) as file:
-            return file.read(1000).decode()
+        return drain(leader).decode()
 
     shown = written(True)
     assert shown.startswith("a") and shown.endswith("b\t")
     assert all(ord(character) >= 32 or character == "\t" for character in shown)
     assert shown.isascii() and sequence[-1] not in shown[1:-2] or sequence[-1].isprintable()
     assert written(False) == f"a{sequence}b\t"
+
+
+def drain(leader: int) -> bytes:
+    """Everything that was written to a terminal, or a pipe, whose other end is closed; it may come in pieces."""
+    written = b""
+    with contextlib.suppress(OSError):  # how Linux says that a terminal has ended
+        while piece := os.read(leader, 100_000):
+            written += piece
+    os.close(leader)
+    return written
 
 
 def on_terminal(monkeypatch, *arguments) -> tuple[int, str]:
@@ -237,11 +246,7 @@ def on_terminal(monkeypatch, *arguments) -> tuple[int, str]:
         monkeypatch.setattr(sys, "stdout", file)
         with pytest.raises(SystemExit) as end:
             cli.main()
-        shown = b""
-        while select.select([leader], [], [], 0.1)[0]:
-            shown += os.read(leader, 100_000)
-    os.close(leader)
-    return end.value.code, shown.decode().replace("\r\n", "\n")
+    return end.value.code, drain(leader).decode().replace("\r\n", "\n")
 
 
 def test_a_stream_on_a_terminal_is_what_a_pipe_gets(capfdbinary, monkeypatch, tiny):
