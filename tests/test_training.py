@@ -1,11 +1,13 @@
 """A run is what a plain loop would do, whatever is trained on whatever; what it leaves anybody can load."""
 
+import ctypes
 import io
 import json
 import os
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from conftest import assert_fails, call
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, Trainer, TrainerCallback
 
 import hfkit
+from hfkit import fitting
 from hfkit.cards import make_files
 from hfkit.checkpoints import find_fault
 from hfkit.errors import HfkitError, OptionError
@@ -391,3 +394,20 @@ def test_a_compiled_run_learns_the_same_and_the_next_one_is_not_compiled(still, 
     assert trials.outcome(again.output_dir) == trials.outcome(plain.output_dir)
     loaded = AutoModelForCausalLM.from_pretrained(compiled.output_dir)  # no _orig_mod in the names
     assert loaded.state_dict().keys() == AutoModelForCausalLM.from_pretrained(still).state_dict().keys()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+def test_a_step_gets_the_memory_that_the_last_one_freed_and_afterwards_the_system_has_it_again():
+    resource = pytest.importorskip("resource")
+    plan = SimpleNamespace(device=torch.device("cpu"))
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(64 * 2**20)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with fitting._freed_memory_kept(plan):
+        faults()
+        kept = faults()
+    assert kept < 20 < faults()
+    assert faults() > 20

@@ -3,21 +3,23 @@
 A GPT-2 of the small size with random weights learns blocks of 512 tokens of random text. Three parts, at most a
 quarter of an hour each on two cores: `defaults`, by Trainer and by `hfkit finetune` with GPT-2's own dropout, of
 which hfkit leaves that of the attention out on a CPU; `bfloat16`, by both and by a loop written by hand with bf16
-autocast and torch.compile; `float32`, by both as on a machine without units for bfloat16. They take turns in one
-process and see the same batches; in the last two parts there is no dropout, so that their losses can be compared as
-well. Only steps are timed, not compiling, measuring or saving. For figures leave the machine alone.
+autocast and torch.compile; `float32`, by both as on a machine without units for bfloat16. They take turns, each time
+in a process of their own as they would be run, and see the same batches; in the last two parts there is no dropout,
+so that their losses can be compared as well. Only steps are timed, not compiling, measuring or saving. For figures
+leave the machine alone.
 """
 
 import argparse
+import multiprocessing
 import os
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROWS, RATE, SKIPPED = 8, 5e-5, 3  # batch and learning rate are Trainer's own; the first steps compile
@@ -70,13 +72,20 @@ def rate(times: list[float], block: int) -> float:
     return ROWS * block / statistics.median(steps)
 
 
-def train_plainly(model: str, material: Any, steps: int, block: int) -> tuple[float, list[float], list[Any]]:
+def train_plainly(model: str, corpus: str, steps: int, block: int) -> tuple[float, list[float], list[Any]]:
     """Trainer as it comes; also the batches that it saw."""
     from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
-    from hfkit.sequences import Collator
+    from hfkit import console
+    from hfkit.models import load_tokenizer
+    from hfkit.options import DataOptions, ModelOptions
+    from hfkit.sequences import Collator, gather_material
+    from hfkit.sources import find
 
+    console.configure(quiet=True, verbose=False, debug=False)
+    options = DataOptions(block_size=block, eval_fraction=0.0)
+    material = gather_material(corpus, load_tokenizer(find(ModelOptions(model=model))), options, block, 42)
     times: list[float] = []
     losses: list[float] = []
     batches: list[Any] = []
@@ -97,23 +106,37 @@ def train_plainly(model: str, material: Any, steps: int, block: int) -> tuple[fl
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return rate(times, block), losses, batches
+    # Its loss of a GPT-2 is counted over one label more than there is, unless `model.loss_type` is set.
+    return rate(times, block), [loss * block / (block - 1) for loss in losses], batches
 
 
-def train_with_hfkit(model: str, corpus: str, steps: int, block: int, long: bool) -> tuple[float, list[float]]:
-    """hfkit's own choices, but for the schedule, which is Trainer's; compiled as if the run was a long one, or not."""
+def train_with_hfkit(model: str, corpus: str, steps: int, block: int, units: bool) -> tuple[float, list[float]]:
+    """hfkit's own choices, but for the schedule, which is Trainer's.
+
+    units: compile as if the run was a long one; else choose as on a machine without units for bfloat16.
+    """
     import hfkit
+    from hfkit import console, planning
 
+    console.configure(quiet=True, verbose=False, debug=False)
+    if not units:
+        planning.has_bfloat16_units = lambda: False
     times: list[float] = []
     losses: list[float] = []
     options = {"block_size": block, "eval_fraction": 0.0, "max_steps": steps, "eval_steps": steps}
     same = {"lr_scheduler_type": "linear", "warmup_steps": 0, "weight_decay": 0.0, "learning_rate": RATE}
     with tempfile.TemporaryDirectory() as folder:
         hfkit.finetune(
-            corpus, model=model, output_dir=folder, per_device_train_batch_size=ROWS, torch_compile=long or None,
+            corpus, model=model, output_dir=folder, per_device_train_batch_size=ROWS, torch_compile=units or None,
             **options, **same, callbacks=[watcher(times, losses)],
         )  # fmt: skip
     return rate(times, block), losses
+
+
+def apart(train: Callable[..., Any], *arguments: Any) -> Any:
+    """What `train` returns in a new process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(train, *arguments).result()
 
 
 def train_by_hand(model: str, batches: list[Any], block: int) -> tuple[float, list[float]]:
@@ -176,50 +199,38 @@ def main() -> None:
 
     import torch
 
-    from hfkit import console
-    from hfkit.models import load_tokenizer
-    from hfkit.options import DataOptions, ModelOptions
-    from hfkit.sequences import gather_material
-    from hfkit.sources import find
-
-    console.configure(quiet=True, verbose=False, debug=False)
     units = [name for name, has in torch.cpu.get_capabilities().items() if has and "bf16" in name]
     print(f"{os.cpu_count()} cores, units for bfloat16: {', '.join(units) or 'none'}; torch {torch.__version__}\n")
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["HF_DATASETS_CACHE"] = temporary
         model = make_model(Path(temporary) / "model", given.fast, 0.0)
         corpus = make_corpus(Path(temporary) / "corpus.txt", steps * ROWS * block - 1)
-        options = DataOptions(block_size=block, eval_fraction=0.0)
-        material = gather_material(corpus, load_tokenizer(find(ModelOptions(model=model))), options, block, 42)
         batches: list[Any] = []
 
         def plainly(model: str = model) -> Any:
-            speed, losses, batches[:] = train_plainly(model, material, steps, block)
-            # Its loss of a GPT-2 is counted over one label more than there is, unless `model.loss_type` is set.
-            return speed, [loss * block / (block - 1) for loss in losses]
+            speed, losses, batches[:] = apart(train_plainly, model, corpus, steps, block)
+            return speed, losses
+
+        def ours(model: str = model, units: bool = True) -> Any:
+            return apart(train_with_hfkit, model, corpus, steps, block, units)
 
         def by_hand() -> Any:
-            return train_by_hand(model, batches, block)
+            return apart(train_by_hand, model, batches, block)
 
         at = [1, steps // 2, steps]
         if "defaults" in (given.part or ["defaults"]):
             print("## GPT-2 as it is, with dropout\n")
             own = make_model(Path(temporary) / "own", given.fast, 0.1)
-            both = {
-                "Trainer's defaults": lambda: plainly(own),
-                "hfkit": lambda: train_with_hfkit(own, corpus, steps, block, True),
-            }
+            both = {"Trainer's defaults": lambda: plainly(own), "hfkit": lambda: ours(own)}
             take_turns(both, {"Trainer's defaults": ">= 3"}, rounds, [])
         if "bfloat16" in (given.part or ["bfloat16"]):
             print("## As on this machine, compiled as if the run was a long one\n")
-            ours = lambda: train_with_hfkit(model, corpus, steps, block, True)  # noqa: E731
-            goals = {"a loop by hand": ">= 0.95"}
-            take_turns({"Trainer's defaults": plainly, "hfkit": ours, "a loop by hand": by_hand}, goals, rounds, at)
+            all_three = {"Trainer's defaults": plainly, "hfkit": ours, "a loop by hand": by_hand}
+            take_turns(all_three, {"a loop by hand": ">= 0.95"}, rounds, at)
         if "float32" in (given.part or ["float32"]):
             print("## As on a machine without units for bfloat16\n")
-            ours = lambda: train_with_hfkit(model, corpus, steps, block, False)  # noqa: E731
-            with mock.patch("hfkit.planning.has_bfloat16_units", lambda: False):
-                take_turns({"Trainer's defaults": plainly, "hfkit": ours}, {"Trainer's defaults": ">= 1"}, rounds, at)
+            both = {"Trainer's defaults": plainly, "hfkit": lambda: ours(units=False)}
+            take_turns(both, {"Trainer's defaults": ">= 1"}, rounds, at)
 
 
 if __name__ == "__main__":
