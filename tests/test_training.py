@@ -401,15 +401,16 @@ import resource, torch
 from types import SimpleNamespace
 from hfkit import fitting
 
-def faults():
+def faults(steps):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(64 * 2**20)
+    for _ in range(steps):
+        torch.ones(64 * 2**20)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 with fitting._freed_memory_kept(SimpleNamespace(device=torch.device("cpu"))):
-    faults()
-    print(faults())
-print(faults(), faults())
+    faults(10)  # the heap takes some steps to settle
+    print(faults(10))
+print(faults(10))
 """
 
 
@@ -417,5 +418,5 @@ print(faults(), faults())
 def test_a_step_gets_the_memory_that_the_last_one_freed_and_afterwards_the_system_has_it_again():
     # In a process of its own: an allocation that ever failed in this one would have changed the heap.
     told = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
-    kept, *after = map(int, told.split())
-    assert kept < 20 < min(after)
+    kept, after = map(int, told.split())
+    assert 10 * kept < after
