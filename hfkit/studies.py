@@ -91,7 +91,9 @@ def next_trial(study: Any, folder: Path, worker: str, space: dict[str, Any], mos
 
     trials = study.get_trials(deepcopy=False)
     waiting = [trial.user_attrs.get("folder") for trial in trials if trial.state == TrialState.WAITING]
-    busy = 0
+    # All of one reading: another process may finish a trial meanwhile, and counted twice it would skip a seed, which
+    # the trial after this one has as well.
+    busy, done = 0, sum(_is_finished(trial) for trial in trials)
     for trial in trials:
         if trial.state != TrialState.RUNNING:
             continue
@@ -104,7 +106,7 @@ def next_trial(study: Any, folder: Path, worker: str, space: dict[str, Any], mos
         if own and own not in waiting:
             study.enqueue_trial(values, user_attrs={"folder": own})
         study.tell(trial.number, state=TrialState.FAIL)
-    begun = len(finished(study)) + busy
+    begun = done + busy
     if begun >= most:
         return None, busy
     # The same search draws the same values, interrupted or not; no two of its processes do.
@@ -118,16 +120,16 @@ def next_trial(study: Any, folder: Path, worker: str, space: dict[str, Any], mos
     return trial, busy
 
 
+def _is_finished(trial: Any) -> bool:
+    return trial.state.name in ("COMPLETE", "PRUNED")
+
+
 def finished(study: Any) -> list[dict[str, Any]]:
     """The trials as `Search` has them. What Optuna takes for the loss of a pruned one is that of half a run."""
-    from optuna.trial import TrialState
-
-    found = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     return [
         {"number": t.number, "state": "diverged" if t.user_attrs.get("diverged") else t.state.name.lower(),
-         "loss": t.value if t.state == TrialState.COMPLETE else None, "params": t.params,
-         "folder": t.user_attrs["folder"]}
-        for t in found
+         "loss": t.value if t.state.name == "COMPLETE" else None, "params": t.params, "folder": t.user_attrs["folder"]}
+        for t in study.get_trials(deepcopy=False) if _is_finished(t)
     ]  # fmt: skip
 
 

@@ -212,6 +212,26 @@ def test_two_processes_share_a_study(tiny, corpus, tmp_path, capsys):
     assert len(list((tmp_path / "run").glob(".worker-*"))) == 2
 
 
+@pytest.mark.parametrize("finishes", [False, True])
+def test_a_trial_that_another_process_finishes_meanwhile_counts_once(tmp_path, monkeypatch, finishes):
+    """Else the next one is drawn with the seed of the one after it, which then has the same values."""
+    import optuna
+
+    def is_alive(*_) -> bool:
+        if finishes:
+            study.tell(theirs.number, 0.5)
+        return True
+
+    monkeypatch.setattr(studies, "_is_alive", is_alive)
+    study, space = optuna.create_study(), {"learning_rate": (1e-4, 1e-2)}
+    theirs, _ = studies.next_trial(study, tmp_path, "theirs", space, 4, 1)
+    ours, busy = studies.next_trial(study, tmp_path, "ours", space, 4, 1)
+    study.tell(ours, 0.5)
+    finishes = False
+    after, _ = studies.next_trial(study, tmp_path, "ours", space, 4, 1)
+    assert busy == 1 and len({str(trial.params) for trial in (theirs, ours, after)}) == 3
+
+
 def test_a_trial_that_is_given_up_between_two_writes_is_neither_lost_nor_done_twice(tmp_path, monkeypatch):
     """Whatever was written when a process died, the next one has the same values to try."""
     import optuna
