@@ -101,7 +101,7 @@ def test_a_value_of_another_shape_is_a_usage_error(capfdbinary, tmp_path, text):
 
 
 def test_a_lone_text_is_a_list_of_one_and_not_of_its_letters(capfdbinary, tmp_path, tiny):
-    (tmp_path / "recipe.yaml").write_text(f"model: {tiny}\nstop_strings: qz\nsequence_bias: [q=100, z=90]\n")
+    (tmp_path / "recipe.yaml").write_text(f"model: {tiny}\nstop_strings: qz\nsequence_bias: [q=200, z=90]\n")
     result = call(capfdbinary, "generate", "hi", "-c", tmp_path / "recipe.yaml", "-n", 5, "--no-repeat-ngram-size", 2)
     assert result.stdout == b"hiq\n"
 
