@@ -140,7 +140,7 @@ def finetune(
     """Go on training a model on a corpus; print the folder of the result."""
     from hfkit import launching, runs
 
-    runs.check_request(corpus, train, dry_run=dry_run)
+    runs.check_request(corpus, train, inputs=[*(data.eval_file or []), *filter(None, [model.model])], dry_run=dry_run)
     if launching.launch(launch):
         return
     _print_run(hfkit.finetune(corpus, model=model, data=data, train=train, dry_run=dry_run), json)
@@ -161,7 +161,7 @@ def pretrain(
     """Train a tokenizer and a GPT-2 from nothing; print the folder of the result."""
     from hfkit import launching, runs
 
-    runs.check_request(corpus, train, dry_run=dry_run)
+    runs.check_request(corpus, train, inputs=data.eval_file or [], dry_run=dry_run)
     if launching.launch(launch):
         return
     _print_run(hfkit.pretrain(corpus, size=size, data=data, train=train, device=device, dry_run=dry_run), json)

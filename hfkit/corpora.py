@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -96,7 +97,10 @@ def find_corpus(sources: Corpora) -> Corpus:
 
 def is_prepared(folder: Path) -> bool:
     """Whether `prepare` made this folder."""
-    return (folder / PREPARED).is_file()
+    try:
+        return "fingerprint" in json.loads((folder / PREPARED).read_text("utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _paths(source: str) -> tuple[list[Path], bool]:

@@ -23,7 +23,7 @@ from hfkit.corpora import PREPARED, Corpus, Example, Piece, is_prepared, read_re
 from hfkit.errors import HfkitError, first_line
 from hfkit.options import DataOptions
 from hfkit.scoring import IGNORED
-from hfkit.storage import lock, make_durable, make_writable, write_text
+from hfkit.storage import add_owned, check_owned, lock, make_names_durable, make_writable, write_text
 
 # For conversations with a tokenizer that has no template of its own.
 CHAT_TEMPLATE = (
@@ -102,6 +102,7 @@ def encode_corpus(
                 return found
             if found:
                 raise HfkitError(f"{folder} holds another corpus, or this for another model: name a new folder")
+        check_owned(target)
         with progress(corpus.size, "B", f"tokenizing {corpus.files[0].name if corpus.files else ''}") as bar:
             records = _watch(read_records(corpus, options), report, corpus.size, bar)
             _write(target, encode_records(records, tokenizer), report, 1 + max(tokenizer.get_vocab().values()))
@@ -170,8 +171,7 @@ def _texts(row: dict[str, Any]) -> list[str]:
 def _write(target: Path, rows: Iterator[dict[str, Any]], report: Report, vocabulary: int) -> None:
     """Rows of tokens as `datasets` keeps them; PREPARED comes last: with it they are whole."""
     batches = iter(lambda: list(islice(rows, _BATCH)), [])
-    first = next(batches, None)
-    if not first:
+    if not (first := next(batches, None)):
         raise HfkitError("the corpus holds no text: there is nothing to learn")
     number, ids = datasets.Value("int64"), datasets.Value("uint16" if vocabulary <= 1 << 16 else "int32")
     types = {"input_ids": datasets.List(ids), "labels": datasets.List(datasets.Value("int32"))}
@@ -186,6 +186,7 @@ def _write(target: Path, rows: Iterator[dict[str, Any]], report: Report, vocabul
                 report.longest = max(report.longest, *lengths)
                 columns = [_column([row[part.name] for row in batch], part.type) for part in schema]
                 writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+        add_owned(target, names := (PREPARED, _DATA, "dataset_info.json", "state.json", ".tokens"))
         for name in (PREPARED, _DATA):
             (target / name).unlink(missing_ok=True)
         _save_one(first[0], features, target)
@@ -194,7 +195,7 @@ def _write(target: Path, rows: Iterator[dict[str, Any]], report: Report, vocabul
         raise HfkitError(f"cannot write the tokens ({target}): {first_line(error)}; make room there") from error
     finally:
         aside.unlink(missing_ok=True)
-    make_durable(target)
+    make_names_durable(target, names)
     write_text(target / PREPARED, json.dumps(asdict(report), indent=1))
 
 
@@ -242,7 +243,6 @@ def encode_documents(
 ) -> Iterator[dict[str, Any]]:
     """Token ids of each piece; a document begins as the tokenizer begins a text, and ends with EOS if it is closed."""
     begin, end = _frame(tokenizer)
-    end = end if close else []
     space = _space(tokenizer)
     numbered = number_documents(pieces)
     while batch := list(islice(numbered, _BATCH)):
@@ -250,7 +250,7 @@ def encode_documents(
         for (document, first, piece), text, ids in zip(batch, texts, _ids(tokenizer, texts), strict=True):
             if not first and text == piece.text and ids[:1] == space:
                 ids = ids[1:]
-            ids = (begin if first else []) + ids + (end if piece.last else [])
+            ids = (begin if first else []) + ids + (end if piece.last and close else [])
             yield {"input_ids": np.array(ids, np.int32), "document": document, "bytes": len(piece.text.encode())}
 
 

@@ -10,7 +10,7 @@ from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.models import LanguageModel, load_tokenizer, load_weights
 from hfkit.options import ExportOptions, ModelOptions
 from hfkit.sources import Source, find, reach_hub
-from hfkit.storage import check_space, make_writable, publish
+from hfkit.storage import add_owned, check_owned, check_space, make_writable, publish, temporary
 
 _KEPT = ("README.md", "loss.png", "report.html", "metrics.json")  # of a training run
 
@@ -42,13 +42,14 @@ def export(model: str | ModelOptions, options: ExportOptions | None = None, **ov
     dtype = options.dtype if options.dtype != "auto" else kept if kept in ("bfloat16", "float16") else "float32"
     lm = load_weights(source, ModelOptions(device="cpu", dtype=dtype, trust_remote_code=chosen.trust_remote_code),
                       load_tokenizer(source))  # fmt: skip
-    staging = target.with_name(f".{target.name[:40]}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
+    # A name of its own: another export into a folder that is called alike may be under way.
+    staging = temporary(target.with_name(target.name[:40]))
     try:
         _write(lm, source.adapter or source.folder, staging)
         if options.push_to_hub:
             _push(staging, options)
         if options.output_dir:
+            add_owned(staging, [path.name for path in staging.iterdir()])
             publish(staging, target)
             return str(target)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -73,6 +74,7 @@ def _check_target(target: Path, source: Source, overwrite: bool) -> None:
     for folder in (source.folder, source.adapter or source.folder):
         if folder.resolve().is_relative_to(target.resolve()):
             raise HfkitError(f"{target} holds the model itself: name another --output-dir")
+    check_owned(target, hidden=True)  # the whole folder is replaced
     if not (target / "config.json").is_file():
         raise HfkitError(f"{target} holds something that is no model: name another --output-dir")
     if not overwrite:

@@ -7,14 +7,13 @@ from typing import Any
 from hfkit.corpora import Corpora, find_corpus, is_prepared
 from hfkit.data import Prepared, encode_corpus
 from hfkit.declaration import divide
-from hfkit.errors import HfkitError
 from hfkit.models import choose_device, load_config, load_tokenizer
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.planning import Plan, block_size_for, make_plan
 from hfkit.report import corpus_lines, plan_lines
 from hfkit.sequences import cut
 from hfkit.sources import count_parameters, find
-from hfkit.storage import make_writable
+from hfkit.storage import check_owned, make_writable
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,8 @@ def prepare(
     folder = Path(output_dir) if output_dir else None
     if folder:
         make_writable(folder)
-        if not is_prepared(folder) and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise HfkitError(f"{folder} holds something else: name a new folder")
+        if not is_prepared(folder):
+            check_owned(folder)
     found, source = find_corpus(corpus), find(model)
     tokenizer, config = load_tokenizer(source), load_config(source)
     prepared = encode_corpus(found, tokenizer, data, folder)

@@ -74,7 +74,8 @@ def pretrain(
         raise OptionError("a new model is trained whole and from files: leave --lora and --streaming out")
     if (size.architecture == "bert") != bool(train.head):
         raise OptionError("a new BERT is trained with a --head, and a new GPT-2 without: say --architecture bert")
-    with reserve(corpus, train, dry_run) as (folder, train):
+    inputs = [source for sources in (corpus, data.eval_file) for source in runs.sources_of(sources or [])]
+    with reserve(corpus, train, dry_run, inputs) as (folder, train):
         resumed = train.resume and not train.overwrite and runs.is_begun(folder)
         tokenizer = _load_tokenizer(folder) if resumed else _train_tokenizer_once(corpus, size, data, train)
         shape = shape_of(size)

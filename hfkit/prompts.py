@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hfkit.errors import HfkitError, OptionError
+from hfkit.storage import check_regular
 
 
 def read_prompts(path: Path) -> Iterator[str | dict[str, Any] | HfkitError]:
@@ -88,6 +89,7 @@ class Results:
         self.last: dict[str, Any] | None = None  # record that was written last
         if path.is_dir():
             raise HfkitError(f"{path} is a folder: name a file as --output")
+        check_regular(path)
         if path.exists() and not overwrite:
             if resume:
                 raise HfkitError(f"{path} is complete: there is nothing to resume; --overwrite makes it anew")

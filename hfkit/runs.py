@@ -6,13 +6,15 @@ runs/NAME/recipe.yaml     the options in effect; --config takes it
           ...             the model as transformers saves it, its card, loss.png; metrics.json comes last
 """
 
+import contextlib
+import glob
 import importlib.metadata
 import json
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +24,29 @@ from hfkit.corpora import Corpora, find_corpus, is_prepared, name_of
 from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError
 from hfkit.options import TrainOptions
-from hfkit.storage import check_space, lock, make_durable, make_writable, sync_folder, write_text
+from hfkit.storage import (
+    add_owned,
+    check_owned,
+    check_space,
+    lock,
+    make_durable,
+    make_writable,
+    remove_owned,
+    remove_temporary,
+    sync_folder,
+    write_text,
+)
 
 RECIPE, FACTS, METRICS, CHECKPOINTS = "recipe.yaml", "run.json", "metrics.json", "checkpoints"
 _NOT_ASKED = ("output_dir", "resume", "overwrite")  # do not change what is trained
 _STAGING = ".staging"
+_TENSORBOARD = "tensorboard"
 # What a checkpoint holds besides the model.
 _OF_TRAINING = ("optimizer", "scheduler", "rng_state", "trainer_state", "scaler", "manifest", "README",
                 "pytorch_model", "zero_to_fp32", "latest")  # fmt: skip
 
 
-def check_request(corpus: Sequence[str], train: TrainOptions, *, dry_run: bool) -> None:
+def check_request(corpus: Sequence[str], train: TrainOptions, *, inputs: Sequence[str], dry_run: bool) -> None:
     """What can be checked of a request in no time: that there is a corpus, and that the folder is free."""
     if processes.count > 1:
         return  # whoever started them has done it
@@ -40,7 +54,7 @@ def check_request(corpus: Sequence[str], train: TrainOptions, *, dry_run: bool) 
         find_corpus(corpus)
     if not dry_run:
         folder = folder_for(corpus, train)
-        check(folder, resume=train.resume, overwrite=train.overwrite)
+        check(folder, resume=train.resume, overwrite=train.overwrite, inputs=[*corpus, *inputs])
         with lock(folder):
             pass
 
@@ -49,22 +63,44 @@ def folder_for(corpus: Corpora, train: TrainOptions) -> Path:
     return Path(train.output_dir or Path("runs") / name_of(corpus))
 
 
-def check(folder: Path, *, resume: bool, overwrite: bool) -> None:
+def check(folder: Path, *, resume: bool, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
     """See that a run may begin, or go on, in `folder`; before anything heavy is done.
 
+    inputs: what the run reads, a corpus or a model; overwriting the folder must not delete it.
+
     Raises:
-        HfkitError: it cannot be written, or holds a run that is neither to be resumed nor to be overwritten.
+        HfkitError: it cannot be written, holds a run that is neither to be resumed nor to be overwritten, or holds
+            what hfkit did not write.
     """
     make_writable(folder)
-    if not (folder / FACTS).is_file() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise HfkitError(f"{folder} holds something that is no run: name another --output-dir")
-    if is_begun(folder) and not (resume or overwrite):
+    begun = is_begun(folder)
+    if begun and resume and not overwrite:
+        return
+    if begun:
+        check_not_input(folder, inputs)
+    check_owned(folder)
+    if begun and not overwrite:
         raise HfkitError(f"{folder} holds a run: --resume goes on with it, --overwrite begins anew")
 
 
+def check_not_input(folder: Path, inputs: Iterable[str | Path]) -> None:
+    """HfkitError where one of `inputs`, paths or other names, lies in a folder that is to be overwritten."""
+    for name in inputs:
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # no path: hf://NAME, a name of the Hub
+            path = Path(name).expanduser()
+            for found in [path] if path.exists() else glob.iglob(str(path), recursive=True):
+                if Path(found).resolve().is_relative_to(folder.resolve()):
+                    raise HfkitError(f"{folder} holds {found}, which this run reads: name another --output-dir")
+
+
 def is_begun(folder: Path) -> bool:
-    """Whether anything would be lost with the run in `folder`."""
-    return (folder / METRICS).is_file() or any((folder / CHECKPOINTS).glob("*checkpoint-*"))
+    """Whether `folder` holds a run, with which something would be lost."""
+    try:
+        facts = json.loads((folder / FACTS).read_text("utf-8"))
+        is_run = isinstance(facts["recipe"], dict) and "hfkit" in facts["versions"]
+    except (OSError, ValueError, LookupError, TypeError):
+        is_run = False
+    return is_run and ((folder / METRICS).is_file() or any((folder / CHECKPOINTS).glob("*checkpoint-*")))
 
 
 def settle(folder: Path, train: TrainOptions) -> TrainOptions:
@@ -89,32 +125,36 @@ def describe(corpus: Corpora, *groups: Any) -> dict[str, Any]:
     return recipe
 
 
+def sources_of(corpus: Corpora) -> list[str]:
+    """What a corpus is named by, as a list."""
+    return [str(source) for source in ([corpus] if isinstance(corpus, str | Path) else corpus)]
+
+
 def _corpora(corpus: Corpora) -> list[str]:
-    sources = [str(source) for source in ([corpus] if isinstance(corpus, str | Path) else corpus)]
-    return [s if s.startswith("hf://") else os.path.abspath(os.path.expanduser(s)) for s in sources]
+    return [s if s.startswith("hf://") else os.path.abspath(os.path.expanduser(s)) for s in sources_of(corpus)]
 
 
 def begin(folder: Path, command: str, recipe: dict[str, Any], facts: dict[str, Any], keep: Callable[[], Any]) -> None:
     """Write what was asked for, and what `keep` writes, into a folder that is new, or is to be as new."""
-    (folder / METRICS).unlink(missing_ok=True)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    if is_begun(folder):
+        (folder / METRICS).unlink(missing_ok=True)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    add_owned(folder, (FACTS, RECIPE, METRICS, CHECKPOINTS, _STAGING, _TENSORBOARD))
     packages = ("hfkit", "torch", "transformers", "accelerate", "datasets", "tokenizers")
     facts = facts | {
         "recipe": recipe,
         "command": shlex.join(["hfkit", *sys.argv[1:]]),
         "versions": {package: importlib.metadata.version(package) for package in packages},
     }
-    # With this the folder is a run's, if it was not before, and all else in it is worth nothing.
+    # From here on the folder belongs to this run; what an older run left in it may be deleted.
     write_text(folder / FACTS, json.dumps(facts, indent=1))
-    for path in folder.iterdir():
-        if path.name not in (".lock", FACTS):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    remove_owned(folder, keep=[FACTS])
     (folder / CHECKPOINTS).mkdir()
     keep()
     # JSON is YAML in which a text cannot be taken for a number.
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in recipe.items()]
     write_text(folder / RECIPE, f"# hfkit {command} --config {RECIPE} -o ANOTHER-FOLDER\n{''.join(lines)}")
-    make_durable(folder)
+    make_durable(folder / CHECKPOINTS)
 
 
 def compare(folder: Path, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -160,6 +200,7 @@ def finish(folder: Path, checkpoint: Path, extra: dict[str, str | bytes], metric
     for name, content in extra.items():
         (staging / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     make_durable(staging)
+    add_owned(folder, [path.name for path in staging.iterdir()])
     for path in staging.iterdir():
         os.replace(path, folder / path.name)
     sync_folder(folder)
@@ -171,5 +212,4 @@ def clear(folder: Path) -> None:
     """Remove what a finished run needs no longer."""
     for name in (_STAGING, CHECKPOINTS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for path in [*folder.glob(".*.tmp"), *folder.glob(".*.probe")]:  # of processes that were killed
-        path.unlink(missing_ok=True)
+    remove_temporary(folder)

@@ -1,19 +1,102 @@
-"""Files that appear whole or not at all, and folders that one process writes at a time."""
+"""Files that appear whole or not at all, folders that one process writes at a time, and what in them is hfkit's.
+
+Only what hfkit wrote is ever replaced, deleted or given other permissions. Each output folder holds a list of the
+names that hfkit wrote there (`.hfkit.json`); everything else belongs to someone else.
+"""
 
 import contextlib
 import ctypes
 import fcntl
+import json
 import os
+import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hfkit.console import note
 from hfkit.errors import HfkitError, first_line
 
+LIST, LOCK = ".hfkit.json", ".hfkit.lock"
+_TEMPORARY = re.compile(r"\..+\.\d+\.hfkit")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def temporary(path: Path) -> Path:
+    """A name beside `path` that only this process uses."""
+    return path.with_name(f".{path.name}.{os.getpid()}.hfkit")
+
+
+def owned(folder: Path) -> set[str]:
+    """Names in `folder` that hfkit wrote, from the list that it keeps there; none where there is no list."""
+    try:
+        names = json.loads((folder / LIST).read_text("utf-8"))["files"]
+        return {name for name in names if isinstance(name, str) and Path(name).name == name != ".."}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+
+
+def add_owned(folder: Path, names: Iterable[str]) -> None:
+    """Add `names` to the list of what hfkit writes in `folder`. Call it before they are written."""
+    listed = owned(folder)
+    if not {*names} <= listed:
+        write_text(folder / LIST, json.dumps({"files": sorted({*listed, *names})}))
+
+
+def _is_ours(path: Path, listed: set[str]) -> bool:
+    return path.name in listed or path.name in (LIST, LOCK) or bool(_TEMPORARY.fullmatch(path.name))
+
+
+def find_foreign(folder: Path) -> list[str]:
+    """Paths below `folder`, relative to it, that hfkit did not write; hidden files included."""
+    listed, foreign = owned(folder), []
+    for path in sorted(folder.iterdir()):
+        if not _is_ours(path, listed):
+            foreign.append(path.name)
+        elif (path / LIST).is_file() and not path.is_symlink():
+            foreign += [f"{path.name}/{name}" for name in find_foreign(path)]
+    return foreign
+
+
+def check_owned(folder: Path, *, hidden: bool = False) -> None:
+    """See that hfkit wrote everything in `folder`. Hidden files do not matter unless `hidden`: nobody touches them.
+
+    Raises:
+        HfkitError: it did not; the message names what is someone else's.
+    """
+    foreign = [name for name in find_foreign(folder) if hidden or not re.search(r"(^|/)\.", name)]
+    if foreign:
+        more = f" and {len(foreign) - 2} more" if len(foreign) > 2 else ""
+        raise HfkitError(
+            f"{folder} holds {', '.join(foreign[:2])}{more}, which hfkit did not write: name another --output-dir"
+        )
+
+
+def remove_owned(folder: Path, *, keep: Iterable[str] = ()) -> None:
+    """Delete what hfkit wrote in `folder`, but for the names in `keep`, the list and the lock."""
+    listed = owned(folder)
+    for path in sorted(folder.iterdir()):
+        if path.name in (LIST, LOCK, *keep) or not _is_ours(path, listed):
+            continue
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        elif (path / LIST).is_file():
+            remove_owned(path)
+            for name in (LIST, LOCK):
+                (path / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something foreign is in it
+                path.rmdir()
+        else:
+            shutil.rmtree(path)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Delete what processes that were killed have left behind."""
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -23,7 +106,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file aside, make it durable, then give it its name: a crash leaves the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    check_regular(path)
+    aside = temporary(path)
     try:
         with aside.open("wb") as file:
             file.write(content)
@@ -38,6 +122,12 @@ def write_bytes(path: Path, content: bytes) -> None:
             aside.unlink()
 
 
+def check_regular(path: Path) -> None:
+    """HfkitError where `path` is a device, a pipe or a folder, which must not be replaced by a file."""
+    if path.exists() and not path.is_file():
+        raise HfkitError(f"{path} is not a regular file: name another file")
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -48,16 +138,27 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_durable(folder: Path) -> None:
-    """Every file in `folder` on the disk, with the modes that the umask gives (safetensors: 0600)."""
+    """Write every file of a folder that hfkit alone has written to the disk."""
+    _make_durable([folder, *folder.rglob("*")])
+
+
+def make_names_durable(folder: Path, names: Iterable[str]) -> None:
+    """The same for these files of a folder in which others may stand."""
+    _make_durable([folder, *(folder / name for name in names)])
+
+
+def _make_durable(paths: list[Path]) -> None:
     mask = os.umask(0)
     os.umask(mask)
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            path.chmod(0o666 & ~mask)
+    for path in sorted(paths, reverse=True):  # a folder after what is in it
+        if path.is_symlink():
+            continue
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
+            path.chmod(0o666 & ~mask)  # safetensors writes 0600
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        sync_folder(path)
 
 
 def publish(staging: Path, target: Path) -> None:
@@ -91,7 +192,7 @@ def make_writable(folder: Path) -> None:
     Raises:
         HfkitError: they cannot.
     """
-    probe = folder / f".{os.getpid()}.probe"
+    probe = temporary(folder / "probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"\0" * 4096)
@@ -124,7 +225,11 @@ def lock(folder: Path, *, wait: bool = False, tell: bool = True) -> Iterator[Non
     Raises:
         HfkitError: another process holds it; the message names it.
     """
-    with (folder / ".lock").open("a+") as file:
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise HfkitError(f"cannot lock {folder}: {first_line(error)} ({LOCK}); name another --output-dir") from error
+    with os.fdopen(descriptor, "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -143,7 +248,7 @@ def lock(folder: Path, *, wait: bool = False, tell: bool = True) -> Iterator[Non
 def _holder(folder: Path) -> str:
     """What the process that holds `folder` says of itself; just after it took it, nothing yet."""
     for _ in range(10):
-        if text := (folder / ".lock").read_text():
+        if text := (folder / LOCK).read_text():
             return text
         time.sleep(0.02)
     return "another process"

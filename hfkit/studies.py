@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,26 +9,26 @@ from typing import Any
 
 from hfkit.errors import HfkitError
 from hfkit.ranges import suggest
-from hfkit.storage import lock, write_text
+from hfkit.storage import add_owned, check_owned, lock, owned, remove_owned, write_text
 
-RESULT, _STUDY, _WORKER = "tuning.json", "study.db", ".worker-"
+RESULT, BEST, PICTURE, BEST_RUN = "tuning.json", "best.yaml", "tuning.png", "best"
+_STUDY, _WORKERS = "study.db", ".workers"
 
 
 def claim(folder: Path, asked: dict[str, Any], *, overwrite: bool) -> None:
     """Make `folder` that of a search for what is asked, unless it is; call it under the lock."""
     path = folder / RESULT
-    if not path.is_file() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise HfkitError(f"{folder} holds something that is no search: name another --output-dir")
-    if overwrite and path.is_file():
-        for own in folder.glob(f"{_WORKER}*"):
+    known = _read(path)
+    if known is None or overwrite:
+        check_owned(folder)
+    if known is not None and overwrite:
+        for own in folder.glob(f"{_WORKERS}/*"):
             with lock(own):  # HfkitError where it is at work
                 pass
         write_text(path, "{}")  # from here on it is the search for nothing, however much of it is left
-        for entry in folder.iterdir():
-            if entry.name not in (".lock", RESULT):
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    elif path.is_file():
-        known, asked = json.loads(path.read_text("utf-8")), json.loads(json.dumps(asked))
+        remove_owned(folder, keep=[RESULT])
+    elif known is not None:
+        asked = json.loads(json.dumps(asked))
         if differing := [name for name in asked if known.get(name) != asked[name]]:
             old, new = (values.get(differing[0], {}) for values in (known, asked))
             names = ", ".join(name for name in {**old, **new} if old.get(name) != new.get(name))
@@ -37,7 +36,18 @@ def claim(folder: Path, asked: dict[str, Any], *, overwrite: bool) -> None:
                 f"{folder} holds a search with other settings ({names}): --overwrite, or another --output-dir"
             )
         return
+    else:
+        add_owned(folder, [RESULT, BEST, PICTURE, BEST_RUN, _STUDY, f"{_STUDY}-journal", _WORKERS])
     write_text(path, json.dumps(asked, indent=1))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a search wrote down; None where there is none."""
+    try:
+        known = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return known if isinstance(known, dict) and path.name in owned(path.parent) else None
 
 
 @contextlib.contextmanager
@@ -45,11 +55,11 @@ def work(folder: Path) -> Iterator[str]:
     """A name for this process; while it lives its folder is locked."""
     number = 0
     while True:
-        own = folder / f"{_WORKER}{number}"
-        own.mkdir(exist_ok=True)
+        own = folder / _WORKERS / str(number)
+        own.mkdir(parents=True, exist_ok=True)
         try:
             with lock(own):
-                yield own.name
+                yield str(own.relative_to(folder))
                 return
         except HfkitError as error:
             if "in use" not in str(error):
@@ -116,6 +126,7 @@ def next_trial(study: Any, folder: Path, worker: str, space: dict[str, Any], mos
     for name, values in space.items():
         suggest(trial, name, values)
     if not trial.user_attrs.get("folder"):
+        add_owned(folder, [f"trial-{trial.number}"])
         trial.set_user_attr("folder", f"trial-{trial.number}")
     return trial, busy
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,11 @@ def finetune(
     if not isinstance(model, ModelOptions):
         overrides, model = overrides | ({"model": model} if model else {}), None
     model, data, train = divide(overrides, (ModelOptions, model), (DataOptions, data), (TrainOptions, train))
-    with reserve(corpus, train, dry_run) as (folder, train):
+    inputs = [source for sources in (corpus, data.eval_file, model.model) for source in runs.sources_of(sources or [])]
+    with reserve(corpus, train, dry_run, inputs) as (folder, train):
         source = find(model)
+        if train.overwrite:
+            runs.check_not_input(folder, [source.folder, source.adapter or source.folder])
         tokenizer, config = load_tokenizer(source), load_config(source)
         train = _choose_head(source, config, train)
         _check_model(source, config, model, train, data)
@@ -111,12 +114,17 @@ def finetune(
 
 
 @contextlib.contextmanager
-def reserve(corpus: Corpora, train: TrainOptions, dry_run: bool) -> Iterator[tuple[Path, TrainOptions]]:
-    """The run's folder, held for this process, and its options; what a run to be resumed decided is in them."""
+def reserve(
+    corpus: Corpora, train: TrainOptions, dry_run: bool, inputs: Iterable[str | Path]
+) -> Iterator[tuple[Path, TrainOptions]]:
+    """The run's folder, held for this process, and its options; what a run to be resumed decided is in them.
+
+    inputs: what the run reads, which the folder must not lose.
+    """
     folder = runs.folder_for(corpus, train)
     with contextlib.ExitStack() as held:
         if not dry_run and processes.rank == 0:
-            runs.check(folder, resume=train.resume, overwrite=train.overwrite)
+            runs.check(folder, resume=train.resume, overwrite=train.overwrite, inputs=inputs)
             held.enter_context(lock(folder))
         processes.gather([])
         yield folder, runs.settle(folder, train)

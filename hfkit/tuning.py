@@ -22,11 +22,9 @@ from hfkit.options import DataOptions, ModelOptions, TrainOptions, TuneOptions
 from hfkit.pictures import draw_trials
 from hfkit.ranges import read_space
 from hfkit.sources import find
-from hfkit.storage import lock, make_writable, write_bytes, write_text
-from hfkit.studies import RESULT, best_of, claim, finished, next_trial, open_study, work
+from hfkit.storage import lock, make_writable, owned, write_bytes, write_text
+from hfkit.studies import BEST, BEST_RUN, PICTURE, RESULT, best_of, claim, finished, next_trial, open_study, work
 from hfkit.training import Run, finetune
-
-_BEST, _PICTURE = "best.yaml", "tuning.png"
 
 
 @dataclass(frozen=True)
@@ -83,9 +81,12 @@ def tune(
     space = read_space(options.search, train)
     if not data.eval_file and (data.streaming or not data.eval_fraction):
         raise OptionError("nothing would be held out, so trials could not be compared: add --eval-file")
-    model = replace(model, model=find(model).name)  # whatever the default will be when it goes on
+    source = find(model)
+    model = replace(model, model=source.name)  # whatever the default will be when it goes on
     folder = Path(train.output_dir or Path("runs") / f"{name_of(corpus)}-tune")
     make_writable(folder)
+    inputs = [*runs.sources_of(corpus), *runs.sources_of(data.eval_file or []), source.folder]
+    runs.check_not_input(folder, [*inputs, source.adapter or source.folder])
     with lock(folder, wait=True):
         asked = runs.describe(corpus, model, data, replace(train, output_dir=None, overwrite=False))
         wanted = {"space": {name: list(values) for name, values in space.items()}, "recipe": asked}
@@ -199,8 +200,10 @@ def _clear(job: _Job) -> None:
     best = best_of(trials)
     for trial in trials:
         if trial is not best:
-            for weights in (job.folder / trial["folder"]).glob("*.safetensors"):
-                weights.unlink()
+            folder = job.folder / trial["folder"]
+            for name in owned(folder):
+                if name.endswith(".safetensors"):
+                    (folder / name).unlink(missing_ok=True)
         if trial["loss"] is None:
             shutil.rmtree(job.folder / trial["folder"] / runs.CHECKPOINTS, ignore_errors=True)
 
@@ -218,17 +221,17 @@ def _finish(job: _Job, options: TuneOptions) -> Search:
         known = json.loads((folder / RESULT).read_text("utf-8"))
         known |= {"best": best["params"], "loss": best["loss"], "trials": trials, "importances": importances}
         write_text(folder / RESULT, json.dumps(known, indent=1))
-        write_bytes(folder / _PICTURE, draw_trials(trials, importances))
-        recipe = (folder / best["folder"] / runs.RECIPE).read_text("utf-8").replace(runs.RECIPE, _BEST, 1)
-        write_text(folder / _BEST, recipe)
+        write_bytes(folder / PICTURE, draw_trials(trials, importances))
+        recipe = (folder / best["folder"] / runs.RECIPE).read_text("utf-8").replace(runs.RECIPE, BEST, 1)
+        write_text(folder / BEST, recipe)
         if options.train_best:
             run = _train_best(job, folder / best["folder"])
-    return Search(str(folder), best["params"], best["loss"], trials, importances, str(folder / _BEST), run)
+    return Search(str(folder), best["params"], best["loss"], trials, importances, str(folder / BEST), run)
 
 
 def _train_best(job: _Job, trial: Path) -> Run | None:
     """A run of its own with all that was in effect in a trial; it goes on if it was begun."""
-    target = job.folder / "best"
+    target = job.folder / BEST_RUN
     recipe, begun = (
         json.loads(path.read_text("utf-8"))["recipe"] if path.is_file() else None
         for path in (trial / runs.FACTS, target / runs.FACTS)

@@ -232,7 +232,7 @@ def test_a_source_that_is_not_there_is_one_sentence(tmp_path, monkeypatch, sourc
 
 def test_a_prepared_folder_beside_other_sources_is_refused(tmp_path):
     (tmp_path / "prepared").mkdir()
-    (tmp_path / "prepared" / "prepared.json").write_text("{}")
+    (tmp_path / "prepared" / "prepared.json").write_text('{"fingerprint": ""}')
     write(tmp_path / "a.txt")
     assert "was made by prepare" in fails([tmp_path / "a.txt", tmp_path / "prepared"])
 

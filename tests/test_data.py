@@ -246,7 +246,7 @@ def die(*arguments, **keywords):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("step", ["_column", "_save_one", "os.replace", "make_durable", "write_text", "done"])
+@pytest.mark.parametrize("step", ["_column", "_save_one", "os.replace", "make_names_durable", "write_text", "done"])
 def test_a_process_that_is_killed_leaves_nothing_that_is_taken_for_whole(
     tmp_path, datasets_cache, bundled, monkeypatch, step
 ):
@@ -286,7 +286,7 @@ def test_an_error_in_the_middle_leaves_nothing_that_is_taken_for_whole(tmp_path,
     (tmp_path / "a.jsonl").write_text(rows + "{")
     with pytest.raises(HfkitError, match="line 21"):
         prepare(tmp_path / "a.jsonl", bundled, tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".hfkit.lock"]
     (tmp_path / "a.jsonl").write_text(rows)
     prepared = prepare(tmp_path / "a.jsonl", bundled, tmp_path / "out")
     assert ids_of(prepared) == whole([f"text {i}" for i in range(20)], bundled)
@@ -302,7 +302,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, datasets_cache
             prepare(source, bundled, tmp_path / "out")
 
     assert end_of(start(work)) == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".hfkit.lock"]
 
 
 def test_of_two_processes_one_prepares_and_the_other_waits_for_it(

@@ -19,9 +19,9 @@ ORDER = """
     tuning inspection preparation exporting writing measuring showing searching labelling conversation machine serving
     launching failures cli __main__
 """.split()
-LIGHT = (
-    "errors declaration options console recipes cookbook flags processes prompts sources failures cli __init__".split()
-)
+LIGHT = """
+    errors declaration options console recipes cookbook flags storage processes prompts sources failures cli __init__
+""".split()
 
 
 def imported(tree: ast.AST) -> dict[str, list[str]]:

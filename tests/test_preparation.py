@@ -146,7 +146,9 @@ def test_preparing_again_finds_what_is_there_and_a_taken_folder_is_refused(rows,
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "thesis.txt").write_text("dear")
-    assert_fails(call(capfdbinary, "prepare", rows, "-m", tiny, "-o", taken), 1, "holds something else")
+    assert_fails(
+        call(capfdbinary, "prepare", rows, "-m", tiny, "-o", taken), 1, "holds thesis.txt, which hfkit did not write"
+    )
     assert [path.name for path in taken.iterdir()] == ["thesis.txt"]
 
 
@@ -163,7 +165,7 @@ def test_ctrl_c_ends_it_quietly_and_leaves_nothing(rows, tmp_path, capfdbinary, 
     monkeypatch.setattr("hfkit.data._column", interrupt)
     result = call(capfdbinary, "prepare", rows, "-m", tiny, "-o", tmp_path / "out")
     assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".hfkit.lock"]
 
 
 @pytest.mark.parametrize("name", ["deep/er/out", "выход 出", "two\nlines", "n" * 255, "."], ids=ascii)

@@ -22,7 +22,7 @@ from hfkit.checkpoints import commit, find_fault
 from hfkit.errors import HfkitError
 from hfkit.options import DataOptions, ModelOptions, SizeOptions, TrainOptions
 from hfkit.recipes import read_values
-from hfkit.storage import lock, write_text
+from hfkit.storage import LIST, lock, write_text
 
 pytestmark = pytest.mark.usefixtures("brisk")
 BEGUN = {**trials.SMALL, "eval_steps": 2}
@@ -119,25 +119,26 @@ def test_a_second_run_in_the_same_folder_is_refused_at_once(corpus, tmp_path, ca
 @pytest.mark.parametrize("state", ["finished", "stopped"])
 def test_a_folder_with_a_run_is_refused_with_both_ways_out(state, corpus, tiny, tmp_path, request, capfdbinary):
     folder = shutil.copytree(request.getfixturevalue(state), tmp_path / "run")
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".hfkit.lock"}
     result = call(capfdbinary, "finetune", corpus, "-m", tiny, "-o", folder)
     assert_fails(result, 1, str(folder), "--resume goes on with it", "--overwrite begins anew")
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"} == before
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".hfkit.lock"} == before
 
 
 def test_a_folder_with_anything_else_is_refused_even_to_be_overwritten(corpus, tiny, tmp_path, capfdbinary):
     (tmp_path / "thesis.txt").write_text("ten years")
     for flags in [], ["--overwrite"], ["--resume"]:
         result = call(capfdbinary, "finetune", corpus, "-m", tiny, "-o", tmp_path, *flags)
-        assert_fails(result, 1, "holds something that is no run")
+        assert_fails(result, 1, "holds thesis.txt, which hfkit did not write")
     assert (tmp_path / "thesis.txt").read_text() == "ten years"
 
 
 def test_overwritten_a_folder_is_as_new(finished, tiny, corpus, tmp_path):
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    (folder / "left-over.txt").touch()
+    (folder / "tensorboard").mkdir()
+    (folder / "tensorboard" / "events").touch()
     run = train(corpus, tiny, folder, overwrite=True, seed=7)
-    assert run.metrics["seed"] == 7 and not (folder / "left-over.txt").exists()
+    assert run.metrics["seed"] == 7 and not (folder / "tensorboard").exists()
     assert trials.outcome(folder) == trials.outcome(train(corpus, tiny, tmp_path / "new", seed=7).output_dir)
 
 
@@ -258,7 +259,7 @@ def test_killed_while_it_begins_a_folder_can_be_used_without_ado(tmp_path):
         assert not runs.is_begun(folder)
     assert count > 10
     begin(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "recipe.yaml", "run.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [LIST, "checkpoints", "recipe.yaml", "run.json"]
 
 
 def begin(folder: Path) -> None:
@@ -299,6 +300,7 @@ def test_killed_while_it_finishes_a_run_is_finished_when_it_goes_on(tmp_path):
         runs.clear(folder)
         found = {path.name: path.read_text() for path in folder.iterdir()}
         assert json.loads(found.pop("metrics.json")) == metrics
+        assert {*json.loads(found.pop(LIST))["files"]} == {*found}
         assert found == {"model.safetensors": "model.safetensors", "config.json": "config.json", "README.md": "a card",
                          "loss.png": "a picture"}  # fmt: skip
     assert set(ends) == {True, False} and len(ends) > 20

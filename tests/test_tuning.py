@@ -15,7 +15,7 @@ import trials
 from conftest import assert_fails, call
 
 import hfkit
-from hfkit import console, studies, tuning
+from hfkit import console, storage, studies, tuning
 from hfkit.errors import HfkitError, OptionError, StoppedError
 from hfkit.monitoring import Measuring
 from hfkit.options import TrainOptions
@@ -195,7 +195,7 @@ def test_a_search_of_12_trials_killed_twice_has_12(tiny, corpus, tmp_path, twelv
 @pytest.mark.parametrize("seed", range(3))
 def test_of_two_processes_one_is_killed_and_the_other_does_its_trials(tiny, corpus, tmp_path, twelve, seed):
     run_searches(corpus, tiny, tmp_path, n=12, kills=1, seconds=twelve[1], seed=seed, processes=2)
-    assert len(list((tmp_path / "run").glob(".worker-*"))) == 2
+    assert len(list((tmp_path / "run").glob(".workers/*"))) == 2
     check_trials(tmp_path / "run", 12)
 
 
@@ -209,7 +209,7 @@ def test_two_processes_share_a_study(tiny, corpus, tmp_path, capsys):
     for number in range(2):
         said = (tmp_path / f"said-{number}").read_text()
         assert json.loads(said)["trials"] == found, said
-    assert len(list((tmp_path / "run").glob(".worker-*"))) == 2
+    assert len(list((tmp_path / "run").glob(".workers/*"))) == 2
 
 
 @pytest.mark.parametrize("finishes", [False, True])
@@ -481,17 +481,23 @@ def test_other_settings_in_the_same_folder_are_refused_and_overwritten_when_aske
     for more, words in ((["--search", "dropout=0..0.1"], "dropout"), (["--max-steps", 5], "max_steps")):
         assert_fails(call(capfdbinary, *typed(corpus, tiny, copied, *more)), 1, f"other settings ({words})")
     assert sorted(copied.rglob("*")) == before
-    with lock(copied / ".worker-0"):
+    with lock(copied / ".workers" / "0"):
         assert_fails(call(capfdbinary, *typed(corpus, tiny, copied, "--overwrite")), 1, "is in use by process")
-    (copied / "stale").touch()
+    (copied / "tuning.png").write_text("stale")
     found = tune(corpus, tiny, copied, n_trials=1, overwrite=True, max_steps=1)
-    assert len(found.trials) == 1 and not (copied / "stale").exists() and not (copied / "trial-1").exists()
+    assert (
+        len(found.trials) == 1
+        and (copied / "tuning.png").read_bytes() != b"stale"
+        and not (copied / "trial-1").exists()
+    )
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
 def test_a_folder_with_anything_else_is_left_alone(tiny, corpus, tmp_path, capfdbinary, flags):
     (tmp_path / "thesis.txt").write_text("ten years")
-    assert_fails(call(capfdbinary, *typed(corpus, tiny, tmp_path, *flags)), 1, "holds something that is no search")
+    assert_fails(
+        call(capfdbinary, *typed(corpus, tiny, tmp_path, *flags)), 1, "holds thesis.txt, which hfkit did not write"
+    )
     assert (tmp_path / "thesis.txt").read_text() == "ten years"
 
 
@@ -501,7 +507,9 @@ def test_killed_while_it_overwrites_a_folder_never_has_half_of_a_search(tmp_path
     for name in ("study.db", "trial-0/run.json", "trial-0/metrics.json"):
         (folder / name).write_text("old")
     (folder / "tuning.json").write_text(json.dumps(old))
-    whole, seen = sorted(path.name for path in folder.rglob("*")), set()
+    storage.add_owned(folder, ["tuning.json", "study.db", "trial-0"])
+    storage.add_owned(folder / "trial-0", ["run.json", "metrics.json"])
+    whole, seen = sorted(path.name for path in folder.rglob("*") if not path.name.startswith(".")), set()
     overwrite = lambda: studies.claim(folder, new, overwrite=True)  # noqa: E731
     for _ in trials.killed_at_each(overwrite, folder, tmp_path / "backup"):
         state = json.loads((folder / "tuning.json").read_text())
