@@ -10,7 +10,6 @@ from typing import Any
 from hfkit import pages
 from hfkit.console import printable
 from hfkit.errors import HfkitError, first_line
-from hfkit.novelty import MOST, WORDS
 from hfkit.pictures import draw_curves, points
 from hfkit.report import duration
 from hfkit.runs import METRICS
@@ -82,10 +81,12 @@ def copying(metrics: dict[str, Any]) -> str:
     if not copied:
         return ""
     longest = f"the longest run of words that stands in the corpus has {copied['words']}: “{copied['longest']}”"
-    told = longest if copied["words"] else f"no run of {WORDS} words stands in the corpus"
-    seen = "" if copied.get("is_whole", True) else f" Only its first {MOST:,} words were looked at."
+    told = longest if copied["words"] else f"no run of {copied['run']} words stands in the corpus"
+    seen = "" if copied.get("is_whole", True) else f" Only its first {copied['limit']:,} words were looked at."
     count = len(metrics.get("samples", []))
-    return f"In {count} samples {told}. {copied['share']:.1%} of all runs of {WORDS} words are from there.{seen}"
+    return (
+        f"In {count} samples {told}. {copied['share']:.1%} of all runs of {copied['run']} words are from there.{seen}"
+    )
 
 
 def make_card(metrics: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from hfkit.errors import HfkitError
 from hfkit.fitting import Job
 from hfkit.generation import generate
 from hfkit.monitoring import evaluations
-from hfkit.novelty import index_corpus
+from hfkit.novelty import MOST, WORDS, index_corpus
 from hfkit.tasks import task_of
 
 _SAMPLES, _TOKENS = 4, 80
@@ -104,7 +104,8 @@ def _copied(job: Job, samples: list[str]) -> dict[str, Any] | None:
     found = [index.look_up(sample.removeprefix(prompt)) for sample in samples]
     longest = max(found, key=lambda one: one.words)
     share = sum(one.share for one in found) / len(found)
-    return {"longest": longest.longest, "words": longest.words, "share": share, "is_whole": index.is_whole}
+    return {"longest": longest.longest, "words": longest.words, "share": share, "is_whole": index.is_whole,
+            "run": WORDS, "limit": MOST}  # fmt: skip
 
 
 def _jsonable(entry: dict[str, Any]) -> dict[str, Any]:

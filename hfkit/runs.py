@@ -37,7 +37,8 @@ from hfkit.storage import (
     write_text,
 )
 
-RECIPE, FACTS, METRICS, CHECKPOINTS = "recipe.yaml", "run.json", "metrics.json", "checkpoints"
+RECIPE, FACTS, CHECKPOINTS = "recipe.yaml", "run.json", "checkpoints"
+METRICS = "metrics.json"
 _NOT_ASKED = ("output_dir", "resume", "overwrite")  # do not change what is trained
 _STAGING = ".staging"
 _TENSORBOARD = "tensorboard"

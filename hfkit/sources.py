@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import hfkit
 from hfkit.console import detail
 from hfkit.errors import HfkitError
 from hfkit.options import ModelOptions
 
-BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED = Path(hfkit.__file__).parent / "bundled"
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
     *("spiece.model", "source.spm", "sentencepiece.bpe.model"),

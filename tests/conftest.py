@@ -29,7 +29,7 @@ def brisk():
     """Small runs that take half the time."""
     import gc
 
-    import hfkit.pretraining  # noqa: F401, so that it is not looked through either
+    from hfkit import pretraining  # noqa: F401, so that it is not looked through either
 
     with pytest.MonkeyPatch.context() as patch:
         trials.make_brisk(patch.setattr)

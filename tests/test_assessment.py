@@ -224,7 +224,7 @@ def test_answers_in_a_column_are_scored_the_same_way(tiny, tmp_path, monkeypatch
         assert options.temperature == 0 and options.stop_strings == ["\n"]
         for number, prompt in prompts:
             assert prompt == f"Q {number}:"
-            yield number, [hfkit.generation.Generation(prompt, f" {cases[number][0]} ", "stop", 1, 0.0, None, "m")]
+            yield number, [hfkit.Generation(prompt, f" {cases[number][0]} ", "stop", 1, 0.0, None, "m")]
 
     monkeypatch.setattr("hfkit.assessment.generate_each", say)
     found = hfkit.evaluate(write_rows(tmp_path / "rows.jsonl", rows), model=tiny, template="Q {q}: {a}")

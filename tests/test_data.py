@@ -246,7 +246,11 @@ def die(*arguments, **keywords):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("step", ["_column", "_save_one", "os.replace", "make_names_durable", "write_text", "done"])
+STEPS = ["hfkit.data._column", "hfkit.data._save_one", "os.replace", "hfkit.data.make_names_durable",
+         "hfkit.data.write_text", "done"]  # fmt: skip
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_a_process_that_is_killed_leaves_nothing_that_is_taken_for_whole(
     tmp_path, datasets_cache, bundled, monkeypatch, step
 ):
@@ -255,7 +259,7 @@ def test_a_process_that_is_killed_leaves_nothing_that_is_taken_for_whole(
     def work():
         if step == "done":
             die(prepare(source, bundled))
-        monkeypatch.setattr("os.replace" if step == "os.replace" else f"hfkit.data.{step}", die)
+        monkeypatch.setattr(step, die)
         prepare(source, bundled)
 
     assert end_of(start(work)) == -signal.SIGKILL

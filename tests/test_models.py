@@ -364,7 +364,7 @@ def test_a_device_map_places_the_model_and_a_wrong_one_is_one_sentence(tiny):
 
 
 def test_bits_on_a_device_without_kernels_are_refused(tiny, monkeypatch):
-    import hfkit.models as models
+    from hfkit import models
     from hfkit.sources import find
 
     options = ModelOptions(model=tiny, quantize="int8")

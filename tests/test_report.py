@@ -127,7 +127,7 @@ def test_what_the_samples_copy_is_what_a_plain_search_finds(runs, corpus):
 
 def test_what_was_copied_is_said(metrics):
     words = "the rain and the wind over the stone falls"
-    metrics["copied"] = {"words": 9, "longest": words, "share": 0.125, "is_whole": True}
+    metrics["copied"] = {"words": 9, "longest": words, "share": 0.125, "is_whole": True, "run": 8, "limit": 20_000_000}
     for name in ("report.html", "README.md"):
         text = flat(Page(make_files(metrics)[name]).text)
         assert f"has 9: “{words}”. 12.5% of all runs of 8 words" in text and "Only its first" not in text
@@ -174,7 +174,7 @@ def nasty(metrics) -> dict:
     return metrics | {
         "model": text, "folder": f"runs/{text}", "corpus": [f"a{text}.txt"], "prompt": text, "history": history,
         "command": f"hfkit finetune '{text}'", "versions": {text: text}, "device": text, "samples": [text] * 4,
-        "copied": {"words": 9, "longest": text, "share": 0.5, "is_whole": True},
+        "copied": {"words": 9, "longest": text, "share": 0.5, "is_whole": True, "run": 8, "limit": 20_000_000},
     }  # fmt: skip
 
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 WORDS = "rain wind stone river light the of and a over under sings falls waits".split()
 SMALL = {"max_steps": 6, "eval_steps": 3, "per_device_train_batch_size": 2, "bf16": False, "learning_rate": 1e-3}
 
@@ -56,19 +58,14 @@ def outcome(folder: str | Path) -> dict[str, Any]:
     return {"losses": losses(metrics), "scores": [list(each) for each in scores(metrics)], "weights": digest(folder)}
 
 
-def make_brisk(set_attribute: Callable[[Any, str, Any], Any]) -> None:
+def make_brisk(set_attribute: Callable[[str, Any], Any]) -> None:
     """Take from a small run what takes most of its time: the picture, the guess of the speed, long samples, and
     collections of garbage that look at all of torch.
     """
-    import hfkit.monitoring
-    import hfkit.outcomes
-    import hfkit.planning
-    import hfkit.training
-
-    set_attribute(hfkit.training, "make_files", lambda *_: {})
-    set_attribute(hfkit.planning, "_speed", lambda *_: 1e9)
-    set_attribute(hfkit.monitoring, "_SAMPLE", 6)
-    set_attribute(hfkit.outcomes, "_TOKENS", 2)
+    set_attribute("hfkit.training.make_files", lambda *_: {})
+    set_attribute("hfkit.planning._speed", lambda *_: 1e9)
+    set_attribute("hfkit.monitoring._SAMPLE", 6)
+    set_attribute("hfkit.outcomes._TOKENS", 2)
     gc.collect()
     gc.freeze()
 
@@ -204,7 +201,7 @@ def run_trials(task: dict[str, Any]) -> dict[str, Any]:
     from hfkit import cli  # noqa: F401, so that no child has to
 
     torch.set_num_threads(1)
-    make_brisk(setattr)
+    make_brisk(pytest.MonkeyPatch().setattr)
     folder, draw, names = Path(task["folder"]), random.Random(task["seed"]), list(task["names"])
     log, seconds = folder / "log", []
     for name in ("first", "whole"):  # the first one fills caches
