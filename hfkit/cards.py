@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hfkit import pages
-from hfkit.console import printable
+from hfkit.console import duration, printable
 from hfkit.errors import HfkitError, first_line
 from hfkit.pictures import draw_curves, points
-from hfkit.report import duration
 from hfkit.runs import METRICS
 from hfkit.storage import make_writable, write_text
 

@@ -13,7 +13,22 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import hfkit
-from hfkit import console, cookbook, processes, prompts
+from hfkit import (
+    cards,
+    console,
+    conversation,
+    cookbook,
+    labelling,
+    launching,
+    machine,
+    measuring,
+    processes,
+    prompts,
+    runs,
+    searching,
+    showing,
+    writing,
+)
 from hfkit.errors import HfkitError, OptionError
 from hfkit.failures import ask_again, close_stdout, explain
 from hfkit.flags import flags
@@ -102,7 +117,6 @@ def generate(
         prompts.check_input(input)
     text = "" if input else prompts.read_prompt(prompt)
     find(model)
-    from hfkit import writing
 
     if input:
         writing.write_file(model, sampling, input, output, resume=resume, overwrite=overwrite, batch_size=batch_size)
@@ -117,7 +131,6 @@ def generate(
 def chat(model: ModelOptions, sampling: GenerateOptions) -> None:
     """Talk turn by turn: raw continuation with a base model, the chat template where a model has one."""
     find(model)
-    from hfkit import conversation
 
     conversation.run(model, sampling)
 
@@ -138,7 +151,6 @@ def finetune(
     json: _Json = False,
 ) -> None:
     """Go on training a model on a corpus; print the folder of the result."""
-    from hfkit import launching, runs
 
     runs.check_request(corpus, train, inputs=[*(data.eval_file or []), *filter(None, [model.model])], dry_run=dry_run)
     if launching.launch(launch):
@@ -159,7 +171,6 @@ def pretrain(
     json: _Json = False,
 ) -> None:
     """Train a tokenizer and a GPT-2 from nothing; print the folder of the result."""
-    from hfkit import launching, runs
 
     runs.check_request(corpus, train, inputs=data.eval_file or [], dry_run=dry_run)
     if launching.launch(launch):
@@ -192,7 +203,6 @@ def evaluate(
     corpus: _Corpus, model: ManyModelsOptions, read: CorpusOptions, options: EvaluateOptions, json: _Json = False
 ) -> None:
     """Measure how well models predict a corpus: perplexity, bits per byte, accuracy, each with its error."""
-    from hfkit import measuring
 
     measuring.write(corpus, model, read, options, json=json)
 
@@ -206,7 +216,7 @@ def inspect(
     json: _Json = False,
 ) -> None:
     """Show how likely each token of a text is, what would come next, and what heads look at."""
-    from hfkit import prompts, showing
+    from hfkit import prompts
 
     showing.write(prompts.read_prompt(text), model, options, json=json)
 
@@ -223,7 +233,6 @@ def classify(
     json: _Json = False,
 ) -> None:
     """Label a text, or many, and print label and probability."""
-    from hfkit import labelling
 
     labelling.write(text, input, model, task, json=json)
 
@@ -242,7 +251,6 @@ def answer(
     json: _Json = False,
 ) -> None:
     """Answer a question from a text."""
-    from hfkit import labelling
 
     labelling.write_answer(question, context, model, no_answer_threshold, json=json)
 
@@ -258,7 +266,6 @@ def tune(
     json: _Json = False,
 ) -> None:
     """Search for good training options; print the trials and the best recipe."""
-    from hfkit import searching
 
     searching.write(corpus, model, data, train, options, json=json)
 
@@ -273,7 +280,6 @@ def report(
     """Compare training runs on one page: losses, settings, samples."""
     if output.exists() and not overwrite:
         raise HfkitError(f"{output} exists: --overwrite replaces it, or name another --output")
-    from hfkit import cards
 
     console.write(f"{cards.compare(list(run), output)}\n")
 
@@ -299,7 +305,6 @@ def _print_run(run: Any, json: bool) -> None:
 @flags
 def info(model: ModelOptions, json: _Json = False) -> None:
     """Show versions, devices, caches and, with -m, a model's size and limits; say what is wrong and how to mend it."""
-    from hfkit import machine
 
     machine.show(model, json=json)
 

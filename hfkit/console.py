@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import re
 import sys
@@ -21,7 +22,6 @@ class _State:
 
 
 state = _State()
-
 # C0 but newline and tab, DEL, C1, line and paragraph separators, zero-width and bidirectional controls:
 # all that can move the cursor, recolour, rename the window or reorder what is read.
 _UNSAFE = re.compile(
@@ -120,3 +120,11 @@ def quiet_libraries() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(1, math.ceil(seconds))} seconds"

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hfkit import console
-from hfkit.recipes import copy_recipe, describe, shipped
+from hfkit.recipes import copy_recipe, head_comment, shipped
 
 app = typer.Typer(help="List the shipped recipes; copy one to start from.", invoke_without_command=True)
 
@@ -16,7 +16,7 @@ def list_recipes(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         names = shipped()
         width = max(map(len, names), default=0)
-        console.write("".join(f"{name:<{width}}  {describe(path)[0]}\n" for name, path in names.items()))
+        console.write("".join(f"{name:<{width}}  {head_comment(path)[0]}\n" for name, path in names.items()))
 
 
 @app.command()
@@ -26,4 +26,4 @@ def copy(
 ) -> None:
     """Copy a recipe and its data; print the files and the commands to go on with."""
     files = copy_recipe(name, to)
-    console.write("".join(f"{file}\n" for file in files) + "\n" + "\n".join(describe(files[0])) + "\n")
+    console.write("".join(f"{file}\n" for file in files) + "\n" + "\n".join(head_comment(files[0])) + "\n")

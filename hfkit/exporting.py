@@ -7,9 +7,10 @@ from safetensors import SafetensorError
 
 from hfkit import console
 from hfkit.errors import HfkitError, OptionError, first_line
+from hfkit.hub import reach_hub
 from hfkit.models import LanguageModel, load_tokenizer, load_weights
 from hfkit.options import ExportOptions, ModelOptions
-from hfkit.sources import Source, find, reach_hub
+from hfkit.sources import Source, find
 from hfkit.storage import add_owned, check_owned, check_space, make_writable, publish, temporary
 
 _KEPT = ("README.md", "loss.png", "report.html", "metrics.json")  # of a training run

@@ -15,7 +15,7 @@ import evaluate
 import numpy as np
 
 from hfkit.errors import HfkitError, OptionError
-from hfkit.sources import reach_hub
+from hfkit.hub import reach_hub
 
 _RESAMPLES = 1000  # of the bootstrap
 _NAMES = ("accuracy", "precision", "recall", "f1")

@@ -88,7 +88,7 @@ def find_recipe(path: Path) -> Path:
     return path if path.exists() else shipped().get(path.name.removesuffix(".yaml"), path)
 
 
-def describe(path: Path) -> list[str]:
+def head_comment(path: Path) -> list[str]:
     """The comment that a recipe begins with, line by line: what it is, and the commands to use it."""
     lines = []
     for line in path.read_text("utf-8").splitlines():

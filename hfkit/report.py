@@ -1,8 +1,7 @@
 """What a training run tells a person before it begins: what is in the corpus, and what is going to be done."""
 
-import math
-
 from hfkit import console, processes
+from hfkit.console import duration
 from hfkit.data import Report
 from hfkit.planning import Plan
 
@@ -39,14 +38,6 @@ def plan_lines(plan: Plan) -> list[str]:
         f"about {duration(plan.seconds)} and {plan.memory / 1e9:.1f} GB on this {plan.device.type}, "
         f"in {plan.precision}{', compiled' if plan.compile else ''}",
     ]
-
-
-def duration(seconds: float) -> str:
-    """A time as a person says it."""
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(1, math.ceil(seconds))} seconds"
 
 
 def describe_plan(report: Report | None, plan: Plan) -> None:

@@ -15,15 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hfkit.console import note
 from hfkit.corpora import Corpora, Corpus, find_corpus, is_prepared, read_records
-from hfkit.data import (
-    Prepared,
-    Report,
-    encode_corpus,
-    encode_records,
-    fingerprint,
-    load_prepared,
-    set_template,
-)
+from hfkit.data import Prepared, Report, encode_corpus, encode_records, fingerprint, load_prepared, set_template
 from hfkit.errors import HfkitError
 from hfkit.options import DataOptions
 from hfkit.scoring import IGNORED

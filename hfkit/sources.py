@@ -14,6 +14,7 @@ from typing import Any
 import hfkit
 from hfkit.console import detail
 from hfkit.errors import HfkitError
+from hfkit.hub import PROBE_SECONDS, explain_hub_error, reach_hub
 from hfkit.options import ModelOptions
 
 BUNDLED = Path(hfkit.__file__).parent / "bundled"
@@ -24,7 +25,6 @@ _TOKENIZER_FILES = (
 _WANTED = (".json", ".model", ".spm", ".txt", ".jinja", ".py")
 _SINGLE = ("model.safetensors", "adapter_model.safetensors")
 _INDEX = "model.safetensors.index.json"
-_PROBE_SECONDS = 2
 
 
 @dataclass(frozen=True)
@@ -245,26 +245,15 @@ def _whole(folder: Path) -> bool:
     return has_tokenizer and all((folder / file).is_file() for file in needed)
 
 
-def reach_hub(name: str) -> None:
-    """HfkitError within seconds if the Hub, which has `name`, cannot be reached: its own client tries for 23."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS)
-    except Exception as error:  # what answers may not be a Hub, so more than httpx's errors
-        raise HfkitError(_explain(error, name, None)) from error
-
-
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     reach_hub(name)
     try:
-        info = HfApi().model_info(name, revision=revision, timeout=_PROBE_SECONDS)
+        info = HfApi().model_info(name, revision=revision, timeout=PROBE_SECONDS)
         files = [file.rfilename for file in info.siblings or [] if "/" not in file.rfilename]
     except Exception as error:  # what answers may not be a Hub, so more than httpx's errors
-        raise HfkitError(_explain(error, name, revision)) from error
+        raise HfkitError(explain_hub_error(error, name, revision)) from error
     if not any(file in files for file in (*_SINGLE, _INDEX)):
         raise HfkitError(f"{name} has no safetensors weights: choose a model that has, or another --revision")
     if not any(file in files for file in ("config.json", "adapter_config.json")):
@@ -282,31 +271,4 @@ def _download(name: str, revision: str | None) -> Path:
     except HfkitError:
         raise
     except Exception as error:
-        raise HfkitError(_explain(error, name, revision, started=True)) from error
-
-
-def _explain(error: Exception, name: str, revision: str | None, *, started: bool = False) -> str:
-    """What an error of the Hub's client means to its user."""
-    import httpx2
-    from huggingface_hub import constants, errors
-
-    endpoint = constants.ENDPOINT
-    match error:
-        case errors.GatedRepoError():
-            return f"{name} is gated: accept its terms on {endpoint}/{name} and log in with 'hf auth login'"
-        case errors.RevisionNotFoundError():
-            return f"{name} has no revision {revision!r}: see {endpoint}/{name}/tree/main"
-        case errors.HfHubHTTPError() if error.response.status_code in (401, 403, 404):
-            return f"no model {name!r}: neither a folder here nor on {endpoint} (a private one needs 'hf auth login')"
-        case errors.HfHubHTTPError():
-            return f"the Hub answers with HTTP status {error.response.status_code} ({endpoint}, {name}): try later"
-        case _ if started:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return f"the download of {name} broke off ({endpoint}): {reason}; run it again to go on"
-        case httpx2.HTTPError() | httpx2.InvalidURL() | OSError():
-            return (
-                f"the Hub cannot be reached ({endpoint}): go online, set HF_ENDPOINT to a mirror, "
-                f"or use what is here: -m bundled, or a local folder ({name} is not cached)"
-            )
-        case _:
-            return f"what answers at {endpoint} is not a Hub: check the network and HF_ENDPOINT"
+        raise HfkitError(explain_hub_error(error, name, revision, started=True)) from error

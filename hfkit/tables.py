@@ -10,8 +10,8 @@ from typing import Any
 
 from hfkit.errors import HfkitError, first_line
 from hfkit.files import read_text, unpacked
+from hfkit.hub import reach_hub
 from hfkit.options import CorpusOptions, DataOptions
-from hfkit.sources import reach_hub
 
 csv.field_size_limit(1 << 30)  # a field may be a book
 _ROWS = 128  # that are unpacked together

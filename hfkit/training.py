@@ -19,15 +19,7 @@ from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError, StoppedError
 from hfkit.fitting import Job, fit, is_done
 from hfkit.heads import gather_rows
-from hfkit.models import (
-    check_head,
-    choose_device,
-    head_of,
-    load_config,
-    load_tokenizer,
-    load_weights,
-    load_with_head,
-)
+from hfkit.models import check_head, choose_device, head_of, load_config, load_tokenizer, load_weights, load_with_head
 from hfkit.monitoring import best_step
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.outcomes import make_metrics

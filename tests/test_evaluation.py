@@ -14,7 +14,7 @@ import torch
 from conftest import assert_fails, call
 
 import hfkit
-from hfkit import evaluation
+from hfkit import evaluation, scoring
 from hfkit.corpora import END, Piece
 from hfkit.errors import HfkitError
 from hfkit.evaluation import slide
@@ -164,7 +164,7 @@ def test_a_corpus_is_read_while_it_is_scored(tmp_path, lms, monkeypatch):
             yield Piece("the cat", True)
 
     def scored(model, batches):
-        found, done = evaluation.Scores(), 0
+        found, done = scoring.Scores(), 0
         for ids, targets, units in batches:
             done += len(ids)
             ahead.append(read[0] - done)

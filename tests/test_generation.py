@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import hfkit
-from hfkit import batches, sampling
+from hfkit import batches, models, sampling
 from hfkit.decoding import Detokenizer, complete, cut, held_back, repeats
 from hfkit.encoding import prepare
 from hfkit.errors import HfkitError, OptionError
@@ -452,7 +452,7 @@ def test_a_guess_changes_the_speed_and_not_the_text(lms, tiny, tiny_llama, name,
 
 
 def test_an_assistant_is_loaded_once_and_guesses_as_many_tokens_as_told(lms, tiny, monkeypatch):
-    loads, load = [], sampling.load
+    loads, load = [], models.load
     monkeypatch.setattr(sampling, "load", lambda *a, **k: loads.append(load(*a, **k)) or loads[-1])
     sampling._assistant.cache_clear()
     options = GenerateOptions(assistant_model=tiny, num_assistant_tokens=3, max_new_tokens=8, temperature=0)

@@ -21,6 +21,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from hfkit import console, planning
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROWS, RATE, SKIPPED = 8, 5e-5, 3  # batch and learning rate are Trainer's own; the first steps compile
 
@@ -77,7 +79,7 @@ def train_plainly(model: str, corpus: str, steps: int, block: int) -> tuple[floa
     from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
-    from hfkit import console
+    pass
     from hfkit.models import load_tokenizer
     from hfkit.options import DataOptions, ModelOptions
     from hfkit.sequences import Collator, gather_material
@@ -116,7 +118,8 @@ def train_with_hfkit(model: str, corpus: str, steps: int, block: int, units: boo
     units: compile as if the run was a long one; else choose as on a machine without units for bfloat16.
     """
     import hfkit
-    from hfkit import console, planning
+
+    pass
 
     console.configure(quiet=True, verbose=False, debug=False)
     if not units:

@@ -1,0 +1,46 @@
+"""From a model's name to a local folder that is safe to load. Imports neither torch nor transformers.
+
+What is local or cached never touches the network; a Hub that cannot be reached fails within seconds.
+"""
+
+from hfkit.errors import HfkitError
+
+PROBE_SECONDS = 2
+
+
+def reach_hub(name: str) -> None:
+    """HfkitError within seconds if the Hub, which has `name`, cannot be reached: its own client tries for 23."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+    except Exception as error:  # what answers may not be a Hub, so more than httpx's errors
+        raise HfkitError(explain_hub_error(error, name, None)) from error
+
+
+def explain_hub_error(error: Exception, name: str, revision: str | None, *, started: bool = False) -> str:
+    """What an error of the Hub's client means to its user."""
+    import httpx2
+    from huggingface_hub import constants, errors
+
+    endpoint = constants.ENDPOINT
+    match error:
+        case errors.GatedRepoError():
+            return f"{name} is gated: accept its terms on {endpoint}/{name} and log in with 'hf auth login'"
+        case errors.RevisionNotFoundError():
+            return f"{name} has no revision {revision!r}: see {endpoint}/{name}/tree/main"
+        case errors.HfHubHTTPError() if error.response.status_code in (401, 403, 404):
+            return f"no model {name!r}: neither a folder here nor on {endpoint} (a private one needs 'hf auth login')"
+        case errors.HfHubHTTPError():
+            return f"the Hub answers with HTTP status {error.response.status_code} ({endpoint}, {name}): try later"
+        case _ if started:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return f"the download of {name} broke off ({endpoint}): {reason}; run it again to go on"
+        case httpx2.HTTPError() | httpx2.InvalidURL() | OSError():
+            return (
+                f"the Hub cannot be reached ({endpoint}): go online, set HF_ENDPOINT to a mirror, "
+                f"or use what is here: -m bundled, or a local folder ({name} is not cached)"
+            )
+        case _:
+            return f"what answers at {endpoint} is not a Hub: check the network and HF_ENDPOINT"
