@@ -3,11 +3,11 @@
 from typing import Any
 
 from hfkit.errors import HfkitError, OptionError, first_line
+from hfkit.models.sources import ModelFiles
 from hfkit.options import TrainOptions
-from hfkit.sources import Source
 
 
-def add_adapter(model: Any, source: Source, revision: str | None, options: TrainOptions) -> Any:
+def add_adapter(model: Any, source: ModelFiles, revision: str | None, options: TrainOptions) -> Any:
     """`model` with a new adapter around it, the only part that is trained."""
     try:
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training

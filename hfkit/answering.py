@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from hfkit.errors import HfkitError
-from hfkit.generation import generate, loaded
+from hfkit.generation import generate
 from hfkit.heads import HeadCollator, windows
-from hfkit.models import LanguageModel, head_of
+from hfkit.models.architecture import head_of
+from hfkit.models.loading import LanguageModel, loaded
 from hfkit.options import GenerateOptions, ModelOptions
 from hfkit.tasks import Task, task_of
 

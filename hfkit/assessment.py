@@ -17,7 +17,8 @@ from hfkit.errors import HfkitError
 from hfkit.generation import generate_each
 from hfkit.heads import classification_rows, question_rows
 from hfkit.metrics import load_metric
-from hfkit.models import LanguageModel, head_of
+from hfkit.models.architecture import head_of
+from hfkit.models.loading import LanguageModel
 from hfkit.options import CorpusOptions, GenerateOptions, TaskOptions
 from hfkit.scoring import jsonable
 from hfkit.tables import Row

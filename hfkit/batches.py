@@ -12,7 +12,7 @@ from hfkit.console import note, quiet_libraries
 from hfkit.decoding import Completion, Rows, StopTexts, complete, decode
 from hfkit.encoding import Request
 from hfkit.errors import HfkitError
-from hfkit.models import LanguageModel
+from hfkit.models.loading import LanguageModel
 from hfkit.options import GenerateOptions
 from hfkit.sampling import counts_ngrams, draws, end_tokens, generate_arguments, generation_config, stops
 

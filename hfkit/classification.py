@@ -13,9 +13,9 @@ from hfkit.console import note
 from hfkit.data import encode_answers
 from hfkit.encoding import encode
 from hfkit.errors import HfkitError, OptionError
-from hfkit.generation import loaded
 from hfkit.heads import HeadCollator, encode_text
-from hfkit.models import LanguageModel, head_of
+from hfkit.models.architecture import head_of
+from hfkit.models.loading import LanguageModel, loaded
 from hfkit.options import ModelOptions, TaskOptions
 from hfkit.sequences import group
 from hfkit.tasks import Task, make_task, task_of

@@ -32,6 +32,7 @@ from hfkit import (
 from hfkit.errors import HfkitError, OptionError
 from hfkit.failures import ask_again, close_stdout, explain
 from hfkit.flags import flags
+from hfkit.models.sources import find_model
 from hfkit.options import (
     CorpusOptions,
     DataOptions,
@@ -47,7 +48,6 @@ from hfkit.options import (
     TrainOptions,
     TuneOptions,
 )
-from hfkit.sources import find
 
 app = typer.Typer(
     name="hfkit",
@@ -116,7 +116,7 @@ def generate(
     if input:
         prompts.check_input(input)
     text = "" if input else prompts.read_prompt(prompt)
-    find(model)
+    find_model(model)
 
     if input:
         writing.write_file(model, sampling, input, output, resume=resume, overwrite=overwrite, batch_size=batch_size)
@@ -130,7 +130,7 @@ def generate(
 @flags
 def chat(model: ModelOptions, sampling: GenerateOptions) -> None:
     """Talk turn by turn: raw continuation with a base model, the chat template where a model has one."""
-    find(model)
+    find_model(model)
 
     conversation.run(model, sampling)
 

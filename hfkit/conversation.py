@@ -6,7 +6,7 @@ from typing import Any
 
 from hfkit import console, generation, writing
 from hfkit.errors import HfkitError, OptionError
-from hfkit.models import LanguageModel
+from hfkit.models.loading import LanguageModel
 from hfkit.options import GenerateOptions, ModelOptions
 from hfkit.prompts import to_line
 from hfkit.recipes import read_value

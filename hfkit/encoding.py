@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hfkit.errors import HfkitError, OptionError
-from hfkit.models import context_length
+from hfkit.models.architecture import context_length
 from hfkit.options import GenerateOptions
 from hfkit.tasks import task_of
 

@@ -17,12 +17,11 @@ from hfkit.data import encode_documents, encode_examples, number_documents
 from hfkit.declaration import divide
 from hfkit.encoding import first_tokens
 from hfkit.errors import HfkitError
-from hfkit.generation import loaded
 from hfkit.metrics import load_metric
-from hfkit.models import LanguageModel, head_of
+from hfkit.models.architecture import computes_faster_in_bfloat16, head_of
+from hfkit.models.loading import LanguageModel, loaded
+from hfkit.models.quantization import bits_of
 from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions
-from hfkit.planning import has_bfloat16_units
-from hfkit.quantization import bits_of
 from hfkit.scoring import IGNORED, Scores, exp, jsonable, precise_head, ratio_stderr, score_batches
 from hfkit.sequences import Item, group
 
@@ -223,7 +222,7 @@ def _score(lm: LanguageModel, windows: Iterator[Item], is_exact: bool) -> tuple[
     batches = chain(first[1:], batches)
     with precise_head(model):
         exact = score_batches(model, first[:1])
-        if len(first) == 2 and not is_exact and model.dtype == torch.float32 and _has_halves(device):
+        if len(first) == 2 and not is_exact and model.dtype == torch.float32 and computes_faster_in_bfloat16(device):
             with torch.autocast(device, torch.bfloat16):
                 moved = abs(score_batches(model, first[:1]).loss - exact.loss)
                 detail(f"bfloat16 changes the loss of the first {exact.count} tokens by {moved:.1e} nats a token")
@@ -232,10 +231,3 @@ def _score(lm: LanguageModel, windows: Iterator[Item], is_exact: bool) -> tuple[
                     exact.merge(score_batches(model, batches))
         exact.merge(score_batches(model, batches))  # what is left
     return exact, bits_of(model) or dtype
-
-
-def _has_halves(device: str) -> bool:
-    """Whether it computes faster in bfloat16."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device == "cpu" and has_bfloat16_units()

@@ -14,11 +14,10 @@ from hfkit.corpora import find_corpus
 from hfkit.decoding import Completion, repeats
 from hfkit.encoding import Prompt, Request, prepare
 from hfkit.errors import HfkitError, OptionError
-from hfkit.models import LanguageModel, check_head, load, load_config
+from hfkit.models.loading import LanguageModel, Model, loaded
 from hfkit.novelty import WORDS, Index, index_corpus
-from hfkit.options import GenerateOptions, ModelOptions
+from hfkit.options import GenerateOptions
 from hfkit.sampling import check, draws, is_plain
-from hfkit.sources import find
 from hfkit.tasks import task_of
 
 _WINDOW = 8  # batches that are sorted by length together
@@ -49,9 +48,6 @@ class Generation:
         """The fields that `--json` prints."""
         names = ("prompt", "completion", "finish_reason", "tokens", "logprob", "seed", "model")
         return {name: getattr(self, name) for name in names}
-
-
-Model = str | ModelOptions | LanguageModel | tuple[Any, Any] | None
 
 
 def generate(
@@ -241,29 +237,6 @@ def _stream(lm: LanguageModel, request: Request, options: GenerateOptions) -> Ge
 def draw_seed() -> int:
     """A seed for who gave none; small enough to type again."""
     return secrets.randbelow(2**31)
-
-
-def loaded(model: Model, *heads: str) -> LanguageModel:
-    """`model` as a LanguageModel, loaded if it is a name; once, as long as its files stay the same.
-
-    heads: what it must be for, see `models.head_of`; by default for text.
-    """
-    heads = heads or ("text",)
-    if isinstance(model, tuple):
-        lm = LanguageModel(*model)
-        check_head(lm.name, lm.model.config, *heads)
-        return lm
-    options = model if isinstance(model, ModelOptions) else ModelOptions(model=model)
-    source = find(options)
-    check_head(source.name, load_config(source), *heads)
-    files = [source.folder / source.gguf] if source.gguf else [*source.folder.iterdir()]
-    files += source.adapter.iterdir() if source.adapter else []
-    return _load(options, tuple(sorted((str(file), file.stat().st_mtime_ns) for file in files)))
-
-
-@functools.lru_cache(maxsize=1)
-def _load(options: ModelOptions, files: tuple[tuple[str, int], ...]) -> LanguageModel:
-    return load(options)
 
 
 def _prepare(lm: LanguageModel, prompt: Prompt, options: GenerateOptions) -> Request:

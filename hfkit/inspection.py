@@ -20,8 +20,7 @@ from hfkit import pages
 from hfkit.declaration import set_fields
 from hfkit.encoding import encode, first_tokens
 from hfkit.errors import HfkitError
-from hfkit.generation import loaded
-from hfkit.models import LanguageModel
+from hfkit.models.loading import LanguageModel, loaded
 from hfkit.options import InspectOptions, ModelOptions
 from hfkit.scoring import score
 

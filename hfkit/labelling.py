@@ -8,10 +8,10 @@ from hfkit.answering import answer
 from hfkit.classification import Classification, classify_each
 from hfkit.errors import HfkitError, OptionError
 from hfkit.files import read_text
-from hfkit.generation import loaded
+from hfkit.models.loading import loaded
+from hfkit.models.sources import find_model
 from hfkit.options import ModelOptions, TaskOptions
 from hfkit.prompts import check_input, read_prompt, read_prompts
-from hfkit.sources import find
 from hfkit.tasks import make_task
 
 
@@ -25,7 +25,7 @@ def write(text: str | None, path: Path | None, model: ModelOptions, task: TaskOp
     given = None if path else read_prompt(text)
     if given is not None and not given.strip():
         raise OptionError("give a text to label")
-    find(model)
+    find_model(model)
     lm = loaded(model, "text", "classification")
     faults = 0
     for number, one in enumerate(classify_each(read_prompts(path) if path else [given], lm, task), 1):
@@ -54,7 +54,7 @@ def write_answer(question: str, context: Path, model: ModelOptions, threshold: f
     else:
         check_input(context)
         text = "".join(read_text(context, "strict"))
-    find(model)
+    find_model(model)
     found = answer(question, text, model=model, no_answer_threshold=threshold)
     if json:
         console.write(dumps(found.to_dict(), ensure_ascii=False) + "\n")

@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hfkit import console
+from hfkit.models.sources import ModelFiles, count_parameters, find_model
 from hfkit.options import ModelOptions
-from hfkit.sources import Source, count_parameters, find
 
 _PACKAGES = ("hfkit", "torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers", "safetensors",
              "huggingface-hub", "peft", "gguf", "bitsandbytes")  # fmt: skip
@@ -20,7 +20,7 @@ _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 def show(options: ModelOptions, *, json: bool) -> None:
     """Print the report; HfkitError (exit code 1) where a named model cannot be had."""
-    source = find(options)
+    source = find_model(options)
     report = {"versions": versions(), **describe_machine(), "model": describe_model(source)}
     report["problems"] = find_problems(report)
     if json:
@@ -86,7 +86,7 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def describe_model(source: Source) -> dict[str, Any]:
+def describe_model(source: ModelFiles) -> dict[str, Any]:
     """Size and limits of a model, from its files alone. Memory is that of the weights, in bytes."""
     if source.gguf:
         return {"name": source.name, "file": str(source.folder / source.gguf), "file_bytes": source.size}

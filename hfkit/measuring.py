@@ -8,8 +8,8 @@ from hfkit import console
 from hfkit.assessment import Assessment
 from hfkit.corpora import find_corpus
 from hfkit.evaluation import Evaluation, evaluate
+from hfkit.models.sources import find_model
 from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ModelOptions
-from hfkit.sources import find
 
 
 def write(
@@ -20,7 +20,7 @@ def write(
     chosen = [ModelOptions(**given | {"model": name}) for name in models.model or [None]]
     find_corpus(corpus)
     for one in chosen:
-        find(one)  # a name that is wrong is told before the first model is asked
+        find_model(one)  # a name that is wrong is told before the first model is asked
     found = [evaluate(corpus, model=one, read=read, options=options) for one in chosen]
     if json:
         rows = [one.to_dict() for one in found]

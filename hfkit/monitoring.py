@@ -16,7 +16,7 @@ from hfkit.checkpoints import Stop
 from hfkit.errors import HfkitError
 from hfkit.generation import generate
 from hfkit.heads import HeadCollator, score_items
-from hfkit.models import LanguageModel
+from hfkit.models.loading import LanguageModel
 from hfkit.planning import Plan
 from hfkit.scoring import Scores, ratio_stderr, score_batches, shift
 from hfkit.sequences import Collator, group

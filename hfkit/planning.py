@@ -11,7 +11,7 @@ import torch
 
 from hfkit.console import note
 from hfkit.errors import OptionError
-from hfkit.models import context_length
+from hfkit.models.architecture import context_length, has_bfloat16_units
 from hfkit.options import TrainOptions
 
 _COMPILE_SECONDS = {"cpu": 600, "cuda": 300}  # estimated length of a run from which compiling pays
@@ -133,12 +133,6 @@ def _precision(options: TrainOptions, device: torch.device) -> tuple[str, str]:
     if device.type == "cpu" and has_bfloat16_units():
         return "bfloat16", "bfloat16: this processor has units for it"
     return "float32", f"float32: this {device.type} has no units for less"
-
-
-def has_bfloat16_units() -> bool:
-    """Whether this processor multiplies in bfloat16 faster than in float32."""
-    able = torch.cpu.get_capabilities()
-    return any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16"))
 
 
 def _compiled(options: TrainOptions, device: torch.device, seconds: float) -> tuple[bool, str]:

@@ -7,12 +7,13 @@ from typing import Any
 from hfkit.corpora import Corpora, find_corpus, is_prepared
 from hfkit.data import Prepared, encode_corpus
 from hfkit.declaration import divide
-from hfkit.models import choose_device, load_config, load_tokenizer
+from hfkit.models.architecture import choose_device
+from hfkit.models.loading import load_config, load_tokenizer
+from hfkit.models.sources import count_parameters, find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.planning import Plan, block_size_for, make_plan
 from hfkit.report import corpus_lines, plan_lines
 from hfkit.sequences import cut
-from hfkit.sources import count_parameters, find
 from hfkit.storage import check_owned, make_writable
 
 
@@ -69,7 +70,7 @@ def prepare(
         make_writable(folder)
         if not is_prepared(folder):
             check_owned(folder)
-    found, source = find_corpus(corpus), find(model)
+    found, source = find_corpus(corpus), find_model(model)
     tokenizer, config = load_tokenizer(source), load_config(source)
     prepared = encode_corpus(found, tokenizer, data, folder)
     block_size = block_size_for(config, data.block_size)

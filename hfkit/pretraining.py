@@ -27,7 +27,7 @@ from hfkit.encoders import make_bert, new_model, row_texts, train_wordpiece
 from hfkit.errors import HfkitError, OptionError
 from hfkit.fitting import Job
 from hfkit.heads import gather_rows
-from hfkit.models import choose_device
+from hfkit.models.architecture import choose_device
 from hfkit.options import DataOptions, ModelOptions, SizeOptions, TrainOptions
 from hfkit.planning import make_plan
 from hfkit.report import describe_plan

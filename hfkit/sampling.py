@@ -10,7 +10,7 @@ from transformers import GenerationConfig, WatermarkingConfig
 from hfkit.declaration import set_fields
 from hfkit.encoding import language_token
 from hfkit.errors import OptionError
-from hfkit.models import LanguageModel, load
+from hfkit.models.loading import LanguageModel, load
 from hfkit.options import SAMPLING, GenerateOptions
 from hfkit.tasks import task_of
 

@@ -19,14 +19,15 @@ from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError, StoppedError
 from hfkit.fitting import Job, fit, is_done
 from hfkit.heads import gather_rows
-from hfkit.models import check_head, choose_device, head_of, load_config, load_tokenizer, load_weights, load_with_head
+from hfkit.models.architecture import check_head, choose_device, head_of
+from hfkit.models.loading import load_config, load_tokenizer, load_weights, load_with_head
+from hfkit.models.sources import ModelFiles, count_parameters, find_model
 from hfkit.monitoring import best_step
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.outcomes import make_metrics
 from hfkit.planning import Plan, block_size_for, make_plan
 from hfkit.report import describe_plan
 from hfkit.sequences import Material, gather_material
-from hfkit.sources import Source, count_parameters, find
 from hfkit.storage import lock
 from hfkit.tasks import give_task, make_task
 
@@ -75,7 +76,7 @@ def finetune(
     model, data, train = divide(overrides, (ModelOptions, model), (DataOptions, data), (TrainOptions, train))
     inputs = [source for sources in (corpus, data.eval_file, model.model) for source in runs.sources_of(sources or [])]
     with reserve(corpus, train, dry_run, inputs) as (folder, train):
-        source = find(model)
+        source = find_model(model)
         if train.overwrite:
             runs.check_not_input(folder, [source.folder, source.adapter or source.folder])
         tokenizer, config = load_tokenizer(source), load_config(source)
@@ -122,7 +123,7 @@ def reserve(
         yield folder, runs.settle(folder, train)
 
 
-def _choose_head(source: Source, config: Any, train: TrainOptions) -> TrainOptions:
+def _choose_head(source: ModelFiles, config: Any, train: TrainOptions) -> TrainOptions:
     """The head that is asked for, or else that of the model; none for a model that writes text."""
     if train.head:
         return train
@@ -140,7 +141,7 @@ def gather_headed(
     return gather_rows(corpus, tokenizer, data, str(train.head), size, train.seed, known)
 
 
-def _check_model(source: Source, config: Any, model: ModelOptions, train: TrainOptions, data: DataOptions) -> None:
+def _check_model(source: ModelFiles, config: Any, model: ModelOptions, train: TrainOptions, data: DataOptions) -> None:
     if config.is_encoder_decoder:
         raise HfkitError(f"{source.name} has an encoder: choose a causal model, such as gpt2")
     if train.head and (train.lora or data.streaming or source.adapter):
@@ -156,7 +157,7 @@ def _check_model(source: Source, config: Any, model: ModelOptions, train: TrainO
 
 
 def make_trainable(
-    source: Source, options: ModelOptions, plan: Plan, tokenizer: PreTrainedTokenizerBase, material: Material
+    source: ModelFiles, options: ModelOptions, plan: Plan, tokenizer: PreTrainedTokenizerBase, material: Material
 ) -> Any:
     """The model of `source`, in float32, with its head, or with an adapter around it if the plan has LoRA."""
     if material.head:

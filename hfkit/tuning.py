@@ -18,10 +18,10 @@ from hfkit import console, runs
 from hfkit.corpora import Corpora, name_of
 from hfkit.declaration import divide
 from hfkit.errors import DivergedError, HfkitError, OptionError, StoppedError
+from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions, TuneOptions
 from hfkit.pictures import draw_trials
 from hfkit.ranges import read_space
-from hfkit.sources import find
 from hfkit.storage import lock, make_writable, owned, write_bytes, write_text
 from hfkit.studies import BEST, BEST_RUN, PICTURE, RESULT, best_of, claim, finished, next_trial, open_study, work
 from hfkit.training import Run, finetune
@@ -81,7 +81,7 @@ def tune(
     space = read_space(options.search, train)
     if not data.eval_file and (data.streaming or not data.eval_fraction):
         raise OptionError("nothing would be held out, so trials could not be compared: add --eval-file")
-    source = find(model)
+    source = find_model(model)
     model = replace(model, model=source.name)  # whatever the default will be when it goes on
     folder = Path(train.output_dir or Path("runs") / f"{name_of(corpus)}-tune")
     make_writable(folder)

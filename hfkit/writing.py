@@ -8,27 +8,28 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hfkit import console, generation, models, processes
+from hfkit import console, generation, processes
 from hfkit.encoding import prepare
 from hfkit.errors import HfkitError, OptionError
 from hfkit.generation import Generation
-from hfkit.models import LanguageModel
+from hfkit.models import architecture, loading
+from hfkit.models.loading import LanguageModel
+from hfkit.models.sources import find_model
 from hfkit.options import GenerateOptions, ModelOptions
 from hfkit.prompts import Results, read_prompts, to_line
 from hfkit.recipes import read_value
 from hfkit.sampling import draws
-from hfkit.sources import find
 
 
 def load_for(model: ModelOptions, sampling: GenerateOptions, prompt: str | None = None) -> LanguageModel:
     """Load a model, after everything that can be checked without its weights."""
-    source = find(model)
+    source = find_model(model)
     generation.novel_index(sampling)
-    tokenizer, config = models.load_tokenizer(source), models.load_config(source)
-    models.check_head(source.name, config, "text")
+    tokenizer, config = loading.load_tokenizer(source), loading.load_config(source)
+    architecture.check_head(source.name, config, "text")
     if prompt is not None:
         prepare(prompt, sampling, tokenizer, config, source.name)
-    return models.load_weights(source, model, tokenizer)
+    return loading.load_weights(source, model, tokenizer)
 
 
 def seeded(lm: LanguageModel, sampling: GenerateOptions) -> GenerateOptions:

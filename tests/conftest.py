@@ -153,9 +153,9 @@ def tiny_bert(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def _bundled():
-    from hfkit.models import load_tokenizer
+    from hfkit.models.loading import load_tokenizer
+    from hfkit.models.sources import find_model as find
     from hfkit.options import ModelOptions
-    from hfkit.sources import find
 
     return load_tokenizer(find(ModelOptions(model="bundled")))
 

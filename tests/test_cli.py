@@ -102,7 +102,7 @@ def test_whatever_is_raised_is_one_line_and_shows_no_prompt(capfdbinary, monkeyp
         secret = "my secret prompt"  # noqa: F841, tracebacks with locals would show it
         raise error
 
-    monkeypatch.setattr(cli, "find", fail)
+    monkeypatch.setattr(cli, "find_model", fail)
     monkeypatch.setattr("hfkit.machine.show", fail)
     prompt = ["my secret prompt"] if command == "generate" else []
     result = call(capfdbinary, command, *prompt)
@@ -124,7 +124,7 @@ def test_an_end_from_outside_is_quiet(capfdbinary, monkeypatch, error, code):
     def end(*arguments):
         raise error
 
-    monkeypatch.setattr(cli, "find", end)
+    monkeypatch.setattr(cli, "find_model", end)
     result = call(capfdbinary, "generate", "hi")
     assert (result.returncode, result.stdout, result.stderr) == (code, b"", b"")
 

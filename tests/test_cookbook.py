@@ -11,9 +11,9 @@ import pytest
 from conftest import assert_fails, call, run
 
 import hfkit
+from hfkit.models.sources import BUNDLED
 from hfkit.recipes import head_comment as describe
 from hfkit.recipes import read_recipe, shipped
-from hfkit.sources import BUNDLED
 
 TRAINED = [name for name in shipped() if name not in ("sampling-story", "bundled")]
 # Figures that are better when they are lower.

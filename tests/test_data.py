@@ -18,10 +18,10 @@ from hfkit import data
 from hfkit.corpora import PREPARED, Example, cut_pieces, find_corpus
 from hfkit.data import CHAT_TEMPLATE, encode_corpus, encode_documents, encode_examples, fingerprint, load_prepared
 from hfkit.errors import HfkitError
-from hfkit.models import load_tokenizer
+from hfkit.models.loading import load_tokenizer
+from hfkit.models.sources import find_model as find
 from hfkit.options import DataOptions, ModelOptions
 from hfkit.scoring import IGNORED
-from hfkit.sources import find
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"

@@ -18,7 +18,8 @@ from hfkit import evaluation, scoring
 from hfkit.corpora import END, Piece
 from hfkit.errors import HfkitError
 from hfkit.evaluation import slide
-from hfkit.models import LanguageModel
+from hfkit.models import architecture
+from hfkit.models.loading import LanguageModel
 from hfkit.options import ModelOptions
 from hfkit.scoring import IGNORED
 
@@ -43,7 +44,7 @@ def lms(tiny, tiny_llama) -> dict[str, LanguageModel]:
 def exact(request, monkeypatch):
     """float32 alone, but where a test is about the other."""
     if "halves" not in request.fixturenames:
-        monkeypatch.setattr(evaluation, "_has_halves", lambda device: False)
+        monkeypatch.setattr(evaluation, "computes_faster_in_bfloat16", lambda device: False)
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def halves(monkeypatch):
     """A processor that has bfloat16 units, and one that has none: `halves(True)`."""
 
     def give(have: bool) -> None:
-        monkeypatch.setattr(evaluation, "has_bfloat16_units", lambda: have)
+        monkeypatch.setattr(architecture, "has_bfloat16_units", lambda: have)
 
     return give
 
@@ -536,7 +537,7 @@ def test_twenty_times_the_text_takes_the_same_memory(tmp_path):
     """With a vocabulary as large as GPT-2's, of a model so narrow that it is done in minutes."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from hfkit.sources import BUNDLED
+    from hfkit.models.sources import BUNDLED
 
     config = json.loads((BUNDLED / "config.json").read_text())
     config |= {"n_positions": 512, "n_embd": 8, "n_layer": 1, "n_head": 1, "dtype": "float32"}

@@ -205,7 +205,7 @@ class Api:
 @pytest.fixture
 def hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("hfkit.exporting.reach_hub", lambda name: None)
+    monkeypatch.setattr("hfkit.models.exporting.reach_hub", lambda name: None)
     monkeypatch.setattr(Api, "calls", [])
     return Api
 
@@ -234,7 +234,7 @@ def test_a_push_that_fails_is_one_line_and_leaves_nothing(tiny, hub, tmp_path, m
 
 def test_a_hub_that_cannot_be_reached_is_one_line_before_anything_is_loaded(tiny, tmp_path, monkeypatch, capfdbinary):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("hfkit.exporting.load_weights", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("hfkit.models.exporting.load_weights", lambda *_: pytest.fail("loaded"))
     monkeypatch.chdir(tmp_path)
     result = call(capfdbinary, "export", tiny, "--push-to-hub", "owner/name")
     assert_fails(result, 1, "the Hub cannot be reached (http://127.0.0.1:9)")

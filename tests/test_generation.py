@@ -18,10 +18,11 @@ from transformers import (
 )
 
 import hfkit
-from hfkit import batches, models, sampling
+from hfkit import batches, sampling
 from hfkit.decoding import Detokenizer, complete, cut, held_back, repeats
 from hfkit.encoding import prepare
 from hfkit.errors import HfkitError, OptionError
+from hfkit.models import loading
 from hfkit.options import SAMPLING, GenerateOptions
 
 PROMPTS = ["the cat", "a", "what is it that you want", "no, no", "the the the"]
@@ -452,7 +453,7 @@ def test_a_guess_changes_the_speed_and_not_the_text(lms, tiny, tiny_llama, name,
 
 
 def test_an_assistant_is_loaded_once_and_guesses_as_many_tokens_as_told(lms, tiny, monkeypatch):
-    loads, load = [], models.load
+    loads, load = [], loading.load
     monkeypatch.setattr(sampling, "load", lambda *a, **k: loads.append(load(*a, **k)) or loads[-1])
     sampling._assistant.cache_clear()
     options = GenerateOptions(assistant_model=tiny, num_assistant_tokens=3, max_new_tokens=8, temperature=0)
@@ -488,7 +489,7 @@ def test_what_does_not_fit_the_context_is_refused_before_any_compute(
     monkeypatch.setattr(lms["gpt2"].model, "generate", None)
     with pytest.raises(HfkitError, match=f"prompt .: {prompt} tokens of prompt .* takes 64 together"):
         hfkit.generate(["a", "a" * prompt], model=lms["gpt2"], max_new_tokens=new)
-    monkeypatch.setattr("hfkit.models.load_weights", None)
+    monkeypatch.setattr("hfkit.models.loading.load_weights", None)
     flags = ["-n", new] if new else []
     assert_fails(call(capfdbinary, "generate", "a" * prompt, "-m", tiny, *flags), 1, str(prompt), "64")
 

@@ -26,9 +26,9 @@ from hfkit.heads import (
     score_items,
     windows,
 )
-from hfkit.models import load_config
+from hfkit.models.loading import load_config
+from hfkit.models.sources import find_model as find
 from hfkit.options import DataOptions, ModelOptions
-from hfkit.sources import find
 
 pytestmark = pytest.mark.usefixtures("brisk")
 FAST = trials.SMALL | {"max_steps": 120, "eval_steps": 40, "per_device_train_batch_size": 8, "learning_rate": 3e-3,

@@ -170,7 +170,7 @@ def outcomes(process: subprocess.Popen) -> list[tuple[str, str, float]]:
 
 
 def test_a_model_is_downloaded_once_and_then_needs_no_network(hub, tmp_path, monkeypatch):
-    from hfkit.models import load
+    from hfkit.models.loading import load
 
     wanted = [{"model": "fake/good"}, {"model": "fake/sharded"}, {"model": "fake/good", "revision": "v1"}]
     found = outcomes(start(hub.url, tmp_path, *wanted))

@@ -18,7 +18,7 @@ from hfkit import pictures, showing
 from hfkit.console import printable
 from hfkit.errors import HfkitError
 from hfkit.inspection import readable
-from hfkit.models import LanguageModel
+from hfkit.models.loading import LanguageModel
 
 BOTH = pytest.mark.parametrize("name", ["gpt2", "llama"])
 NASTY = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;"

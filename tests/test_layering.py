@@ -19,10 +19,10 @@ LINES = 360
 # Modules that have not moved into a package yet.
 UNSORTED = """
     adapters answering assessment batches cards checkpoints classification cli conversation cookbook corpora
-    data decoding encoders encoding evaluation exporting failures files fitting flags generation heads
-    inspection labelling launching machine measuring metrics models monitoring novelty optimizers outcomes pages
-    pictures planning preparation pretraining prompts quantization ranges report runs sampling scoring searching
-    sequences showing sources studies tables tasks training tuning writing
+    data decoding encoders encoding evaluation failures files fitting flags generation heads inspection
+    labelling launching machine measuring metrics monitoring novelty optimizers outcomes pages pictures planning
+    preparation pretraining prompts ranges report runs sampling scoring searching sequences showing studies
+    tables tasks training tuning writing
 """.split()
 
 

@@ -17,8 +17,8 @@ def test_the_report_is_json(tiny, capfdbinary):
 
 def test_parameters_are_counted_without_loading(tiny):
     import hfkit
+    from hfkit.models.sources import find_model as find
     from hfkit.options import ModelOptions
-    from hfkit.sources import find
 
     described = machine.describe_model(find(ModelOptions(model=tiny)))
     assert described["parameters"] == hfkit.load(tiny).model.num_parameters()

@@ -21,11 +21,12 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import hfkit
-from hfkit import models
 from hfkit.errors import HfkitError
-from hfkit.models import choose_dtype, load_weights
+from hfkit.models import loading
+from hfkit.models.architecture import choose_dtype
+from hfkit.models.loading import load_weights
+from hfkit.models.quantization import Int4Linear, Int8Linear
 from hfkit.options import ModelOptions
-from hfkit.quantization import Int4Linear, Int8Linear
 
 IDS = torch.tensor([[72, 101, 108, 108, 111, 44, 33]])
 
@@ -81,7 +82,7 @@ def test_a_model_given_by_name_stays_loaded_until_its_files_change(copy, tiny, m
     folder, how = str(copy(tiny)), {"max_new_tokens": 9, "temperature": 0}
     first = hfkit.generate("a", model=folder, **how)
     with monkeypatch.context() as patch:
-        patch.setattr("hfkit.generation.load", None)
+        patch.setattr("hfkit.models.loading.load", None)
         assert hfkit.generate("a", model=folder, **how) == first
     edit_weights(Path(folder), lambda tensors: tensors["transformer.wte.weight"].neg_())
     assert hfkit.generate("a", model=folder, **how) != first
@@ -366,10 +367,10 @@ def test_a_device_map_places_the_model_and_a_wrong_one_is_one_sentence(tiny):
 
 def test_bits_on_a_device_without_kernels_are_refused(tiny, monkeypatch):
     pass
-    from hfkit.sources import find
+    from hfkit.models.sources import find_model as find
 
     options = ModelOptions(model=tiny, quantize="int8")
-    monkeypatch.setattr(models, "choose_device", lambda *_: torch.device("meta"))
+    monkeypatch.setattr(loading, "choose_device", lambda *_: torch.device("meta"))
     monkeypatch.setattr(GPT2LMHeadModel, "to", lambda self, *_: self)
     with pytest.raises(HfkitError, match="add --device cpu"):
         load_weights(find(options), options, None)

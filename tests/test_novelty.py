@@ -218,7 +218,7 @@ def test_many_prompts_are_resumed_with_the_same_seeds(tiny, tmp_path, capfdbinar
 def test_a_corpus_that_cannot_be_read_is_one_line_before_a_model_is_loaded(
     tiny, tmp_path, capfdbinary, monkeypatch, content, words
 ):
-    monkeypatch.setattr("hfkit.models.load_weights", None)
+    monkeypatch.setattr("hfkit.models.loading.load_weights", None)
     path = tmp_path / "corpus.txt"
     if content is not None:
         path.write_bytes(content)

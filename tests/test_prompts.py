@@ -134,7 +134,7 @@ def test_what_is_wrong_with_the_files_is_said_before_a_model_is_loaded(
     tiny, tmp_path, monkeypatch, capfdbinary, flags, code, words
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hfkit.models.load_weights", None)
+    monkeypatch.setattr("hfkit.models.loading.load_weights", None)
     (tmp_path / "in.txt").write_text("a\n")
     (tmp_path / "sub").mkdir()
     (tmp_path / "there.jsonl").write_text("kept")

@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 import hfkit
-from hfkit.models import load
+from hfkit.models.loading import load
 from hfkit.scoring import IGNORED, Scores, exp, jsonable, precise_head, ratio_stderr, score, score_batches, shift
 
 

@@ -15,11 +15,11 @@ from hfkit import pretraining, sequences
 from hfkit.corpora import find_corpus
 from hfkit.data import CHAT_TEMPLATE, encode_examples
 from hfkit.errors import HfkitError
-from hfkit.models import load_tokenizer
+from hfkit.models.loading import load_tokenizer
+from hfkit.models.sources import find_model as find
 from hfkit.options import DataOptions, ModelOptions, SizeOptions
 from hfkit.scoring import IGNORED
 from hfkit.sequences import Blocks, Collator, Examples, Stream, cut, gather_material, hold_out
-from hfkit.sources import find
 
 
 def make_rows(sizes) -> datasets.Dataset:

@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 from hfkit.console import printable
 from hfkit.errors import HfkitError
+from hfkit.models.sources import BUNDLED
+from hfkit.models.sources import find_model as find
 from hfkit.options import ModelOptions
-from hfkit.sources import BUNDLED, find
 
 
 def fails(**options) -> str:
@@ -228,7 +229,7 @@ def test_damaged_weights_are_one_sentence(copy, tiny, damage):
 
 
 def test_a_safetensors_mutant_loads_or_is_refused_in_one_line(copy, tiny):
-    from hfkit.models import LanguageModel, load_tokenizer, load_weights
+    from hfkit.models.loading import LanguageModel, load_tokenizer, load_weights
 
     folder, draw, outcomes = copy(tiny), random.Random(0), set()
     path, options = folder / "model.safetensors", ModelOptions(model=str(folder), device="cpu")
@@ -276,7 +277,7 @@ def write_index(folder, weight_map) -> None:
 
 
 def test_a_sharded_model_is_the_same_model(copy, tiny):
-    from hfkit.models import load
+    from hfkit.models.loading import load
 
     folder = copy(tiny)
     shard(folder)

@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="a tenth of it")
     options = parser.parse_args()
     size = options.size * (0.1 if options.fast else 1)
-    from hfkit.sources import BUNDLED
+    from hfkit.models.sources import BUNDLED
 
     with tempfile.TemporaryDirectory() as temporary:
         corpus = Path(temporary) / "corpus.txt"

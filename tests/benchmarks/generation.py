@@ -138,7 +138,7 @@ def main() -> None:
         plain, ours, ratio = figures
         print(f"| {what} | {plain:.2f} s | {ours:.2f} s | {ratio:.2f} | {goal} |", flush=True)
 
-    from hfkit.sources import BUNDLED
+    from hfkit.models.sources import BUNDLED
 
     help_command = [sys.executable, "-m", "hfkit", "--help"]
     bare = [sys.executable, "-c", "import typer"]

@@ -21,7 +21,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hfkit import console, planning
+from hfkit import console
+from hfkit.models import architecture
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROWS, RATE, SKIPPED = 8, 5e-5, 3  # batch and learning rate are Trainer's own; the first steps compile
@@ -80,10 +81,10 @@ def train_plainly(model: str, corpus: str, steps: int, block: int) -> tuple[floa
     from transformers.trainer_callback import PrinterCallback
 
     pass
-    from hfkit.models import load_tokenizer
+    from hfkit.models.loading import load_tokenizer
+    from hfkit.models.sources import find_model as find
     from hfkit.options import DataOptions, ModelOptions
     from hfkit.sequences import Collator, gather_material
-    from hfkit.sources import find
 
     console.configure(quiet=True, verbose=False, debug=False)
     options = DataOptions(block_size=block, eval_fraction=0.0)
@@ -123,7 +124,7 @@ def train_with_hfkit(model: str, corpus: str, steps: int, block: int, units: boo
 
     console.configure(quiet=True, verbose=False, debug=False)
     if not units:
-        planning.has_bfloat16_units = lambda: False
+        architecture.has_bfloat16_units = lambda: False
     times: list[float] = []
     losses: list[float] = []
     options = {"block_size": block, "eval_fraction": 0.0, "max_steps": steps, "eval_steps": steps}

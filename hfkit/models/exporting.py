@@ -8,9 +8,9 @@ from safetensors import SafetensorError
 from hfkit import console
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.hub import reach_hub
-from hfkit.models import LanguageModel, load_tokenizer, load_weights
+from hfkit.models.loading import LanguageModel, load_tokenizer, load_weights
+from hfkit.models.sources import ModelFiles, find_model
 from hfkit.options import ExportOptions, ModelOptions
-from hfkit.sources import Source, find
 from hfkit.storage import add_owned, check_owned, check_space, make_writable, publish, temporary
 
 _KEPT = ("README.md", "loss.png", "report.html", "metrics.json")  # of a training run
@@ -34,7 +34,7 @@ def export(model: str | ModelOptions, options: ExportOptions | None = None, **ov
         raise OptionError("export needs a place: give --output-dir or --push-to-hub OWNER/NAME")
     chosen = model if isinstance(model, ModelOptions) else ModelOptions(model=model)
     target = Path(options.output_dir or f".hfkit-export-{Path(str(options.push_to_hub)).name}")
-    source = find(chosen)
+    source = find_model(chosen)
     _check_target(target, source, options.overwrite)
     check_space(target.parent, source.size)
     if options.push_to_hub:
@@ -60,7 +60,7 @@ def export(model: str | ModelOptions, options: ExportOptions | None = None, **ov
     return f"https://huggingface.co/{options.push_to_hub}"
 
 
-def _check_target(target: Path, source: Source, overwrite: bool) -> None:
+def _check_target(target: Path, source: ModelFiles, overwrite: bool) -> None:
     make_writable(target.parent)
     try:
         target.lstat()
@@ -91,7 +91,7 @@ def _write(lm: LanguageModel, source: Path, folder: Path) -> None:
             shutil.copy(source / name, folder)
     if (card := folder / "README.md").is_file():  # what was an adapter is merged
         card.write_text(card.read_text("utf-8").replace("library_name: peft", "library_name: transformers"), "utf-8")
-    find(ModelOptions(model=str(folder)))  # what was written can be read
+    find_model(ModelOptions(model=str(folder)))  # what was written can be read
 
 
 def _push(folder: Path, options: ExportOptions) -> None:

@@ -28,7 +28,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelFiles:
     """A model found on this machine."""
 
     name: str  # what the user calls it
@@ -45,7 +45,7 @@ class Source:
         return sum(file.stat().st_size for file in files)
 
 
-def find(options: ModelOptions | None = None) -> Source:
+def find_model(options: ModelOptions | None = None) -> ModelFiles:
     """Find the model that `options` names, download it if need be, and check its files.
 
     Raises:
@@ -65,7 +65,8 @@ def find(options: ModelOptions | None = None) -> Source:
         path = _from_hub(name, options.revision)
     if (path / "adapter_config.json").is_file():
         return _with_base(name, path, options)
-    source = Source(name, path, _read_json(path / "config.json", name), trust_remote_code=options.trust_remote_code)
+    config = _read_json(path / "config.json", name)
+    source = ModelFiles(name, path, config, trust_remote_code=options.trust_remote_code)
     _check_folder(source)
     return source
 
@@ -79,7 +80,7 @@ def _local(name: str) -> Path | None:
         return None
 
 
-def _with_base(name: str, path: Path, options: ModelOptions) -> Source:
+def _with_base(name: str, path: Path, options: ModelOptions) -> ModelFiles:
     """The base model of the LoRA adapter in `path`, and the adapter."""
     adapter = _read_json(path / "adapter_config.json", name)
     base, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
@@ -92,13 +93,13 @@ def _with_base(name: str, path: Path, options: ModelOptions) -> Source:
     if folder and (folder / "adapter_config.json").is_file():
         raise HfkitError(f"the base of the adapter is an adapter too ({path}: {base}): merge that one first")
     try:
-        found = find(replace(options, model=base, revision=revision if isinstance(revision, str) else None))
+        found = find_model(replace(options, model=base, revision=revision if isinstance(revision, str) else None))
     except HfkitError as error:
         raise HfkitError(f"no base model for the adapter ({path}): {error}") from error
     return replace(found, name=name, adapter=path)
 
 
-def _check_gguf(name: str, path: Path) -> Source:
+def _check_gguf(name: str, path: Path) -> ModelFiles:
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -106,7 +107,7 @@ def _check_gguf(name: str, path: Path) -> Source:
         raise HfkitError(f"{name} cannot be read: {error.strerror}") from error
     if magic != b"GGUF":
         raise HfkitError(f"not a model ({name}): give a .gguf file or a folder with config.json")
-    return Source(name, path.parent, {}, gguf=path.name)
+    return ModelFiles(name, path.parent, {}, gguf=path.name)
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def _check_folder(source: Source) -> None:
+def _check_folder(source: ModelFiles) -> None:
     folder, name = source.folder, source.name
     if _names_kernel(source.config):
         raise HfkitError(f"config.json asks for code from the Hub ({folder}): remove its attn_implementation")
@@ -162,7 +163,7 @@ def _names_kernel(config: dict[str, Any]) -> bool:
     return any("attn_implementation" in key and "/" in str(one[key]) for one in configs for key in one)
 
 
-def _check_code(source: Source) -> None:
+def _check_code(source: ModelFiles) -> None:
     """Code comes with the model or not at all: `owner/name--module.Class` would fetch whatever is there today."""
     auto_map = source.config.get("auto_map")
     if not source.trust_remote_code:
@@ -195,7 +196,7 @@ def _check_header(path: Path) -> None:
         raise HfkitError(f"the weights are damaged ({path}): {error}; get the model again") from error
 
 
-def count_parameters(source: Source) -> int:
+def count_parameters(source: ModelFiles) -> int:
     """Parameters of a saved model, from its files."""
     if source.gguf:
         from gguf import GGUFReader

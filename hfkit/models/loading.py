@@ -1,7 +1,7 @@
 """Load a model and its tokenizer: `model, tokenizer = load("gpt2")`."""
 
 import contextlib
-import os
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,8 +20,16 @@ from transformers import (
 
 from hfkit.console import detail, quiet_libraries
 from hfkit.errors import HfkitError
+from hfkit.models.architecture import (
+    check_head,
+    choose_device,
+    choose_dtype,
+    context_length,
+    head_of,
+    spread_over_devices,
+)
+from hfkit.models.sources import ModelFiles, find_model
 from hfkit.options import ModelOptions
-from hfkit.sources import Source, find
 
 
 class LanguageModel(NamedTuple):
@@ -60,41 +68,12 @@ def load(model: str | ModelOptions | None = None, **overrides: Any) -> LanguageM
         overrides |= {"model": model}
         model = None
     options = ModelOptions.make(model, overrides)
-    source = find(options)
+    source = find_model(options)
     tokenizer = load_tokenizer(source)
     return load_weights(source, options, tokenizer)
 
 
-def context_length(config: Any) -> int | None:
-    """Most positions that a model of this `config` (of transformers) can take; None without a limit."""
-    limit = getattr(config, "max_position_embeddings", None)
-    # RoBERTa and its kin count positions from behind the padding token's number.
-    return limit - config.pad_token_id - 1 if limit and config.model_type in _SHIFTED else limit
-
-
-_SHIFTED = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "mpnet",
-            "longformer")  # fmt: skip
-# What a class of transformers is for, by its name: everything else writes text.
-_HEADS = {"SequenceClassification": "classification", "QuestionAnswering": "question-answering",
-          "TokenClassification": "other", "MultipleChoice": "other", "MaskedLM": "masked",
-          "PreTraining": "masked"}  # fmt: skip
-_FITTING = {"text": "'hfkit generate'", "classification": "'hfkit classify'", "question-answering": "'hfkit answer'",
-            "masked": "'hfkit finetune --head classification'", "other": "its own library"}  # fmt: skip
-
-
-def head_of(config: Any) -> str:
-    """What a model of this `config` is for: "text", "classification", "question-answering", "masked" or "other"."""
-    names = " ".join(config.architectures or [])
-    return next((head for name, head in _HEADS.items() if f"For{name}" in names), "text")
-
-
-def check_head(name: str, config: Any, *wanted: str) -> None:
-    """HfkitError, with the command that fits, if a model is for something else than is `wanted`."""
-    if (head := head_of(config)) not in wanted:
-        raise HfkitError(f"{name} is a {config.architectures[0]}: use {_FITTING[head]}, or choose another model")
-
-
-def load_config(source: Source) -> Any:
+def load_config(source: ModelFiles) -> Any:
     """The `PreTrainedConfig` of a model."""
     with _errors(source), quiet_libraries():
         extra = {"gguf_file": source.gguf} if source.gguf else {}
@@ -105,7 +84,7 @@ def load_config(source: Source) -> Any:
     return config
 
 
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelFiles) -> PreTrainedTokenizerBase:
     """The tokenizer of `source`, checked; needs neither torch nor the weights."""
     from transformers import AutoTokenizer
 
@@ -126,12 +105,12 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_weights(source: Source, options: ModelOptions, tokenizer: PreTrainedTokenizerBase) -> LanguageModel:
+def load_weights(source: ModelFiles, options: ModelOptions, tokenizer: PreTrainedTokenizerBase) -> LanguageModel:
     """The model of `source`, placed and in the precision that `options` ask for."""
     config = load_config(source)
     device = choose_device(options, source)
     dtype = choose_dtype(options.dtype, device)
-    placement = options.device_map or _spread(device, source)
+    placement = options.device_map or spread_over_devices(device, source)
     arguments: dict[str, Any] = {
         "config": config,
         "dtype": dtype,
@@ -165,7 +144,7 @@ def load_weights(source: Source, options: ModelOptions, tokenizer: PreTrainedTok
     if options.quantize and device.type != "cuda":
         if device.type != "cpu":
             raise HfkitError(f"--quantize works on a CPU and with CUDA, not on {device}: add --device cpu")
-        from hfkit.quantization import quantize
+        from hfkit.models.quantization import quantize
 
         quantize(model, options.quantize)
     precision = options.quantize or str(dtype).removeprefix("torch.")
@@ -174,7 +153,7 @@ def load_weights(source: Source, options: ModelOptions, tokenizer: PreTrainedTok
 
 
 def load_with_head(
-    source: Source, options: ModelOptions, tokenizer: PreTrainedTokenizerBase, head: str, labels: Sequence[str]
+    source: ModelFiles, options: ModelOptions, tokenizer: PreTrainedTokenizerBase, head: str, labels: Sequence[str]
 ) -> PreTrainedModel:
     """The model of `source`, in float32, with a head of its own or a new one, to be trained.
 
@@ -198,42 +177,6 @@ def load_with_head(
     missing = [key for key in report["missing_keys"] if key.startswith(body) and ".pooler." not in key]
     _check_names(source.folder, {"missing_keys": missing})
     return model.to(choose_device(options, source))
-
-
-def choose_device(options: ModelOptions, source: Source | None = None) -> torch.device:
-    """The device that `options` name; "auto" is this process's GPU, then Apple's, then the CPU."""
-    if options.device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(options.device)
-        torch.empty(0, device=device)
-    except Exception as error:  # torch raises everything from AssertionError to ModuleNotFoundError here
-        raise HfkitError(f"no device {options.device!r} on this machine: leave --device out, or say cpu") from error
-    if device.type == "meta":
-        raise HfkitError("device 'meta' computes nothing: leave --device out, or say cpu")
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision called `name`; "auto" is half precision on a GPU and float32 on a CPU.
-
-    A CPU reads one stream's weights as slowly in bfloat16, and where it has no bfloat16 units a hundred times slower.
-    """
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.float16 if device.type == "mps" else torch.float32
-
-
-def _spread(device: torch.device, source: Source) -> str | None:
-    """Over all GPUs (accelerate's "auto") only what does not fit one: its layers run one after another."""
-    if device.type != "cuda" or torch.cuda.device_count() < 2 or "LOCAL_RANK" in os.environ:
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return "auto" if source.size > 0.9 * free else None
 
 
 def _class_for(config: Any) -> Any:
@@ -260,7 +203,7 @@ def _check_names(folder: Path, report: dict[str, Any]) -> None:
             raise HfkitError(f"the weights do not fit the model ({folder}): {what} {shown}; get the model again")
 
 
-def _check_numbers(source: Source, model: PreTrainedModel) -> None:
+def _check_numbers(source: ModelFiles, model: PreTrainedModel) -> None:
     for name, tensor in model.named_parameters():
         # A sum is one pass over the memory that the first forward would have read in anyway.
         if (
@@ -273,7 +216,7 @@ def _check_numbers(source: Source, model: PreTrainedModel) -> None:
             )
 
 
-def _merge_adapter(model: PreTrainedModel, source: Source) -> PreTrainedModel:
+def _merge_adapter(model: PreTrainedModel, source: ModelFiles) -> PreTrainedModel:
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
@@ -302,7 +245,7 @@ def _bitsandbytes(bits: str) -> Any:
 
 
 @contextlib.contextmanager
-def _errors(source: Source) -> Iterator[None]:
+def _errors(source: ModelFiles) -> Iterator[None]:
     """Whatever a library raises over a model's files becomes one sentence that names the folder."""
     try:
         yield
@@ -311,12 +254,38 @@ def _errors(source: Source) -> Iterator[None]:
     except ImportError as error:
         extra = "gguf" if source.gguf else None
         hint = f"pip install 'hfkit[{extra}]'" if extra else "install what it names"
-        raise HfkitError(f"{source.name} needs a package that is missing: {_first_line(error)}: {hint}") from error
+        raise HfkitError(f"{source.name} needs a package that is missing: {_first_sentence(error)}: {hint}") from error
     except Exception as error:  # the libraries raise everything from KeyError to a bare Exception here
         where = source.folder / source.gguf if source.gguf else source.adapter or source.folder
-        raise HfkitError(f"{source.name} cannot be loaded ({where}): {_first_line(error)}") from error
+        raise HfkitError(f"{source.name} cannot be loaded ({where}): {_first_sentence(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_sentence(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300].rstrip(".:")
+
+
+Model = str | ModelOptions | LanguageModel | tuple[Any, Any] | None
+
+
+def loaded(model: Model, *heads: str) -> LanguageModel:
+    """`model` as a LanguageModel, loaded if it is a name; once, as long as its files stay the same.
+
+    heads: what it must be for, see `models.head_of`; by default for text.
+    """
+    heads = heads or ("text",)
+    if isinstance(model, tuple):
+        lm = LanguageModel(*model)
+        check_head(lm.name, lm.model.config, *heads)
+        return lm
+    options = model if isinstance(model, ModelOptions) else ModelOptions(model=model)
+    source = find_model(options)
+    check_head(source.name, load_config(source), *heads)
+    files = [source.folder / source.gguf] if source.gguf else [*source.folder.iterdir()]
+    files += source.adapter.iterdir() if source.adapter else []
+    return _load(options, tuple(sorted((str(file), file.stat().st_mtime_ns) for file in files)))
+
+
+@functools.lru_cache(maxsize=1)
+def _load(options: ModelOptions, files: tuple[tuple[str, int], ...]) -> LanguageModel:
+    return load(options)
