@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from hfkit.corpus.labelled import windows
+from hfkit.corpus.sequences import HeadCollator
+from hfkit.corpus.templates import Task, task_of
 from hfkit.errors import HfkitError
 from hfkit.generation import generate
-from hfkit.heads import HeadCollator, windows
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel, loaded
 from hfkit.options import GenerateOptions, ModelOptions
-from hfkit.tasks import Task, task_of
 
 _LONGEST = 30  # tokens of an answer
 _BATCH = 16  # texts, and windows, at a time

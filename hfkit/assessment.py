@@ -12,17 +12,17 @@ import numpy as np
 from hfkit.answering import find_answers
 from hfkit.classification import calibration_error, classify_each, label_names
 from hfkit.console import progress
-from hfkit.corpora import Corpora, find_corpus, read_table
+from hfkit.corpus.documents import Corpora, find_corpus, read_table
+from hfkit.corpus.formats import Row
+from hfkit.corpus.labelled import classification_rows, question_rows
+from hfkit.corpus.templates import Task, make_task, task_of
 from hfkit.errors import HfkitError
 from hfkit.generation import generate_each
-from hfkit.heads import classification_rows, question_rows
 from hfkit.metrics import load_metric
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel
 from hfkit.options import CorpusOptions, GenerateOptions, TaskOptions
 from hfkit.scoring import jsonable
-from hfkit.tables import Row
-from hfkit.tasks import Task, make_task, task_of
 
 _PAIRS = Task("{prompt}{completion}")  # rows that have no template
 _NOTHING = "there is nothing to score: the corpus holds no rows"

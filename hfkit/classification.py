@@ -10,15 +10,14 @@ from typing import Any
 import torch
 
 from hfkit.console import note
-from hfkit.data import encode_answers
-from hfkit.encoding import encode
+from hfkit.corpus.encoding import encode, encode_answers
+from hfkit.corpus.labelled import encode_text
+from hfkit.corpus.sequences import HeadCollator, group
+from hfkit.corpus.templates import Task, make_task, task_of
 from hfkit.errors import HfkitError, OptionError
-from hfkit.heads import HeadCollator, encode_text
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel, loaded
 from hfkit.options import ModelOptions, TaskOptions
-from hfkit.sequences import group
-from hfkit.tasks import Task, make_task, task_of
 
 _WINDOW = 128  # texts that are sorted by length together
 _TOKENS = {"cpu": 16_384, "cuda": 131_072}  # at a time, of texts with the labels behind each

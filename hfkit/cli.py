@@ -190,7 +190,7 @@ def prepare(
     """Tokenize a corpus once; print what is in it, and what training on it would cost here."""
     from json import dumps
 
-    from hfkit.corpora import find_corpus
+    from hfkit.corpus.documents import find_corpus
 
     find_corpus(corpus)  # so that a mistake is told before torch is imported
     found = hfkit.prepare(corpus, model=model, data=data, output_dir=output)

@@ -12,8 +12,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hfkit.corpora import Corpora
-from hfkit.heads import classification_rows, question_rows
+from hfkit.corpus.documents import Corpora
+from hfkit.corpus.labelled import classification_rows, question_rows
 from hfkit.options import DataOptions
 
 _SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",

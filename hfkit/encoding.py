@@ -7,10 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hfkit.errors import HfkitError, OptionError
+from hfkit.corpus.encoding import encode, language_token
+from hfkit.corpus.templates import task_of
+from hfkit.errors import HfkitError
 from hfkit.models.architecture import context_length
 from hfkit.options import GenerateOptions
-from hfkit.tasks import task_of
 
 _NEW_TOKENS = 100
 Prompt = str | Mapping[str, Any] | Sequence[int]  # a row where the model's task has several fields
@@ -72,31 +73,3 @@ def _end(ids: list[int], room: int, bos: int | None) -> list[int]:
     if len(ids) <= room or room < 1:
         return ids
     return [bos, *ids[len(ids) - room + 1 :]] if ids[0] == bos and room > 1 else ids[-room:]
-
-
-def language_token(tokenizer: PreTrainedTokenizerBase, code: str) -> int:
-    """The token of a language code, such as NLLB's eng_Latn. OptionError if the model has no such language."""
-    token = tokenizer.convert_tokens_to_ids(code)
-    if token is None or token == tokenizer.unk_token_id or token not in tokenizer.all_special_ids:
-        raise OptionError(f"the model has no language {code!r}: see its card for the codes, such as eng_Latn")
-    return token
-
-
-def encode(text: str, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
-    """Token ids of a prompt; of an empty one the token that begins a text."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise OptionError(f"the prompt is not UTF-8 text (character {error.start + 1}): convert it") from error
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    if ids:
-        return ids
-    if not (begin := first_tokens(tokenizer)):
-        raise HfkitError(f"{name} has no token that begins a text: give a prompt")
-    return begin
-
-
-def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What stands before the first token of a text: BOS, or the EOS of another; empty if there is neither."""
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return [] if begin is None else [begin]

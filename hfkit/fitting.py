@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import gc
-import itertools
 import json
 import os
 import signal
@@ -19,15 +18,14 @@ from transformers.trainer_callback import PrinterCallback
 
 from hfkit import console, processes, runs
 from hfkit.checkpoints import Saving, Stop, diverged, find_newest
-from hfkit.corpora import Corpora
+from hfkit.corpus.documents import Corpora
+from hfkit.corpus.sequences import Collator, Endless, Examples, HeadCollator, TrainingData
 from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError, OptionError, first_line
-from hfkit.heads import HeadCollator
 from hfkit.monitoring import Measuring, Progress, is_stale
 from hfkit.optimizers import MuonFactory
 from hfkit.options import DataOptions, TrainOptions
 from hfkit.planning import Plan
-from hfkit.sequences import Collator, Examples, Material
 
 # Options of ours that mean something else to Trainer, or that it gets in another form.
 OWN = ("output_dir", "resume", "overwrite", "num_train_epochs", "max_steps", "optim", "eval_steps", "save_steps",
@@ -47,7 +45,7 @@ class Job:
     facts: dict[str, Any]  # that a resumed run must share
     tokenizer: PreTrainedTokenizerBase
     make_model: Callable[[], Any]  # anew, in float32
-    material: Material
+    material: TrainingData
     plan: Plan
     block_size: int
     data: DataOptions
@@ -143,22 +141,6 @@ def _own_environment(job: Job) -> Iterator[None]:
                 del os.environ[name]
 
 
-class _Endless(torch.utils.data.IterableDataset):
-    """A stream, pass after pass: to Trainer it is one epoch, so that a resumed run finds its place in any of them."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[Any]:
-        item: Any = True
-        for epoch in itertools.count():
-            self._stream.set_epoch(epoch)
-            for item in self._stream:
-                yield item
-            if item is True:  # the share of this process is empty
-                return
-
-
 class _Trainer(Trainer):
     def __init__(self, model: Any, **options: Any) -> None:
         self._use_cache = model.config.use_cache
@@ -199,7 +181,7 @@ def _build(job: Job, stop: Stop, rows: int, accumulation: int) -> Iterator[Train
             set_seed(options.seed)  # an adapter, or a new model, begins with random numbers
             measuring.trainer = _Trainer(
                 model=job.make_model(), args=arguments,
-                train_dataset=_Endless(material.train_set) if material.sequences == 0 else material.train_set,
+                train_dataset=Endless(material.train_set) if material.sequences == 0 else material.train_set,
                 data_collator=collator, processing_class=job.tokenizer,
                 callbacks=[progress, saving, *job.callbacks], optimizer_cls_and_kwargs=_optimizer(options),
             )  # fmt: skip

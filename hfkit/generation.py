@@ -10,15 +10,15 @@ from itertools import islice
 from typing import Any
 
 from hfkit import batches
-from hfkit.corpora import find_corpus
+from hfkit.corpus.documents import find_corpus
+from hfkit.corpus.overlap import WORDS, Index, index_corpus
+from hfkit.corpus.templates import task_of
 from hfkit.decoding import Completion, repeats
 from hfkit.encoding import Prompt, Request, prepare
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.loading import LanguageModel, Model, loaded
-from hfkit.novelty import WORDS, Index, index_corpus
 from hfkit.options import GenerateOptions
 from hfkit.sampling import check, draws, is_plain
-from hfkit.tasks import task_of
 
 _WINDOW = 8  # batches that are sorted by length together
 _ATTEMPTS = 10  # at a text that copies too much

@@ -6,13 +6,13 @@ from pathlib import Path
 from hfkit import console
 from hfkit.answering import answer
 from hfkit.classification import Classification, classify_each
+from hfkit.corpus.formats import read_text
+from hfkit.corpus.templates import make_task
 from hfkit.errors import HfkitError, OptionError
-from hfkit.files import read_text
 from hfkit.models.loading import loaded
 from hfkit.models.sources import find_model
 from hfkit.options import ModelOptions, TaskOptions
 from hfkit.prompts import check_input, read_prompt, read_prompts
-from hfkit.tasks import make_task
 
 
 def write(text: str | None, path: Path | None, model: ModelOptions, task: TaskOptions, *, json: bool) -> None:

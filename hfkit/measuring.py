@@ -6,7 +6,7 @@ from math import isfinite
 
 from hfkit import console
 from hfkit.assessment import Assessment
-from hfkit.corpora import find_corpus
+from hfkit.corpus.documents import find_corpus
 from hfkit.evaluation import Evaluation, evaluate
 from hfkit.models.sources import find_model
 from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ModelOptions

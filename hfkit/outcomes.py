@@ -12,13 +12,13 @@ from transformers import TrainerState
 
 from hfkit import runs
 from hfkit.checkpoints import step_of
-from hfkit.corpora import is_prepared
+from hfkit.corpus.documents import is_prepared
+from hfkit.corpus.overlap import MOST, WORDS, index_corpus
+from hfkit.corpus.templates import task_of
 from hfkit.errors import HfkitError
 from hfkit.fitting import Job
 from hfkit.generation import generate
 from hfkit.monitoring import evaluations
-from hfkit.novelty import MOST, WORDS, index_corpus
-from hfkit.tasks import task_of
 
 _SAMPLES, _TOKENS = 4, 80
 

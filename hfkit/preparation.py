@@ -4,16 +4,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hfkit.corpora import Corpora, find_corpus, is_prepared
-from hfkit.data import Prepared, encode_corpus
+from hfkit.corpus.cache import Prepared, corpus_lines, encode_corpus
+from hfkit.corpus.documents import Corpora, find_corpus, is_prepared
+from hfkit.corpus.sequences import cut_sequences
 from hfkit.declaration import divide
 from hfkit.models.architecture import choose_device
 from hfkit.models.loading import load_config, load_tokenizer
 from hfkit.models.sources import count_parameters, find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.planning import Plan, block_size_for, make_plan
-from hfkit.report import corpus_lines, plan_lines
-from hfkit.sequences import cut
+from hfkit.report import plan_lines
 from hfkit.storage import check_owned, make_writable
 
 
@@ -74,7 +74,7 @@ def prepare(
     tokenizer, config = load_tokenizer(source), load_config(source)
     prepared = encode_corpus(found, tokenizer, data, folder)
     block_size = block_size_for(config, data.block_size)
-    sequences = cut(prepared, block_size)
+    sequences = cut_sequences(prepared, block_size)
     length = sequences.tokens / max(1, len(sequences))
     device = choose_device(model, source)
     plan = make_plan(config, count_parameters(source), len(sequences), length, TrainOptions(), device)

@@ -20,18 +20,18 @@ from transformers import (
 )
 
 from hfkit import console, processes, runs
-from hfkit.corpora import END, Corpora, Corpus, Piece, find_corpus, read_records
-from hfkit.data import number_documents
+from hfkit.corpus.documents import END, Corpora, Corpus, Piece, find_corpus, read_records
+from hfkit.corpus.encoding import number_documents
+from hfkit.corpus.labelled import gather_labelled_data
+from hfkit.corpus.sequences import gather_training_data, hold_out
 from hfkit.declaration import divide, set_fields
 from hfkit.encoders import make_bert, new_model, row_texts, train_wordpiece
 from hfkit.errors import HfkitError, OptionError
 from hfkit.fitting import Job
-from hfkit.heads import gather_rows
 from hfkit.models.architecture import choose_device
 from hfkit.options import DataOptions, ModelOptions, SizeOptions, TrainOptions
 from hfkit.planning import make_plan
 from hfkit.report import describe_plan
-from hfkit.sequences import gather_material, hold_out
 from hfkit.training import Run, make_ready, reserve, run
 
 # n_layer, n_embd, n_head, n_positions, vocab_size
@@ -82,10 +82,10 @@ def pretrain(
         block_size = min(data.block_size or shape["n_positions"], shape["n_positions"])
         with processes.first_one_first():
             if train.head:
-                material = gather_rows(corpus, tokenizer, data, train.head, block_size, train.seed, None)
+                material = gather_labelled_data(corpus, tokenizer, data, train.head, block_size, train.seed, None)
                 config: Any = make_bert(shape, tokenizer, material.labels)
             else:
-                material = gather_material(corpus, tokenizer, data, block_size, train.seed)
+                material = gather_training_data(corpus, tokenizer, data, block_size, train.seed)
                 config = make_config(shape, tokenizer)
         make = functools.partial(new_model, config, train.head) if train.head else lambda: GPT2LMHeadModel(config)
         with torch.device("meta"):  # sizes without values

@@ -2,28 +2,8 @@
 
 from hfkit import console, processes
 from hfkit.console import duration
-from hfkit.data import Report
+from hfkit.corpus.cache import Report, corpus_lines
 from hfkit.planning import Plan
-
-
-def corpus_lines(report: Report) -> list[str]:
-    """What was found in a corpus, a line each."""
-    what = "documents" if report.kind == "text" else "examples"
-    lines = [
-        f"{report.documents:,} {what}, {report.characters:,} characters, {report.tokens:,} tokens "
-        f"({report.characters / max(1, report.tokens):.2f} characters a token)",
-    ]
-    if report.kind in ("text", "completion", "messages"):  # the rows of a head are not looked at so closely
-        shares = ", ".join(f"{name} {share:.1%}" for name, share in report.scripts.items())
-        lines.append(f"scripts: {shares or 'no letters'}")
-    if report.duplicates:
-        lines.append(f"{report.duplicates:,} {what} came before, to the letter: they count twice")
-    if report.empty:
-        lines.append(f"{report.empty:,} empty {what} are left out")
-    if report.odd:
-        odd = sorted(report.odd.items(), key=lambda item: -item[1])[:6]
-        lines.append("odd characters: " + ", ".join(f"{name} {count:,} times" for name, count in odd))
-    return lines
 
 
 def plan_lines(plan: Plan) -> list[str]:

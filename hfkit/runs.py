@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hfkit import processes
-from hfkit.corpora import Corpora, find_corpus, is_prepared, name_of
+from hfkit.corpus.documents import Corpora, find_corpus, is_prepared, name_of
 from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError
 from hfkit.options import TrainOptions

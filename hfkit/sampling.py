@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, WatermarkingConfig
 
+from hfkit.corpus.encoding import language_token
+from hfkit.corpus.templates import task_of
 from hfkit.declaration import set_fields
-from hfkit.encoding import language_token
 from hfkit.errors import OptionError
 from hfkit.models.loading import LanguageModel, load
 from hfkit.options import SAMPLING, GenerateOptions
-from hfkit.tasks import task_of
 
 # Options that GenerationConfig has by another name, in another form, or not at all.
 OWN = ("stop_strings", "bad_words", "sequence_bias", "negative_prompt", "watermark", "assistant_model",

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-IGNORED = -100  # label of a token that is neither learned nor counted
+from hfkit.corpus.encoding import IGNORED
+
 _AT_ONCE = {False: 1 << 22, True: 1 << 28}  # logits that are looked at together: on a CPU, what its caches nearly hold
 
 

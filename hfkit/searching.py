@@ -4,7 +4,7 @@ from json import dumps
 from pathlib import Path
 
 from hfkit import console
-from hfkit.corpora import find_corpus, is_prepared
+from hfkit.corpus.documents import find_corpus, is_prepared
 from hfkit.options import DataOptions, ModelOptions, TrainOptions, TuneOptions
 from hfkit.tuning import Search, tune
 

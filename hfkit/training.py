@@ -14,11 +14,13 @@ from hfkit import console, processes, runs
 from hfkit.adapters import add_adapter
 from hfkit.cards import make_files
 from hfkit.checkpoints import Stop, find_fault, find_newest, list_checkpoints, step_of
-from hfkit.corpora import Corpora
+from hfkit.corpus.documents import Corpora
+from hfkit.corpus.labelled import gather_labelled_data
+from hfkit.corpus.sequences import TrainingData, gather_training_data
+from hfkit.corpus.templates import give_task, make_task
 from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError, StoppedError
 from hfkit.fitting import Job, fit, is_done
-from hfkit.heads import gather_rows
 from hfkit.models.architecture import check_head, choose_device, head_of
 from hfkit.models.loading import load_config, load_tokenizer, load_weights, load_with_head
 from hfkit.models.sources import ModelFiles, count_parameters, find_model
@@ -27,9 +29,7 @@ from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.outcomes import make_metrics
 from hfkit.planning import Plan, block_size_for, make_plan
 from hfkit.report import describe_plan
-from hfkit.sequences import Material, gather_material
 from hfkit.storage import lock
-from hfkit.tasks import give_task, make_task
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def finetune(
             if train.head:
                 material = gather_headed(corpus, config, tokenizer, data, train, block_size)
             else:
-                material = gather_material(corpus, tokenizer, data, block_size, train.seed)
+                material = gather_training_data(corpus, tokenizer, data, block_size, train.seed)
         if task := make_task(data):
             give_task(tokenizer, task)
         device = choose_device(model, source)
@@ -133,12 +133,12 @@ def _choose_head(source: ModelFiles, config: Any, train: TrainOptions) -> TrainO
 
 def gather_headed(
     corpus: Corpora, config: Any, tokenizer: PreTrainedTokenizerBase, data: DataOptions, train: TrainOptions, size: int
-) -> Material:
+) -> TrainingData:
     """Material for a head; the tokenizer gets a token to pad with if it has none."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     known = [config.id2label[i] for i in range(config.num_labels)] if head_of(config) == train.head else None
-    return gather_rows(corpus, tokenizer, data, str(train.head), size, train.seed, known)
+    return gather_labelled_data(corpus, tokenizer, data, str(train.head), size, train.seed, known)
 
 
 def _check_model(source: ModelFiles, config: Any, model: ModelOptions, train: TrainOptions, data: DataOptions) -> None:
@@ -157,7 +157,7 @@ def _check_model(source: ModelFiles, config: Any, model: ModelOptions, train: Tr
 
 
 def make_trainable(
-    source: ModelFiles, options: ModelOptions, plan: Plan, tokenizer: PreTrainedTokenizerBase, material: Material
+    source: ModelFiles, options: ModelOptions, plan: Plan, tokenizer: PreTrainedTokenizerBase, material: TrainingData
 ) -> Any:
     """The model of `source`, in float32, with its head, or with an adapter around it if the plan has LoRA."""
     if material.head:

@@ -14,8 +14,8 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer, set_seed
 
 import hfkit
 from hfkit.answering import answer, find_answers
+from hfkit.corpus.templates import Task, give_task
 from hfkit.errors import HfkitError
-from hfkit.tasks import Task, give_task
 
 pytestmark = pytest.mark.usefixtures("brisk")
 WORDS = [*trials.WORDS, "Über,", "x1", "(who?)"]

@@ -18,9 +18,9 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 import hfkit
 from hfkit.answering import Answer
 from hfkit.assessment import Assessment
+from hfkit.corpus.templates import Task, give_task
 from hfkit.evaluation import Evaluation
 from hfkit.metrics import Squad
-from hfkit.tasks import Task, give_task
 
 pytestmark = pytest.mark.usefixtures("brisk")
 LABELS = ["good", "bad", "so so"]

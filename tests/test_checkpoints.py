@@ -218,7 +218,7 @@ def test_stopped_before_it_trains_a_run_leaves_nothing_in_the_way(
         pytest.fail("it went on")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hfkit.training.gather_material", tokenize)
+        patch.setattr("hfkit.training.gather_training_data", tokenize)
         result = call(capfdbinary, "finetune", corpus, "-m", tiny, "-o", tmp_path / "run")
     assert (result.returncode, result.stdout, result.stderr) == (code, b"", b"")
     assert train(corpus, tiny, tmp_path / "run", max_steps=1)

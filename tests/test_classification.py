@@ -21,9 +21,9 @@ from transformers import (
 
 import hfkit
 from hfkit.classification import calibration_error, classify, label_scores, labelling_task
+from hfkit.corpus.templates import Task
 from hfkit.errors import HfkitError, OptionError
 from hfkit.options import TaskOptions
-from hfkit.tasks import Task
 
 pytestmark = pytest.mark.usefixtures("brisk")
 ZERO_SHOT = "{text}\nThis is about: {label}"

@@ -15,7 +15,7 @@ import pytest
 from conftest import assert_fails, call
 
 from hfkit.console import printable
-from hfkit.corpora import END, Example, Piece, cut_pieces, find_corpus, name_of, read_records
+from hfkit.corpus.documents import END, Example, Piece, cut_pieces, find_corpus, name_of, read_records
 from hfkit.errors import HfkitError
 from hfkit.options import CorpusOptions, DataOptions
 

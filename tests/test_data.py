@@ -14,14 +14,14 @@ import pytest
 from conftest import byte_vocabulary
 from test_corpora import END, TEXTS, scrawl, write
 
-from hfkit import data
-from hfkit.corpora import PREPARED, Example, cut_pieces, find_corpus
-from hfkit.data import CHAT_TEMPLATE, encode_corpus, encode_documents, encode_examples, fingerprint, load_prepared
+from hfkit.corpus import cache
+from hfkit.corpus.cache import encode_corpus, load_prepared
+from hfkit.corpus.documents import PREPARED, Example, cut_pieces, find_corpus
+from hfkit.corpus.encoding import CHAT_TEMPLATE, IGNORED, encode_documents, encode_examples, fingerprint
 from hfkit.errors import HfkitError
 from hfkit.models.loading import load_tokenizer
 from hfkit.models.sources import find_model as find
 from hfkit.options import DataOptions, ModelOptions
-from hfkit.scoring import IGNORED
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
@@ -246,8 +246,8 @@ def die(*arguments, **keywords):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-STEPS = ["hfkit.data._column", "hfkit.data._save_one", "os.replace", "hfkit.data.make_names_durable",
-         "hfkit.data.write_text", "done"]  # fmt: skip
+STEPS = ["hfkit.corpus.cache._column", "hfkit.corpus.cache._save_one", "os.replace",
+         "hfkit.corpus.cache.make_names_durable", "hfkit.corpus.cache.write_text", "done"]  # fmt: skip
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -276,7 +276,7 @@ def test_a_process_that_is_killed_while_it_renews_leaves_nothing_that_is_taken_f
 
     def work():
         monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [{"text": "tomorrow"}])
-        monkeypatch.setattr("hfkit.data.write_text", die)
+        monkeypatch.setattr("hfkit.corpus.cache.write_text", die)
         prepare("hf://owner/name", bundled)
 
     assert end_of(start(work)) == -signal.SIGKILL
@@ -285,7 +285,7 @@ def test_a_process_that_is_killed_while_it_renews_leaves_nothing_that_is_taken_f
 
 
 def test_an_error_in_the_middle_leaves_nothing_that_is_taken_for_whole(tmp_path, datasets_cache, bundled, monkeypatch):
-    monkeypatch.setattr(data, "_BATCH", 2)
+    monkeypatch.setattr(cache, "BATCH", 2)
     rows = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(20))
     (tmp_path / "a.jsonl").write_text(rows + "{")
     with pytest.raises(HfkitError, match="line 21"):
@@ -312,7 +312,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, datasets_cache
 def test_of_two_processes_one_prepares_and_the_other_waits_for_it(
     tmp_path, datasets_cache, bundled, monkeypatch, capsys
 ):
-    source, column = write(tmp_path / "a.txt"), data._column
+    source, column = write(tmp_path / "a.txt"), cache._column
     began = tmp_path / "began"
 
     def slowly(*arguments):
@@ -321,7 +321,7 @@ def test_of_two_processes_one_prepares_and_the_other_waits_for_it(
         return column(*arguments)
 
     def first():
-        monkeypatch.setattr(data, "_column", slowly)
+        monkeypatch.setattr(cache, "_column", slowly)
         assert not prepare(source, bundled).cached
 
     child = start(first)

@@ -15,13 +15,13 @@ from conftest import assert_fails, call
 
 import hfkit
 from hfkit import evaluation, scoring
-from hfkit.corpora import END, Piece
+from hfkit.corpus.documents import END, Piece
+from hfkit.corpus.encoding import IGNORED
 from hfkit.errors import HfkitError
 from hfkit.evaluation import slide
 from hfkit.models import architecture
 from hfkit.models.loading import LanguageModel
 from hfkit.options import ModelOptions
-from hfkit.scoring import IGNORED
 
 BOTH = pytest.mark.parametrize("name", ["gpt2", "llama"])
 WORDS = ["the", "cat", "sat", "a", "mat.", "Rain,", "t", "2", "wind\n", "\n", "stone"]

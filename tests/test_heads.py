@@ -13,19 +13,19 @@ from conftest import assert_fails, call, edit_json
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
 
 import hfkit
-from hfkit.errors import HfkitError, OptionError
-from hfkit.heads import (
-    HeadCollator,
+from hfkit.corpus.labelled import (
     Question,
     classification_rows,
     encode_labelled,
     encode_questions,
     encode_text,
-    gather_rows,
     question_rows,
-    score_items,
     windows,
 )
+from hfkit.corpus.labelled import gather_labelled_data as gather_rows
+from hfkit.corpus.sequences import HeadCollator
+from hfkit.errors import HfkitError, OptionError
+from hfkit.heads import score_items
 from hfkit.models.loading import load_config
 from hfkit.models.sources import find_model as find
 from hfkit.options import DataOptions, ModelOptions

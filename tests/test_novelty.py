@@ -11,10 +11,11 @@ from conftest import assert_fails, call
 from trials import write_corpus
 
 import hfkit
-from hfkit import generation, novelty
-from hfkit.corpora import END, Piece
+from hfkit import generation
+from hfkit.corpus import overlap
+from hfkit.corpus.documents import END, Piece
+from hfkit.corpus.overlap import Index, index_corpus
 from hfkit.errors import HfkitError, OptionError
-from hfkit.novelty import Index, index_corpus
 
 
 def longest_common(sample: list[str], documents: list[list[str]]) -> int:
@@ -91,11 +92,11 @@ def test_a_corpus_is_read_in_pieces_and_only_so_far(tmp_path, monkeypatch, capsy
     words = [f"w{draw.randrange(10**6)}" for _ in range(9000)]
     (tmp_path / "corpus.txt").write_text(" ".join(words))
     held = []
-    monkeypatch.setattr(novelty, "_split", lambda text, split=novelty._split: held.append(len(text)) or split(text))
+    monkeypatch.setattr(overlap, "_split", lambda text, split=overlap._split: held.append(len(text)) or split(text))
     index = index_corpus(tmp_path / "corpus.txt")
     assert len(held) > 10 and max(held) < 10_000
     assert index.look_up(" ".join(words)).words == 9000 and index.is_whole
-    monkeypatch.setattr(novelty, "MOST", 3000)
+    monkeypatch.setattr(overlap, "MOST", 3000)
     capsys.readouterr()
     part = index_corpus(tmp_path / "corpus.txt")
     assert not part.is_whole and 3000 <= part.look_up(" ".join(words)).words < 5000
@@ -188,8 +189,8 @@ def test_many_prompts_are_resumed_with_the_same_seeds(tiny, tmp_path, capfdbinar
     corpus = write_corpus(tmp_path / "corpus.txt", 2)
     (tmp_path / "prompts.txt").write_text("".join(f"{number}\n" for number in range(9)))
 
-    def look_up(self, text: str) -> novelty.Copied:  # some texts are called copies
-        return novelty.Copied("", 9 * (sum(map(ord, text)) % 2), 0.0)
+    def look_up(self, text: str) -> overlap.Copied:  # some texts are called copies
+        return overlap.Copied("", 9 * (sum(map(ord, text)) % 2), 0.0)
 
     def texts(path: Path) -> list[tuple[str, int]]:
         return [(row["completion"], row["seed"]) for row in map(json.loads, path.read_text().splitlines())]

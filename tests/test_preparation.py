@@ -60,7 +60,7 @@ def test_the_figures_are_those_that_one_counts(rows, bundled, datasets_cache):
 
 
 def test_the_scripts_of_a_large_corpus_are_those_of_a_fair_sample(tmp_path, datasets_cache, monkeypatch):
-    monkeypatch.setattr("hfkit.data._SAMPLE", 10_000)
+    monkeypatch.setattr("hfkit.corpus.cache._SAMPLE", 10_000)
     rows = ["ab"] * 3000 + ["漢字" * 1000] * 2 + ["д" * 10_000]  # 6,000 letters, 4,000, 10,000
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows))
     scripts = hfkit.prepare(tmp_path / "a.jsonl").prepared.report.scripts
@@ -162,7 +162,7 @@ def test_ctrl_c_ends_it_quietly_and_leaves_nothing(rows, tmp_path, capfdbinary, 
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hfkit.data._column", interrupt)
+    monkeypatch.setattr("hfkit.corpus.cache._column", interrupt)
     result = call(capfdbinary, "prepare", rows, "-m", tiny, "-o", tmp_path / "out")
     assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".hfkit.lock"]

@@ -24,7 +24,7 @@ import hfkit
 from hfkit import pictures
 from hfkit.cards import compare, make_files
 from hfkit.console import printable
-from hfkit.corpora import END
+from hfkit.corpus.documents import END
 from hfkit.errors import HfkitError
 
 

@@ -11,15 +11,17 @@ import torch
 from test_corpora import END, write
 from test_data import CHATML, prepare, talk, whole
 
-from hfkit import pretraining, sequences
-from hfkit.corpora import find_corpus
-from hfkit.data import CHAT_TEMPLATE, encode_examples
+from hfkit import pretraining
+from hfkit.corpus import sequences
+from hfkit.corpus.documents import find_corpus
+from hfkit.corpus.encoding import CHAT_TEMPLATE, IGNORED, encode_examples
+from hfkit.corpus.sequences import Blocks, Collator, Examples, Stream, hold_out
+from hfkit.corpus.sequences import cut_sequences as cut
+from hfkit.corpus.sequences import gather_training_data as gather_material
 from hfkit.errors import HfkitError
 from hfkit.models.loading import load_tokenizer
 from hfkit.models.sources import find_model as find
 from hfkit.options import DataOptions, ModelOptions, SizeOptions
-from hfkit.scoring import IGNORED
-from hfkit.sequences import Blocks, Collator, Examples, Stream, cut, gather_material, hold_out
 
 
 def make_rows(sizes) -> datasets.Dataset:

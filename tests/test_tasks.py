@@ -12,12 +12,11 @@ from transformers import AutoTokenizer
 
 import hfkit
 from hfkit.conversation import Conversation
-from hfkit.corpora import Example
-from hfkit.data import encode_examples
+from hfkit.corpus.documents import Example
+from hfkit.corpus.encoding import IGNORED, encode_examples
+from hfkit.corpus.templates import Task, give_task, make_task, task_of
 from hfkit.errors import HfkitError, OptionError
 from hfkit.options import GenerateOptions, TaskOptions
-from hfkit.scoring import IGNORED
-from hfkit.tasks import Task, give_task, make_task, task_of
 
 pytestmark = pytest.mark.usefixtures("brisk")
 TEMPLATE = r"E: {en}\nF: {fr}"

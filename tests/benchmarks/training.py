@@ -81,10 +81,11 @@ def train_plainly(model: str, corpus: str, steps: int, block: int) -> tuple[floa
     from transformers.trainer_callback import PrinterCallback
 
     pass
+    from hfkit.corpus.sequences import Collator
+    from hfkit.corpus.sequences import gather_training_data as gather_material
     from hfkit.models.loading import load_tokenizer
     from hfkit.models.sources import find_model as find
     from hfkit.options import DataOptions, ModelOptions
-    from hfkit.sequences import Collator, gather_material
 
     console.configure(quiet=True, verbose=False, debug=False)
     options = DataOptions(block_size=block, eval_fraction=0.0)

@@ -1,17 +1,138 @@
-"""The rows of tables, JSON, Parquet, Arrow and Hub data sets, each with the place where it stands."""
+"""What a file of a corpus holds, and its text: encodings, compression, and where a bad byte stands."""
 
+import codecs
+import contextlib
 import csv
+import gzip
+import io
 import json
 import re
+import shutil
+import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hfkit.errors import HfkitError, first_line
-from hfkit.files import read_text, unpacked
 from hfkit.hub import reach_hub
 from hfkit.options import CorpusOptions, DataOptions
+
+_CHUNK = 1 << 20  # bytes
+_MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "stream"}
+_BOMS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+         codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
+_DAMAGE = (OSError, EOFError, zlib.error)  # of a file, or of what is compressed in it
+# What `datasets` writes beside the rows.
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+
+def kind_of(path: Path, chosen: bool) -> str | None:
+    """What a file holds, by its content and then by its name; None for what is no text.
+
+    The kinds are text, csv, tsv, json (one array), lines (a JSON object in each), parquet, arrow and stream (Arrow's
+    two formats). Unless the file was `chosen`, but stood in a folder, JSON that has no rows in it is a text.
+    """
+    try:
+        with _open(path) as file:
+            head = file.read(_CHUNK)
+    except _DAMAGE as error:
+        raise _unreadable(path, error) from error
+    if kind := next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None):
+        return kind
+    start = head.decode(_encoding(head), "replace").lstrip()
+    if not start and chosen:
+        raise HfkitError(f"the corpus is empty ({path}): it holds no text")
+    if not start or (not chosen and ("\0" in start[:8192] or path.name in _ABOUT)):
+        return None
+    name = path.name.lower().removesuffix(".gz")
+    kinds = {".txt": "text", ".md": "text", ".csv": "csv", ".tsv": "tsv", ".jsonl": "lines", ".ndjson": "lines"}
+    return kinds.get(Path(name).suffix) or _json_kind(start, name.endswith(".json"), chosen)
+
+
+def _json_kind(start: str, named: bool, chosen: bool) -> str:
+    """Whether a file is JSON, and of which kind; named: its name says that it is."""
+    line, _, rest = start.partition("\n")
+    try:
+        whole = isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        whole = False
+    if whole and rest.lstrip()[:1] == "{":
+        return "lines"
+    if named and (chosen or re.match(r'(\{\s*"[^{}]*)?\[\s*\{', start)):
+        return "json"
+    return "lines" if whole and chosen else "text"
+
+
+def _open(path: Path) -> IO[bytes]:
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if packed else path.open("rb")  # type: ignore[return-value]
+
+
+def _encoding(head: bytes) -> str:
+    return next((encoding for mark, encoding in _BOMS.items() if head.startswith(mark)), "utf-8-sig")
+
+
+def _unreadable(path: Path, error: Exception) -> HfkitError:
+    return HfkitError(f"cannot read the corpus ({path}): {getattr(error, 'strerror', None) or error}")
+
+
+@contextlib.contextmanager
+def unpacked(path: Path) -> Iterator[Path]:
+    """`path` itself, or a file for the time being with what is compressed in it.
+
+    Raises:
+        HfkitError: what is compressed is damaged.
+    """
+    try:
+        with _open(path) as file, contextlib.ExitStack() as stack:
+            if isinstance(file, gzip.GzipFile):
+                copy = stack.enter_context(tempfile.NamedTemporaryFile())
+                shutil.copyfileobj(file, copy)
+                copy.flush()
+                path = Path(copy.name)
+            yield path
+    except _DAMAGE as error:
+        raise _unreadable(path, error) from error
+
+
+def read_text(path: Path, errors: str) -> Iterator[str]:
+    """The text of a file, newlines as \\n, without its byte-order mark.
+
+    errors: of bytes that are no text: "strict" or "replace". So is NUL: it may be valid, but what has it is a binary.
+
+    Raises:
+        HfkitError: it is damaged, or has such a byte; the message has the line and the byte, counted from 1.
+    """
+    position, line, decoder, encoding = 0, 1, None, ""
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    try:
+        with _open(path) as file:
+            while True:
+                data = file.read(_CHUNK)
+                if not decoder:
+                    encoding = _encoding(data)
+                    decoder = codecs.getincrementaldecoder(encoding)(errors)
+                if encoding == "utf-8-sig":
+                    data = data.replace(b"\0", b"\xff")
+                text = newlines.decode(decoder.decode(data, not data), not data)
+                yield text
+                position, line = position + len(data), line + text.count("\n")
+                if not data:
+                    return
+    except UnicodeDecodeError as error:
+        byte = position + len(data) - len(error.object) + error.start + 1
+        before: Any = error.object[: error.start].decode(error.encoding, "ignore")
+        line += newlines.decode(before, True).count("\n")
+        name = encoding.removesuffix("-sig").upper()
+        raise HfkitError(
+            f"not {name} text ({path}, line {line}, byte {byte}): convert it, or --errors replace"
+        ) from None
+    except _DAMAGE as error:
+        raise _unreadable(path, error) from error
+
 
 csv.field_size_limit(1 << 30)  # a field may be a book
 _ROWS = 128  # that are unpacked together
@@ -51,11 +172,11 @@ def _lines(chunks: Iterable[str]) -> Iterator[str]:
 def _line_rows(path: Path, errors: str) -> Iterator[Row]:
     for number, line in enumerate(_lines(read_text(path, errors)), 1):
         if line.strip():
-            yield _object(_parse(line, path, number, errors), f"{path}, line {number}")
+            yield _object(_parse_json(line, path, number, errors), f"{path}, line {number}")
 
 
 def _array_rows(path: Path, errors: str) -> Iterator[Row]:
-    value = _parse("".join(read_text(path, errors)), path, 1, errors)
+    value = _parse_json("".join(read_text(path, errors)), path, 1, errors)
     if isinstance(value, dict):  # {"data": [...]}, or one row
         lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
         value = lists[0] if lists and "messages" not in value else [value]
@@ -65,7 +186,7 @@ def _array_rows(path: Path, errors: str) -> Iterator[Row]:
         yield _object(row, f"{path}, row {number}")
 
 
-def _parse(text: str, path: Path, line: int, errors: str) -> Any:
+def _parse_json(text: str, path: Path, line: int, errors: str) -> Any:
     """JSON that begins at `line`."""
     try:
         value = json.loads(text)

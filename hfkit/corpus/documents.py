@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hfkit.corpus.formats import Row, kind_of, read_hub_rows, read_rows, read_text
+from hfkit.corpus.templates import make_task
 from hfkit.errors import HfkitError, first_line
-from hfkit.files import kind_of, read_text
 from hfkit.options import CorpusOptions
-from hfkit.tables import Row, read_hub_rows, read_rows
-from hfkit.tasks import make_task
 
 END = "<|endoftext|>"  # in a plain text it ends a document, as in GPT-2's own corpora
 PREPARED = "prepared.json"  # in a folder that `prepare` made

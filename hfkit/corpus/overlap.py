@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hfkit.console import note
-from hfkit.corpora import Corpora, Example, Piece, find_corpus, read_records
+from hfkit.corpus.documents import Corpora, Example, Piece, find_corpus, read_records
 from hfkit.options import CorpusOptions
 
 WORDS = 8  # in a row that count as copied

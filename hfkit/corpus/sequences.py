@@ -1,5 +1,6 @@
 """Rows of tokens as the sequences that a model is trained on, and the batches they come in."""
 
+import itertools
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hfkit.console import note
-from hfkit.corpora import Corpora, Corpus, find_corpus, is_prepared, read_records
-from hfkit.data import Prepared, Report, encode_corpus, encode_records, fingerprint, load_prepared, set_template
+from hfkit.corpus.cache import Prepared, Report, encode_corpus, load_prepared
+from hfkit.corpus.documents import Corpora, Corpus, find_corpus, is_prepared, read_records
+from hfkit.corpus.encoding import IGNORED, encode_records, fingerprint, set_template
 from hfkit.errors import HfkitError
 from hfkit.options import DataOptions
-from hfkit.scoring import IGNORED
 
 Item = dict[str, np.ndarray]
 _WINDOW = 256  # sequences that a stream is shuffled within
@@ -168,7 +169,7 @@ class Collator:
 
 
 @dataclass(frozen=True)
-class Material:
+class TrainingData:
     """What a model is trained on, and what it is measured on."""
 
     train_set: Any  # a torch Dataset
@@ -189,34 +190,34 @@ class Material:
         )
 
 
-def gather_material(
+def gather_training_data(
     corpus: Corpora, tokenizer: PreTrainedTokenizerBase, data: DataOptions, block_size: int, seed: int
-) -> Material:
+) -> TrainingData:
     """Tokenize a corpus, or find it tokenized, and set a part of it aside.
 
     Raises:
         HfkitError: there is nothing to train on.
     """
-    held = cut(_encode(data.eval_file, tokenizer, data), block_size) if data.eval_file else None
+    held = cut_sequences(_encode(data.eval_file, tokenizer, data), block_size) if data.eval_file else None
     if data.streaming:
         stream = Stream(find_corpus(corpus), tokenizer, data, block_size, seed)
         if not next(stream.read(), None):
             raise HfkitError(_NOTHING)
-        return Material(stream, held or [], 0, block_size, None, _prompt(held or [], tokenizer))
+        return TrainingData(stream, held or [], 0, block_size, None, _prompt(held or [], tokenizer))
     prepared = _encode(corpus, tokenizer, data)
     if held is not None:
-        train_set, held_out = cut(prepared, block_size), held
+        train_set, held_out = cut_sequences(prepared, block_size), held
     else:
         columns = [prepared.dataset.data.column(name).to_numpy() for name in ("document", "bytes")]
         rows = hold_out(*columns, data.eval_fraction, seed)
-        train_set, held_out = (cut(prepared, block_size, part) for part in rows)
+        train_set, held_out = (cut_sequences(prepared, block_size, part) for part in rows)
         if not len(held_out):
             note("nothing is held out: the corpus is too small, or --eval-fraction is 0")
     if not len(train_set):
         raise HfkitError(_NOTHING)
     prompt = _prompt(held_out or train_set, tokenizer)
     length = train_set.tokens / len(train_set)
-    return Material(train_set, held_out, len(train_set), length, prepared.report, prompt)
+    return TrainingData(train_set, held_out, len(train_set), length, prepared.report, prompt)
 
 
 def _encode(corpus: Corpora, tokenizer: PreTrainedTokenizerBase, data: DataOptions) -> Prepared:
@@ -232,7 +233,7 @@ def _encode(corpus: Corpora, tokenizer: PreTrainedTokenizerBase, data: DataOptio
     return prepared
 
 
-def cut(prepared: Prepared, block_size: int, rows: np.ndarray | None = None) -> "Blocks | Examples":
+def cut_sequences(prepared: Prepared, block_size: int, rows: np.ndarray | None = None) -> "Blocks | Examples":
     """All rows of a corpus, or these, as sequences of at most `block_size` tokens."""
     rows = np.arange(len(prepared.dataset)) if rows is None else rows
     if prepared.report.kind == "text":
@@ -255,3 +256,40 @@ def _prompt(sequences: Any, tokenizer: PreTrainedTokenizerBase) -> str | None:
         ids = ids[: ids.index(tokenizer.eos_token_id, 1)]
     text = tokenizer.decode(ids, skip_special_tokens=True).strip().rstrip("\ufffd")
     return text.rpartition(" ")[0] or text or None
+
+
+LabelledItem = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class HeadCollator:
+    """Items to a padded batch with its attention mask."""
+
+    pad: int  # token id
+
+    def __call__(self, items: list[LabelledItem]) -> dict[str, torch.Tensor]:
+        longest = max(len(item["input_ids"]) for item in items)
+        batch: dict[str, Any] = {
+            "attention_mask": [[1] * len(i["input_ids"]) + [0] * (longest - len(i["input_ids"])) for i in items]
+        }
+        for name in items[0]:
+            values = [item[name] for item in items]
+            fill = self.pad if name == "input_ids" else 0
+            batch[name] = [v + [fill] * (longest - len(v)) for v in values] if isinstance(values[0], list) else values
+        return {name: torch.tensor(values) for name, values in batch.items()}
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """A stream, pass after pass: to Trainer it is one epoch, so that a resumed run finds its place in any of them."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[Any]:
+        item: Any = True
+        for epoch in itertools.count():
+            self._stream.set_epoch(epoch)
+            for item in self._stream:
+                yield item
+            if item is True:  # the share of this process is empty
+                return

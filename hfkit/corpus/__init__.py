@@ -1,0 +1,11 @@
+"""Text to tokens.
+
+formats: what files hold, and their rows
+templates: how a row becomes a prompt and its answer
+documents: any corpus as a stream of records
+encoding: records to token ids
+cache: tokens kept on disk
+sequences: tokens as training sequences
+labelled: rows for classification and question answering heads
+overlap: what a text copies from a corpus
+"""
