@@ -14,7 +14,6 @@ import typer
 
 import hfkit
 from hfkit import (
-    cards,
     console,
     conversation,
     cookbook,
@@ -48,6 +47,7 @@ from hfkit.options import (
     TrainOptions,
     TuneOptions,
 )
+from hfkit.reporting import pages
 
 app = typer.Typer(
     name="hfkit",
@@ -281,7 +281,7 @@ def report(
     if output.exists() and not overwrite:
         raise HfkitError(f"{output} exists: --overwrite replaces it, or name another --output")
 
-    console.write(f"{cards.compare(list(run), output)}\n")
+    console.write(f"{pages.compare_runs(list(run), output)}\n")
 
 
 @app.command()

@@ -24,6 +24,7 @@ from hfkit.corpus.documents import Corpora, find_corpus, is_prepared, name_of
 from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError
 from hfkit.options import TrainOptions
+from hfkit.reporting.pages import METRICS
 from hfkit.storage import (
     add_owned,
     check_owned,
@@ -38,7 +39,6 @@ from hfkit.storage import (
 )
 
 RECIPE, FACTS, CHECKPOINTS = "recipe.yaml", "run.json", "checkpoints"
-METRICS = "metrics.json"
 _NOT_ASKED = ("output_dir", "resume", "overwrite")  # do not change what is trained
 _STAGING = ".staging"
 _TENSORBOARD = "tensorboard"

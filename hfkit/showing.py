@@ -8,7 +8,7 @@ from hfkit import console
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inspection import Inspection, Token, cell, inspect, to_page
 from hfkit.options import InspectOptions, ModelOptions
-from hfkit.pictures import draw_attention
+from hfkit.reporting.pictures import draw_attention
 from hfkit.storage import make_writable, write_bytes
 
 

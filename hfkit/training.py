@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from hfkit import console, processes, runs
 from hfkit.adapters import add_adapter
-from hfkit.cards import make_files
 from hfkit.checkpoints import Stop, find_fault, find_newest, list_checkpoints, step_of
 from hfkit.corpus.documents import Corpora
 from hfkit.corpus.labelled import gather_labelled_data
@@ -29,6 +28,7 @@ from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.outcomes import make_metrics
 from hfkit.planning import Plan, block_size_for, make_plan
 from hfkit.report import describe_plan
+from hfkit.reporting.pages import make_files
 from hfkit.storage import lock
 
 

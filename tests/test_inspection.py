@@ -14,11 +14,12 @@ from transformers import AddedToken, AutoModelForCausalLM
 from webpages import Page
 
 import hfkit
-from hfkit import pictures, showing
+from hfkit import showing
 from hfkit.console import printable
 from hfkit.errors import HfkitError
 from hfkit.inspection import readable
 from hfkit.models.loading import LanguageModel
+from hfkit.reporting import pictures
 
 BOTH = pytest.mark.parametrize("name", ["gpt2", "llama"])
 NASTY = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;"

@@ -18,10 +18,10 @@ HEAVY = {"torch", "transformers", "datasets", "evaluate", "accelerate", "matplot
 LINES = 360
 # Modules that have not moved into a package yet.
 UNSORTED = """
-    adapters answering assessment batches cards checkpoints classification cli conversation cookbook decoding
-    encoders encoding evaluation failures fitting flags generation heads inspection labelling launching machine
-    measuring metrics monitoring optimizers outcomes pages pictures planning preparation pretraining prompts
-    ranges report runs sampling scoring searching showing studies training tuning writing
+    adapters answering assessment batches checkpoints classification cli conversation cookbook decoding encoders
+    encoding evaluation failures fitting flags generation heads inspection labelling launching machine measuring
+    metrics monitoring optimizers outcomes planning preparation pretraining prompts ranges report runs sampling
+    scoring searching showing studies training tuning writing
 """.split()
 
 

@@ -21,11 +21,12 @@ from test_novelty import longest_common, share_of
 from webpages import Page
 
 import hfkit
-from hfkit import pictures
-from hfkit.cards import compare, make_files
 from hfkit.console import printable
 from hfkit.corpus.documents import END
 from hfkit.errors import HfkitError
+from hfkit.reporting import pictures
+from hfkit.reporting.pages import compare_runs as compare
+from hfkit.reporting.pages import make_files
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +314,7 @@ def test_whatever_is_missing_or_wrong_in_the_metrics_there_is_a_page_or_one_erro
 
     assert attempt(metrics)
     draw = pictures.draw_curves
-    monkeypatch.setattr("hfkit.cards.draw_curves", lambda runs: b"")  # it takes most of the time
+    monkeypatch.setattr("hfkit.reporting.pages.draw_curves", lambda runs: b"")  # it takes most of the time
     for name in metrics:
         if not attempt({key: value for key, value in metrics.items() if key != name}):
             refused.add(name)
@@ -322,7 +323,7 @@ def test_whatever_is_missing_or_wrong_in_the_metrics_there_is_a_page_or_one_erro
     wrong = [None, "x", 7, [], {}, [None], {"a": 1}]
     for name, value in itertools.product(("step", "history", "samples", "copied", "corpus", "prompt", "loss"), wrong):
         attempt(metrics | {name: value})
-    monkeypatch.setattr("hfkit.cards.draw_curves", draw)
+    monkeypatch.setattr("hfkit.reporting.pages.draw_curves", draw)
     history = metrics["history"]
     for value in wrong:
         attempt(metrics | {"history": [*history, value]})

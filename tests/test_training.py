@@ -17,9 +17,9 @@ from conftest import assert_fails, call
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, Trainer, TrainerCallback
 
 import hfkit
-from hfkit.cards import make_files
 from hfkit.checkpoints import find_fault
 from hfkit.errors import HfkitError, OptionError
+from hfkit.reporting.pages import make_files
 
 pytestmark = pytest.mark.usefixtures("brisk")
 GREEDY = {"max_new_tokens": 12, "do_sample": False}

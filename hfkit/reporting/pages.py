@@ -1,19 +1,91 @@
-"""What a finished run leaves for a person: model card, report page and loss picture; and runs compared on one page."""
+"""Pages of their own, which need no network: text, tables and pictures in one HTML file."""
 
+import base64
+import html
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfkit import pages
 from hfkit.console import duration, printable
 from hfkit.errors import HfkitError, first_line
-from hfkit.pictures import draw_curves, points
-from hfkit.runs import METRICS
+from hfkit.reporting.pictures import draw_curves, points
 from hfkit.storage import make_writable, write_text
 
+_NUMBER = re.compile(r"[-+−–]?\d|–$")
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
+body { font: 16px/1.6 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2 { line-height: 1.25; }
+table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; }
+td, th { padding: .25rem .8rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+pre, .sample { background: var(--soft); padding: .8rem 1rem; border-radius: .4rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1rem; }
+.tokens { font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
+.tokens span { border-right: 1px solid var(--line); display: inline-block; }
+img { max-width: min(100%, 46rem); background: white; border-radius: .4rem; }
+.wide { overflow-x: auto; margin: 1rem 0; }
+.wide img { max-width: none; }
+@media (max-width: 40rem) { table { font-size: .85rem; } td, th { padding: .25rem .4rem; } }
+"""
+
+
+def escape(text: str) -> str:
+    """`text` as a page shows it to the letter; control characters are written out."""
+    return html.escape(printable(text))
+
+
+def page(title: str, *parts: str) -> str:
+    """A whole page; the parts are HTML."""
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style>\n<h1>{escape(title)}</h1>\n{body}\n</html>\n"
+    )
+
+
+def heading(text: str) -> str:
+    return f"<h2>{escape(text)}</h2>"
+
+
+def paragraph(text: str) -> str:
+    return f"<p>{escape(text)}</p>" if text else ""
+
+
+def table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
+    """A table of texts; under a head, a column of what looks like numbers stands on the right."""
+    rows = list(rows)
+    is_number = [
+        bool(head) and all(not cell or _NUMBER.match(cell) for cell in column) for column in zip(*rows, strict=True)
+    ]
+
+    def cells(row: Sequence[str], tag: str) -> str:
+        kinds = zip(row, is_number, strict=True)
+        return "".join(f"<{tag}{' class=number' * right}>{escape(text)}</{tag}>" for text, right in kinds)
+
+    lines = [f"<tr>{cells(head, 'th')}</tr>"] if head and rows else []
+    return "<table>" + "\n".join([*lines, *(f"<tr>{cells(row, 'td')}</tr>" for row in rows)]) + "</table>"
+
+
+def image(png: bytes, text: str, *, wide: bool = False) -> str:
+    """A picture inside the page; `text` says what it shows to who cannot see it. wide: it is scrolled, not shrunk."""
+    found = f'<img alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return f"<div class=wide>{found}</div>" if wide else found
+
+
+def samples(pairs: Iterable[tuple[str, str]]) -> str:
+    """Texts side by side, each under its title."""
+    return '<div class="pair">' + "".join(
+        f"<div><b>{escape(title)}</b><div class=sample>{escape(text)}</div></div>" for title, text in pairs
+    ) + "</div>"  # fmt: skip
+
+
+METRICS = "metrics.json"
 CARD, PAGE, PICTURE = "README.md", "report.html", "loss.png"
 _TAGS = {"classification": "text-classification", "question-answering": "question-answering"}
 _USES = {
@@ -50,27 +122,29 @@ def settings(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def scores(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def score_lines(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """Rows of: what, before, after, the difference with its error."""
     if metrics.get("loss") is None:
         return []
     gain, error = metrics.get("loss_gain"), metrics.get("loss_gain_stderr")
     told = "" if gain is None else f"{-gain:+.4f}" + (f" ± {error:.4f}" if error else "")
-    rows = [("held-out loss (nats a token)", _number(metrics["loss_before"], 4), _number(metrics["loss"], 4), told)]
+    before, after = (_format_number(metrics[name], 4) for name in ("loss_before", "loss"))
+    rows = [("held-out loss (nats a token)", before, after, told)]
     if metrics.get("perplexity") is not None:
-        rows.insert(0, ("held-out perplexity", _number(metrics["perplexity_before"]), _perplexity(metrics), ""))
+        rows.insert(0, ("held-out perplexity", _format_number(metrics["perplexity_before"]), _perplexity(metrics), ""))
     if metrics.get("accuracy") is not None:
-        rows.append(("held-out accuracy", _number(metrics["accuracy_before"], 4), _number(metrics["accuracy"], 4), ""))
+        before, after = (_format_number(metrics[name], 4) for name in ("accuracy_before", "accuracy"))
+        rows.append(("held-out accuracy", before, after, ""))
     return rows
 
 
 def _perplexity(metrics: dict[str, Any]) -> str:
     """With its error, if that is known."""
     value, error = metrics.get("perplexity"), metrics.get("loss_stderr")
-    return _number(value) + (f" ± {value * error:.2f}" if value is not None and error else "")
+    return _format_number(value) + (f" ± {value * error:.2f}" if value is not None and error else "")
 
 
-def _number(value: float | None, places: int = 2) -> str:
+def _format_number(value: float | None, places: int = 2) -> str:
     return "–" if value is None else f"{value:.{places}f}"
 
 
@@ -99,7 +173,7 @@ def make_card(metrics: dict[str, Any]) -> str:
     rows = "".join(
         f"| {name} | {_code(value) if name == 'command' else _cell(value)} |\n" for name, value in settings(metrics)
     )
-    figures = "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in scores(metrics))
+    figures = "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in score_lines(metrics))
     table = f"| | before | after | difference |\n|---|---|---|---|\n{figures}\n![loss]({PICTURE})"
     samples = "".join(f"**{when}**\n\n{_quoted(text)}\n\n" for when, text in shown_samples(metrics))
     template = f"\nIts template: {_cell(json.dumps(task['template'], ensure_ascii=False))}\n" if task else ""
@@ -168,18 +242,18 @@ def shown_samples(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 def make_page(metrics: dict[str, Any], picture: bytes) -> str:
     """report.html: everything about a run on one page."""
     parts = []
-    if rows := scores(metrics):
-        parts += [pages.table(rows, _COMPARED)]
-    parts += [pages.image(picture, "loss and learning rate over the steps")]
+    if rows := score_lines(metrics):
+        parts += [table(rows, _COMPARED)]
+    parts += [image(picture, "loss and learning rate over the steps")]
     if pairs := shown_samples(metrics):
-        parts += [pages.heading("The same prompt and seed"), pages.samples(pairs)]
+        parts += [heading("The same prompt and seed"), samples(pairs)]
     if drawn := [(f"Sample {number}", text) for number, text in enumerate(metrics.get("samples", []), 1)]:
-        parts += [pages.heading("More samples"), pages.samples(drawn), pages.paragraph(copying(metrics))]
-    parts += [pages.heading("Training"), pages.table(settings(metrics))]
-    return pages.page(metrics["folder"], *parts)
+        parts += [heading("More samples"), samples(drawn), paragraph(copying(metrics))]
+    parts += [heading("Training"), table(settings(metrics))]
+    return page(metrics["folder"], *parts)
 
 
-def compare(folders: Sequence[str | Path], output: str | Path) -> Path:
+def compare_runs(folders: Sequence[str | Path], output: str | Path) -> Path:
     """Write one page that shows finished runs side by side.
 
     Raises:
@@ -193,14 +267,14 @@ def compare(folders: Sequence[str | Path], output: str | Path) -> Path:
             histories.append((one["folder"], one["history"]))
             for name in ("loss", "eval_loss", "learning_rate"):
                 points(one["history"], name)
-            parts += [pages.heading(one["folder"]), pages.table(scores(one), _COMPARED) if scores(one) else ""]
-            parts += [pages.samples(shown_samples(one)), pages.paragraph(copying(one)), pages.table(settings(one))]
+            parts += [heading(one["folder"]), table(score_lines(one), _COMPARED) if score_lines(one) else ""]
+            parts += [samples(shown_samples(one)), paragraph(copying(one)), table(settings(one))]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             what = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
             raise HfkitError(f"{one['folder']}/metrics.json is not what a run leaves: {what}") from error
     make_writable(Path(output).parent)
-    top = [pages.table(rows, _SUMMARY), pages.image(draw_curves(histories), "losses and learning rates of the runs")]
-    write_text(Path(output), pages.page("Runs", *top, *parts))
+    top = [table(rows, _SUMMARY), image(draw_curves(histories), "losses and learning rates of the runs")]
+    write_text(Path(output), page("Runs", *top, *parts))
     return Path(output)
 
 
@@ -219,6 +293,6 @@ def _summary(one: dict[str, Any]) -> tuple[str, ...]:
     """The cells under _SUMMARY."""
     return (
         one["folder"], one["model"], f"{one['step']:,}", f"{one['tokens']:,}", f"{one['learning_rate']:g}",
-        _number(one.get("perplexity_before")), _perplexity(one), _number(one.get("loss"), 4),
-        _number(one.get("accuracy"), 4), f"{one['seconds']:.0f}",
+        _format_number(one.get("perplexity_before")), _perplexity(one), _format_number(one.get("loss"), 4),
+        _format_number(one.get("accuracy"), 4), f"{one['seconds']:.0f}",
     )  # fmt: skip
