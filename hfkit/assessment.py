@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from hfkit.answering import find_answers
-from hfkit.classification import calibration_error, classify_each, label_names
 from hfkit.console import progress
 from hfkit.corpus.documents import Corpora, find_corpus, read_table
 from hfkit.corpus.formats import Row
 from hfkit.corpus.labelled import classification_rows, question_rows
 from hfkit.corpus.templates import Task, make_task, task_of
 from hfkit.errors import HfkitError
-from hfkit.generation import generate_each
+from hfkit.inference.answering import find_answers
+from hfkit.inference.classification import calibration_error, classify_each, label_names
+from hfkit.inference.generation import generate_each
+from hfkit.inference.likelihood import jsonable
 from hfkit.metrics import load_metric
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel
 from hfkit.options import CorpusOptions, GenerateOptions, TaskOptions
-from hfkit.scoring import jsonable
 
 _PAIRS = Task("{prompt}{completion}")  # rows that have no template
 _NOTHING = "there is nothing to score: the corpus holds no rows"

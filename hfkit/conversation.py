@@ -4,8 +4,9 @@ import sys
 from dataclasses import fields, replace
 from typing import Any
 
-from hfkit import console, generation, writing
+from hfkit import console, writing
 from hfkit.errors import HfkitError, OptionError
+from hfkit.inference import generation
 from hfkit.models.loading import LanguageModel
 from hfkit.options import GenerateOptions, ModelOptions
 from hfkit.prompts import to_line

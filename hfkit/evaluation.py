@@ -17,12 +17,12 @@ from hfkit.corpus.encoding import IGNORED, encode_documents, encode_examples, fi
 from hfkit.corpus.sequences import Item, group
 from hfkit.declaration import divide
 from hfkit.errors import HfkitError
+from hfkit.inference.likelihood import Scores, exp, jsonable, precise_head, ratio_stderr, score_batches
 from hfkit.metrics import load_metric
 from hfkit.models.architecture import computes_faster_in_bfloat16, head_of
 from hfkit.models.loading import LanguageModel, loaded
 from hfkit.models.quantization import bits_of
 from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions
-from hfkit.scoring import Scores, exp, jsonable, precise_head, ratio_stderr, score_batches
 
 _WINDOW = 1024  # tokens, where the model sets no limit
 _BATCH = {"cpu": 1024, "cuda": 16_384}  # tokens that are scored at a time: their logits are what takes memory

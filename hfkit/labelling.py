@@ -4,11 +4,11 @@ from json import dumps
 from pathlib import Path
 
 from hfkit import console
-from hfkit.answering import answer
-from hfkit.classification import Classification, classify_each
 from hfkit.corpus.formats import read_text
 from hfkit.corpus.templates import make_task
 from hfkit.errors import HfkitError, OptionError
+from hfkit.inference.answering import answer
+from hfkit.inference.classification import Classification, classify_each
 from hfkit.models.loading import loaded
 from hfkit.models.sources import find_model
 from hfkit.options import ModelOptions, TaskOptions

@@ -15,11 +15,10 @@ from hfkit import console, processes
 from hfkit.checkpoints import Stop
 from hfkit.corpus.sequences import Collator, HeadCollator, group
 from hfkit.errors import HfkitError
-from hfkit.generation import generate
-from hfkit.heads import score_items
+from hfkit.inference.generation import generate
+from hfkit.inference.likelihood import Scores, ratio_stderr, score_batches, score_items, shift
 from hfkit.models.loading import LanguageModel
 from hfkit.planning import Plan
-from hfkit.scoring import Scores, ratio_stderr, score_batches, shift
 
 _TOKENS = 4096  # that are scored at a time
 _SAMPLE = 40  # tokens

@@ -17,7 +17,7 @@ from hfkit.corpus.overlap import MOST, WORDS, index_corpus
 from hfkit.corpus.templates import task_of
 from hfkit.errors import HfkitError
 from hfkit.fitting import Job
-from hfkit.generation import generate
+from hfkit.inference.generation import generate
 from hfkit.monitoring import evaluations
 
 _SAMPLES, _TOKENS = 4, 80

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hfkit import console
 from hfkit.errors import HfkitError, OptionError
-from hfkit.inspection import Inspection, Token, cell, inspect, to_page
+from hfkit.inference.inspection import Inspection, Token, cell, inspect, to_page
 from hfkit.options import InspectOptions, ModelOptions
 from hfkit.reporting.pictures import draw_attention
 from hfkit.storage import make_writable, write_bytes

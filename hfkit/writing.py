@@ -8,17 +8,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hfkit import console, generation, processes
-from hfkit.encoding import prepare
+from hfkit import console, processes
 from hfkit.errors import HfkitError, OptionError
-from hfkit.generation import Generation
+from hfkit.inference import generation
+from hfkit.inference.batches import fit_prompt
+from hfkit.inference.controls import draws
+from hfkit.inference.generation import Generation
 from hfkit.models import architecture, loading
 from hfkit.models.loading import LanguageModel
 from hfkit.models.sources import find_model
 from hfkit.options import GenerateOptions, ModelOptions
 from hfkit.prompts import Results, read_prompts, to_line
 from hfkit.recipes import read_value
-from hfkit.sampling import draws
 
 
 def load_for(model: ModelOptions, sampling: GenerateOptions, prompt: str | None = None) -> LanguageModel:
@@ -28,7 +29,7 @@ def load_for(model: ModelOptions, sampling: GenerateOptions, prompt: str | None 
     tokenizer, config = loading.load_tokenizer(source), loading.load_config(source)
     architecture.check_head(source.name, config, "text")
     if prompt is not None:
-        prepare(prompt, sampling, tokenizer, config, source.name)
+        fit_prompt(prompt, sampling, tokenizer, config, source.name)
     return loading.load_weights(source, model, tokenizer)
 
 

@@ -13,9 +13,9 @@ from conftest import assert_fails, call
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, set_seed
 
 import hfkit
-from hfkit.answering import answer, find_answers
 from hfkit.corpus.templates import Task, give_task
 from hfkit.errors import HfkitError
+from hfkit.inference.answering import answer, find_answers
 
 pytestmark = pytest.mark.usefixtures("brisk")
 WORDS = [*trials.WORDS, "Über,", "x1", "(who?)"]
@@ -131,7 +131,7 @@ def test_many_questions_get_what_each_gets_alone_in_their_order(family, request,
     pairs = [(f"what {seed}?", context_of(seed, 40)) for seed in range(20)]
     alone = [answer(*pair, model=lm) for pair in pairs]
     for size in (16, 3, 1):
-        monkeypatch.setattr("hfkit.answering._BATCH", size)
+        monkeypatch.setattr("hfkit.inference.answering._BATCH", size)
         for one, other in zip(alone, find_answers(lm, iter(pairs), 0.0), strict=True):
             assert vars(other) == vars(one) | {"score": pytest.approx(one.score, rel=1e-4)}
     assert len({one.answer for one in alone}) > 5

@@ -16,10 +16,10 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 import hfkit
-from hfkit.answering import Answer
 from hfkit.assessment import Assessment
 from hfkit.corpus.templates import Task, give_task
 from hfkit.evaluation import Evaluation
+from hfkit.inference.answering import Answer
 from hfkit.metrics import Squad
 
 pytestmark = pytest.mark.usefixtures("brisk")

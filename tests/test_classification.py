@@ -20,9 +20,9 @@ from transformers import (
 )
 
 import hfkit
-from hfkit.classification import calibration_error, classify, label_scores, labelling_task
 from hfkit.corpus.templates import Task
 from hfkit.errors import HfkitError, OptionError
+from hfkit.inference.classification import calibration_error, classify, label_scores, labelling_task
 from hfkit.options import TaskOptions
 
 pytestmark = pytest.mark.usefixtures("brisk")
@@ -104,9 +104,9 @@ def test_many_texts_get_what_each_gets_alone_in_their_order(family, request, mon
     lm, many = hfkit.load(request.getfixturevalue(family)), texts(30)
     alone = [classify(text, model=lm, labels=LABELS) for text in many]
     for window, tokens in ((128, 16_384), (7, 600), (1, 1)):
-        monkeypatch.setattr("hfkit.classification._WINDOW", window)
-        monkeypatch.setattr("hfkit.classification._TOKENS", {"cpu": tokens})
-        monkeypatch.setattr("hfkit.classification._SCORED", {"cpu": tokens // 4})
+        monkeypatch.setattr("hfkit.inference.classification._WINDOW", window)
+        monkeypatch.setattr("hfkit.inference.classification._TOKENS", {"cpu": tokens})
+        monkeypatch.setattr("hfkit.inference.classification._SCORED", {"cpu": tokens // 4})
         together = classify(many, model=lm, labels=LABELS)
         for one, other in zip(alone, together, strict=True):
             assert one.text == other.text

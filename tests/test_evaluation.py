@@ -14,11 +14,12 @@ import torch
 from conftest import assert_fails, call
 
 import hfkit
-from hfkit import evaluation, scoring
+from hfkit import evaluation
 from hfkit.corpus.documents import END, Piece
 from hfkit.corpus.encoding import IGNORED
 from hfkit.errors import HfkitError
 from hfkit.evaluation import slide
+from hfkit.inference import likelihood
 from hfkit.models import architecture
 from hfkit.models.loading import LanguageModel
 from hfkit.options import ModelOptions
@@ -165,7 +166,7 @@ def test_a_corpus_is_read_while_it_is_scored(tmp_path, lms, monkeypatch):
             yield Piece("the cat", True)
 
     def scored(model, batches):
-        found, done = scoring.Scores(), 0
+        found, done = likelihood.Scores(), 0
         for ids, targets, units in batches:
             done += len(ids)
             ahead.append(read[0] - done)

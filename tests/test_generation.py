@@ -18,10 +18,11 @@ from transformers import (
 )
 
 import hfkit
-from hfkit import batches, sampling
-from hfkit.decoding import Detokenizer, complete, cut, held_back, repeats
-from hfkit.encoding import prepare
 from hfkit.errors import HfkitError, OptionError
+from hfkit.inference import batches, controls
+from hfkit.inference.batches import fit_prompt as prepare
+from hfkit.inference.decoding import Detokenizer, complete, held_back, repeats
+from hfkit.inference.decoding import cut_at_stop as cut
 from hfkit.models import loading
 from hfkit.options import SAMPLING, GenerateOptions
 
@@ -165,7 +166,7 @@ def test_sampling_is_the_default_and_a_temperature_turns_it_on(lms):
     assert hfkit.generate("a", model=lm, max_new_tokens=8, seed=first.seed) == first
     assert hfkit.generate("a", model=lm, max_new_tokens=8, temperature=0).seed is None
     for option in SAMPLING:
-        assert sampling.draws(lm, GenerateOptions(**{option: 1}))
+        assert controls.draws(lm, GenerateOptions(**{option: 1}))
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -250,11 +251,11 @@ def test_a_batch_that_is_too_large_for_the_memory_runs_in_halves(lms, monkeypatc
 
 def test_rows_are_grouped_by_length_within_the_devices_tokens(lms, monkeypatch):
     seen = []
-    run = batches.run
+    run = batches.run_batch
     monkeypatch.setattr(
-        batches, "run", lambda lm, requests, options: seen.append(requests) or run(lm, requests, options)
+        batches, "run_batch", lambda lm, requests, options: seen.append(requests) or run(lm, requests, options)
     )
-    monkeypatch.setitem(batches._TOKENS, "cpu", 60)
+    monkeypatch.setitem(batches._TOKENS_AT_ONCE, "cpu", 60)
     hfkit.generate([word * n for n in (1, 9, 3, 30, 2, 8) for word in "ab"], model=lms["gpt2"], max_new_tokens=4)
     assert [sorted(len(r.ids) for r in rows) for rows in seen] == [[30], [30], [8, 8, 9, 9], [1, 1, 2, 2, 3, 3]]
 
@@ -454,8 +455,8 @@ def test_a_guess_changes_the_speed_and_not_the_text(lms, tiny, tiny_llama, name,
 
 def test_an_assistant_is_loaded_once_and_guesses_as_many_tokens_as_told(lms, tiny, monkeypatch):
     loads, load = [], loading.load
-    monkeypatch.setattr(sampling, "load", lambda *a, **k: loads.append(load(*a, **k)) or loads[-1])
-    sampling._assistant.cache_clear()
+    monkeypatch.setattr(controls, "load", lambda *a, **k: loads.append(load(*a, **k)) or loads[-1])
+    controls._assistant.cache_clear()
     options = GenerateOptions(assistant_model=tiny, num_assistant_tokens=3, max_new_tokens=8, temperature=0)
     hfkit.generate(["a", "b"], model=lms["gpt2"], options=options)
     assert len(loads) == 1 and loads[0].model.generation_config.num_assistant_tokens == 3

@@ -25,7 +25,7 @@ from hfkit.corpus.labelled import (
 from hfkit.corpus.labelled import gather_labelled_data as gather_rows
 from hfkit.corpus.sequences import HeadCollator
 from hfkit.errors import HfkitError, OptionError
-from hfkit.heads import score_items
+from hfkit.inference.likelihood import score_items
 from hfkit.models.loading import load_config
 from hfkit.models.sources import find_model as find
 from hfkit.options import DataOptions, ModelOptions

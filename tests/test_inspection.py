@@ -17,7 +17,7 @@ import hfkit
 from hfkit import showing
 from hfkit.console import printable
 from hfkit.errors import HfkitError
-from hfkit.inspection import readable
+from hfkit.inference.inspection import readable
 from hfkit.models.loading import LanguageModel
 from hfkit.reporting import pictures
 

@@ -11,11 +11,11 @@ from conftest import assert_fails, call
 from trials import write_corpus
 
 import hfkit
-from hfkit import generation
 from hfkit.corpus import overlap
 from hfkit.corpus.documents import END, Piece
 from hfkit.corpus.overlap import Index, index_corpus
 from hfkit.errors import HfkitError, OptionError
+from hfkit.inference import generation
 
 
 def longest_common(sample: list[str], documents: list[list[str]]) -> int:

@@ -115,7 +115,7 @@ def test_overrides_replace_options_which_never_change():
 def test_an_option_with_transformers_name_exists_there():
     from transformers import GenerationConfig
 
-    from hfkit.sampling import OWN
+    from hfkit.inference.controls import OWN
 
     assert set(OWN) <= set(GenerateOptions.names()) and set(SAMPLING) <= set(GenerateOptions.names())
     assert set(GenerateOptions.names()) - set(OWN) <= set(vars(GenerationConfig()))

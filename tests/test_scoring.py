@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 import hfkit
 from hfkit.corpus.encoding import IGNORED
+from hfkit.inference.likelihood import Scores, exp, jsonable, precise_head, ratio_stderr, score, score_batches, shift
 from hfkit.models.loading import load
-from hfkit.scoring import Scores, exp, jsonable, precise_head, ratio_stderr, score, score_batches, shift
 
 
 def scores(seed: int, units: int = 300) -> Scores:

@@ -1,23 +1,89 @@
-"""Run requests on a model: in batches of like length, or one by one where transformers has a loop of its own."""
+"""A prompt as the token ids that a model is given, once it is sure that they fit it."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from hfkit.console import note, quiet_libraries
-from hfkit.decoding import Completion, Rows, StopTexts, complete, decode
-from hfkit.encoding import Request
+from hfkit.corpus.encoding import encode, language_token
+from hfkit.corpus.templates import task_of
 from hfkit.errors import HfkitError
+from hfkit.inference.controls import counts_ngrams, draws, end_tokens, generate_arguments, generation_config, stops
+from hfkit.inference.decoding import Completion, Rows, StopTexts, complete, decode
+from hfkit.models.architecture import context_length
 from hfkit.models.loading import LanguageModel
 from hfkit.options import GenerateOptions
-from hfkit.sampling import counts_ngrams, draws, end_tokens, generate_arguments, generation_config, stops
 
-_ROWS = {"cpu": 64, "cuda": 256}
-_TOKENS = {"cpu": 32_768, "cuda": 262_144}  # prompt and new tokens of all rows
+_NEW_TOKENS = 100
+Prompt = str | Mapping[str, Any] | Sequence[int]  # a row where the model's task has several fields
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt that fits the model."""
+
+    prompt: str | Mapping[str, Any]
+    ids: list[int]
+    new_tokens: int  # most that may be generated
+    seed: int | None = None
+
+
+def fit_prompt(
+    prompt: Prompt, options: GenerateOptions, tokenizer: PreTrainedTokenizerBase, config: Any, name: str
+) -> Request:
+    """Encode `prompt` and see that it fits a model of this `config`; needs no weights.
+
+    Raises:
+        HfkitError: prompt and new tokens are more than the model takes; the message has the numbers.
+    """
+    if isinstance(prompt, str | Mapping):
+        text: str | Mapping[str, Any] = prompt
+        task = None if options.raw else task_of(tokenizer)
+        if isinstance(prompt, Mapping) and not task:
+            raise HfkitError("no prompt: write an object with the key 'prompt' and a text")
+        if options.src_lang:
+            language_token(tokenizer, options.src_lang)
+            tokenizer.src_lang = options.src_lang
+        ids = encode(task.fill(prompt) if task else str(prompt), tokenizer, name)
+    else:
+        text, ids = tokenizer.decode(prompt), list(prompt)
+    limit, wanted = context_length(config) or sys.maxsize, options.max_new_tokens
+    if config.is_encoder_decoder:  # prompt and output have a context each
+        if options.truncate:
+            ids = ids[-limit:]
+        if len(ids) > limit:
+            raise HfkitError(f"the text has {len(ids)} tokens, {name} takes {limit}: shorten it, or --truncate")
+        if wanted and wanted > limit:
+            raise HfkitError(f"{name} writes at most {limit} tokens: lower --max-new-tokens ({wanted})")
+        # A translation ends by itself, and is about as long as the text.
+        return Request(text, ids, wanted or min(max(_NEW_TOKENS, 2 * len(ids)), limit))
+    if options.truncate:
+        ids = _end(ids, limit - (wanted or min(_NEW_TOKENS, limit // 2)), tokenizer.bos_token_id)
+    room = limit - len(ids)
+    if room < (wanted or 1):
+        new = f"{wanted} new ones" if wanted else "a new one"
+        raise HfkitError(
+            f"{len(ids)} tokens of prompt and {new} do not fit {name}, which takes {limit} together: "
+            "shorten the prompt, lower --max-new-tokens, or --truncate"
+        )
+    return Request(text, ids, wanted or min(_NEW_TOKENS, room))
+
+
+def _end(ids: list[int], room: int, bos: int | None) -> list[int]:
+    """The last `room` of `ids`, behind the token that begins a text if they have it."""
+    if len(ids) <= room or room < 1:
+        return ids
+    return [bos, *ids[len(ids) - room + 1 :]] if ids[0] == bos and room > 1 else ids[-room:]
+
+
+_ROWS_AT_ONCE = {"cpu": 64, "cuda": 256}
+_TOKENS_AT_ONCE = {"cpu": 32_768, "cuda": 262_144}  # prompt and new tokens of all rows
 
 
 class _NoMemory(HfkitError):
@@ -26,7 +92,7 @@ class _NoMemory(HfkitError):
 
 def default_size(lm: LanguageModel) -> int:
     """Rows that the model's device is good for at a time."""
-    return _ROWS.get(lm.model.device.type, 64)
+    return _ROWS_AT_ONCE.get(lm.model.device.type, 64)
 
 
 def run_all(
@@ -49,7 +115,7 @@ def _batches(
     lm: LanguageModel, requests: Sequence[Request], options: GenerateOptions, size: int
 ) -> Iterator[list[int]]:
     """Indices of requests of like length, at most `size` and the device's number of tokens together."""
-    tokens, exact = _TOKENS.get(lm.model.device.type, 32_768), counts_ngrams(lm, options)
+    tokens, exact = _TOKENS_AT_ONCE.get(lm.model.device.type, 32_768), counts_ngrams(lm, options)
 
     def shape(index: int) -> tuple[int, int]:
         return requests[index].new_tokens, len(requests[index].ids)
@@ -67,7 +133,7 @@ def _batches(
 def _run_smaller(lm: LanguageModel, requests: list[Request], options: GenerateOptions) -> list[Completion]:
     """Run a batch; where the device's memory is too small for it, in halves."""
     try:
-        return run(lm, requests, options)
+        return run_batch(lm, requests, options)
     except _NoMemory:
         if len(requests) == 1:
             raise
@@ -77,7 +143,7 @@ def _run_smaller(lm: LanguageModel, requests: list[Request], options: GenerateOp
     return _run_smaller(lm, requests[:half], options) + _run_smaller(lm, requests[half:], options)
 
 
-def run(
+def run_batch(
     lm: LanguageModel, requests: Sequence[Request], options: GenerateOptions, rows: Rows | None = None
 ) -> list[Completion]:
     """Run one batch; its requests have the same number of new tokens."""

@@ -115,7 +115,7 @@ def stops(lm: LanguageModel, options: GenerateOptions) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
 
 
-def check(lm: LanguageModel, options: GenerateOptions) -> None:
+def check_controls(lm: LanguageModel, options: GenerateOptions) -> None:
     """Refuse what transformers would notice late, or never."""
     samples, most = options.num_return_sequences or 1, beams(lm, options)
     if samples > 1 and not draws(lm, options) and samples > most:

@@ -19,10 +19,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from hfkit.corpus.encoding import encode, first_tokens
 from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError
+from hfkit.inference.likelihood import score
 from hfkit.models.loading import LanguageModel, loaded
 from hfkit.options import InspectOptions, ModelOptions
 from hfkit.reporting import pages
-from hfkit.scoring import score
 
 _WARPERS = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper,
             "min_p": MinPLogitsWarper}  # fmt: skip

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from hfkit import batches
 from hfkit.corpus.documents import find_corpus
 from hfkit.corpus.overlap import WORDS, Index, index_corpus
 from hfkit.corpus.templates import task_of
-from hfkit.decoding import Completion, repeats
-from hfkit.encoding import Prompt, Request, prepare
 from hfkit.errors import HfkitError, OptionError
+from hfkit.inference import batches
+from hfkit.inference.batches import Prompt, Request, fit_prompt
+from hfkit.inference.controls import check_controls, draws, is_plain
+from hfkit.inference.decoding import Completion, repeats
 from hfkit.models.loading import LanguageModel, Model, loaded
 from hfkit.options import GenerateOptions
-from hfkit.sampling import check, draws, is_plain
 
 _WINDOW = 8  # batches that are sorted by length together
 _ATTEMPTS = 10  # at a text that copies too much
@@ -111,7 +111,7 @@ def generate_each(
     lm, options = loaded(model), options or GenerateOptions()
     if options.seed is None:
         options = replace(options, seed=draw_seed())
-    check(lm, options)
+    check_controls(lm, options)
     samples, size = options.num_return_sequences or 1, batch_size or batches.default_size(lm)
     prompts = iter(prompts)
     while window := list(islice(prompts, window_size(lm, options, batch_size))):
@@ -152,7 +152,7 @@ def _redraw(lm: LanguageModel, options: GenerateOptions, request: Request, found
         if not (copied := index.look_up(found.completion)).words:
             return found
         request = replace(request, seed=(request.seed + FAR) % 2**63)  # type: ignore[operator]
-        found = _generation(lm, options, request, batches.run(lm, [request], options)[0])
+        found = _generation(lm, options, request, batches.run_batch(lm, [request], options)[0])
     raise HfkitError(
         f"every one of {_ATTEMPTS} samples copies more than {most} words, such as "
         f"{copied.longest!r}: raise --novel-words or --temperature"
@@ -195,7 +195,7 @@ def stream(
         raise OptionError("stream gives one text: leave num_return_sequences out, and change the seed")
     novel_index(options)
     lm = loaded(model)
-    check(lm, options)
+    check_controls(lm, options)
     request = _prepare(lm, prompt, options)
     request = replace(request, seed=draw_seed() if options.seed is None else options.seed)
     return _stream(lm, request, options)
@@ -204,7 +204,7 @@ def stream(
 def _stream(lm: LanguageModel, request: Request, options: GenerateOptions) -> Generator[str, None, Generation]:
     if options.novel:
         generation = _redraw(
-            lm, options, request, _generation(lm, options, request, batches.run(lm, [request], options)[0])
+            lm, options, request, _generation(lm, options, request, batches.run_batch(lm, [request], options)[0])
         )
         yield generation.completion
         return generation
@@ -217,7 +217,7 @@ def _stream(lm: LanguageModel, request: Request, options: GenerateOptions) -> Ge
 
     def work() -> None:
         try:
-            pieces.put(batches.run(lm, [request], options, rows)[0])
+            pieces.put(batches.run_batch(lm, [request], options, rows)[0])
         except BaseException as error:  # noqa: BLE001, raised again by the reader
             pieces.put(error)
 
@@ -240,7 +240,7 @@ def draw_seed() -> int:
 
 
 def _prepare(lm: LanguageModel, prompt: Prompt, options: GenerateOptions) -> Request:
-    return prepare(prompt, options, lm.tokenizer, lm.model.config, lm.name)
+    return fit_prompt(prompt, options, lm.tokenizer, lm.model.config, lm.name)
 
 
 def _generation(lm: LanguageModel, options: GenerateOptions, request: Request, completion: Completion) -> Generation:

@@ -13,7 +13,7 @@ from hfkit.corpus.labelled import windows
 from hfkit.corpus.sequences import HeadCollator
 from hfkit.corpus.templates import Task, task_of
 from hfkit.errors import HfkitError
-from hfkit.generation import generate
+from hfkit.inference.generation import generate
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel, loaded
 from hfkit.options import GenerateOptions, ModelOptions

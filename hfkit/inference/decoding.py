@@ -54,7 +54,7 @@ class Detokenizer:
         )
 
 
-def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     """`text` up to the first stop string in it, and whether there was one."""
     found = [at for stop in stops if (at := text.find(stop)) >= 0]
     return (text[: min(found)], True) if found else (text, False)
@@ -126,7 +126,7 @@ class Rows(StoppingCriteria):
             for row, token in enumerate(self._chosen[-1].tolist()):
                 if row not in self._stopped:
                     self._texts[row] += self._detokenizers[row].push(token)
-                    if token in self._eos or cut(self._texts[row], self._stops)[1]:
+                    if token in self._eos or cut_at_stop(self._texts[row], self._stops)[1]:
                         self._stopped.add(row)
             self._show(final=False)
         ended = [self.cancelled.is_set() or row in self._stopped for row in range(len(input_ids))]
@@ -134,7 +134,7 @@ class Rows(StoppingCriteria):
 
     def _show(self, final: bool) -> None:
         if self._on_text:
-            text, stopped = cut(self._texts[0], self._stops)
+            text, stopped = cut_at_stop(self._texts[0], self._stops)
             end = len(text) - (0 if final or stopped else held_back(text, self._stops))
             if end > self._shown:
                 self._on_text(text[self._shown : end])
@@ -180,8 +180,8 @@ def complete(
     # One by one where it matters: which token completes a stop string, and how a stream shows bytes that are no text.
     if "\ufffd" in text or any(stop in text for stop in stops):
         pieces = _pieces(tokenizer, context, [[token] for token in tokens[:count]])
-        text, stopped = cut("".join(pieces), stops)
-        while stopped and cut("".join(pieces[: count - 1]), stops)[1]:
+        text, stopped = cut_at_stop("".join(pieces), stops)
+        while stopped and cut_at_stop("".join(pieces[: count - 1]), stops)[1]:
             count -= 1
     reason = "stop" if stopped or (count and tokens[count - 1] in eos) else "length"
     return Completion(text, reason, list(tokens[:count]), logprobs[:count].sum().item())
@@ -203,7 +203,7 @@ class StopTexts(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         rows = [row[self._start :] for row in input_ids.tolist()]
         texts = ["".join(_pieces(self._tokenizer, self._context, [row])) for row in rows]
-        return torch.tensor([cut(text, self._stops)[1] for text in texts], device=input_ids.device)
+        return torch.tensor([cut_at_stop(text, self._stops)[1] for text in texts], device=input_ids.device)
 
 
 def decode(
