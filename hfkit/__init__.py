@@ -7,12 +7,12 @@ __version__ = "0.1.0"
 # Public name -> module that defines it, imported on first use, so that `import hfkit` costs milliseconds.
 _HOME = {
     "Answer": "inference.answering",
-    "Assessment": "assessment",
+    "Assessment": "evaluation.tasks",
     "Classification": "inference.classification",
     "CorpusOptions": "options",
     "DataOptions": "options",
     "EvaluateOptions": "options",
-    "Evaluation": "evaluation",
+    "Evaluation": "evaluation.perplexity",
     "ExportOptions": "options",
     "GenerateOptions": "options",
     "Generation": "inference.generation",
@@ -29,7 +29,7 @@ _HOME = {
     "TuneOptions": "options",
     "answer": "inference.answering",
     "classify": "inference.classification",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.perplexity",
     "export": "models.exporting",
     "finetune": "training",
     "generate": "inference.generation",

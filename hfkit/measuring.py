@@ -5,9 +5,9 @@ from json import dumps
 from math import isfinite
 
 from hfkit import console
-from hfkit.assessment import Assessment
 from hfkit.corpus.documents import find_corpus
-from hfkit.evaluation import Evaluation, evaluate
+from hfkit.evaluation.perplexity import Evaluation, evaluate
+from hfkit.evaluation.tasks import Assessment
 from hfkit.models.sources import find_model
 from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ModelOptions
 

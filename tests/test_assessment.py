@@ -16,11 +16,11 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 import hfkit
-from hfkit.assessment import Assessment
 from hfkit.corpus.templates import Task, give_task
-from hfkit.evaluation import Evaluation
+from hfkit.evaluation.metrics import Squad
+from hfkit.evaluation.perplexity import Evaluation
+from hfkit.evaluation.tasks import Assessment
 from hfkit.inference.answering import Answer
-from hfkit.metrics import Squad
 
 pytestmark = pytest.mark.usefixtures("brisk")
 LABELS = ["good", "bad", "so so"]
@@ -205,7 +205,7 @@ def test_answers_are_scored_as_squad_defines_it(finder, tmp_path, monkeypatch, c
             asked.append((question, context))
             yield Answer(SQUAD[int(question[:-1])][0], 1.0, 0, 0, question, lm.name)
 
-    monkeypatch.setattr("hfkit.assessment.find_answers", say)
+    monkeypatch.setattr("hfkit.evaluation.tasks.find_answers", say)
     found = strictly(call(capfdbinary, "evaluate", path, "-m", finder, "--json").stdout)
     exact, f1 = ([case[place] for case in SQUAD] for place in (2, 3))
     assert asked == [(row["question"], "rain") for row in rows]
@@ -226,7 +226,7 @@ def test_answers_in_a_column_are_scored_the_same_way(tiny, tmp_path, monkeypatch
             assert prompt == f"Q {number}:"
             yield number, [hfkit.Generation(prompt, f" {cases[number][0]} ", "stop", 1, 0.0, None, "m")]
 
-    monkeypatch.setattr("hfkit.assessment.generate_each", say)
+    monkeypatch.setattr("hfkit.evaluation.tasks.generate_each", say)
     found = hfkit.evaluate(write_rows(tmp_path / "rows.jsonl", rows), model=tiny, template="Q {q}: {a}")
     assert found.metrics["exact_match"] == pytest.approx(np.mean([case[2] for case in cases]))
     assert found.metrics["f1"] == pytest.approx(np.mean([case[3] for case in cases]))

@@ -14,11 +14,11 @@ import torch
 from conftest import assert_fails, call
 
 import hfkit
-from hfkit import evaluation
 from hfkit.corpus.documents import END, Piece
 from hfkit.corpus.encoding import IGNORED
 from hfkit.errors import HfkitError
-from hfkit.evaluation import slide
+from hfkit.evaluation import perplexity
+from hfkit.evaluation.perplexity import slide
 from hfkit.inference import likelihood
 from hfkit.models import architecture
 from hfkit.models.loading import LanguageModel
@@ -45,7 +45,7 @@ def lms(tiny, tiny_llama) -> dict[str, LanguageModel]:
 def exact(request, monkeypatch):
     """float32 alone, but where a test is about the other."""
     if "halves" not in request.fixturenames:
-        monkeypatch.setattr(evaluation, "computes_faster_in_bfloat16", lambda device: False)
+        monkeypatch.setattr(perplexity, "computes_faster_in_bfloat16", lambda device: False)
 
 
 @pytest.fixture
@@ -173,8 +173,8 @@ def test_a_corpus_is_read_while_it_is_scored(tmp_path, lms, monkeypatch):
             found.add(units[targets != IGNORED], np.ones((targets != IGNORED).sum()), np.zeros(1).repeat(len(ids) * 7))
         return found
 
-    monkeypatch.setattr(evaluation, "read_records", records)
-    monkeypatch.setattr(evaluation, "score_batches", scored)
+    monkeypatch.setattr(perplexity, "read_records", records)
+    monkeypatch.setattr(perplexity, "score_batches", scored)
     found = hfkit.evaluate(save(tmp_path / "a.txt", "the cat"), model=lms["gpt2"])
     assert found.documents == 3000 and found.tokens == 3000 * 7 and found.loss == 1
     assert max(ahead) < 1500
@@ -243,8 +243,8 @@ def test_the_size_of_a_batch_does_not_matter(lms, tmp_path, monkeypatch):
     path = save(tmp_path / "a.txt", *(text(1 + seed**2 % 217, seed) for seed in range(30)))
     found = hfkit.evaluate(path, model=lms["llama"])
     for tokens, together in ((1, 3), (700, 1)):
-        monkeypatch.setattr(evaluation, "_BATCH", {"cpu": tokens})
-        monkeypatch.setattr(evaluation, "_SORTED", together)
+        monkeypatch.setattr(perplexity, "_BATCH", {"cpu": tokens})
+        monkeypatch.setattr(perplexity, "_SORTED", together)
         other = hfkit.evaluate(path, model=lms["llama"])
         assert other.scores.nll.tolist() == pytest.approx(found.scores.nll.tolist(), rel=1e-5)
         assert other.scores.top1.tolist() == found.scores.top1.tolist()
@@ -384,7 +384,7 @@ def test_bfloat16_is_used_where_it_is_fast_and_moves_the_figure_little(halves, m
 def test_bfloat16_is_not_used_where_it_moves_the_figure(halves, many, monkeypatch):
     halves(True)
     exact = hfkit.evaluate(many, model=ModelOptions(dtype="float32"))
-    monkeypatch.setattr(evaluation, "_CLOSE", 0.0)
+    monkeypatch.setattr(perplexity, "_CLOSE", 0.0)
     found = hfkit.evaluate(many)
     assert found.dtype == "float32" and found.scores.nll.tolist() == exact.scores.nll.tolist()
 

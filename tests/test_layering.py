@@ -18,9 +18,9 @@ HEAVY = {"torch", "transformers", "datasets", "evaluate", "accelerate", "matplot
 LINES = 360
 # Modules that have not moved into a package yet.
 UNSORTED = """
-    adapters assessment checkpoints cli conversation cookbook encoders evaluation failures fitting flags
-    labelling launching machine measuring metrics monitoring optimizers outcomes planning preparation
-    pretraining prompts ranges report runs searching showing studies training tuning writing
+    adapters checkpoints cli conversation cookbook encoders failures fitting flags labelling launching machine
+    measuring monitoring optimizers outcomes planning preparation pretraining prompts ranges report runs
+    searching showing studies training tuning writing
 """.split()
 
 

@@ -15,7 +15,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 
 from hfkit.errors import HfkitError, OptionError
-from hfkit.metrics import METRICS, Bleu, Classification, Rouge, Squad, load_metric, normalize, token_f1
+from hfkit.evaluation.metrics import METRICS, Bleu, Classification, Rouge, Squad, load_metric, normalize, token_f1
 
 SEEDS = range(8)
 WORDS = [
@@ -296,7 +296,7 @@ def test_every_name_leads_to_a_metric_that_has_the_figure():
 def test_an_unknown_name_is_told_before_a_model_is_looked_for(tmp_path, capfdbinary, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    monkeypatch.setattr("hfkit.evaluation.loaded", None)
+    monkeypatch.setattr("hfkit.evaluation.perplexity.loaded", None)
     started = time.monotonic()
     result = call(capfdbinary, "evaluate", tmp_path / "rows.jsonl", "--metric", "blue")
     assert_fails(result, 2, "no metric 'blue' here", "bleu", "none from the Hub")
@@ -304,7 +304,7 @@ def test_an_unknown_name_is_told_before_a_model_is_looked_for(tmp_path, capfdbin
 
 
 def test_a_package_that_is_missing_is_told_with_the_line_that_installs_it(monkeypatch):
-    monkeypatch.setattr("hfkit.metrics.find_spec", lambda name: None)
+    monkeypatch.setattr("hfkit.evaluation.metrics.find_spec", lambda name: None)
     for name in ("bleu", "rouge1"):
         with pytest.raises(HfkitError, match=r"pip install 'hfkit\[metrics\]'"):
             load_metric(name)
@@ -326,7 +326,7 @@ class FromTheHub(evaluate.Metric):
 def test_another_name_is_a_metric_of_the_hub(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr("evaluate.load", lambda name: asked.append(name) or FromTheHub(cache_dir=tmp_path))
-    monkeypatch.setattr("hfkit.metrics.reach_hub", asked.append)
+    monkeypatch.setattr("hfkit.evaluation.metrics.reach_hub", asked.append)
     assert load_metric("owner/characters").compute(predictions=["ab", "c"], references=["", ""]) == {"characters": 3}
     assert asked == ["owner/characters"] * 2
 

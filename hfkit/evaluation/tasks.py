@@ -15,11 +15,11 @@ from hfkit.corpus.formats import Row
 from hfkit.corpus.labelled import classification_rows, question_rows
 from hfkit.corpus.templates import Task, make_task, task_of
 from hfkit.errors import HfkitError
+from hfkit.evaluation.metrics import load_metric
 from hfkit.inference.answering import find_answers
 from hfkit.inference.classification import calibration_error, classify_each, label_names
 from hfkit.inference.generation import generate_each
 from hfkit.inference.likelihood import jsonable
-from hfkit.metrics import load_metric
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel
 from hfkit.options import CorpusOptions, GenerateOptions, TaskOptions

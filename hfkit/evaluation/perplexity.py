@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hfkit.assessment import Assessment, assess, find_task
 from hfkit.console import detail, progress
 from hfkit.corpus.documents import Corpora, Example, Piece, find_corpus, read_records
 from hfkit.corpus.encoding import IGNORED, encode_documents, encode_examples, first_tokens, number_documents
 from hfkit.corpus.sequences import Item, group
 from hfkit.declaration import divide
 from hfkit.errors import HfkitError
+from hfkit.evaluation.metrics import load_metric
+from hfkit.evaluation.tasks import Assessment, assess, find_task
 from hfkit.inference.likelihood import Scores, exp, jsonable, precise_head, ratio_stderr, score_batches
-from hfkit.metrics import load_metric
 from hfkit.models.architecture import computes_faster_in_bfloat16, head_of
 from hfkit.models.loading import LanguageModel, loaded
 from hfkit.models.quantization import bits_of
