@@ -23,7 +23,6 @@ from hfkit import (
     measuring,
     processes,
     prompts,
-    runs,
     searching,
     showing,
     writing,
@@ -48,6 +47,7 @@ from hfkit.options import (
     TuneOptions,
 )
 from hfkit.reporting import pages
+from hfkit.training import run_folder
 
 app = typer.Typer(
     name="hfkit",
@@ -152,7 +152,8 @@ def finetune(
 ) -> None:
     """Go on training a model on a corpus; print the folder of the result."""
 
-    runs.check_request(corpus, train, inputs=[*(data.eval_file or []), *filter(None, [model.model])], dry_run=dry_run)
+    inputs = [*(data.eval_file or []), *filter(None, [model.model])]
+    run_folder.check_request(corpus, train, inputs=inputs, dry_run=dry_run)
     if launching.launch(launch):
         return
     _print_run(hfkit.finetune(corpus, model=model, data=data, train=train, dry_run=dry_run), json)
@@ -172,7 +173,7 @@ def pretrain(
 ) -> None:
     """Train a tokenizer and a GPT-2 from nothing; print the folder of the result."""
 
-    runs.check_request(corpus, train, inputs=data.eval_file or [], dry_run=dry_run)
+    run_folder.check_request(corpus, train, inputs=data.eval_file or [], dry_run=dry_run)
     if launching.launch(launch):
         return
     _print_run(hfkit.pretrain(corpus, size=size, data=data, train=train, device=device, dry_run=dry_run), json)

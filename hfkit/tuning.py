@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hfkit import console, runs
+from hfkit import console
 from hfkit.corpus.documents import Corpora, name_of
 from hfkit.declaration import divide
 from hfkit.errors import DivergedError, HfkitError, OptionError, StoppedError
@@ -24,7 +24,9 @@ from hfkit.ranges import read_space
 from hfkit.reporting.pictures import draw_trials
 from hfkit.storage import lock, make_writable, owned, write_bytes, write_text
 from hfkit.studies import BEST, BEST_RUN, PICTURE, RESULT, best_of, claim, finished, next_trial, open_study, work
-from hfkit.training import Run, finetune
+from hfkit.training import run_folder
+from hfkit.training.finetuning import finetune
+from hfkit.training.runs import Run
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,10 @@ def tune(
     model = replace(model, model=source.name)  # whatever the default will be when it goes on
     folder = Path(train.output_dir or Path("runs") / f"{name_of(corpus)}-tune")
     make_writable(folder)
-    inputs = [*runs.sources_of(corpus), *runs.sources_of(data.eval_file or []), source.folder]
-    runs.check_not_input(folder, [*inputs, source.adapter or source.folder])
+    inputs = [*run_folder.sources_of(corpus), *run_folder.sources_of(data.eval_file or []), source.folder]
+    run_folder.check_not_input(folder, [*inputs, source.adapter or source.folder])
     with lock(folder, wait=True):
-        asked = runs.describe(corpus, model, data, replace(train, output_dir=None, overwrite=False))
+        asked = run_folder.make_recipe(corpus, model, data, replace(train, output_dir=None, overwrite=False))
         wanted = {"space": {name: list(values) for name, values in space.items()}, "recipe": asked}
         claim(folder, wanted, overwrite=train.overwrite)
         study = open_study(folder, prune=options.prune)
@@ -141,7 +143,7 @@ class _Watch(TrainerCallback):
             raise optuna.TrialPruned
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        facts = json.loads((self.folder / runs.FACTS).read_text("utf-8"))
+        facts = json.loads((self.folder / run_folder.FACTS).read_text("utf-8"))
         if found := facts.get("corpus_sha256"):
             if self.study.user_attrs.get("corpus_sha256", found) != found:
                 raise HfkitError("the corpus is not what it was when the search began: --overwrite begins anew")
@@ -158,7 +160,7 @@ def _run_trial(job: _Job, trial: Any, most: int) -> str:
     import optuna
 
     own = job.folder / trial.user_attrs["folder"]
-    begun = (own / runs.FACTS).is_file()
+    begun = (own / run_folder.FACTS).is_file()
     options = replace(job.train, **trial.params, output_dir=str(own), resume=begun, overwrite=False)
     watch = _Watch(job.study, trial, own)
     quiet, console.state.quiet = console.state.quiet, True
@@ -205,7 +207,7 @@ def _clear(job: _Job) -> None:
                 if name.endswith(".safetensors"):
                     (folder / name).unlink(missing_ok=True)
         if trial["loss"] is None:
-            shutil.rmtree(job.folder / trial["folder"] / runs.CHECKPOINTS, ignore_errors=True)
+            shutil.rmtree(job.folder / trial["folder"] / run_folder.CHECKPOINTS, ignore_errors=True)
 
 
 def _finish(job: _Job, options: TuneOptions) -> Search:
@@ -222,7 +224,7 @@ def _finish(job: _Job, options: TuneOptions) -> Search:
         known |= {"best": best["params"], "loss": best["loss"], "trials": trials, "importances": importances}
         write_text(folder / RESULT, json.dumps(known, indent=1))
         write_bytes(folder / PICTURE, draw_trials(trials, importances))
-        recipe = (folder / best["folder"] / runs.RECIPE).read_text("utf-8").replace(runs.RECIPE, BEST, 1)
+        recipe = (folder / best["folder"] / run_folder.RECIPE).read_text("utf-8").replace(run_folder.RECIPE, BEST, 1)
         write_text(folder / BEST, recipe)
         if options.train_best:
             run = _train_best(job, folder / best["folder"])
@@ -234,7 +236,7 @@ def _train_best(job: _Job, trial: Path) -> Run | None:
     target = job.folder / BEST_RUN
     recipe, begun = (
         json.loads(path.read_text("utf-8"))["recipe"] if path.is_file() else None
-        for path in (trial / runs.FACTS, target / runs.FACTS)
+        for path in (trial / run_folder.FACTS, target / run_folder.FACTS)
     )
     settings = {name: value for name, value in recipe.items() if name in TrainOptions.names()}
     chosen = TrainOptions(**settings, output_dir=str(target), resume=begun == recipe, overwrite=begun != recipe)

@@ -23,9 +23,10 @@ from conftest import assert_fails, call
 from transformers import TrainerCallback
 
 import hfkit
-from hfkit.checkpoints import Saving, Stop, find_fault, find_newest, list_checkpoints, rotate, step_of
 from hfkit.errors import HfkitError, StoppedError
-from hfkit.monitoring import Measuring
+from hfkit.training.callbacks import CheckpointCallback as Saving
+from hfkit.training.callbacks import HeldOutMonitor as Measuring
+from hfkit.training.checkpoints import Stop, find_fault, find_newest, list_checkpoints, rotate, step_of
 
 pytestmark = pytest.mark.usefixtures("brisk")
 SAVES = {**trials.SMALL, "max_steps": 8, "eval_steps": 4, "save_steps": 1, "num_train_epochs": 3}
@@ -218,7 +219,7 @@ def test_stopped_before_it_trains_a_run_leaves_nothing_in_the_way(
         pytest.fail("it went on")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hfkit.training.gather_training_data", tokenize)
+        patch.setattr("hfkit.training.finetuning.gather_training_data", tokenize)
         result = call(capfdbinary, "finetune", corpus, "-m", tiny, "-o", tmp_path / "run")
     assert (result.returncode, result.stdout, result.stderr) == (code, b"", b"")
     assert train(corpus, tiny, tmp_path / "run", max_steps=1)

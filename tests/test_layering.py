@@ -18,9 +18,8 @@ HEAVY = {"torch", "transformers", "datasets", "evaluate", "accelerate", "matplot
 LINES = 360
 # Modules that have not moved into a package yet.
 UNSORTED = """
-    adapters checkpoints cli conversation cookbook encoders failures fitting flags labelling launching machine
-    measuring monitoring optimizers outcomes planning preparation pretraining prompts ranges report runs
-    searching showing studies training tuning writing
+    cli conversation cookbook failures flags labelling launching machine measuring prompts ranges searching
+    showing studies tuning writing
 """.split()
 
 

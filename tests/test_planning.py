@@ -10,10 +10,11 @@ from conftest import call
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 import hfkit
-from hfkit import fitting, planning
 from hfkit.errors import OptionError
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
-from hfkit.planning import make_plan
+from hfkit.training import arguments
+from hfkit.training import plan as plan_module
+from hfkit.training.plan import make_plan
 
 pytestmark = pytest.mark.usefixtures("brisk")
 CPU = torch.device("cpu")
@@ -33,8 +34,8 @@ def machine(monkeypatch):
 
     def make(units=True, compiler=True, speed=1e9):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": units})
-        monkeypatch.setattr(planning.shutil, "which", lambda name: f"/usr/bin/{name}" if compiler else None)
-        monkeypatch.setattr(planning, "_speed", lambda *_: speed)
+        monkeypatch.setattr(plan_module.shutil, "which", lambda name: f"/usr/bin/{name}" if compiler else None)
+        monkeypatch.setattr(plan_module, "_speed", lambda *_: speed)
 
     return make
 
@@ -80,7 +81,7 @@ def test_a_long_run_is_compiled_where_there_is_a_compiler(machine):
 def test_without_a_compiler_a_run_that_asks_for_one_says_so_and_works(
     still, corpus, tmp_path, capfdbinary, monkeypatch
 ):
-    monkeypatch.setattr(planning.shutil, "which", lambda name: None)
+    monkeypatch.setattr(plan_module.shutil, "which", lambda name: None)
     typed = ["--torch-compile", "--max-steps", 1, "--no-bf16"]
     result = call(capfdbinary, "finetune", corpus, "-m", still, "-o", tmp_path / "run", *typed)
     assert result.returncode == 0 and b"not compiled, though asked for: there is no C++ compiler" in result.stderr
@@ -175,7 +176,7 @@ def test_every_option_that_carries_an_upstream_name_exists_upstream_and_gets_the
     assert all(name in config or short in config for name, short in lora.items())
     own = {"lora", "resume", "overwrite", "sample_prompt", "early_stopping_patience", "head", "dropout"}
     assert ours - upstream - set(lora) - own == set()
-    assert set(fitting.OWN) <= ours and not own & upstream
+    assert set(arguments.OWN) <= ours and not own & upstream
 
 
 def test_a_group_of_options_has_no_name_of_another():

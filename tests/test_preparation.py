@@ -181,7 +181,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_anything_is_loaded(r
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hfkit.preparation.load_tokenizer", None)
+    monkeypatch.setattr("hfkit.training.preparation.load_tokenizer", None)
     with pytest.raises(HfkitError, match="cannot write to") as error:
         hfkit.prepare(rows, output_dir=name)
     assert "\n" not in str(error.value)

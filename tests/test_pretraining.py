@@ -21,9 +21,9 @@ from transformers import (
 
 import hfkit
 from hfkit.errors import OptionError, StoppedError
-from hfkit.optimizers import Muon, MuonFactory
 from hfkit.options import DataOptions, SizeOptions
-from hfkit.pretraining import make_config, shape_of, train_tokenizer
+from hfkit.training.arguments import Muon, MuonFactory
+from hfkit.training.pretraining import make_config, shape_of, train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("brisk")
 SHAPE = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32, "vocab_size": 300}
@@ -92,7 +92,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit_and_has_its_tokenizer
     whole = pretrain(corpus, tmp_path / "whole", resid_pdrop=0.1)
     with pytest.raises(StoppedError):
         pretrain(corpus, tmp_path / "run", resid_pdrop=0.1, callbacks=[Stop()])
-    monkeypatch.setattr("hfkit.pretraining.train_tokenizer", lambda *_: pytest.fail("another tokenizer"))
+    monkeypatch.setattr("hfkit.training.pretraining.train_tokenizer", lambda *_: pytest.fail("another tokenizer"))
     for _ in range(2):  # the second time it is finished, and its tokenizer is with the model
         pretrain(corpus, tmp_path / "run", resid_pdrop=0.1, resume=True)
         assert trials.outcome(tmp_path / "run") == trials.outcome(whole.output_dir)

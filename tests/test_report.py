@@ -34,8 +34,8 @@ def runs(brisk, tiny, corpus, tmp_path_factory) -> list[Path]:
     """Two finished runs, at different learning rates."""
     base = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hfkit.training.make_files", make_files)
-        patch.setattr("hfkit.outcomes._TOKENS", 60)
+        patch.setattr("hfkit.training.runs.make_files", make_files)
+        patch.setattr("hfkit.training.runs._TOKENS", 60)
         options = {"model": tiny, "eval_fraction": 0.3, **trials.SMALL}
         for name, rate in (("one", 1e-3), ("two", 3e-3)):
             hfkit.finetune(corpus, output_dir=base / name, **options | {"learning_rate": rate})

@@ -17,12 +17,12 @@ from conftest import assert_fails, call
 from transformers import TrainerCallback
 
 import hfkit
-from hfkit import runs
-from hfkit.checkpoints import commit, find_fault
 from hfkit.errors import HfkitError
 from hfkit.options import DataOptions, ModelOptions, SizeOptions, TrainOptions
 from hfkit.recipes import read_values
 from hfkit.storage import LIST, lock, write_text
+from hfkit.training import run_folder
+from hfkit.training.checkpoints import commit, find_fault
 
 pytestmark = pytest.mark.usefixtures("brisk")
 BEGUN = {**trials.SMALL, "eval_steps": 2}
@@ -213,11 +213,11 @@ def test_a_model_with_another_tokenizer_is_another(tiny, corpus, tmp_path):
 def test_what_was_decided_when_a_run_began_holds_when_it_goes_on(tiny, corpus, tmp_path, monkeypatch):
     """Where the machine has become another one, or a new version decides otherwise."""
     options = {"max_steps": 6, "eval_steps": 2}
-    monkeypatch.setattr("hfkit.planning.has_bfloat16_units", lambda: True)
+    monkeypatch.setattr("hfkit.training.plan.has_bfloat16_units", lambda: True)
     with pytest.raises(RuntimeError, match="power"):
         hfkit.finetune(corpus, model=tiny, output_dir=tmp_path, **options, callbacks=[PowerCut()])
-    monkeypatch.setattr("hfkit.planning.has_bfloat16_units", lambda: False)
-    monkeypatch.setattr("hfkit.planning._learning_rate", lambda *_: 1.0)
+    monkeypatch.setattr("hfkit.training.plan.has_bfloat16_units", lambda: False)
+    monkeypatch.setattr("hfkit.training.plan._learning_rate", lambda *_: 1.0)
     run = hfkit.finetune(corpus, model=tiny, output_dir=tmp_path, **options, resume=True)
     assert run.metrics["precision"] == "bfloat16"
     assert (
@@ -255,8 +255,8 @@ def test_killed_while_it_begins_a_folder_can_be_used_without_ado(tmp_path):
     count = 0
     for _ in trials.killed_at_each(lambda: begin(folder), folder, tmp_path / "backup"):
         count += 1
-        runs.check(folder, resume=False, overwrite=False)
-        assert not runs.is_begun(folder)
+        run_folder.check_free(folder, resume=False, overwrite=False)
+        assert not run_folder.is_begun(folder)
     assert count > 10
     begin(folder)
     assert sorted(path.name for path in folder.iterdir()) == [LIST, "checkpoints", "recipe.yaml", "run.json"]
@@ -266,7 +266,7 @@ def begin(folder: Path) -> None:
     def keep():
         (folder / "checkpoints" / "kept").mkdir()
 
-    runs.begin(folder, "finetune", {"corpus": ["new"], "seed": 1}, {"corpus_sha256": "0"}, keep)
+    run_folder.begin(folder, "finetune", {"corpus": ["new"], "seed": 1}, {"corpus_sha256": "0"}, keep)
 
 
 def test_killed_while_it_overwrites_a_run_the_folder_has_the_old_run_or_none(finished, tmp_path):
@@ -274,10 +274,10 @@ def test_killed_while_it_overwrites_a_run_the_folder_has_the_old_run_or_none(fin
     old, count = trials.outcome(folder), 0
     for _ in trials.killed_at_each(lambda: begin(folder), folder, tmp_path / "backup"):
         count += 1
-        runs.check(folder, resume=False, overwrite=True)
-        if runs.read_metrics(folder):
+        run_folder.check_free(folder, resume=False, overwrite=True)
+        if run_folder.read_metrics(folder):
             assert trials.outcome(folder) == old
-    assert count > 10 and not runs.is_begun(folder)
+    assert count > 10 and not run_folder.is_begun(folder)
 
 
 def test_killed_while_it_finishes_a_run_is_finished_when_it_goes_on(tmp_path):
@@ -289,15 +289,15 @@ def test_killed_while_it_finishes_a_run_is_finished_when_it_goes_on(tmp_path):
     commit(checkpoint)
 
     def finish() -> None:
-        runs.finish(folder, checkpoint, {"README.md": "a card", "loss.png": b"a picture"}, metrics)
+        run_folder.finish(folder, checkpoint, {"README.md": "a card", "loss.png": b"a picture"}, metrics)
 
     ends = []
     for _ in trials.killed_at_each(finish, folder, tmp_path / "backup"):
-        ends.append(bool(runs.read_metrics(folder)))
+        ends.append(bool(run_folder.read_metrics(folder)))
         if not ends[-1]:
             assert find_fault(checkpoint) is None  # so it can be finished again
             finish()
-        runs.clear(folder)
+        run_folder.clear(folder)
         found = {path.name: path.read_text() for path in folder.iterdir()}
         assert json.loads(found.pop("metrics.json")) == metrics
         assert {*json.loads(found.pop(LIST))["files"]} == {*found}
@@ -391,8 +391,8 @@ ODD = [
 def test_what_a_recipe_says_is_what_was_asked_for(tmp_path, text):
     train_options = TrainOptions(sample_prompt=text, run_name=text, lora_target_modules=[text], learning_rate=1e-05)
     data = DataOptions(text_column=text, eval_fraction=0.25)
-    recipe = runs.describe("corpus.txt", ModelOptions(model="gpt2"), data, train_options)
-    runs.begin(tmp_path, "finetune", recipe, {}, lambda: None)
+    recipe = run_folder.make_recipe("corpus.txt", ModelOptions(model="gpt2"), data, train_options)
+    run_folder.begin(tmp_path, "finetune", recipe, {}, lambda: None)
     found = read_values(tmp_path / "recipe.yaml", recipe)
     assert found == recipe == json.loads((tmp_path / "run.json").read_text())["recipe"]
     assert (found["sample_prompt"], found["lora_target_modules"], found["learning_rate"]) == (text, [text], 1e-05)
@@ -402,13 +402,14 @@ def test_a_recipe_means_the_same_in_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     options = ModelOptions(model="model"), DataOptions(eval_file=["held.txt", "hf://name"])
-    recipe = runs.describe(["a.txt", "*.md", "hf://owner/name"], *options, TrainOptions(resume=True, overwrite=True))
+    train_options = TrainOptions(resume=True, overwrite=True)
+    recipe = run_folder.make_recipe(["a.txt", "*.md", "hf://owner/name"], *options, train_options)
     here = str(tmp_path)
     assert recipe["corpus"] == [f"{here}/a.txt", f"{here}/*.md", "hf://owner/name"]
     assert recipe["model"] == f"{here}/model" and recipe["eval_file"] == [f"{here}/held.txt", "hf://name"]
     assert not {"resume", "overwrite", "output_dir"} & set(recipe)
-    assert runs.describe("a", replace(options[0], model="gpt2"))["model"] == "gpt2"
-    assert runs.describe("a", SizeOptions())["size"] == "mini"
+    assert run_folder.make_recipe("a", replace(options[0], model="gpt2"))["model"] == "gpt2"
+    assert run_folder.make_recipe("a", SizeOptions())["size"] == "mini"
 
 
 def test_the_recipe_names_the_model_that_was_the_default(tiny, corpus, tmp_path, monkeypatch):

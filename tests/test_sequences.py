@@ -11,7 +11,6 @@ import torch
 from test_corpora import END, write
 from test_data import CHATML, prepare, talk, whole
 
-from hfkit import pretraining
 from hfkit.corpus import sequences
 from hfkit.corpus.documents import find_corpus
 from hfkit.corpus.encoding import CHAT_TEMPLATE, IGNORED, encode_examples
@@ -22,6 +21,7 @@ from hfkit.errors import HfkitError
 from hfkit.models.loading import load_tokenizer
 from hfkit.models.sources import find_model as find
 from hfkit.options import DataOptions, ModelOptions, SizeOptions
+from hfkit.training import pretraining
 
 
 def make_rows(sizes) -> datasets.Dataset:

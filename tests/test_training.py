@@ -17,9 +17,9 @@ from conftest import assert_fails, call
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, Trainer, TrainerCallback
 
 import hfkit
-from hfkit.checkpoints import find_fault
 from hfkit.errors import HfkitError, OptionError
 from hfkit.reporting.pages import make_files
+from hfkit.training.checkpoints import find_fault
 
 pytestmark = pytest.mark.usefixtures("brisk")
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
@@ -186,7 +186,7 @@ def test_a_run_leaves_a_model_that_anybody_loads_and_a_recipe_for_the_same(
     tiny, tiny_llama, corpus, answers, talks, tmp_path, capfdbinary, monkeypatch, kind
 ):
     if kind == "full":
-        monkeypatch.setattr("hfkit.training.make_files", make_files)
+        monkeypatch.setattr("hfkit.training.runs.make_files", make_files)
     base = tiny_llama if kind == "llama" else tiny
     source, folder = {"answers": answers, "talks": talks}.get(kind, corpus), tmp_path / "run"
     if kind == "prepared":
@@ -399,7 +399,7 @@ def test_a_compiled_run_learns_the_same_and_the_next_one_is_not_compiled(still, 
 FAULTS = """
 import resource, torch
 from types import SimpleNamespace
-from hfkit import fitting
+from hfkit.training import arguments
 
 def faults(steps):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -407,7 +407,7 @@ def faults(steps):
         torch.ones(64 * 2**20)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-with fitting._freed_memory_kept(SimpleNamespace(device=torch.device("cpu"))):
+with arguments.freed_memory_kept(SimpleNamespace(device=torch.device("cpu"))):
     faults(10)  # the heap takes some steps to settle
     print(faults(10))
 print(faults(10))

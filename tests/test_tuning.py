@@ -17,10 +17,10 @@ from conftest import assert_fails, call
 import hfkit
 from hfkit import console, storage, studies, tuning
 from hfkit.errors import HfkitError, OptionError, StoppedError
-from hfkit.monitoring import Measuring
 from hfkit.options import TrainOptions
 from hfkit.ranges import read_space
 from hfkit.storage import lock
+from hfkit.training.callbacks import HeldOutMonitor as Measuring
 
 pytestmark = pytest.mark.usefixtures("brisk")
 SMALL = {**trials.SMALL, "max_steps": 4, "eval_steps": 2, "learning_rate": None}

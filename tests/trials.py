@@ -64,10 +64,10 @@ def make_brisk(set_attribute: Callable[[str, Any], Any]) -> None:
     """Take from a small run what takes most of its time: the picture, the guess of the speed, long samples, and
     collections of garbage that look at all of torch.
     """
-    set_attribute("hfkit.training.make_files", lambda *_: {})
-    set_attribute("hfkit.planning._speed", lambda *_: 1e9)
-    set_attribute("hfkit.monitoring._SAMPLE", 6)
-    set_attribute("hfkit.outcomes._TOKENS", 2)
+    set_attribute("hfkit.training.runs.make_files", lambda *_: {})
+    set_attribute("hfkit.training.plan._speed", lambda *_: 1e9)
+    set_attribute("hfkit.training.callbacks._SAMPLE", 6)
+    set_attribute("hfkit.training.runs._TOKENS", 2)
     gc.collect()
     gc.freeze()
 

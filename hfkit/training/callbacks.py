@@ -2,23 +2,28 @@
 
 import contextlib
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from hfkit import console, processes
-from hfkit.checkpoints import Stop
 from hfkit.corpus.sequences import Collator, HeadCollator, group
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, first_line
 from hfkit.inference.generation import generate
 from hfkit.inference.likelihood import Scores, ratio_stderr, score_batches, score_items, shift
 from hfkit.models.loading import LanguageModel
-from hfkit.planning import Plan
+from hfkit.options import TrainOptions
+from hfkit.storage import check_space, folder_size
+from hfkit.training.checkpoints import Stop, commit, diverged, list_checkpoints, rotate
+from hfkit.training.plan import Plan
 
 _TOKENS = 4096  # that are scored at a time
 _SAMPLE = 40  # tokens
@@ -41,7 +46,7 @@ def is_stale(history: list[dict[str, Any]], patience: int | None) -> bool:
     return bool(patience and steps and len(steps) - 1 - steps.index(best_step(history)) >= patience)  # type: ignore[arg-type]
 
 
-class Measuring:
+class HeldOutMonitor:
     """Score the held-out part and continue a fixed prompt; the random numbers of the training stay as they are."""
 
     def __init__(
@@ -166,10 +171,10 @@ def autocast(plan: Plan) -> Any:
     return torch.autocast(plan.device.type, getattr(torch, plan.precision))
 
 
-class Progress(TrainerCallback):
+class ProgressCallback(TrainerCallback):
     """A bar with loss, speed and time left; on a terminal only."""
 
-    def __init__(self, plan: Plan, measuring: Measuring) -> None:
+    def __init__(self, plan: Plan, measuring: HeldOutMonitor) -> None:
         self._plan, self._bar, self._loss, self._measuring = plan, None, math.nan, measuring
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -197,3 +202,80 @@ class Progress(TrainerCallback):
         """Leave the bar as it stands, however the training ended."""
         if self._bar is not None:
             self._bar.close()
+
+
+class CheckpointCallback(TrainerCallback):
+    """Checkpoint and measure at the steps that are due.
+
+    A checkpoint is safe before its step is measured, and a run that was interrupted in between measures first. The
+    last step alone is measured before it is saved, so that the last checkpoint has all scores.
+    """
+
+    def __init__(self, folder: Path, measuring: Any, options: TrainOptions, stop: Stop) -> None:
+        """measuring: has `measure(state, control)`, `has_measured(state)` and `best(state)`."""
+        self.folder, self.measuring, self.options, self.stop = folder, measuring, options, stop
+        self.started = False  # Trainer has taken its options
+        self._begun: Path | None = None  # the checkpoint that is being written
+
+    def _is_due(self, state: Any) -> bool:
+        return state.global_step % self.options.eval_steps == 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = True
+        if self._is_due(state):
+            self._measure(state, control)
+
+    def _measure(self, state: Any, control: Any) -> None:
+        """Measure, or leave the run if asked to stop meanwhile: where it is resumed it measures first."""
+        self.measuring.measure(state, control)
+        if not self.measuring.has_measured(state):
+            raise KeyboardInterrupt
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        # Here and at no other point of a step is what Trainer saves exact: it goes on to the bit.
+        last = state.global_step == state.max_steps
+        if last:
+            self._measure(state, control)
+            control.should_log = True  # which what was measured, when it was logged, took back
+        asked = self.stop.asked()
+        extra = self.options.save_steps and state.global_step % self.options.save_steps == 0
+        control.should_training_stop |= asked
+        control.should_save = bool(last or asked or extra or self._is_due(state))
+        if not control.should_save:
+            return
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # A sum is one pass over the memory, and is no number where a term is none.
+        if not all(parameter.detach().sum().isfinite() for parameter in trained):
+            raise diverged("the weights are no numbers", state.global_step, args.learning_rate)
+        self._begun = self.folder / f"checkpoint-{state.global_step}"
+        if processes.rank == 0:
+            earlier = next(iter(list_checkpoints(self.folder)), None)
+            size = folder_size(earlier) if earlier else sum(4 * parameter.numel() for parameter in trained)
+            check_space(self.folder, int(1.1 * size))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        processes.gather([])  # Trainer does not wait for what the other processes write
+        if processes.rank == 0:
+            commit(self.folder / f"checkpoint-{state.global_step}")
+        self._begun = None
+        if processes.rank == 0:
+            rotate(self.folder, self.options.save_total_limit, self.measuring.best(state))
+        processes.gather([])
+        if self._is_due(state):
+            self._measure(state, control)
+
+    @contextlib.contextmanager
+    def one_error(self) -> Iterator[None]:
+        """What a full or broken disk makes of a save, an error of another kind in each library, is one line."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError, HfkitError) as error:
+            if not self._begun:
+                raise
+            shutil.rmtree(self._begun, ignore_errors=True)  # it would fill the disk for nothing
+            if isinstance(error, HfkitError):
+                raise
+            free = shutil.disk_usage(self.folder).free
+            raise HfkitError(
+                f"cannot save ({self._begun}): {first_line(error)}, {free:,} bytes are free: mend that, then --resume"
+            ) from error

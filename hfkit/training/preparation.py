@@ -12,9 +12,8 @@ from hfkit.models.architecture import choose_device
 from hfkit.models.loading import load_config, load_tokenizer
 from hfkit.models.sources import count_parameters, find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
-from hfkit.planning import Plan, block_size_for, make_plan
-from hfkit.report import plan_lines
 from hfkit.storage import check_owned, make_writable
+from hfkit.training.plan import Plan, block_size_for, make_plan, plan_lines
 
 
 @dataclass(frozen=True)

@@ -2,37 +2,40 @@
 
 import functools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Tokenizer,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     TrainerCallback,
 )
 
-from hfkit import console, processes, runs
+from hfkit import console, processes
 from hfkit.corpus.documents import END, Corpora, Corpus, Piece, find_corpus, read_records
 from hfkit.corpus.encoding import number_documents
-from hfkit.corpus.labelled import gather_labelled_data
+from hfkit.corpus.labelled import classification_rows, gather_labelled_data, question_rows
 from hfkit.corpus.sequences import gather_training_data, hold_out
 from hfkit.declaration import divide, set_fields
-from hfkit.encoders import make_bert, new_model, row_texts, train_wordpiece
 from hfkit.errors import HfkitError, OptionError
-from hfkit.fitting import Job
 from hfkit.models.architecture import choose_device
 from hfkit.options import DataOptions, ModelOptions, SizeOptions, TrainOptions
-from hfkit.planning import make_plan
-from hfkit.report import describe_plan
-from hfkit.training import Run, make_ready, reserve, run
+from hfkit.training import run_folder
+from hfkit.training.finetuning import make_ready
+from hfkit.training.plan import Job, describe_plan, make_plan
+from hfkit.training.runs import Run, execute, reserve
 
 # n_layer, n_embd, n_head, n_positions, vocab_size
 _SIZES = {
@@ -43,7 +46,7 @@ _SIZES = {
     "large": (36, 1280, 20, 1024, 50257),
     "xl": (48, 1600, 25, 1024, 50257),
 }
-_TOKENIZER = f"{runs.CHECKPOINTS}/tokenizer"  # for a run that is resumed
+_TOKENIZER = f"{run_folder.CHECKPOINTS}/tokenizer"  # for a run that is resumed
 
 
 def pretrain(
@@ -74,9 +77,9 @@ def pretrain(
         raise OptionError("a new model is trained whole and from files: leave --lora and --streaming out")
     if (size.architecture == "bert") != bool(train.head):
         raise OptionError("a new BERT is trained with a --head, and a new GPT-2 without: say --architecture bert")
-    inputs = [source for sources in (corpus, data.eval_file) for source in runs.sources_of(sources or [])]
+    inputs = [source for sources in (corpus, data.eval_file) for source in run_folder.sources_of(sources or [])]
     with reserve(corpus, train, dry_run, inputs) as (folder, train):
-        resumed = train.resume and not train.overwrite and runs.is_begun(folder)
+        resumed = train.resume and not train.overwrite and run_folder.is_begun(folder)
         tokenizer = _load_tokenizer(folder) if resumed else _train_tokenizer_once(corpus, size, data, train)
         shape = shape_of(size)
         block_size = min(data.block_size or shape["n_positions"], shape["n_positions"])
@@ -106,11 +109,11 @@ def pretrain(
 
         job = Job(
             "pretrain", "a new BERT" if train.head else "a new GPT-2", corpus, folder,
-            runs.describe(corpus, size, data, plan.options) | {"device": device},
+            run_folder.make_recipe(corpus, size, data, plan.options) | {"device": device},
             material.fingerprint | {"processes": processes.count}, tokenizer, new, material, plan, block_size, data,
             callbacks,
         )  # fmt: skip
-        return run(job, keep=lambda: tokenizer.save_pretrained(folder / _TOKENIZER))
+        return execute(job, keep=lambda: tokenizer.save_pretrained(folder / _TOKENIZER))
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -192,3 +195,52 @@ def make_config(shape: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> GP
     """GPT-2's configuration of these sizes."""
     end = tokenizer.eos_token_id
     return GPT2Config(**shape, vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end)
+
+
+_SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
+            "mask_token": "[MASK]"}  # fmt: skip
+
+
+def row_texts(corpus: Corpora, data: DataOptions, head: str) -> Iterable[str]:
+    """All texts of the rows that a head is trained on."""
+    if head == "classification":
+        return [text for text, _ in classification_rows(corpus, data)]
+    return [text for row in question_rows(corpus, data) for text in (row.question, row.context)]
+
+
+def train_wordpiece(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
+    """A lower-casing WordPiece tokenizer as BERT has it: [CLS] text [SEP], or [CLS] question [SEP] text [SEP]."""
+    backend = Tokenizer(models.WordPiece(unk_token=_SPECIAL["unk_token"]))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary, special_tokens=list(_SPECIAL.values()), show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    begin, end = _SPECIAL["cls_token"], _SPECIAL["sep_token"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A {end}",
+        pair=f"{begin} $A {end} $B:1 {end}:1",
+        special_tokens=[(begin, backend.token_to_id(begin)), (end, backend.token_to_id(end))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **_SPECIAL
+    )
+
+
+def make_bert(shape: dict[str, Any], tokenizer: PreTrainedTokenizerBase, labels: Iterable[str]) -> BertConfig:
+    """BERT's configuration of the sizes that GPT-2 calls n_layer, n_embd, n_head and n_positions."""
+    names = dict(enumerate(labels))
+    return BertConfig(
+        vocab_size=len(tokenizer), num_hidden_layers=shape["n_layer"], hidden_size=shape["n_embd"],
+        num_attention_heads=shape["n_head"], intermediate_size=4 * shape["n_embd"],
+        max_position_embeddings=shape["n_positions"], hidden_dropout_prob=shape["resid_pdrop"],
+        attention_probs_dropout_prob=shape["attn_pdrop"], pad_token_id=tokenizer.pad_token_id,
+        **({"id2label": names, "label2id": {label: index for index, label in names.items()}} if names else {}),
+    )  # fmt: skip
+
+
+def new_model(config: BertConfig, head: str) -> Any:
+    kind = AutoModelForSequenceClassification if head == "classification" else AutoModelForQuestionAnswering
+    return kind.from_config(config)

@@ -55,7 +55,7 @@ def check_request(corpus: Sequence[str], train: TrainOptions, *, inputs: Sequenc
         find_corpus(corpus)
     if not dry_run:
         folder = folder_for(corpus, train)
-        check(folder, resume=train.resume, overwrite=train.overwrite, inputs=[*corpus, *inputs])
+        check_free(folder, resume=train.resume, overwrite=train.overwrite, inputs=[*corpus, *inputs])
         with lock(folder):
             pass
 
@@ -64,7 +64,7 @@ def folder_for(corpus: Corpora, train: TrainOptions) -> Path:
     return Path(train.output_dir or Path("runs") / name_of(corpus))
 
 
-def check(folder: Path, *, resume: bool, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
+def check_free(folder: Path, *, resume: bool, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
     """See that a run may begin, or go on, in `folder`; before anything heavy is done.
 
     inputs: what the run reads, a corpus or a model; overwriting the folder must not delete it.
@@ -108,12 +108,12 @@ def settle(folder: Path, train: TrainOptions) -> TrainOptions:
     """What is open in the options of a run to be resumed was decided when it began."""
     if not (train.resume and is_begun(folder)) or train.overwrite:
         return train
-    decided = _read(folder / FACTS).get("recipe", {})
+    decided = _read_json(folder / FACTS).get("recipe", {})
     left_open = [f.name for f in fields(train) if getattr(train, f.name) is None]
     return replace(train, **{name: decided[name] for name in left_open if name in decided})
 
 
-def describe(corpus: Corpora, *groups: Any) -> dict[str, Any]:
+def make_recipe(corpus: Corpora, *groups: Any) -> dict[str, Any]:
     """A recipe: the corpus and every option that has a value, by name; it means the same in any folder."""
     recipe: dict[str, Any] = {"corpus": _corpora(corpus)}
     for group in groups:
@@ -158,9 +158,9 @@ def begin(folder: Path, command: str, recipe: dict[str, Any], facts: dict[str, A
     make_durable(folder / CHECKPOINTS)
 
 
-def compare(folder: Path, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
+def check_same_settings(folder: Path, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
     """HfkitError if the run in `folder` was begun with something else."""
-    begun = _read(folder / FACTS)
+    begun = _read_json(folder / FACTS)
     begun, asked = begun.pop("recipe", {}) | begun, recipe | facts
     names = [name for name in {**asked, **begun} if name not in ("command", "versions")]
     names = [name for name in names if begun.get(name) != asked.get(name)]
@@ -172,7 +172,7 @@ def compare(folder: Path, recipe: dict[str, Any], facts: dict[str, Any]) -> None
         )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -181,7 +181,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def read_metrics(folder: Path) -> dict[str, Any] | None:
     """`metrics.json`; None unless the run is finished."""
-    return _read(folder / METRICS) if (folder / METRICS).is_file() else None
+    return _read_json(folder / METRICS) if (folder / METRICS).is_file() else None
 
 
 def _short(value: Any) -> str:

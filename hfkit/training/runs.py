@@ -3,22 +3,110 @@
 import contextlib
 import json
 import math
-from dataclasses import asdict
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerState
 
-from hfkit import runs
-from hfkit.checkpoints import step_of
-from hfkit.corpus.documents import is_prepared
+from hfkit import console, processes
+from hfkit.corpus.documents import Corpora, is_prepared
 from hfkit.corpus.overlap import MOST, WORDS, index_corpus
 from hfkit.corpus.templates import task_of
-from hfkit.errors import HfkitError
-from hfkit.fitting import Job
+from hfkit.errors import HfkitError, StoppedError
 from hfkit.inference.generation import generate
-from hfkit.monitoring import evaluations
+from hfkit.options import TrainOptions
+from hfkit.reporting.pages import make_files
+from hfkit.storage import lock
+from hfkit.training import run_folder
+from hfkit.training.callbacks import best_step, evaluations
+from hfkit.training.checkpoints import Stop, find_fault, find_newest, list_checkpoints, step_of
+from hfkit.training.loop import fit, is_done
+from hfkit.training.plan import Job
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run."""
+
+    output_dir: str  # a model as transformers saves it
+    metrics: dict[str, Any]  # metrics.json
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of the held-out part, for the model that was kept; None if nothing was held out."""
+        return self.metrics.get("perplexity")
+
+
+@contextlib.contextmanager
+def reserve(
+    corpus: Corpora, train: TrainOptions, dry_run: bool, inputs: Iterable[str | Path]
+) -> Iterator[tuple[Path, TrainOptions]]:
+    """The run's folder, held for this process, and its options; what a run to be resumed decided is in them.
+
+    inputs: what the run reads, which the folder must not lose.
+    """
+    folder = run_folder.folder_for(corpus, train)
+    with contextlib.ExitStack() as held:
+        if not dry_run and processes.rank == 0:
+            run_folder.check_free(folder, resume=train.resume, overwrite=train.overwrite, inputs=inputs)
+            held.enter_context(lock(folder))
+        processes.gather([])
+        yield folder, run_folder.settle(folder, train)
+
+
+def execute(job: Job, keep: Callable[[], Any] = lambda: None) -> Run:
+    """Train as `job` says, from its newest checkpoint if there is one, and leave the best state in its folder.
+
+    keep: puts into a new run's folder what a resumed one will need.
+    """
+    if processes.rank == 0:
+        if run_folder.is_begun(job.folder) and not job.plan.options.overwrite:
+            run_folder.check_same_settings(job.folder, job.recipe, job.facts)
+        else:
+            run_folder.begin(job.folder, job.command, job.recipe, job.facts, keep)
+    processes.gather([])
+    if metrics := run_folder.read_metrics(job.folder):
+        console.note(f"{job.folder} is finished: there is nothing to resume")
+        run_folder.clear(job.folder)
+        return Run(str(job.folder), metrics)
+    with Stop() as stop:
+        state = fit(job, stop)
+        stopped = state is None or (stop.asked() and not is_done(state, job.plan))
+    if stopped:
+        newest = find_newest(job.folder / run_folder.CHECKPOINTS) if processes.rank == 0 else None
+        saved = f"step {step_of(newest)} of {job.plan.steps} is saved" if newest else "nothing was saved yet"
+        raise StoppedError(
+            f"stopped as asked: {saved} ({job.folder}), --resume goes on", stop.signal or signal.SIGTERM
+        )
+    return _leave(job, state)
+
+
+def _leave(job: Job, state: TrainerState) -> Run:
+    """The best state as a model, its scores and its card, in the run's folder."""
+    best = best_step(state.log_history) if job.plan.options.load_best_model_at_end else None
+    metrics = None
+    if processes.rank == 0:
+        kept = _find_kept(job.folder / run_folder.CHECKPOINTS, best)
+        metrics = make_metrics(job, state, kept)
+        run_folder.finish(job.folder, kept, make_files(metrics), metrics)
+    return Run(str(job.folder), processes.gather([metrics])[0])
+
+
+def _find_kept(folder: Path, best: int | None) -> Path:
+    """The checkpoint of step `best`, or else the newest, that is whole."""
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        raise HfkitError("a callback stopped the training before anything was saved: lower --save-steps")
+    for checkpoint in sorted(checkpoints, key=lambda path: step_of(path) != best):
+        if not (fault := find_fault(checkpoint)):
+            return checkpoint
+        console.note(f"{checkpoint} is left out: {fault}")
+    raise HfkitError(f"no checkpoint is whole ({folder}): --overwrite begins anew")
+
 
 _SAMPLES, _TOKENS = 4, 80
 
@@ -26,7 +114,7 @@ _SAMPLES, _TOKENS = 4, 80
 def make_metrics(job: Job, state: TrainerState, kept: Path) -> dict[str, Any]:
     """All that is known of a finished run whose checkpoint `kept` is its result."""
     plan, history = job.plan, [_jsonable(entry) for entry in state.log_history]
-    facts = json.loads((job.folder / runs.FACTS).read_text("utf-8"))
+    facts = json.loads((job.folder / run_folder.FACTS).read_text("utf-8"))
     task = task_of(job.tokenizer)
     seconds = max((entry.get("seconds", 0.0) for entry in history), default=0.0)
     tokens = int(plan.tokens * state.global_step / plan.steps)
@@ -41,7 +129,7 @@ def make_metrics(job: Job, state: TrainerState, kept: Path) -> dict[str, Any]:
         "corpus": job.recipe["corpus"],
         "step": step_of(kept),
         "steps": state.global_step,
-        **scores(history, step_of(kept), job.material.head),
+        **held_out_scores(history, step_of(kept), job.material.head),
         "parameters": plan.parameters,
         "tokens": tokens,
         "seconds": seconds,
@@ -61,7 +149,7 @@ def make_metrics(job: Job, state: TrainerState, kept: Path) -> dict[str, Any]:
     }
 
 
-def scores(history: list[dict[str, Any]], step: int, head: str | None = None) -> dict[str, float | None]:
+def held_out_scores(history: list[dict[str, Any]], step: int, head: str | None = None) -> dict[str, float | None]:
     """Held-out scores at `step` and before the training, and the gain with its error; accuracies for a head."""
     found = {entry["step"]: entry for entry in evaluations(history)}
     before, after = found.get(0, {}), found.get(step, {})

@@ -11,19 +11,14 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from safetensors import SafetensorError
-from transformers import TrainerCallback
-
 from hfkit import processes
 from hfkit.console import note
 from hfkit.errors import DivergedError, HfkitError, first_line
-from hfkit.options import TrainOptions
-from hfkit.storage import check_space, folder_size, make_durable, sync_folder, write_text
+from hfkit.storage import make_durable, sync_folder, write_text
 
 _MANIFEST = "manifest.json"
 _UNFINISHED = "it was not finished"
@@ -147,80 +142,3 @@ class Stop:
     def asked(self) -> bool:
         """Whether any of the processes was asked to stop; all of them must call this together."""
         return processes.any_of(self.signal is not None)
-
-
-class Saving(TrainerCallback):
-    """Checkpoint and measure at the steps that are due.
-
-    A checkpoint is safe before its step is measured, and a run that was interrupted in between measures first. The
-    last step alone is measured before it is saved, so that the last checkpoint has all scores.
-    """
-
-    def __init__(self, folder: Path, measuring: Any, options: TrainOptions, stop: Stop) -> None:
-        """measuring: has `measure(state, control)`, `has_measured(state)` and `best(state)`."""
-        self.folder, self.measuring, self.options, self.stop = folder, measuring, options, stop
-        self.started = False  # Trainer has taken its options
-        self._begun: Path | None = None  # the checkpoint that is being written
-
-    def _is_due(self, state: Any) -> bool:
-        return state.global_step % self.options.eval_steps == 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = True
-        if self._is_due(state):
-            self._measure(state, control)
-
-    def _measure(self, state: Any, control: Any) -> None:
-        """Measure, or leave the run if asked to stop meanwhile: where it is resumed it measures first."""
-        self.measuring.measure(state, control)
-        if not self.measuring.has_measured(state):
-            raise KeyboardInterrupt
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        # Here and at no other point of a step is what Trainer saves exact: it goes on to the bit.
-        last = state.global_step == state.max_steps
-        if last:
-            self._measure(state, control)
-            control.should_log = True  # which what was measured, when it was logged, took back
-        asked = self.stop.asked()
-        extra = self.options.save_steps and state.global_step % self.options.save_steps == 0
-        control.should_training_stop |= asked
-        control.should_save = bool(last or asked or extra or self._is_due(state))
-        if not control.should_save:
-            return
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # A sum is one pass over the memory, and is no number where a term is none.
-        if not all(parameter.detach().sum().isfinite() for parameter in trained):
-            raise diverged("the weights are no numbers", state.global_step, args.learning_rate)
-        self._begun = self.folder / f"checkpoint-{state.global_step}"
-        if processes.rank == 0:
-            earlier = next(iter(list_checkpoints(self.folder)), None)
-            size = folder_size(earlier) if earlier else sum(4 * parameter.numel() for parameter in trained)
-            check_space(self.folder, int(1.1 * size))
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        processes.gather([])  # Trainer does not wait for what the other processes write
-        if processes.rank == 0:
-            commit(self.folder / f"checkpoint-{state.global_step}")
-        self._begun = None
-        if processes.rank == 0:
-            rotate(self.folder, self.options.save_total_limit, self.measuring.best(state))
-        processes.gather([])
-        if self._is_due(state):
-            self._measure(state, control)
-
-    @contextlib.contextmanager
-    def one_error(self) -> Iterator[None]:
-        """What a full or broken disk makes of a save, an error of another kind in each library, is one line."""
-        try:
-            yield
-        except (OSError, RuntimeError, SafetensorError, HfkitError) as error:
-            if not self._begun:
-                raise
-            shutil.rmtree(self._begun, ignore_errors=True)  # it would fill the disk for nothing
-            if isinstance(error, HfkitError):
-                raise
-            free = shutil.disk_usage(self.folder).free
-            raise HfkitError(
-                f"cannot save ({self._begun}): {first_line(error)}, {free:,} bytes are free: mend that, then --resume"
-            ) from error

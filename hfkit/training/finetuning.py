@@ -1,48 +1,26 @@
 """Fine-tuning: from a corpus and a model to a folder with the best state, its scores and its card."""
 
-import contextlib
-import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from hfkit import console, processes, runs
-from hfkit.adapters import add_adapter
-from hfkit.checkpoints import Stop, find_fault, find_newest, list_checkpoints, step_of
+from hfkit import processes
 from hfkit.corpus.documents import Corpora
 from hfkit.corpus.labelled import gather_labelled_data
 from hfkit.corpus.sequences import TrainingData, gather_training_data
 from hfkit.corpus.templates import give_task, make_task
 from hfkit.declaration import divide
-from hfkit.errors import HfkitError, OptionError, StoppedError
-from hfkit.fitting import Job, fit, is_done
+from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.models.architecture import check_head, choose_device, head_of
 from hfkit.models.loading import load_config, load_tokenizer, load_weights, load_with_head
 from hfkit.models.sources import ModelFiles, count_parameters, find_model
-from hfkit.monitoring import best_step
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
-from hfkit.outcomes import make_metrics
-from hfkit.planning import Plan, block_size_for, make_plan
-from hfkit.report import describe_plan
-from hfkit.reporting.pages import make_files
-from hfkit.storage import lock
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished training run."""
-
-    output_dir: str  # a model as transformers saves it
-    metrics: dict[str, Any]  # metrics.json
-
-    @property
-    def perplexity(self) -> float | None:
-        """Of the held-out part, for the model that was kept; None if nothing was held out."""
-        return self.metrics.get("perplexity")
+from hfkit.training import run_folder
+from hfkit.training.plan import Job, Plan, block_size_for, describe_plan, make_plan
+from hfkit.training.runs import Run, execute, reserve
 
 
 def finetune(
@@ -74,11 +52,12 @@ def finetune(
     if not isinstance(model, ModelOptions):
         overrides, model = overrides | ({"model": model} if model else {}), None
     model, data, train = divide(overrides, (ModelOptions, model), (DataOptions, data), (TrainOptions, train))
-    inputs = [source for sources in (corpus, data.eval_file, model.model) for source in runs.sources_of(sources or [])]
+    named = (corpus, data.eval_file, model.model)
+    inputs = [source for sources in named for source in run_folder.sources_of(sources or [])]
     with reserve(corpus, train, dry_run, inputs) as (folder, train):
         source = find_model(model)
         if train.overwrite:
-            runs.check_not_input(folder, [source.folder, source.adapter or source.folder])
+            run_folder.check_not_input(folder, [source.folder, source.adapter or source.folder])
         tokenizer, config = load_tokenizer(source), load_config(source)
         train = _choose_head(source, config, train)
         _check_model(source, config, model, train, data)
@@ -97,30 +76,13 @@ def finetune(
         )  # fmt: skip
         job = Job(
             "finetune", source.name, corpus, folder,
-            runs.describe(corpus, replace(model, model=source.name), data, plan.options),
+            run_folder.make_recipe(corpus, replace(model, model=source.name), data, plan.options),
             material.fingerprint | {"model_bytes": source.size, "processes": processes.count}, tokenizer,
             lambda: make_trainable(source, model, plan, tokenizer, material), material, plan, block_size, data,
             callbacks,
         )  # fmt: skip
         describe_plan(material.report, plan)
-        return None if dry_run else run(job)
-
-
-@contextlib.contextmanager
-def reserve(
-    corpus: Corpora, train: TrainOptions, dry_run: bool, inputs: Iterable[str | Path]
-) -> Iterator[tuple[Path, TrainOptions]]:
-    """The run's folder, held for this process, and its options; what a run to be resumed decided is in them.
-
-    inputs: what the run reads, which the folder must not lose.
-    """
-    folder = runs.folder_for(corpus, train)
-    with contextlib.ExitStack() as held:
-        if not dry_run and processes.rank == 0:
-            runs.check(folder, resume=train.resume, overwrite=train.overwrite, inputs=inputs)
-            held.enter_context(lock(folder))
-        processes.gather([])
-        yield folder, runs.settle(folder, train)
+        return None if dry_run else execute(job)
 
 
 def _choose_head(source: ModelFiles, config: Any, train: TrainOptions) -> TrainOptions:
@@ -182,51 +144,23 @@ def make_ready(model: Any, plan: Plan) -> None:
             module.attn_dropout.p = 0.0
 
 
-def run(job: Job, keep: Callable[[], Any] = lambda: None) -> Run:
-    """Train as `job` says, from its newest checkpoint if there is one, and leave the best state in its folder.
-
-    keep: puts into a new run's folder what a resumed one will need.
-    """
-    if processes.rank == 0:
-        if runs.is_begun(job.folder) and not job.plan.options.overwrite:
-            runs.compare(job.folder, job.recipe, job.facts)
-        else:
-            runs.begin(job.folder, job.command, job.recipe, job.facts, keep)
-    processes.gather([])
-    if metrics := runs.read_metrics(job.folder):
-        console.note(f"{job.folder} is finished: there is nothing to resume")
-        runs.clear(job.folder)
-        return Run(str(job.folder), metrics)
-    with Stop() as stop:
-        state = fit(job, stop)
-        stopped = state is None or (stop.asked() and not is_done(state, job.plan))
-    if stopped:
-        newest = find_newest(job.folder / runs.CHECKPOINTS) if processes.rank == 0 else None
-        saved = f"step {step_of(newest)} of {job.plan.steps} is saved" if newest else "nothing was saved yet"
-        raise StoppedError(
-            f"stopped as asked: {saved} ({job.folder}), --resume goes on", stop.signal or signal.SIGTERM
-        )
-    return _leave(job, state)
-
-
-def _leave(job: Job, state: TrainerState) -> Run:
-    """The best state as a model, its scores and its card, in the run's folder."""
-    best = best_step(state.log_history) if job.plan.options.load_best_model_at_end else None
-    metrics = None
-    if processes.rank == 0:
-        kept = _find_kept(job.folder / runs.CHECKPOINTS, best)
-        metrics = make_metrics(job, state, kept)
-        runs.finish(job.folder, kept, make_files(metrics), metrics)
-    return Run(str(job.folder), processes.gather([metrics])[0])
-
-
-def _find_kept(folder: Path, best: int | None) -> Path:
-    """The checkpoint of step `best`, or else the newest, that is whole."""
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        raise HfkitError("a callback stopped the training before anything was saved: lower --save-steps")
-    for checkpoint in sorted(checkpoints, key=lambda path: step_of(path) != best):
-        if not (fault := find_fault(checkpoint)):
-            return checkpoint
-        console.note(f"{checkpoint} is left out: {fault}")
-    raise HfkitError(f"no checkpoint is whole ({folder}): --overwrite begins anew")
+def add_adapter(model: Any, source: ModelFiles, revision: str | None, options: TrainOptions) -> Any:
+    """`model` with a new adapter around it, the only part that is trained."""
+    try:
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    except ImportError as error:
+        raise HfkitError("--lora needs peft: pip install 'hfkit[lora]'") from error
+    # What peft and transformers find the base by, from anywhere.
+    hub = not source.folder.is_dir() or source.folder.parent.name == "snapshots"
+    model.name_or_path = source.name if hub else str(source.folder.resolve())
+    config = LoraConfig(
+        revision=revision, r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout,
+        target_modules=options.lora_target_modules or "all-linear", task_type="CAUSAL_LM",
+        fan_in_fan_out=model.config.model_type == "gpt2",  # its Conv1D keeps (in, out)
+    )  # fmt: skip
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise OptionError(f"--lora-target-modules: {first_line(error)}") from error

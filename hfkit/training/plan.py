@@ -4,15 +4,22 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from hfkit.console import note
+from hfkit import console, processes
+from hfkit.console import duration, note
+from hfkit.corpus.cache import Report, corpus_lines
+from hfkit.corpus.documents import Corpora
+from hfkit.corpus.sequences import TrainingData
 from hfkit.errors import OptionError
 from hfkit.models.architecture import context_length, has_bfloat16_units
-from hfkit.options import TrainOptions
+from hfkit.options import DataOptions, TrainOptions
 
 _COMPILE_SECONDS = {"cpu": 600, "cuda": 300}  # estimated length of a run from which compiling pays
 _UTILIZATION = {"cpu": 0.35, "cuda": 0.35}  # of what matrix products of the model's size reach
@@ -179,3 +186,46 @@ def _memory(config: Any, parameters: int, tokens: float, options: TrainOptions) 
     state = parameters * (4 if options.lora else 16)
     kept = layers * width * (8 if options.activation_checkpointing else 40) * tokens
     return int(state + kept + 10 * tokens * getattr(config, "vocab_size", 50257))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained, whichever command asks for it."""
+
+    command: str
+    name: str  # of the model it begins with
+    corpus: Corpora
+    folder: Path
+    recipe: dict[str, Any]
+    facts: dict[str, Any]  # that a resumed run must share
+    tokenizer: PreTrainedTokenizerBase
+    make_model: Callable[[], Any]  # anew, in float32
+    material: TrainingData
+    plan: Plan
+    block_size: int
+    data: DataOptions
+    callbacks: Sequence[TrainerCallback] = ()
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """What a training will be and cost, a line each."""
+    options = plan.options
+    batch = f"{options.per_device_train_batch_size}"
+    if options.gradient_accumulation_steps > 1:
+        batch += f" × {options.gradient_accumulation_steps}"
+    return [
+        f"{plan.parameters:,} parameters, {plan.steps:,} steps of {batch} sequences, {plan.tokens:,} tokens, "
+        f"{options.optim} at {options.learning_rate:g}",
+        f"about {duration(plan.seconds)} and {plan.memory / 1e9:.1f} GB on this {plan.device.type}, "
+        f"in {plan.precision}{', compiled' if plan.compile else ''}",
+    ]
+
+
+def describe_plan(report: Report | None, plan: Plan) -> None:
+    """Say on stderr what is about to be trained."""
+    if processes.rank:
+        return
+    for line in (corpus_lines(report) if report else []) + plan_lines(plan):
+        console.note(line)
+    for line in plan.why:
+        console.detail(line)

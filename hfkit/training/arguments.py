@@ -1,0 +1,158 @@
+"""Muon for the matrices of a transformer, AdamW for everything else, as one optimizer for Trainer."""
+
+import contextlib
+import ctypes
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from hfkit import processes
+from hfkit.declaration import set_fields
+from hfkit.errors import OptionError
+from hfkit.options import TrainOptions
+from hfkit.training import run_folder
+from hfkit.training.plan import Job, Plan
+
+# Options of ours that mean something else to Trainer, or that it gets in another form.
+OWN = ("output_dir", "resume", "overwrite", "num_train_epochs", "max_steps", "optim", "eval_steps", "save_steps",
+        "save_total_limit", "bf16", "fp16", "torch_compile", "load_best_model_at_end", "lr_scheduler_kwargs",
+        "fsdp_config", "head", "dropout")  # fmt: skip
+
+
+@contextlib.contextmanager
+def freed_memory_kept(plan: Plan) -> Iterator[None]:
+    """On a CPU, keep what a step frees for the next step.
+
+    The C library would give large blocks back to the system at once and get them anew, page by page; on a virtual
+    machine that is a third of a step. Its other settings, and libraries without mallopt(3), are left alone.
+    """
+    libc = ctypes.CDLL(None) if plan.device.type == "cpu" and os.name == "posix" else None
+    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+        yield
+        return
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    libc.mallopt(trim_threshold, 2**31 - 1)
+    libc.mallopt(mmap_max, 0)
+    try:
+        yield
+    finally:
+        libc.mallopt(trim_threshold, 128 * 1024)  # as glibc begins
+        libc.mallopt(mmap_max, 65536)
+        libc.malloc_trim(0)
+
+
+@contextlib.contextmanager
+def own_environment(job: Job) -> Iterator[None]:
+    """Variables that TrainingArguments sets for accelerate, and ours, are not for the next trainer of this process."""
+    before = dict(os.environ)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # peft would ask for the base model at each save
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(job.folder / "tensorboard"))  # not into the checkpoints
+    try:
+        yield
+    finally:
+        for name in {*os.environ, *before}:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
+
+
+def training_arguments(job: Job, rows: int, accumulation: int) -> TrainingArguments:
+    plan, options = job.plan, job.plan.options
+    shared = {f.name for f in fields(TrainingArguments)} - set(OWN)
+    given = {name: value for name, value in set_fields(options).items() if name in shared}
+    if options.optim != "muon":
+        given["optim"] = options.optim
+    if options.lr_scheduler_kwargs:
+        try:
+            given["lr_scheduler_kwargs"] = json.loads(options.lr_scheduler_kwargs)
+        except ValueError as error:
+            raise OptionError(f"--lr-scheduler-kwargs is no JSON: {error}") from error
+    if options.fsdp_config:
+        given |= {"fsdp": True, "fsdp_config": options.fsdp_config}
+    if processes.count > 1:
+        given["ddp_find_unused_parameters"] = False
+    own = {
+        "output_dir": str(job.folder / run_folder.CHECKPOINTS),
+        "max_steps": plan.steps,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": accumulation,
+        "report_to": options.report_to or "none",
+        "use_cpu": plan.device.type == "cpu",
+        "torch_compile": plan.compile,
+        "dataloader_pin_memory": plan.device.type == "cuda",
+        "remove_unused_columns": False,
+        "label_names": ["start_positions", "end_positions"]
+        if job.material.head == "question-answering"
+        else ["labels"],
+        "disable_tqdm": True,
+        # When to save and to measure is for `Saving` to say; what a NaN means, for `_Trainer`.
+        "save_strategy": "no",
+        "logging_nan_inf_filter": False,
+    }
+    if plan.device.type == "cuda" and processes.count == 1 and plan.device.index:
+        number = plan.device.index
+        raise OptionError(f"--device cuda:{number}: Trainer takes the first GPU, so set CUDA_VISIBLE_DEVICES={number}")
+    arguments = TrainingArguments(**{**given, **plan.autocast, **own})
+    if arguments.n_gpu > 1:  # one process drives one GPU; for several there are several processes
+        arguments._n_gpu = 1
+    return arguments
+
+
+def make_optimizer(options: TrainOptions) -> tuple[Any, dict[str, Any]] | None:
+    if options.optim != "muon":
+        return None
+    betas = (options.adam_beta1 or 0.9, options.adam_beta2 or 0.95)
+    adam = {"betas": betas, "eps": options.adam_epsilon or 1e-8}
+    return MuonFactory, {"lr": options.learning_rate, "weight_decay": options.weight_decay, **adam}
+
+
+class Muon(torch.optim.Optimizer):
+    """torch's Muon and AdamW side by side; one learning rate serves both, since Muon's step is scaled to AdamW's."""
+
+    def __init__(self, matrices: Iterable[nn.Parameter], groups: list[dict[str, Any]], **options: Any) -> None:
+        """matrices: (in, out) or (out, in) weights of hidden layers. groups: AdamW's parameter groups."""
+        lr, decay = options["lr"], options["weight_decay"]
+        muon = torch.optim.Muon(list(matrices), lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        self._parts = [muon, torch.optim.AdamW(groups, lr=lr, betas=options["betas"], eps=options["eps"], fused=True)]
+        super().__init__([group for part in self._parts for group in part.param_groups], {"lr": lr})
+        self._share()
+
+    def _share(self) -> None:
+        """A scheduler sets the learning rate in these groups, so they are the parts' own."""
+        self.param_groups = [group for part in self._parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None if closure is None else closure()
+        for part in self._parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for part, own in zip(self._parts, state["parts"], strict=True):
+            part.load_state_dict(own)
+        self._share()
+
+
+class MuonFactory:
+    """What Trainer's `optimizer_cls_and_kwargs` takes for an optimizer that must see the model."""
+
+    def __call__(self, model: nn.Module, **options: Any) -> Muon:
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if head is not None:
+            embeddings.add(id(head.weight))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        matrices = [p for p in trained if p.ndim == 2 and id(p) not in embeddings]
+        others = [p for p in trained if p.ndim != 2 or id(p) in embeddings]
+        return Muon(matrices, [{"params": others, "weight_decay": 0.0}], **options)
