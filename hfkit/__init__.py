@@ -22,7 +22,7 @@ _HOME = {
     "LanguageModel": "models.loading",
     "ModelOptions": "options",
     "Run": "training.runs",
-    "Search": "tuning",
+    "Search": "tuning.search",
     "SizeOptions": "options",
     "TaskOptions": "options",
     "TrainOptions": "options",
@@ -38,7 +38,7 @@ _HOME = {
     "prepare": "training.preparation",
     "pretrain": "training.pretraining",
     "stream": "inference.generation",
-    "tune": "tuning",
+    "tune": "tuning.search",
 }
 __all__ = sorted(_HOME)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from hfkit import console
 from hfkit.corpus.documents import find_corpus, is_prepared
 from hfkit.options import DataOptions, ModelOptions, TrainOptions, TuneOptions
-from hfkit.tuning import Search, tune
+from hfkit.tuning.search import Search, tune
 
 
 def write(

@@ -18,8 +18,8 @@ HEAVY = {"torch", "transformers", "datasets", "evaluate", "accelerate", "matplot
 LINES = 360
 # Modules that have not moved into a package yet.
 UNSORTED = """
-    cli conversation cookbook failures flags labelling launching machine measuring prompts ranges searching
-    showing studies tuning writing
+    cli conversation cookbook failures flags labelling launching machine measuring prompts searching showing
+    writing
 """.split()
 
 

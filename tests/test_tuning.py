@@ -15,12 +15,14 @@ import trials
 from conftest import assert_fails, call
 
 import hfkit
-from hfkit import console, storage, studies, tuning
+from hfkit import console, storage
 from hfkit.errors import HfkitError, OptionError, StoppedError
 from hfkit.options import TrainOptions
-from hfkit.ranges import read_space
 from hfkit.storage import lock
 from hfkit.training.callbacks import HeldOutMonitor as Measuring
+from hfkit.tuning import search as search_module
+from hfkit.tuning import study as study_module
+from hfkit.tuning.study import read_space
 
 pytestmark = pytest.mark.usefixtures("brisk")
 SMALL = {**trials.SMALL, "max_steps": 4, "eval_steps": 2, "learning_rate": None}
@@ -53,7 +55,7 @@ def searched(tiny, corpus, tmp_path_factory):
 @pytest.fixture
 def copied(searched, tmp_path, monkeypatch) -> Path:
     """A finished search to go on with."""
-    monkeypatch.setattr(tuning, "draw_trials", lambda *_: b"a picture")
+    monkeypatch.setattr(search_module, "draw_trials", lambda *_: b"a picture")
     return Path(shutil.copytree(searched.output_dir, tmp_path / "copied"))
 
 
@@ -114,7 +116,7 @@ def test_at_a_shell_it_is_a_table_and_the_recipe(tiny, corpus, tmp_path, capfdbi
 
 def test_a_finished_search_only_says_so_and_one_of_more_trials_goes_on(searched, tiny, corpus, copied, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(tuning, "finetune", lambda *_, **__: pytest.fail("it trains"))
+        patch.setattr(search_module, "finetune", lambda *_, **__: pytest.fail("it trains"))
         again = tune(corpus, tiny, copied, n_trials=5)
         assert tune(corpus, tiny, copied, n_trials=1).trials == again.trials == searched.trials
     more = tune(corpus, tiny, copied, n_trials=6)
@@ -222,13 +224,13 @@ def test_a_trial_that_another_process_finishes_meanwhile_counts_once(tmp_path, m
             study.tell(theirs.number, 0.5)
         return True
 
-    monkeypatch.setattr(studies, "_is_alive", is_alive)
+    monkeypatch.setattr(study_module, "_is_alive", is_alive)
     study, space = optuna.create_study(), {"learning_rate": (1e-4, 1e-2)}
-    theirs, _ = studies.next_trial(study, tmp_path, "theirs", space, 4, 1)
-    ours, busy = studies.next_trial(study, tmp_path, "ours", space, 4, 1)
+    theirs, _ = study_module.next_trial(study, tmp_path, "theirs", space, 4, 1)
+    ours, busy = study_module.next_trial(study, tmp_path, "ours", space, 4, 1)
     study.tell(ours, 0.5)
     finishes = False
-    after, _ = studies.next_trial(study, tmp_path, "ours", space, 4, 1)
+    after, _ = study_module.next_trial(study, tmp_path, "ours", space, 4, 1)
     assert busy == 1 and len({str(trial.params) for trial in (theirs, ours, after)}) == 3
 
 
@@ -239,14 +241,14 @@ def test_a_trial_that_is_given_up_between_two_writes_is_neither_lost_nor_done_tw
     from optuna.trial import Trial
 
     space, expected = {"learning_rate": (1e-4, 1e-2)}, None
-    monkeypatch.setattr(studies, "_is_alive", lambda *_: False)
+    monkeypatch.setattr(study_module, "_is_alive", lambda *_: False)
     for owner, name in (
         (Study, "enqueue_trial"), (Study, "tell"), (Study, "ask"), (Trial, "set_user_attr"), (Trial, "suggest_float"),
         (Study, "get_trials"),
     ):  # fmt: skip
         for after in (False, True):
             study = optuna.create_study()
-            first, _ = studies.next_trial(study, tmp_path, "a", space, 3, 1)
+            first, _ = study_module.next_trial(study, tmp_path, "a", space, 3, 1)
             expected = expected or first.params
             original = getattr(owner, name)
 
@@ -258,11 +260,11 @@ def test_a_trial_that_is_given_up_between_two_writes_is_neither_lost_nor_done_tw
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, die)
                 with pytest.raises(MemoryError):
-                    studies.next_trial(study, tmp_path, "a", space, 3, 1)
-            again, _ = studies.next_trial(study, tmp_path, "b", space, 3, 1)
+                    study_module.next_trial(study, tmp_path, "a", space, 3, 1)
+            again, _ = study_module.next_trial(study, tmp_path, "b", space, 3, 1)
             assert (again.params, again.user_attrs["folder"]) == (expected, "trial-0"), (name, after)
             study.tell(again, 1.0)
-            other, _ = studies.next_trial(study, tmp_path, "b", space, 3, 1)
+            other, _ = study_module.next_trial(study, tmp_path, "b", space, 3, 1)
             assert other.params != expected and other.user_attrs["folder"] != "trial-0", (name, after)
 
 
@@ -277,7 +279,7 @@ def test_killed_when_all_but_its_end_was_done_a_trial_is_compared_with_like_any_
         with pytest.raises(MemoryError):
             tune(corpus, tiny, tmp_path, n_trials=1)
     tune(corpus, tiny, tmp_path, n_trials=1)
-    first, again = studies.open_study(tmp_path, prune=True).get_trials()
+    first, again = study_module.open_study(tmp_path, prune=True).get_trials()
     assert (first.state.name, again.state.name) == ("FAIL", "COMPLETE")
     assert set(again.intermediate_values) == {5} and again.intermediate_values == first.intermediate_values
 
@@ -308,9 +310,9 @@ def instant(monkeypatch):
         study.pruner = optuna.pruners.MedianPruner() if prune else optuna.pruners.NopPruner()
         return study
 
-    monkeypatch.setattr(tuning, "finetune", finetune)
-    monkeypatch.setattr(tuning, "open_study", open_study)
-    monkeypatch.setattr(tuning, "draw_trials", lambda *_: b"a picture")
+    monkeypatch.setattr(search_module, "finetune", finetune)
+    monkeypatch.setattr(search_module, "open_study", open_study)
+    monkeypatch.setattr(search_module, "draw_trials", lambda *_: b"a picture")
 
 
 def test_poor_trials_are_pruned_once_there_is_something_to_compare_with(tiny, corpus, tmp_path, capfd, instant):
@@ -343,7 +345,7 @@ def test_trials_of_unequal_lengths_are_compared_at_the_same_share_of_their_steps
     study = optuna.create_study()
     for steps in (10, 20, 50, 100, 200, 1000):
         trial = study.ask()
-        watch = tuning._Watch(study, trial, tmp_path)
+        watch = search_module._Watch(study, trial, tmp_path)
         state = SimpleNamespace(max_steps=steps, global_step=0)
         for step in range(0, steps + 1, steps // 10):
             state.global_step = step
@@ -363,15 +365,15 @@ def test_no_trial_is_begun_after_the_timeout_and_a_search_goes_on_without(
     tiny, corpus, tmp_path, monkeypatch, instant
 ):
     clock, begun = [0.0], []
-    real = tuning._run_trial
+    real = search_module._run_trial
 
     def run_trial(*arguments):
         begun.append(clock[0])
         clock[0] += 40
         return real(*arguments)
 
-    monkeypatch.setattr(tuning, "_run_trial", run_trial)
-    monkeypatch.setattr(tuning.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(search_module, "_run_trial", run_trial)
+    monkeypatch.setattr(search_module.time, "monotonic", lambda: clock[0])
     assert len(tune(corpus, tiny, tmp_path, n_trials=9, timeout=100).trials) == 3 and begun == [0, 40, 80]
     assert len(tune(corpus, tiny, tmp_path, n_trials=4).trials) == 4
 
@@ -510,7 +512,7 @@ def test_killed_while_it_overwrites_a_folder_never_has_half_of_a_search(tmp_path
     storage.add_owned(folder, ["tuning.json", "study.db", "trial-0"])
     storage.add_owned(folder / "trial-0", ["run.json", "metrics.json"])
     whole, seen = sorted(path.name for path in folder.rglob("*") if not path.name.startswith(".")), set()
-    overwrite = lambda: studies.claim(folder, new, overwrite=True)  # noqa: E731
+    overwrite = lambda: study_module.claim(folder, new, overwrite=True)  # noqa: E731
     for _ in trials.killed_at_each(overwrite, folder, tmp_path / "backup"):
         state = json.loads((folder / "tuning.json").read_text())
         left = sorted(path.name for path in folder.rglob("*") if not path.name.startswith("."))
@@ -518,7 +520,7 @@ def test_killed_while_it_overwrites_a_folder_never_has_half_of_a_search(tmp_path
         for asked in (old, new):
             if state != asked:
                 with pytest.raises(HfkitError, match="--overwrite"):
-                    studies.claim(folder, asked, overwrite=False)
+                    study_module.claim(folder, asked, overwrite=False)
         seen.add(json.dumps(state))
     assert len(seen) == 3
 
@@ -538,7 +540,7 @@ def test_a_corpus_that_was_edited_is_not_searched_on(tiny, tmp_path):
 def test_bad_requests_are_one_line_before_anything_is_trained(
     tiny, corpus, tmp_path, capfdbinary, monkeypatch, searched
 ):
-    monkeypatch.setattr(tuning, "finetune", lambda *_, **__: pytest.fail("it trains"))
+    monkeypatch.setattr(search_module, "finetune", lambda *_, **__: pytest.fail("it trains"))
     place = tmp_path / "run"
     assert_fails(call(capfdbinary, *typed(corpus, tiny, place, "--eval-fraction", 0)), 2, "add --eval-file")
     assert_fails(call(capfdbinary, *typed(corpus, tiny, place, "-n", 0)), 2, "n-trials")

@@ -20,13 +20,24 @@ from hfkit.declaration import divide
 from hfkit.errors import DivergedError, HfkitError, OptionError, StoppedError
 from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions, TuneOptions
-from hfkit.ranges import read_space
 from hfkit.reporting.pictures import draw_trials
 from hfkit.storage import lock, make_writable, owned, write_bytes, write_text
-from hfkit.studies import BEST, BEST_RUN, PICTURE, RESULT, best_of, claim, finished, next_trial, open_study, work
 from hfkit.training import run_folder
 from hfkit.training.finetuning import finetune
 from hfkit.training.runs import Run
+from hfkit.tuning.study import (
+    BEST,
+    BEST_RUN,
+    PICTURE,
+    RESULT,
+    best_of,
+    claim,
+    finished,
+    next_trial,
+    open_study,
+    read_space,
+    work,
+)
 
 
 @dataclass(frozen=True)

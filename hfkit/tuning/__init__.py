@@ -1,0 +1,5 @@
+"""Search for training options.
+
+search: `tune`, each trial a run
+study: the trials on disk, and the ranges they draw from
+"""
