@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import trials
 
-from hfkit import cli, console
+from hfkit import console
+from hfkit.cli import app
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants a Hub starts one of its own, in another process
 os.environ.pop("HFKIT_MODEL", None)
@@ -210,7 +211,7 @@ def call(capfdbinary, *arguments) -> subprocess.CompletedProcess:
     before, sys.argv = sys.argv, ["hfkit", *map(str, arguments)]
     capfdbinary.readouterr()
     try:
-        cli.main()
+        app.main()
     except SystemExit as end:
         code = end.code
     finally:

@@ -16,15 +16,16 @@ import typer
 from conftest import assert_fails, call
 
 import hfkit
-from hfkit import cli, console
+from hfkit import console
+from hfkit.cli import app
 
-COMMANDS = sorted(typer.main.get_command(cli.app).commands)
+COMMANDS = sorted(typer.main.get_command(app.app).commands)
 HFKIT = [sys.executable, "-m", "hfkit"]
 
 # Runs each line of arguments in turn and tells which heavy packages are there after it.
 WATCH = """
 import json, sys
-from hfkit import cli
+from hfkit.cli import app as cli
 for arguments in json.loads(sys.argv[1]):
     sys.argv = ["hfkit", *arguments]
     try:
@@ -58,7 +59,7 @@ def test_help_and_usage_errors_import_nothing_heavy(tmp_path):
 
 
 def test_every_option_has_a_help_text():
-    for command in typer.main.get_command(cli.app).commands.values():
+    for command in typer.main.get_command(app.app).commands.values():
         assert command.help and all(option.help for option in command.params)
 
 
@@ -102,8 +103,8 @@ def test_whatever_is_raised_is_one_line_and_shows_no_prompt(capfdbinary, monkeyp
         secret = "my secret prompt"  # noqa: F841, tracebacks with locals would show it
         raise error
 
-    monkeypatch.setattr(cli, "find_model", fail)
-    monkeypatch.setattr("hfkit.machine.show", fail)
+    [monkeypatch.setattr(f"hfkit.cli.{name}.find_model", fail) for name in ("generate", "chat")]
+    monkeypatch.setattr("hfkit.cli.info.show_info", fail)
     prompt = ["my secret prompt"] if command == "generate" else []
     result = call(capfdbinary, command, *prompt)
     assert_fails(result, code, words)
@@ -124,7 +125,7 @@ def test_an_end_from_outside_is_quiet(capfdbinary, monkeypatch, error, code):
     def end(*arguments):
         raise error
 
-    monkeypatch.setattr(cli, "find_model", end)
+    [monkeypatch.setattr(f"hfkit.cli.{name}.find_model", end) for name in ("generate", "chat")]
     result = call(capfdbinary, "generate", "hi")
     assert (result.returncode, result.stdout, result.stderr) == (code, b"", b"")
 
@@ -245,7 +246,7 @@ def on_terminal(monkeypatch, *arguments) -> tuple[int, str]:
     with open(follower, "w", encoding="utf-8") as file:
         monkeypatch.setattr(sys, "stdout", file)
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            app.main()
     return end.value.code, drain(leader).decode().replace("\r\n", "\n")
 
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import assert_fails, call, edit_json
 
 import hfkit
-from hfkit.conversation import Conversation
+from hfkit.cli.chat import Conversation
 from hfkit.options import GenerateOptions
 
 TEMPLATE = (

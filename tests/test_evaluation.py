@@ -462,7 +462,7 @@ def test_a_models_name_is_no_markup(tiny, tmp_path, capfdbinary, copy, monkeypat
 
 
 def test_a_wrong_name_is_told_before_the_first_model_is_asked(tiny, tmp_path, capfdbinary, monkeypatch):
-    monkeypatch.setattr("hfkit.measuring.evaluate", None)
+    monkeypatch.setattr("hfkit.cli.evaluate.evaluate", None)
     path = save(tmp_path / "a.txt", text(50))
     assert_fails(call(capfdbinary, "evaluate", path, "-m", tiny, "-m", tmp_path / "none"), 1, "none")
 

@@ -14,7 +14,7 @@ from transformers import AddedToken, AutoModelForCausalLM
 from webpages import Page
 
 import hfkit
-from hfkit import showing
+from hfkit.cli import inspect
 from hfkit.console import printable
 from hfkit.errors import HfkitError
 from hfkit.inference.inspection import readable
@@ -190,7 +190,7 @@ def test_on_a_terminal_tokens_are_coloured_and_drive_nothing(tiny, monkeypatch):
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    showing.write("a cat \x1b[2J[red]b\nc", ModelOptions(model=tiny), InspectOptions(), json=False)
+    inspect.write_inspection("a cat \x1b[2J[red]b\nc", ModelOptions(model=tiny), InspectOptions(), json=False)
     raw = screen.getvalue()
     shown = re.sub(r"\x1b\[[0-9;]*m", "", raw)
     assert "\x1b" not in shown and len(shown) < len(raw)
@@ -307,7 +307,7 @@ def test_a_picture_is_written_and_never_over_another_file(tiny, tmp_path, capfdb
     ],
 )
 def test_a_bad_option_is_one_line_before_a_model_is_loaded(tiny, capfdbinary, monkeypatch, flags, code, words):
-    monkeypatch.setattr("hfkit.showing.inspect", None)
+    monkeypatch.setattr("hfkit.cli.inspect.inspect", None)
     assert_fails(call(capfdbinary, "inspect", "a", "-m", tiny, *flags), code, words)
 
 

@@ -4,7 +4,7 @@ import json
 
 from conftest import assert_fails, call
 
-from hfkit import machine
+from hfkit.cli import info
 
 
 def test_the_report_is_json(tiny, capfdbinary):
@@ -20,12 +20,12 @@ def test_parameters_are_counted_without_loading(tiny):
     from hfkit.models.sources import find_model as find
     from hfkit.options import ModelOptions
 
-    described = machine.describe_model(find(ModelOptions(model=tiny)))
+    described = info.describe_model(find(ModelOptions(model=tiny)))
     assert described["parameters"] == hfkit.load(tiny).model.num_parameters()
 
 
 def test_the_report_for_people_names_every_problem(tiny, capfdbinary, monkeypatch):
-    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.setattr(info.shutil, "which", lambda name: None)
     lines = call(capfdbinary, "info", "-m", tiny).stdout.decode().splitlines()
     assert any(line.startswith("problem: no C++ compiler") for line in lines)
 
@@ -38,7 +38,7 @@ def test_a_package_out_of_bounds_is_a_problem():
         "hub": {"cache": "/", "cache_free": 2**40, "offline": True, "reachable": False, "endpoint": ""},
         "model": {"name": "m", "file_bytes": 1},
     }
-    assert [problem.split()[:2] for problem in machine.find_problems(report)] == [["torch", "1.0"]]
+    assert [problem.split()[:2] for problem in info.find_problems(report)] == [["torch", "1.0"]]
 
 
 def test_a_model_that_is_not_there_fails(capfdbinary):

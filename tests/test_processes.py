@@ -15,7 +15,7 @@ from conftest import run
 from transformers import AutoModelForCausalLM
 
 import hfkit
-from hfkit import launching
+from hfkit.cli import train
 from hfkit.errors import HfkitError, OptionError
 from hfkit.options import LaunchOptions
 
@@ -219,7 +219,7 @@ def launched(monkeypatch):
 
 
 def test_one_machine_starts_all_processes_with_the_same_command(launched):
-    assert launching.launch(LaunchOptions(num_processes=8)) is True
+    assert train.launch_processes(LaunchOptions(num_processes=8)) is True
     asked = launched[0]
     assert (asked.nproc_per_node, asked.standalone, asked.module, asked.training_script) == ("8", True, True, "hfkit")
     assert asked.training_script_args == ["finetune", "corpus.txt", "--num-processes", "8"]
@@ -227,23 +227,23 @@ def test_one_machine_starts_all_processes_with_the_same_command(launched):
 
 def test_one_of_several_machines_starts_its_share(launched):
     machines = {"num_machines": 2, "machine_rank": 1, "main_process_ip": "10.0.0.1", "main_process_port": 29400}
-    assert launching.launch(LaunchOptions(num_processes=16, **machines))
+    assert train.launch_processes(LaunchOptions(num_processes=16, **machines))
     asked = launched[0]
     assert (asked.nproc_per_node, asked.nnodes, asked.node_rank) == ("8", "2", 1)
     assert (asked.master_addr, asked.master_port) == ("10.0.0.1", 29400)
 
 
 def test_nothing_is_started_for_one_process_or_by_a_process_that_was(launched, monkeypatch):
-    assert launching.launch(LaunchOptions()) is False
+    assert train.launch_processes(LaunchOptions()) is False
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert launching.launch(LaunchOptions(num_processes=2)) is False and not launched
+    assert train.launch_processes(LaunchOptions(num_processes=2)) is False and not launched
 
 
 def test_machines_that_do_not_fit_together_are_a_usage_error(launched):
     with pytest.raises(OptionError, match="it must be a multiple of --num-machines"):
-        launching.launch(LaunchOptions(num_processes=3, num_machines=2, main_process_ip="a"))
+        train.launch_processes(LaunchOptions(num_processes=3, num_machines=2, main_process_ip="a"))
     with pytest.raises(OptionError, match="--num-machines needs --main-process-ip"):
-        launching.launch(LaunchOptions(num_processes=2, num_machines=2))
+        train.launch_processes(LaunchOptions(num_processes=2, num_machines=2))
 
 
 def test_what_became_of_the_processes_is_the_exit_code(launched, monkeypatch):
@@ -257,7 +257,7 @@ def test_what_became_of_the_processes_is_the_exit_code(launched, monkeypatch):
 
         monkeypatch.setattr(torchrun, "run", raise_it)
         with pytest.raises((SystemExit, HfkitError)) as found:
-            launching.launch(LaunchOptions(num_processes=2))
+            train.launch_processes(LaunchOptions(num_processes=2))
         return found.value
 
     def failure(code):

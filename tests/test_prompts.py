@@ -13,9 +13,9 @@ import pytest
 from conftest import assert_fails, call
 
 import hfkit
-from hfkit import cli
+from hfkit.cli import app
+from hfkit.cli.prompt_files import Results, read_prompt, read_prompts, to_line
 from hfkit.errors import HfkitError, OptionError
-from hfkit.prompts import Results, read_prompt, read_prompts, to_line
 
 
 def rows(path) -> list[dict]:
@@ -200,7 +200,7 @@ def kill_and_resume(flags, out, kills: int) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             sys.argv = ["hfkit", *generate(*flags, "-o", out, "--resume")]
             try:
-                cli.main()
+                app.main()
             finally:
                 os._exit(0)
         if not last:

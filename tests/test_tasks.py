@@ -11,7 +11,7 @@ from conftest import assert_fails, call, edit_json
 from transformers import AutoTokenizer
 
 import hfkit
-from hfkit.conversation import Conversation
+from hfkit.cli.chat import Conversation
 from hfkit.corpus.documents import Example
 from hfkit.corpus.encoding import IGNORED, encode_examples
 from hfkit.corpus.templates import Task, give_task, make_task, task_of

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from hfkit import cli
+from hfkit.cli import app
 
 WORDS = "rain wind stone river light the of and a over under sings falls waits".split()
 SMALL = {"max_steps": 6, "eval_steps": 3, "per_device_train_batch_size": 2, "bf16": False, "learning_rate": 1e-3}
@@ -85,7 +85,7 @@ def fork(task: dict[str, Any], folder: str, log: Path) -> int:
         pass
 
         sys.argv = ["hfkit", *task["command"], "-o", folder, "--resume"]
-        cli.main()
+        app.main()
     except SystemExit as end:
         code = end.code
     finally:

@@ -1,19 +1,42 @@
 """`hfkit inspect` at a shell: colours on a terminal, plain columns elsewhere, pictures and pages in files."""
 
+from __future__ import annotations
+
 import sys
 from json import dumps
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from hfkit import console
+from hfkit.cli import prompt_files
+from hfkit.cli.flags import Json, flags
 from hfkit.errors import HfkitError, OptionError
-from hfkit.inference.inspection import Inspection, Token, cell, inspect, to_page
 from hfkit.options import InspectOptions, ModelOptions
-from hfkit.reporting.pictures import draw_attention
 from hfkit.storage import make_writable, write_bytes
 
+if TYPE_CHECKING:
+    from hfkit.inference.inspection import Inspection, Token
 
-def write(text: str, model: ModelOptions, options: InspectOptions, *, json: bool) -> None:
+
+@flags
+def inspect(
+    model: ModelOptions,
+    options: InspectOptions,
+    text: Annotated[str | None, typer.Argument(help="Text to look at; without it, stdin is read.")] = None,
+    json: Json = False,
+) -> None:
+    """Show how likely each token of a text is, what would come next, and what heads look at."""
+
+    write_inspection(prompt_files.read_prompt(text), model, options, json=json)
+
+
+def write_inspection(text: str, model: ModelOptions, options: InspectOptions, *, json: bool) -> None:
     """Inspect `text`, print what was found, and write the file that was asked for."""
+    from hfkit.inference.inspection import inspect, to_page
+    from hfkit.reporting.pictures import draw_attention
+
     path = check_output(options)
     found = inspect(text, model=model, options=options)
     layers = range(0 if found.attention is None else len(found.attention))
@@ -77,5 +100,7 @@ def _style(token: Token) -> str:
 
 
 def _write_next(found: Inspection) -> None:
+    from hfkit.inference.inspection import cell
+
     rows = [[cell(row[name]) for name in ("text", "probability", *found.left)] for row in found.following]
     console.write_table(("next", "alone", *(f"{name}\n{count:,} left" for name, count in found.left.items())), rows)

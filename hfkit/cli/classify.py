@@ -1,22 +1,63 @@
 """`hfkit classify` and `hfkit answer` at a shell."""
 
+from __future__ import annotations
+
 from json import dumps
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from hfkit import console
+from hfkit.cli.flags import Json, flags
+from hfkit.cli.prompt_files import check_input, read_prompt, read_prompts
 from hfkit.corpus.formats import read_text
 from hfkit.corpus.templates import make_task
 from hfkit.errors import HfkitError, OptionError
-from hfkit.inference.answering import answer
-from hfkit.inference.classification import Classification, classify_each
-from hfkit.models.loading import loaded
 from hfkit.models.sources import find_model
 from hfkit.options import ModelOptions, TaskOptions
-from hfkit.prompts import check_input, read_prompt, read_prompts
+
+if TYPE_CHECKING:
+    from hfkit.inference.classification import Classification
 
 
-def write(text: str | None, path: Path | None, model: ModelOptions, task: TaskOptions, *, json: bool) -> None:
+@flags
+def classify(
+    model: ModelOptions,
+    task: TaskOptions,
+    text: Annotated[str | None, typer.Argument(help="Text to label; without it, stdin is read.")] = None,
+    input: Annotated[
+        Path | None, typer.Option("--input", "-i", help="Many texts: a line each, or a row of .jsonl each.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Label a text, or many, and print label and probability."""
+
+    write_labels(text, input, model, task, json=json)
+
+
+@flags
+def answer(
+    question: Annotated[str, typer.Argument(help="What to find out.")],
+    model: ModelOptions,
+    context: Annotated[
+        Path, typer.Option("--context", help="File with the text that has the answer; - or nothing: stdin.")
+    ] = Path("-"),
+    no_answer_threshold: Annotated[
+        float, typer.Option(help="How much likelier than the best span 'no answer' must be to be given.")
+    ] = 0.0,
+    json: Json = False,
+) -> None:
+    """Answer a question from a text."""
+
+    write_answer(question, context, model, no_answer_threshold, json=json)
+
+
+def write_labels(text: str | None, path: Path | None, model: ModelOptions, task: TaskOptions, *, json: bool) -> None:
     """Label the text, or each line of the file; lines that cannot be read are reported, and the exit code is 1."""
+    from hfkit.inference.classification import Classification, classify_each
+    from hfkit.models.loading import loaded
+
     if path and text is not None:
         raise OptionError("--input brings its own texts: leave the TEXT out")
     if path:
@@ -49,6 +90,8 @@ def _print(one: Classification, json: bool) -> None:
 
 def write_answer(question: str, context: Path, model: ModelOptions, threshold: float, *, json: bool) -> None:
     """Print the answer; nothing, and exit code 1, where the text has none."""
+    from hfkit.inference.answering import answer
+
     if str(context) == "-":
         text = read_prompt("-")
     else:

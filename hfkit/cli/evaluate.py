@@ -1,21 +1,39 @@
 """`hfkit evaluate` at a shell: one model's scores, or several models in one table."""
 
+from __future__ import annotations
+
 from dataclasses import fields
 from json import dumps
 from math import isfinite
+from typing import TYPE_CHECKING
 
 from hfkit import console
+from hfkit.cli.flags import CorpusArgument, Json, flags
 from hfkit.corpus.documents import find_corpus
-from hfkit.evaluation.perplexity import Evaluation, evaluate
-from hfkit.evaluation.tasks import Assessment
 from hfkit.models.sources import find_model
 from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ModelOptions
 
+if TYPE_CHECKING:
+    from hfkit.evaluation.perplexity import Evaluation
+    from hfkit.evaluation.tasks import Assessment
 
-def write(
+
+@flags
+def evaluate(
+    corpus: CorpusArgument, model: ManyModelsOptions, read: CorpusOptions, options: EvaluateOptions, json: Json = False
+) -> None:
+    """Measure how well models predict a corpus: perplexity, bits per byte, accuracy, each with its error."""
+
+    write_evaluation(corpus, model, read, options, json=json)
+
+
+def write_evaluation(
     corpus: list[str], models: ManyModelsOptions, read: CorpusOptions, options: EvaluateOptions, *, json: bool
 ) -> None:
     """Evaluate every model on the corpus and print what came of it."""
+    from hfkit.evaluation.perplexity import Evaluation, evaluate
+    from hfkit.evaluation.tasks import Assessment
+
     given = {f.name: getattr(models, f.name) for f in fields(ModelOptions)}
     chosen = [ModelOptions(**given | {"model": name}) for name in models.model or [None]]
     find_corpus(corpus)

@@ -10,15 +10,24 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hfkit import console
+from hfkit.cli.flags import Json, flags
 from hfkit.models.sources import ModelFiles, count_parameters, find_model
 from hfkit.options import ModelOptions
+
+
+@flags
+def info(model: ModelOptions, json: Json = False) -> None:
+    """Show versions, devices, caches and, with -m, a model's size and limits; say what is wrong and how to mend it."""
+
+    show_info(model, json=json)
+
 
 _PACKAGES = ("hfkit", "torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers", "safetensors",
              "huggingface-hub", "peft", "gguf", "bitsandbytes")  # fmt: skip
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
-def show(options: ModelOptions, *, json: bool) -> None:
+def show_info(options: ModelOptions, *, json: bool) -> None:
     """Print the report; HfkitError (exit code 1) where a named model cannot be had."""
     source = find_model(options)
     report = {"versions": versions(), **describe_machine(), "model": describe_model(source)}

@@ -13,6 +13,9 @@ from hfkit import console
 from hfkit.errors import HfkitError, OptionError
 from hfkit.recipes import read_values
 
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+CorpusArgument = Annotated[list[str], typer.Argument(help="Files, folders, globs, hf://NAME, or what `prepare` made.")]
+
 
 def flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a command: each field of its dataclass parameters becomes a flag, in a help panel of its own.

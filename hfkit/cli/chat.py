@@ -1,16 +1,31 @@
 """`hfkit chat`: turn by turn, as raw text with a base model, through the chat template where a model has one."""
 
+from __future__ import annotations
+
 import sys
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hfkit import console, writing
+from hfkit import console
+from hfkit.cli import generate
+from hfkit.cli.flags import flags
+from hfkit.cli.prompt_files import to_line
 from hfkit.errors import HfkitError, OptionError
-from hfkit.inference import generation
-from hfkit.models.loading import LanguageModel
+from hfkit.models.sources import find_model
 from hfkit.options import GenerateOptions, ModelOptions
-from hfkit.prompts import to_line
 from hfkit.recipes import read_value
+
+if TYPE_CHECKING:
+    from hfkit.models.loading import LanguageModel
+
+
+@flags
+def chat(model: ModelOptions, sampling: GenerateOptions) -> None:
+    """Talk turn by turn: raw continuation with a base model, the chat template where a model has one."""
+    find_model(model)
+
+    converse(model, sampling)
+
 
 _HELP = '''/set NAME VALUE  change an option, such as /set temperature 0.5; /set alone lists what is set
 /reset           forget what was said
@@ -78,12 +93,12 @@ class Conversation:
             raise HfkitError(f"cannot save ({path}): {error.strerror}") from error
 
 
-def run(model: ModelOptions, sampling: GenerateOptions) -> None:
+def converse(model: ModelOptions, sampling: GenerateOptions) -> None:
     """Read turns from stdin until its end, and answer each."""
     if (sampling.num_return_sequences or 1) > 1:
         raise OptionError("a chat has one reply: leave --num-return-sequences out")
-    lm = writing.load_for(model, sampling)
-    talk = Conversation(lm, replace(writing.seeded(lm, sampling), truncate=True))
+    lm = generate.load_for(model, sampling)
+    talk = Conversation(lm, replace(generate.seeded(lm, sampling), truncate=True))
     how = "through its chat template" if talk.templated else "as raw text that it goes on with"
     console.note(f"{lm.name} is given your turns {how}; /help lists the commands")
     while (text := _read()) is not None:
@@ -144,6 +159,8 @@ def _obey(talk: Conversation, line: str) -> bool:
 
 def _answer(talk: Conversation, text: str) -> str:
     """Show the reply while it is generated; Ctrl-C ends it and keeps what there is."""
+    from hfkit.inference import generation
+
     pieces, said = generation.stream(talk.say(text), model=talk.lm, options=talk.options), ""
     try:
         for piece in pieces:

@@ -1,5 +1,6 @@
-"""How a command ends that did not do what it was asked: one line on stderr, and an exit code."""
+"""All commands, and the end of each: one line on stderr where it failed, and an exit code."""
 
+import gc
 import os
 import re
 import signal
@@ -7,12 +8,81 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+import hfkit
 from hfkit import console, processes
+from hfkit.cli import recipes
+from hfkit.cli.chat import chat
+from hfkit.cli.classify import answer, classify
+from hfkit.cli.evaluate import evaluate
+from hfkit.cli.generate import generate
+from hfkit.cli.info import info
+from hfkit.cli.inspect import inspect
+from hfkit.cli.report import export, report
+from hfkit.cli.train import finetune, prepare, pretrain, tune
 from hfkit.errors import HfkitError, StoppedError
+
+app = typer.Typer(
+    name="hfkit",
+    help=hfkit.__doc__,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    # --top_p, as transformers spells it, works as well as --top-p
+    context_settings={
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hfkit {hfkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+app.add_typer(recipes.app, name="recipes")
+for _command in (
+    *(generate, chat, finetune, pretrain, prepare, evaluate, inspect, classify, answer, tune, report, export, info),
+):
+    app.command()(_command)
+
+
+def main() -> NoReturn:
+    """Run a command; every failure becomes one line on stderr and an exit code."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, mode))
+    # As an exception it lets what was begun be cleared away; but one of several processes may be waiting for another,
+    # and must not. A training run has a better answer, while it lasts.
+    before, hook, threshold = signal.getsignal(signal.SIGTERM), sys.unraisablehook, gc.get_threshold()
+    sys.unraisablehook = ask_again
+    if processes.count == 1:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    gc.set_threshold(50_000)  # importing transformers makes many objects and no garbage: a sixth of its time
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except BaseException as error:  # noqa: BLE001, the one place where all ends
+        code = explain(error)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
+        gc.set_threshold(*threshold)
+    if code:
+        close_stdout()
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def explain(error: BaseException) -> int:

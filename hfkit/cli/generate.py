@@ -1,29 +1,82 @@
 """`hfkit generate` at a shell: prompts in, texts out."""
 
+from __future__ import annotations
+
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from hfkit import console, processes
+from hfkit.cli import prompt_files
+from hfkit.cli.flags import Json, flags
+from hfkit.cli.prompt_files import Results, read_prompts, to_line
 from hfkit.errors import HfkitError, OptionError
-from hfkit.inference import generation
-from hfkit.inference.batches import fit_prompt
-from hfkit.inference.controls import draws
-from hfkit.inference.generation import Generation
-from hfkit.models import architecture, loading
-from hfkit.models.loading import LanguageModel
 from hfkit.models.sources import find_model
 from hfkit.options import GenerateOptions, ModelOptions
-from hfkit.prompts import Results, read_prompts, to_line
 from hfkit.recipes import read_value
+
+if TYPE_CHECKING:
+    from hfkit.inference.generation import Generation
+    from hfkit.models.loading import LanguageModel
+
+
+@flags
+def generate(
+    model: ModelOptions,
+    sampling: GenerateOptions,
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue; without it, stdin is read.")] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option("--input", "-i", help="Many prompts: a line each, or `prompt` of each .jsonl object."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON Lines to this file.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an --output that was interrupted.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output if it exists.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Most texts at a time. [default: what the device is good for]")
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=A,B,...", help="Compare values of one option, same seed: temperature=0.3,0.7,1.0."),
+    ] = None,
+    prompt_shown: Annotated[
+        bool, typer.Option("--prompt/--no-prompt", help="Print the prompt before its continuation.")
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Continue a prompt (argument, stdin, or many from --input) and print the text."""
+    if input and (prompt is not None or sweep):
+        raise OptionError("--input brings its own prompts: leave the PROMPT and --sweep out")
+    if (resume or overwrite) and not output:
+        raise OptionError("--resume and --overwrite are about a file: add --output FILE")
+    if resume and not input:
+        raise OptionError("--resume goes on with many prompts: add --input FILE")
+    # What can go wrong here is said at once, not after the seconds that importing torch takes.
+    if input:
+        prompt_files.check_input(input)
+    text = "" if input else prompt_files.read_prompt(prompt)
+    find_model(model)
+
+    if input:
+        write_file(model, sampling, input, output, resume=resume, overwrite=overwrite, batch_size=batch_size)
+    elif sweep:
+        write_sweep(model, sampling, text, sweep, json=json)
+    else:
+        write_one(model, sampling, text, output, prompt_shown=prompt_shown, json=json, overwrite=overwrite)
 
 
 def load_for(model: ModelOptions, sampling: GenerateOptions, prompt: str | None = None) -> LanguageModel:
     """Load a model, after everything that can be checked without its weights."""
+    from hfkit.inference import generation
+    from hfkit.inference.batches import fit_prompt
+    from hfkit.models import architecture, loading
+
     source = find_model(model)
     generation.novel_index(sampling)
     tokenizer, config = loading.load_tokenizer(source), loading.load_config(source)
@@ -35,6 +88,9 @@ def load_for(model: ModelOptions, sampling: GenerateOptions, prompt: str | None 
 
 def seeded(lm: LanguageModel, sampling: GenerateOptions) -> GenerateOptions:
     """`sampling` with a seed; one that was not given is drawn and told."""
+    from hfkit.inference import generation
+    from hfkit.inference.controls import draws
+
     if sampling.seed is not None:
         return sampling
     sampling = replace(sampling, seed=generation.draw_seed())
@@ -54,6 +110,9 @@ def write_one(
     overwrite: bool,
 ) -> None:
     """Continue one prompt: streamed to a terminal, else at once."""
+    from hfkit.inference import generation
+    from hfkit.inference.controls import draws
+
     file = Results(output, overwrite=overwrite) if output else None
     lm = load_for(model, sampling, prompt)
     sampling, started = seeded(lm, sampling), time.perf_counter()
@@ -76,6 +135,8 @@ def write_one(
 
 
 def _write_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: str, prompt_shown: bool, last: bool) -> None:
+    from hfkit.inference import generation
+
     started, first = time.perf_counter(), None
     if prompt_shown and not lm.model.config.is_encoder_decoder:
         console.write(prompt)
@@ -104,6 +165,8 @@ def _tell(results: list[Generation], seconds: float, first: float | None = None)
 
 def write_sweep(model: ModelOptions, sampling: GenerateOptions, prompt: str, sweep: str, *, json: bool) -> None:
     """The same prompt and seed under several values of one option, side by side."""
+    from hfkit.inference import generation
+
     name, _, given = sweep.partition("=")
     name = name.strip().lstrip("-").replace("-", "_")
     if name not in GenerateOptions.names() or not given:
@@ -190,6 +253,9 @@ def _check_same_input(path: Path, done: dict[int, str], output: Path | None) -> 
 
 def _seed(lm: LanguageModel, sampling: GenerateOptions, last: dict[str, Any] | None, samples: int) -> int | None:
     """The seed of all: the one that was given, or that of the run that is resumed, or a new one, which is told."""
+    from hfkit.inference import generation
+    from hfkit.inference.controls import draws
+
     drawn = draws(lm, sampling)
     if last:
         # The record's own is SEED + (line - 1) * samples + k, and k that of the last sample.
@@ -211,6 +277,8 @@ def _windows(
     bar: Any,
 ) -> Iterator[list[tuple[int, Any]]]:
     """Results in the order of the input, a window at a time, with each process's share in every window."""
+    from hfkit.inference import generation
+
     size = generation.window_size(lm, sampling, batch_size) * processes.count
 
     def tell(texts: int) -> None:

@@ -1,0 +1,39 @@
+"""The command line: one short function per command, which calls the Python API and prints.
+
+Commands import what is heavy in their bodies, so that `--help` and usage errors are instant.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import hfkit
+from hfkit import console
+from hfkit.cli.flags import flags
+from hfkit.errors import HfkitError
+from hfkit.options import ExportOptions
+
+
+@flags
+def report(
+    run: Annotated[list[str], typer.Argument(help="Folders of finished runs.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Page to write.")] = Path("runs.html"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it exists.")] = False,
+) -> None:
+    """Compare training runs on one page: losses, settings, samples."""
+    from hfkit.reporting import pages
+
+    if output.exists() and not overwrite:
+        raise HfkitError(f"{output} exists: --overwrite replaces it, or name another --output")
+
+    console.write(f"{pages.compare_runs(list(run), output)}\n")
+
+
+@flags
+def export(
+    model: Annotated[str, typer.Argument(help="A run of finetune, an adapter, any model.")],
+    options: ExportOptions,
+) -> None:
+    """Write a model as one folder: adapter merged, precision changed; or push it to the Hub."""
+    console.write(hfkit.export(model, options) + "\n")
