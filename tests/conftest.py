@@ -1,18 +1,14 @@
 """Tiny models, made here: no network, no time."""
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-import trials
-
-from hfkit import console
-from hfkit.cli import app
+from support import trials
+from support.models import byte_vocabulary
+from support.shell import edit_json
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants a Hub starts one of its own, in another process
 os.environ.pop("HFKIT_MODEL", None)
@@ -38,13 +34,6 @@ def brisk():
         trials.make_brisk(patch.setattr)
         yield
     gc.unfreeze()
-
-
-def byte_vocabulary() -> dict[str, int]:
-    """All 256 bytes and an end-of-text token, without a merge: every text can be encoded."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {symbol: i for i, symbol in enumerate([*bytes_to_unicode().values(), "<|endoftext|>"])}
 
 
 @pytest.fixture(scope="session")
@@ -183,48 +172,3 @@ def copy(tmp_path):
         return Path(shutil.copytree(model, tmp_path / "model"))
 
     return make
-
-
-def edit_json(path: Path, **changes) -> None:
-    """Change keys of a JSON file in place."""
-    value = json.loads(path.read_text())
-    path.write_text(json.dumps(value | changes))
-
-
-def run(*arguments, input: bytes | None = None, env: dict | None = None, **options) -> subprocess.CompletedProcess:
-    """`hfkit ARGUMENTS` in a process of its own, outputs as bytes."""
-    command = [sys.executable, "-m", "hfkit", *map(str, arguments)]
-    stdin = {} if input is not None else {"stdin": subprocess.DEVNULL}
-    return subprocess.run(
-        command,
-        input=input,
-        capture_output=True,
-        env={**os.environ, **(env or {})},
-        **{"timeout": 120, **stdin, **options},
-    )
-
-
-def call(capfdbinary, *arguments) -> subprocess.CompletedProcess:
-    """`hfkit ARGUMENTS` in this process: seconds faster than `run`."""
-    pass
-
-    before, sys.argv = sys.argv, ["hfkit", *map(str, arguments)]
-    capfdbinary.readouterr()
-    try:
-        app.main()
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.argv = before
-        console.configure(quiet=False, verbose=False, debug=False)
-    out, err = capfdbinary.readouterr()
-    return subprocess.CompletedProcess(["hfkit", *arguments], code, out, err)
-
-
-def assert_fails(result: subprocess.CompletedProcess, code: int, *words: str) -> None:
-    """One line on stderr, with these words in it; the right exit code; nothing on stdout."""
-    lines = [line for line in result.stderr.decode().splitlines() if not line.startswith("hfkit: seed")]
-    assert result.returncode == code, (result.returncode, result.stderr)
-    assert len(lines) == 1 and lines[0].startswith("hfkit: error: "), result.stderr
-    assert all(word in lines[0] for word in words), (words, lines[0])
-    assert result.stdout == b""

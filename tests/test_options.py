@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, fields
 import numpy as np
 import pytest
 import yaml
-from conftest import assert_fails, call
+from support.shell import assert_fails, call
 
 from hfkit.errors import OptionError
 from hfkit.options import SAMPLING, GenerateOptions, ModelOptions, TrainOptions

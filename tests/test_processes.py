@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-import trials
-from conftest import run
+from support import trials
+from support.shell import run
 from transformers import AutoModelForCausalLM
 
 import hfkit

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import assert_fails, call
+from support.shell import assert_fails, call
 
 from hfkit.errors import OptionError
 from hfkit.options import GenerateOptions, ModelOptions

@@ -80,7 +80,6 @@ def train_plainly(model: str, corpus: str, steps: int, block: int) -> tuple[floa
     from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
-    pass
     from hfkit.corpus.sequences import Collator
     from hfkit.corpus.sequences import gather_training_data as gather_material
     from hfkit.models.loading import load_tokenizer
@@ -120,8 +119,6 @@ def train_with_hfkit(model: str, corpus: str, steps: int, block: int, units: boo
     units: compile as if the run was a long one; else choose as on a machine without units for bfloat16.
     """
     import hfkit
-
-    pass
 
     console.configure(quiet=True, verbose=False, debug=False)
     if not units:

@@ -1,0 +1,252 @@
+"""The command line: instant help, one sentence for each failure, exit codes, pipes and terminals."""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+import typer
+from support.shell import WATCH, assert_fails, call
+
+import hfkit
+from hfkit import console
+from hfkit.cli import app
+
+COMMANDS = sorted(typer.main.get_command(app.app).commands)
+HFKIT = [sys.executable, "-m", "hfkit"]
+
+
+def test_help_and_usage_errors_import_nothing_heavy(tmp_path):
+    (tmp_path / "bad.yaml").write_text("temprature: 1")
+    right = [["--help"], ["-h"], ["--version"], *([command, "--help"] for command in COMMANDS)]
+    wrong = [
+        *([], ["nope"], ["generate", "--nope"], ["generate", "a", "b"], ["generate", "--top-p", "3", "hi"]),
+        *(
+            ["generate", "-c", f"{tmp_path}/bad.yaml"],
+            ["generate", "hi", "--dtype", "float8"],
+            ["generate", "--resume"],
+        ),
+        *(["generate", "hi", "-i", "x.txt"], ["chat", "extra"], ["generate", "hi", "--min-new-tokens=9", "-n=8"]),
+    ]
+    missing = [["generate", "hi", "-m", "./nowhere"], ["chat", "-m", "a//b"], ["generate", "-i", f"{tmp_path}/none"]]
+    command = [sys.executable, "-c", WATCH, json.dumps([*right, *wrong, *missing])]
+    result = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, text=True, check=True)
+    told = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[[")]
+    expected = [[line, code, []] for code, lines in ((0, right), (2, wrong), (1, missing)) for line in lines]
+    assert told == expected
+    assert "Traceback" not in result.stderr
+    assert all(line.startswith("hfkit: error: ") for line in result.stderr.splitlines())
+    assert len(result.stderr.splitlines()) == len(wrong) + len(missing) - 1  # without a command: the help alone
+
+
+def test_every_option_has_a_help_text():
+    for command in typer.main.get_command(app.app).commands.values():
+        assert command.help and all(option.help for option in command.params)
+
+
+def test_a_flag_beats_the_recipe_and_the_recipe_the_default(capfdbinary, tiny, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"model: {tiny}\nmax_new_tokens: 3\nseed: 5\njson: true\n")
+
+    def tokens(*flags):
+        return json.loads(call(capfdbinary, "generate", "hi", *flags).stdout)["tokens"]
+
+    assert tokens("-m", tiny, "-s", 5, "--json") > 3
+    assert tokens("-c", tmp_path / "recipe.yaml") == 3
+    assert tokens("-c", tmp_path / "recipe.yaml", "-n", 2) == 2
+    assert tokens("-n", 2, "-c", tmp_path / "recipe.yaml") == 2
+
+
+def test_options_may_be_spelt_as_in_transformers(capfdbinary, tiny):
+    line = ["generate", "hi", "-m", tiny, "-s", 1, "--top-p", 0.5, "--max-new-tokens", 5]
+    underscored = [str(part).replace("top-p", "top_p").replace("max-new-tokens", "max_new_tokens") for part in line]
+    assert call(capfdbinary, *underscored).stdout == call(capfdbinary, *line).stdout != b""
+
+
+# failures
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ZeroDivisionError("division"), 1, "this should not happen: ZeroDivisionError: division"),
+        (KeyError("x"), 1, "--debug"),
+        (RuntimeError("a\nb\x1b[31m"), 1, "\\x1b"),
+        (MemoryError(), 1, "out of memory"),
+        (EOFError("cut"), 1, "a file ends too early: cut"),
+        (OSError(28, "No space left on device", "/x"), 1, "No space left on device (/x)"),
+        (hfkit.HfkitError("wrong (x): do y"), 1, "error: wrong (x): do y"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("command", ["generate", "chat", "info"])
+def test_whatever_is_raised_is_one_line_and_shows_no_prompt(capfdbinary, monkeypatch, error, code, words, command):
+    def fail(*arguments, **keywords):
+        secret = "my secret prompt"  # noqa: F841, tracebacks with locals would show it
+        raise error
+
+    [monkeypatch.setattr(f"hfkit.cli.{name}.find_model", fail) for name in ("generate", "chat")]
+    monkeypatch.setattr("hfkit.cli.info.show_info", fail)
+    prompt = ["my secret prompt"] if command == "generate" else []
+    result = call(capfdbinary, command, *prompt)
+    assert_fails(result, code, words)
+    assert b"secret" not in result.stderr
+
+
+def test_debug_shows_the_traceback(capfdbinary, tiny):
+    plain = call(capfdbinary, "generate", "x" * 99, "-m", tiny)
+    debug = call(capfdbinary, "generate", "x" * 99, "-m", tiny, "--debug")
+    assert_fails(plain, 1, "99 tokens", "64")
+    assert debug.returncode == 1 and b"Traceback" in debug.stderr and plain.stderr in debug.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (BrokenPipeError(), 141), (SystemExit(3), 3), (SystemExit("x"), 1)]
+)
+def test_an_end_from_outside_is_quiet(capfdbinary, monkeypatch, error, code):
+    def end(*arguments):
+        raise error
+
+    [monkeypatch.setattr(f"hfkit.cli.{name}.find_model", end) for name in ("generate", "chat")]
+    result = call(capfdbinary, "generate", "hi")
+    assert (result.returncode, result.stdout, result.stderr) == (code, b"", b"")
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback():
+    process = subprocess.Popen([*HFKIT, "generate"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    process.stdin.write(b"a prompt that does not end")
+    while struct.unpack("i", fcntl.ioctl(process.stdin, termios.FIONREAD, bytes(4)))[0]:
+        time.sleep(0.01)  # until it reads what is in the pipe
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert process.stderr.read() == b""
+
+
+# pipes
+
+
+def shell(command: str) -> tuple[int, bytes]:
+    """Run a line of bash, where $HFKIT stands for hfkit; the exit code of its first process, and what stderr says."""
+    script = f"HFKIT='{' '.join(HFKIT)}'; {command}; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return result.returncode, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "lines"),
+    [
+        ("$HFKIT generate --help | head -1", 141, 0),
+        ("$HFKIT generate --help | true", 141, 0),
+        ("$HFKIT generate --help >&-", 0, 0),
+        ("$HFKIT generate -m ./nowhere <&-", 1, 1),
+        ("$HFKIT generate -m ./nowhere hi 2>&-", 1, 0),
+        ("$HFKIT --help >/dev/full", 1, 1),
+        ("$HFKIT nope 2>/dev/full", 2, 0),
+    ],
+)
+def test_a_closed_or_full_stream_is_no_traceback(command, code, lines):
+    returned, told = shell(command)
+    # who reads may be slow to close: then all was written
+    assert returned in ((0, code) if code == 141 else (code,))
+    assert len(told.splitlines()) == lines and b"Traceback" not in told
+
+
+class Broken:
+    """A stdout that nobody reads, or whose disk is full."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def write(self, text=""):
+        raise self.error
+
+    flush = write
+    isatty = staticmethod(lambda: False)
+    fileno = staticmethod(lambda: os.open(os.devnull, os.O_WRONLY))
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"], ["-n", 1], ["--sweep", "top_k=1,2"]])
+def test_text_for_a_reader_who_has_gone_is_dropped_quietly(capfdbinary, monkeypatch, tiny, flags):
+    monkeypatch.setattr(sys, "stdout", Broken(BrokenPipeError(32, "Broken pipe")))
+    result = call(capfdbinary, "generate", "hi", "-m", tiny, "-s", 1, *flags)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
+# terminals
+
+NASTY = [
+    *("\x1b[31m", "\x1b]0;title\x07", "\x1b]8;;http://x\x1b\\", "\x1b]52;c;aGk=\x07", "\x1bc", "\x1b[2J", "\x9b31m"),
+    *(
+        "\x07",
+        "\r",
+        "\x08",
+        "\x00",
+        "\x7f",
+        "\x85",
+        "\x0b",
+        "\x0c",
+        "\x90q",
+        "\x9d0;x\x9c",
+        "\u202e",
+        "\u2066",
+        "\u200f",
+    ),
+    *("\u061c", "\u2028", "\u2029", "\ufeff", "\u200b", *map(chr, range(0x80, 0xA0)), *map(chr, range(1, 9))),
+]
+
+
+@pytest.mark.parametrize("sequence", NASTY, ids=ascii)
+def test_control_characters_are_escaped_for_a_terminal_and_untouched_for_a_pipe(sequence):
+    def written(terminal: bool) -> str:
+        leader, follower = os.openpty() if terminal else os.pipe()
+        with open(follower, "w", encoding="utf-8", newline="") as file:
+            assert file.isatty() == terminal
+            console.write(f"a{sequence}b\t", file)
+        return drain(leader).decode()
+
+    shown = written(True)
+    assert shown.startswith("a") and shown.endswith("b\t")
+    assert all(ord(character) >= 32 or character == "\t" for character in shown)
+    assert shown.isascii() and sequence[-1] not in shown[1:-2] or sequence[-1].isprintable()
+    assert written(False) == f"a{sequence}b\t"
+
+
+def drain(leader: int) -> bytes:
+    """Everything that was written to a terminal, or a pipe, whose other end is closed; it may come in pieces."""
+    written = b""
+    with contextlib.suppress(OSError):  # how Linux says that a terminal has ended
+        while piece := os.read(leader, 100_000):
+            written += piece
+    os.close(leader)
+    return written
+
+
+def on_terminal(monkeypatch, *arguments) -> tuple[int, str]:
+    """What `hfkit ARGUMENTS` shows on a terminal."""
+    leader, follower = os.openpty()
+    monkeypatch.setattr(sys, "argv", ["hfkit", *map(str, arguments)])
+    with open(follower, "w", encoding="utf-8") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        with pytest.raises(SystemExit) as end:
+            app.main()
+    return end.value.code, drain(leader).decode().replace("\r\n", "\n")
+
+
+def test_a_stream_on_a_terminal_is_what_a_pipe_gets(capfdbinary, monkeypatch, tiny):
+    line = ["generate", "hi", "-m", tiny, "-s", 3, "-n", 20, "-q"]
+    piped = call(capfdbinary, *line, "--num-return-sequences", 2)
+    code, shown = on_terminal(monkeypatch, *line, "--num-return-sequences", 2)
+    assert code == piped.returncode == 0
+    assert shown == console.printable(piped.stdout.decode())
+
+
+def test_what_a_model_writes_cannot_drive_the_terminal(capfdbinary, monkeypatch, tiny):
+    line = ["generate", "hi", "-m", tiny, "-s", 3, "-n", 4, "-q", "--sequence-bias", "\x1b=100"]
+    assert call(capfdbinary, *line).stdout == b"hi" + 4 * b"\x1b" + b"\n"
+    assert on_terminal(monkeypatch, *line) == (0, "hi" + 4 * "\\x1b" + "\n")

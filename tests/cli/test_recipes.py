@@ -1,0 +1,186 @@
+"""Every shipped recipe: its three lines run, on less data here and whole under `-m slow`, and beat their baseline."""
+
+import csv
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from support.shell import assert_fails, call, run
+
+import hfkit
+from hfkit.models.sources import BUNDLED
+from hfkit.recipes import head_comment as describe
+from hfkit.recipes import read_recipe, shipped
+
+TRAINED = [name for name in shipped() if name not in ("sampling-story", "bundled")]
+# Figures that are better when they are lower.
+COSTS = ("perplexity", "loss")
+
+
+def lines_of(recipe: Path) -> list[str]:
+    """The three commands in a recipe's head: train, score, use."""
+    return [line.strip() for line in describe(recipe) if re.match(r"  (echo .*\| )?hfkit ", line)][:3]
+
+
+def arguments_of(line: str) -> tuple[list[str], bytes | None]:
+    """A command line as arguments of hfkit, and what is piped into it."""
+    before, _, command = line.rpartition("hfkit ")
+    piped = shlex.split(before.rstrip("| "))[1] if before else None
+    return shlex.split(command), None if piped is None else f"{piped}\n".encode()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> str:
+    """A random GPT-2 with the bundled model's tokenizer, so that real texts are not too long."""
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, set_seed
+
+    folder = tmp_path_factory.mktemp("models") / "small"
+    tokenizer = GPT2Tokenizer.from_pretrained(BUNDLED)
+    set_seed(0)
+    end = tokenizer.eos_token_id
+    GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=512,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def kitchen(tmp_path, monkeypatch):
+    """A folder to copy a recipe into, and to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def shorten(path: Path, rows: int = 24) -> None:
+    """Keep the first rows or documents of a data file."""
+    if path.suffix == ".txt":
+        parts = path.read_text().split("<|endoftext|>\n")
+        path.write_text("<|endoftext|>\n".join(parts[:8]))
+    else:
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[: rows + (path.suffix == ".csv")]))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_three_lines_of_a_recipe_run(name, kitchen, small, monkeypatch, capfdbinary):
+    monkeypatch.setenv("HFKIT_MODEL", small)
+    assert call(capfdbinary, "recipes", "copy", name).returncode == 0
+    for path in Path("data").iterdir():
+        shorten(path)
+    lines = lines_of(Path(f"{name}.yaml"))
+    assert len(lines) == 3
+    for line in lines:
+        arguments, piped = arguments_of(line)
+        if arguments[0] in ("finetune", "pretrain", "tune"):
+            arguments += ["--max-steps", "2", "--per-device-train-batch-size", "2", "--eval-steps", "2"]
+            arguments += ["--eval-fraction", "0.3"] + (["-n", "1"] if arguments[0] == "tune" else [])
+            arguments += ["--num-processes", "1"] if arguments[0] != "tune" else []
+        if arguments[0] in ("generate", "chat"):
+            arguments += ["-n", "4"]
+        if piped is not None:
+            Path("piped").write_bytes(piped)
+            import io
+
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(open("piped", "rb")))
+        result = call(capfdbinary, *arguments)
+        # An untrained BERT may find that the text has no answer, which is told by the exit code.
+        assert result.returncode == 0 or b"does not answer that" in result.stderr, (line, result.stderr.decode())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_recipe_beats_its_baseline_by_more_than_the_error(name, kitchen):
+    assert run("recipes", "copy", name).returncode == 0
+    train, score, use = map(arguments_of, lines_of(Path(f"{name}.yaml")))
+    for arguments, piped in (train, use):
+        result = run(*arguments, input=piped, timeout=1500)
+        assert result.returncode == 0 and result.stdout.strip(), result.stderr.decode()
+        if arguments is train[0]:
+            scored = run(*score[0], *(["--json"] if score[0][0] == "evaluate" else []), timeout=900)
+            assert scored.returncode == 0, scored.stderr.decode()
+    if score[0][0] != "evaluate":  # of a search
+        trials = json.loads(Path("runs/tune/tuning.json").read_text())
+        losses = [trial["loss"] for trial in trials["trials"] if trial["loss"] is not None]
+        best = json.loads(Path("runs/tuned/metrics.json").read_text())["loss"]
+        assert best == pytest.approx(min(losses), rel=1e-9) and best < max(losses)
+        return
+    found = json.loads(scored.stdout)
+    if isinstance(found, list):
+        before, after = (hfkit.evaluate(score[0][1], model=one["model"]) for one in found)
+        gain, error = after.gain_over(before)  # of the difference, which is known better than either figure
+        assert gain > 2 * error > 0
+        return
+    figure = next(key for key in ("accuracy", "exact_match", "chrf") if key in found)
+    for baseline in found["baselines"].values():
+        assert found[figure] - baseline[figure] > 2 * found[f"{figure}_stderr"] > 0
+
+
+def test_every_recipe_says_in_its_first_line_what_it_is_for():
+    for name, path in shipped().items():
+        first, empty, *_ = describe(path)
+        assert 20 < len(first) < 110 and empty == "", name
+        assert any(f"--config {name}" in line for line in lines_of(path)), name
+
+
+def test_data_is_parted_without_overlap_and_its_licence_is_told():
+    data = next(iter(shipped().values())).parent / "data"
+    told = (data / "README.md").read_text()
+    for path in data.iterdir():
+        if path.name == "README.md":
+            continue
+        assert f"`{path.name.replace('-test', '')}`" in told and told.count("CC0-1.0") > 7
+        if "-test" in path.name:
+            rest = path.with_name(path.name.replace("-test", ""))
+            mark = "<|endoftext|>\n" if path.suffix == ".txt" else "\n"
+            parts = [set(file.read_text().split(mark)[path.suffix == ".csv" :]) - {""} for file in (path, rest)]
+            assert parts[0] and not parts[0] & parts[1], path.name
+
+
+def test_answers_stand_in_their_contexts_and_labels_are_even():
+    data = next(iter(shipped().values())).parent / "data"
+    for row in map(json.loads, (data / "questions.jsonl").read_text().splitlines()):
+        assert row["answer"] in row["context"]
+    with (data / "reviews.csv").open(newline="") as file:
+        labels = [row["label"] for row in csv.DictReader(file)]
+    assert 0.45 < labels.count("positive") / len(labels) < 0.55
+
+
+def test_recipes_are_listed_with_a_line_each(capfdbinary):
+    result = call(capfdbinary, "recipes")
+    lines = result.stdout.decode().splitlines()
+    assert result.returncode == 0 and [line.split()[0] for line in lines] == list(shipped())
+
+
+def test_a_copy_does_not_overwrite_and_a_wrong_name_gets_a_hint(kitchen, capfdbinary):
+    assert call(capfdbinary, "recipes", "copy", "generation-poems").returncode == 0
+    assert_fails(call(capfdbinary, "recipes", "copy", "generation-poems"), 1, "exists")
+    assert_fails(call(capfdbinary, "recipes", "copy", "generation-poem"), 1, "did you mean 'generation-poems'")
+
+
+def test_a_shipped_recipe_is_found_by_name_and_finds_its_data(kitchen):
+    from hfkit.options import DataOptions, TrainOptions
+    from hfkit.recipes import read_values
+
+    values = read_values("generation-poems", ["corpus", *TrainOptions.names(), *DataOptions.names()])
+    assert Path(values["corpus"]).is_file()
+    shutil.copytree(shipped()["generation-poems"].parent / "data", "data")
+    values = read_values("generation-poems", ["corpus", *TrainOptions.names(), *DataOptions.names()])
+    assert values["corpus"] == "data/poems.txt"
+    assert read_recipe(shipped()["sampling-story"], *_groups())[0].temperature == 0.8
+
+
+def _groups():
+    from hfkit.options import GenerateOptions
+
+    return (GenerateOptions,)

@@ -1,0 +1,242 @@
+"""An export is the model, whole, in the precision that was asked for; or what was there before is there still."""
+
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support import trials
+from support.shell import assert_fails, call, edit_json
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hfkit
+from hfkit import storage
+from hfkit.errors import HfkitError, OptionError
+
+pytestmark = pytest.mark.usefixtures("brisk")
+IDS = torch.arange(40)[None]
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits.float()
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny, corpus, tmp_path_factory) -> str:
+    """A run that left a LoRA adapter which makes a difference."""
+    folder = tmp_path_factory.mktemp("runs") / "adapter"
+    return hfkit.finetune(
+        corpus, model=tiny, output_dir=folder, lora=True, **trials.SMALL | {"learning_rate": 0.05}
+    ).output_dir
+
+
+def test_a_merged_adapter_says_what_model_and_adapter_say_together(tiny, adapter, tmp_path, capfdbinary):
+    from peft import AutoPeftModelForCausalLM
+
+    result = call(capfdbinary, "export", adapter, "-o", tmp_path / "whole")
+    assert (result.returncode, result.stdout.decode(), result.stderr) == (0, f"{tmp_path / 'whole'}\n", b"")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    together = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    torch.testing.assert_close(logits(merged), logits(together), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(merged), logits(AutoModelForCausalLM.from_pretrained(tiny)), atol=0.1)
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "whole").get_vocab()
+        == AutoTokenizer.from_pretrained(tiny).get_vocab()
+    )
+    found = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert "metrics.json" in found and not [name for name in found if "adapter" in name]
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_the_card_of_a_merged_adapter_is_that_of_a_whole_model(adapter, tmp_path):
+    (Path(adapter) / "README.md").write_text("---\nlibrary_name: peft\n---\n# A run")
+    hfkit.export(adapter, output_dir=tmp_path / "whole")
+    assert (tmp_path / "whole" / "README.md").read_text() == "---\nlibrary_name: transformers\n---\n# A run"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_precision_is_what_was_asked_for_and_stays_where_nothing_was(tiny, tmp_path, dtype):
+    first = hfkit.export(tiny, output_dir=tmp_path / "first", dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(first)
+    assert model.dtype == getattr(torch, dtype)
+    expected = AutoModelForCausalLM.from_pretrained(tiny).to(model.dtype)
+    for (name, a), b in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    again = AutoModelForCausalLM.from_pretrained(hfkit.export(first, output_dir=tmp_path / "again"))
+    assert again.dtype == model.dtype
+
+
+def test_other_models_and_gguf_files_are_exported_as_well(tiny_llama, tmp_path):
+    from support.models import write_gguf
+
+    lm = hfkit.load(tiny_llama, device="cpu")
+    file = write_gguf(lm.model, lm.tokenizer, tmp_path / "model.gguf")
+    for source in (tiny_llama, file):
+        found = AutoModelForCausalLM.from_pretrained(hfkit.export(source, output_dir=tmp_path / "out", overwrite=True))
+        torch.testing.assert_close(logits(found), logits(lm.model), rtol=1e-4, atol=1e-4)
+
+
+# places
+
+
+def test_what_stands_there_is_replaced_only_when_asked_and_only_a_model(tiny, still, tmp_path, capfdbinary):
+    target = tmp_path / "out"
+    for _ in range(2):
+        hfkit.export(tiny, output_dir=target) if not target.exists() else None
+        assert_fails(call(capfdbinary, "export", still, "-o", target), 1, str(target), "--overwrite replaces it")
+    (target / "stale").touch()
+    assert_fails(call(capfdbinary, "export", still, "-o", target, "--overwrite"), 1, "holds stale, which")
+    (target / "stale").unlink()
+    hfkit.export(still, output_dir=target, overwrite=True)
+    assert json.loads((target / "config.json").read_text())["attn_pdrop"] == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    hfkit.export(tiny, output_dir=other)  # an empty folder is free
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "text").write_text("ten years")
+    result = call(capfdbinary, "export", tiny, "-o", tmp_path / "thesis", "--overwrite")
+    assert_fails(result, 1, "holds text, which hfkit did not write")
+    assert (tmp_path / "thesis" / "text").read_text() == "ten years"
+
+
+def test_a_model_is_not_exported_over_itself_or_what_it_lies_in(tiny, adapter, copy, tmp_path, capfdbinary):
+    folder = copy(tiny)
+    own = shutil.copytree(adapter, tmp_path / "adapter")
+    edit_json(own / "adapter_config.json", base_model_name_or_path=str(folder))
+    (tmp_path / "link").symlink_to(folder)
+    for source, target in (
+        (folder, folder),
+        (folder, tmp_path),
+        (own, own),
+        (own, folder),
+        (folder, f"{folder}/../model"),
+    ):
+        assert_fails(call(capfdbinary, "export", source, "-o", target, "--overwrite"), 1, "holds the model itself")
+    assert_fails(call(capfdbinary, "export", folder, "-o", tmp_path / "link", "--overwrite"), 1, "is no folder")
+    assert hfkit.load(folder) and hfkit.load(own)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tiny, tmp_path, capfdbinary):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    for place in ("file", "file/out", "loop", "loop/out", "x" * 256, "a\0b"):
+        assert_fails(call(capfdbinary, "export", tiny, "-o", f"{tmp_path}/{place}"), 1, "name another")
+    for place in ("/proc/out", "/dev/null"):
+        assert_fails(call(capfdbinary, "export", tiny, "-o", place), 1, "name another")
+    assert hfkit.load(hfkit.export(tiny, output_dir=tmp_path / ("ä" * 127)))
+    with pytest.raises(OptionError, match="export needs a place"):
+        hfkit.export(tiny)
+
+
+def test_a_full_disk_is_one_line_and_what_was_there_stays(tiny, tmp_path, capfdbinary, monkeypatch):
+    hfkit.export(tiny, output_dir=tmp_path / "out")
+    before, limit = trials.digest(tmp_path / "out"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    try:
+        result = call(capfdbinary, "export", tiny, "-o", tmp_path / "out", "--overwrite", "--dtype", "bfloat16")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert_fails(result, 1, f"cannot write {tmp_path / 'out'}")
+    assert trials.digest(tmp_path / "out") == before and [path.name for path in tmp_path.iterdir()] == ["out"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    assert_fails(call(capfdbinary, "export", tiny, "-o", tmp_path / "new"), 1, "0 bytes free")
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_killed_at_any_operation_the_old_export_or_the_new_one_is_there(tmp_path, exists):
+    place = tmp_path / "place"
+    for name, text in {"old": "old", ".out.staging": "new"}.items():
+        (place / name).mkdir(parents=True)
+        for file in ("config.json", "model.safetensors"):
+            (place / name / file).write_text(text)
+    (place / "old").rename(place / "out") if exists else shutil.rmtree(place / "old")
+    seen = []
+    act = lambda: storage.publish(place / ".out.staging", place / "out")  # noqa: E731
+    for _ in trials.killed_at_each(act, place, tmp_path / "backup"):
+        found = {path.read_text() for path in (place / "out").iterdir()} if (place / "out").exists() else set()
+        assert found in ({"old"} if exists else set(), {"new"})
+        seen.append(found)
+    assert seen[0] != seen[-1] == {"new"} and [path.name for path in place.iterdir()] == ["out"]
+
+
+def test_where_folders_cannot_change_places_they_are_renamed(tmp_path, monkeypatch):
+    for name in ("new", "out"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    monkeypatch.setattr(storage.ctypes, "CDLL", lambda name: object())
+    storage.publish(tmp_path / "new", tmp_path / "out")
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("out"), Path("out/new")]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_modes_are_what_the_umask_gives(tiny, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        hfkit.export(tiny, output_dir=tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~mask}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+# the Hub
+
+
+class Api:
+    """A Hub that remembers what it was asked, or refuses."""
+
+    calls: list = []
+    error: Exception | None = None
+
+    def create_repo(self, name, **options):
+        self.calls.append((name, options))
+
+    def upload_folder(self, *, repo_id, folder_path, **options):
+        if self.error:
+            raise self.error
+        files = sorted(path.name for path in Path(folder_path).iterdir())
+        self.calls.append((repo_id, files, hfkit.load(folder_path).model.num_parameters()))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("hfkit.models.exporting.reach_hub", lambda name: None)
+    monkeypatch.setattr(Api, "calls", [])
+    return Api
+
+
+def test_a_model_is_pushed_whole_and_private_unless_said_otherwise(tiny, hub, tmp_path, monkeypatch, capfdbinary):
+    monkeypatch.chdir(tmp_path)
+    result = call(capfdbinary, "export", tiny, "--push-to-hub", "owner/name", "--dtype", "bfloat16")
+    assert (result.returncode, result.stdout) == (0, b"https://huggingface.co/owner/name\n"), result.stderr
+    (created, pushed), size = hub.calls, hfkit.load(tiny).model.num_parameters()
+    assert created == ("owner/name", {"private": True, "exist_ok": True})
+    assert pushed == ("owner/name", sorted(path.name for path in Path(tiny).iterdir()), size)
+    assert not list(tmp_path.iterdir())
+    hfkit.export(tiny, push_to_hub="owner/name", private=False, output_dir=tmp_path / "out")
+    assert hub.calls[2][1]["private"] is False and hfkit.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("no space"), ValueError("bad name"), RuntimeError("odd\nand more"), Exception()]
+)
+def test_a_push_that_fails_is_one_line_and_leaves_nothing(tiny, hub, tmp_path, monkeypatch, capfdbinary, error):
+    monkeypatch.setattr(Api, "error", error)
+    result = call(capfdbinary, "export", tiny, "--push-to-hub", "owner/name", "-o", tmp_path / "out")
+    assert_fails(result, 1, "cannot push to owner/name", str(error).split("\n")[0] or "Exception", "hf auth login")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_before_anything_is_loaded(tiny, tmp_path, monkeypatch, capfdbinary):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("hfkit.models.exporting.load_weights", lambda *_: pytest.fail("loaded"))
+    monkeypatch.chdir(tmp_path)
+    result = call(capfdbinary, "export", tiny, "--push-to-hub", "owner/name")
+    assert_fails(result, 1, "the Hub cannot be reached (http://127.0.0.1:9)")
+    with pytest.raises(HfkitError):
+        hfkit.export(tiny, push_to_hub="owner/name")

@@ -1,0 +1,334 @@
+"""Models of every kind are what they were saved as, or one sentence says why not."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.models import byte_vocabulary, write_gguf
+from support.shell import assert_fails, call, edit_json
+from torch import nn
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    LlamaForCausalLM,
+    set_seed,
+)
+from transformers.pytorch_utils import Conv1D
+
+import hfkit
+from hfkit.errors import HfkitError
+from hfkit.models import loading
+from hfkit.models.architecture import choose_dtype
+from hfkit.models.loading import load_weights
+from hfkit.models.quantization import Int4Linear, Int8Linear
+from hfkit.options import ModelOptions
+
+IDS = torch.tensor([[72, 101, 108, 108, 111, 44, 33]])
+
+
+def fails(model, **options) -> str:
+    with pytest.raises(HfkitError) as error:
+        hfkit.load(str(model), **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def edit_weights(folder: Path, change) -> None:
+    """Change the tensors of a model's file: `change(tensors)`."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    (folder / "model.safetensors").unlink()  # a loaded model may still map it
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+# what is loaded
+
+
+def test_gpt2_is_gpt2_with_its_own_tokenizer(tiny):
+    model, tokenizer = lm = hfkit.load(tiny)
+    assert type(model) is GPT2LMHeadModel and type(tokenizer) is GPT2Tokenizer
+    assert not model.training and model.dtype == torch.float32 and lm.name == tiny and lm.context == 64
+    assert torch.equal(model(IDS).logits, GPT2LMHeadModel.from_pretrained(tiny)(IDS).logits)
+
+
+def test_the_bundled_model_is_the_default_and_reads_english():
+    lm = hfkit.load()
+    assert lm.name == "bundled" and type(lm.model) is GPT2LMHeadModel
+    text, other = "She looked at him and said that she was", "at that was she him she said looked and She"
+    ids = [lm.tokenizer(sentence, return_tensors="pt").input_ids for sentence in (text, other)]
+    assert lm.model(ids[0], labels=ids[0]).loss + 1 < lm.model(ids[1], labels=ids[1]).loss
+
+
+def test_other_models_come_through_the_auto_classes(tiny_llama, tiny_t5):
+    llama, t5 = hfkit.load(tiny_llama), hfkit.load(tiny_t5)
+    assert type(llama.model) is LlamaForCausalLM and llama.context == 128
+    assert type(t5.model) is type(AutoModelForSeq2SeqLM.from_pretrained(tiny_t5)) and t5.context is None
+
+
+def test_options_come_as_names_or_as_one(tiny):
+    by_name, as_one = hfkit.load(tiny, dtype="bfloat16"), hfkit.load(ModelOptions(model=tiny, dtype="bfloat16"))
+    assert by_name.model.dtype == as_one.model.dtype == torch.bfloat16
+    assert hfkit.load(ModelOptions(model=tiny, dtype="bfloat16"), dtype="float32").model.dtype == torch.float32
+
+
+def test_a_model_given_by_name_stays_loaded_until_its_files_change(copy, tiny, monkeypatch):
+    folder, how = str(copy(tiny)), {"max_new_tokens": 9, "temperature": 0}
+    first = hfkit.generate("a", model=folder, **how)
+    with monkeypatch.context() as patch:
+        patch.setattr("hfkit.models.loading.load", None)
+        assert hfkit.generate("a", model=folder, **how) == first
+    edit_weights(Path(folder), lambda tensors: tensors["transformer.wte.weight"].neg_())
+    assert hfkit.generate("a", model=folder, **how) != first
+    monkeypatch.setenv("HFKIT_MODEL", tiny)
+    assert hfkit.generate("a", **how).completion == first.completion
+
+
+# adapters
+
+
+@pytest.fixture
+def adapter(tiny, tmp_path):
+    """A LoRA adapter with weights that matter, and the logits of the merged model."""
+    import peft
+
+    set_seed(3)
+    config = peft.LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, init_lora_weights=False)
+    model = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(tiny), config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", model.merge_and_unload()(IDS).logits
+
+
+def test_an_adapter_is_its_base_with_the_weights_merged(adapter, tiny):
+    folder, expected = adapter
+    lm = hfkit.load(str(folder))
+    assert type(lm.model) is GPT2LMHeadModel and lm.name == str(folder)
+    assert torch.allclose(lm.model(IDS).logits, expected, atol=1e-5)
+    assert not torch.allclose(hfkit.load(tiny).model(IDS).logits, expected, atol=1e-2)
+
+
+def test_an_adapter_that_does_not_fit_its_base_is_refused(adapter, tmp_path):
+    folder, _ = adapter
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {name: tensor[..., :-1].contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors"
+    )
+    assert str(folder) in fails(folder)
+    for change, words in ((lambda t: t.popitem(), "missing base_model.model.transformer.h."),
+                          (lambda t: t.update({"base_model.model.h.9.lora_A.weight": torch.zeros(1)}), "unexpected"),
+                          (lambda t: t.clear(), "and 3 more")):  # fmt: skip
+        changed = dict(tensors)
+        change(changed)
+        save_file(changed, folder / "adapter_model.safetensors")
+        assert words in fails(folder) and str(folder) in fails(folder)
+    save_file({name: tensor * torch.nan for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    assert "not numbers" in fails(folder)
+
+
+# GGUF
+
+
+@pytest.mark.parametrize("positions", [40, 1024, 2000])
+def test_a_gpt2_in_a_gguf_file_is_the_same_model(tmp_path, capfd, positions):
+    end = "<|endoftext|>"
+    tokenizer = GPT2Tokenizer(vocab=byte_vocabulary() | {"th": 257}, merges=[("t", "h")], bos_token=end, eos_token=end)
+    set_seed(0)
+    config = GPT2Config(
+        vocab_size=258, n_positions=positions, n_embd=32, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=256
+    )
+    model = GPT2LMHeadModel(config).eval()
+    lm = hfkit.load(write_gguf(model, tokenizer, tmp_path / "model.gguf"))
+    assert type(lm.model) is GPT2LMHeadModel and lm.context == positions
+    assert torch.allclose(lm.model(IDS).logits, model(IDS).logits, atol=1e-5)
+    assert lm.tokenizer("the cat")["input_ids"] == tokenizer("the cat")["input_ids"]
+    assert hfkit.generate("the", model=lm, max_new_tokens=positions - 3 if positions < 99 else 5, temperature=0).tokens
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_llama_in_a_gguf_file_is_the_same_model(tiny_llama, tmp_path):
+    whole = hfkit.load(tiny_llama)
+    lm = hfkit.load(write_gguf(whole.model, whole.tokenizer, tmp_path / "model.gguf"))
+    assert type(lm.model) is LlamaForCausalLM and lm.context == 128
+    assert torch.allclose(lm.model(IDS).logits, whole.model(IDS).logits, atol=1e-4)
+    assert lm.tokenizer.decode(lm.tokenizer("the cat")["input_ids"], skip_special_tokens=True) == "the cat"
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:99], lambda data: b"GGUF" + b"\xff" * 99, lambda data: data[:-999]]
+)
+def test_a_damaged_gguf_file_is_one_sentence(tiny_llama, tmp_path, damage):
+    whole = hfkit.load(tiny_llama)
+    path = Path(write_gguf(whole.model, whole.tokenizer, tmp_path / "model.gguf"))
+    path.write_bytes(damage(path.read_bytes()))
+    assert "model.gguf" in fails(path)
+
+
+# weights that are not the model's
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("transformer.h.0.attn.c_attn.weight"), "missing transformer.h.0.attn.c_attn.weight"),
+        (lambda t: t.pop("transformer.wte.weight"), "missing"),
+        (lambda t: [t.pop(name) for name in sorted(t)[:9]], "and 4 more"),
+        (lambda t: t.update({"transformer.h.7.x": torch.zeros(1)}), "unexpected transformer.h.7.x"),
+        (lambda t: t.update({"transformer.ln_f.weight": torch.zeros(31)}), "mismatched"),
+        (lambda t: t.update({"transformer.wpe.weight": torch.zeros(99, 32)}), "mismatched"),
+        (lambda t: t["transformer.ln_f.bias"].fill_(torch.nan), "not numbers"),
+        (lambda t: t["transformer.h.1.mlp.c_fc.weight"][3, 4:5].fill_(torch.inf), "not numbers"),
+        (lambda t: t["transformer.h.1.mlp.c_fc.weight"][3, 4:5].fill_(-torch.inf), "c_fc.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_named(copy, tiny, change, words):
+    folder = copy(tiny)
+    edit_weights(folder, change)
+    assert words in fails(folder) and str(folder) in fails(folder)
+
+
+def test_a_config_of_another_size_is_refused(copy, tiny):
+    folder = copy(tiny)
+    for wrong in ({"n_layer": 3}, {"n_embd": 16}, {"vocab_size": 300}, {"n_positions": 32}, {"n_layer": 1}):
+        edit_json(
+            folder / "config.json", **({"n_layer": 2, "n_embd": 32, "vocab_size": 257, "n_positions": 64} | wrong)
+        )
+        assert str(folder) in fails(folder)
+
+
+@pytest.mark.parametrize("wrong", [{"n_layer": "two"}, {"n_head": 3}, {"n_head": 0}, {"model_type": "nonsense"}])
+def test_a_config_that_makes_no_sense_is_one_sentence(copy, tiny, wrong):
+    folder = copy(tiny)
+    edit_json(folder / "config.json", **wrong)
+    assert str(folder) in fails(folder)
+
+
+def test_a_model_that_does_not_write_text_is_refused(copy, tiny, capfdbinary):
+    folder = copy(tiny)
+    GPT2ForSequenceClassification(GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=2)).save_pretrained(folder)
+    assert_fails(
+        call(capfdbinary, "generate", "hi", "-m", folder), 1, "is a GPT2ForSequenceClassification", "classify"
+    )
+    with pytest.raises(HfkitError, match="GPT2ForSequenceClassification"):
+        hfkit.generate("hi", model=str(folder))
+    edit_json(folder / "config.json", architectures=["BertModel"], model_type="bert")
+    assert str(folder) in fails(folder)
+
+
+# tokenizers
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(copy, tiny):
+    folder = copy(tiny)
+    tokenizer = GPT2Tokenizer.from_pretrained(tiny)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folder)
+    assert "258 tokens, the model 257" in fails(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\x00", '{"model": {}}'])
+def test_a_bad_tokenizer_is_one_sentence(copy, tiny, text):
+    folder = copy(tiny)
+    (folder / "tokenizer.json").write_text(text)
+    assert str(folder) in fails(folder)
+
+
+@pytest.mark.parametrize(("name", "words"), [("vocab.json", "cannot be loaded"), ("vocab.txt", "is empty")])
+def test_a_tokenizer_whose_files_are_not_all_there_is_one_sentence(copy, tiny, name, words):
+    folder = copy(tiny)
+    (folder / "tokenizer.json").rename(folder / name)
+    assert words in fails(folder) and str(folder) in fails(folder)
+
+
+def test_a_model_without_an_end_or_a_padding_token_generates(copy, tiny):
+    folder = copy(tiny)
+    edit_json(folder / "tokenizer_config.json", eos_token=None, bos_token=None, pad_token=None)
+    for file in ("config.json", "generation_config.json"):
+        edit_json(folder / file, eos_token_id=None, bos_token_id=None)
+    lm = hfkit.load(str(folder))
+    assert lm.tokenizer.pad_token is None and lm.tokenizer.eos_token is None
+    found = hfkit.generate(["a", "the cat", "b"], model=lm, max_new_tokens=9, seed=1)
+    assert [one.tokens for one in found] == [9] * 3
+    with pytest.raises(HfkitError, match="no token that begins a text"):
+        hfkit.generate("", model=lm)
+
+
+# precision and place
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_llama", "tiny_t5"])
+@pytest.mark.parametrize(("bits", "likeness"), [("int8", 0.998), ("int4", 0.8)])
+def test_few_bits_are_like_float32(request, name, bits, likeness):
+    path = request.getfixturevalue(name)
+    inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS} if name == "tiny_t5" else {})
+    whole, small = hfkit.load(path).model, hfkit.load(path, quantize=bits).model
+    kinds = {type(module) for module in small.modules()}
+    assert not {nn.Linear, Conv1D} & kinds and Int8Linear in kinds and (bits == "int8" or Int4Linear in kinds)
+    expected, found = whole(**inputs).logits, small(**inputs).logits
+    assert likeness < nn.functional.cosine_similarity(expected.flatten(), found.flatten(), 0) < 1
+
+
+@pytest.mark.parametrize(("bits", "change"), [("int8", 0.01), ("int4", 0.1)])
+def test_few_bits_hardly_change_the_bundled_models_perplexity(bits, change):
+    text = (
+        "The old man sat by the window and watched the rain. He had been there since the morning, and nobody had come "
+        "to see him. At last there was a knock at the door, and a boy came in with a letter in his hand. “It is from "
+        "your brother,” he said, “and I am to wait for an answer.” The old man took the letter and read it slowly."
+    )
+    ids = hfkit.load().tokenizer(text, return_tensors="pt").input_ids
+    losses = [lm.model(ids, labels=ids).loss.item() for lm in (hfkit.load(), hfkit.load(quantize=bits))]
+    assert abs(math.exp(losses[1] - losses[0]) - 1) < change
+
+
+@pytest.mark.parametrize("rows", [1, 47, 48, 100])
+@pytest.mark.parametrize("shape", [(64, 32), (17, 32), (64, 33), (3, 40)])
+def test_an_integer_layer_is_close_to_the_layer_it_replaces(rows, shape):
+    set_seed(0)
+    weight, bias, x = torch.randn(shape), torch.randn(shape[0]), torch.randn(2, rows, shape[1])
+    layers = [Int8Linear, Int4Linear] if Int4Linear.fits(weight) else [Int8Linear]
+    for layer in layers:
+        found = layer(weight, nn.Parameter(bias))(x)
+        expected = nn.functional.linear(x, weight, bias)
+        assert found.shape == expected.shape and found.dtype == x.dtype
+        assert (found - expected).norm() / expected.norm() < (0.02 if layer is Int8Linear else 0.15)
+
+
+def test_half_precision_is_chosen_for_gpus_and_float32_for_cpus(tiny):
+    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
+    assert choose_dtype("auto", torch.device("mps")) == torch.float16
+    for name in ("float32", "bfloat16", "float16"):
+        assert hfkit.load(tiny, dtype=name).model.dtype == getattr(torch, name)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "", "cpu:x", "meta", "hpu", "vulkan", "fpga", "cuda:-1"])
+def test_a_device_that_is_not_there_is_one_sentence(tiny, capfdbinary, device):
+    assert "device" in fails(tiny, device=device)
+    assert_fails(call(capfdbinary, "generate", "hi", "-m", tiny, f"--device={device}"), 1, "leave --device out")
+
+
+def test_a_device_map_places_the_model_and_a_wrong_one_is_one_sentence(tiny):
+    lm = hfkit.load(tiny, device_map="auto")
+    assert hfkit.generate("a", model=lm, seed=1) == hfkit.generate("a", model=tiny, seed=1)
+    assert tiny in fails(tiny, device_map="everywhere")
+
+
+def test_bits_on_a_device_without_kernels_are_refused(tiny, monkeypatch):
+    from hfkit.models.sources import find_model as find
+
+    options = ModelOptions(model=tiny, quantize="int8")
+    monkeypatch.setattr(loading, "choose_device", lambda *_: torch.device("meta"))
+    monkeypatch.setattr(GPT2LMHeadModel, "to", lambda self, *_: self)
+    with pytest.raises(HfkitError, match="add --device cpu"):
+        load_weights(find(options), options, None)
+
+
+def test_verbose_tells_what_was_chosen(tiny, capfdbinary):
+    result = call(capfdbinary, "generate", "hi", "-m", tiny, "-n", 2, "-s", 1, "-v")
+    assert b"float32 on cpu" in result.stderr and b"tokens/s" in result.stderr and b"seed 1" in result.stderr
+    result = call(capfdbinary, "generate", "hi", "-m", tiny, "-n", 2, "-s", 1, "--quantize", "int4", "-v")
+    assert b"int4 on cpu" in result.stderr

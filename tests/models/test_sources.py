@@ -1,0 +1,326 @@
+"""A model's name leads to a safe folder, or to one sentence."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import socket
+import struct
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from support.models import shard, write_index
+from support.shell import edit_json
+
+from hfkit.console import printable
+from hfkit.errors import HfkitError
+from hfkit.models.sources import BUNDLED
+from hfkit.models.sources import find_model as find
+from hfkit.options import ModelOptions
+
+
+def fails(**options) -> str:
+    """The one line with which `find` refuses."""
+    with pytest.raises(HfkitError) as error:
+        find(ModelOptions(**options))
+    line = printable(str(error.value))
+    assert "\n" not in line
+    return line
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every connection fails the test, even one that the code under test would hide; the Hub is not switched off."""
+    calls = []
+
+    def refuse(*arguments, **keywords):
+        calls.append(arguments)
+        raise OSError("a test without network")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    yield
+    assert not calls
+
+
+class Touch:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+# names
+
+
+def test_without_a_name_it_is_the_bundled_model_or_hfkit_model(monkeypatch, tiny):
+    assert find().folder == find(ModelOptions(model="bundled")).folder == BUNDLED
+    monkeypatch.setenv("HFKIT_MODEL", tiny)
+    assert find().name == str(find().folder) == tiny
+    assert find(ModelOptions(model="bundled")).folder == BUNDLED
+    monkeypatch.setenv("HFKIT_MODEL", "")
+    assert find().folder == BUNDLED
+
+
+def test_size_is_that_of_the_weights(tiny):
+    assert find(ModelOptions(model=tiny)).size == os.path.getsize(f"{tiny}/model.safetensors")
+
+
+BAD_NAMES = [
+    *("", " ", "../../etc/nothing", "a//b", "a/b/c", "/no/such/folder", "./nope", "~/no-such-model", "~nobody/model"),
+    *("C:\\x", "a\\b", "\\\\server\\share", "file:///etc/passwd", "https://huggingface.co/gpt2", "hf://gpt2", "gpt2/"),
+    *(
+        "a" * 97,
+        "a/" + "b" * 300,
+        "x" * 5000,
+        "two\nlines",
+        "two\r\nlines",
+        "\x1b[31mred",
+        "a\x00b",
+        "gpt 2",
+        "gpt2\t",
+    ),
+    *(
+        "-gpt2",
+        "gpt2-",
+        "a..b",
+        "a--b",
+        "gpt2.git",
+        "é",
+        "模型",
+        "gpt2?x=1",
+        "gpt2#x",
+        "%2e%2e",
+        "$(id)",
+        "@",
+        "\ud800",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
+def test_a_bad_name_is_refused_without_the_network(no_network, name):
+    line = fails(model=name)
+    assert "no model" in line and line.isprintable()
+
+
+def test_remote_code_from_the_hub_needs_a_commit_before_anything_is_asked(no_network):
+    for revision in (None, "main", "v1.0", "a" * 39, "A" * 40):
+        assert "40 characters of a commit" in fails(model="gpt2", trust_remote_code=True, revision=revision)
+
+
+def test_offline_and_not_cached_says_both(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert "not cached and HF_HUB_OFFLINE is set" in fails(model="owner/name")
+
+
+# files
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "adapter_model.bin"])
+def test_a_pickle_is_refused_and_never_run(copy, tiny, tmp_path, name):
+    folder, mark = copy(tiny), tmp_path / "mark"
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(pickle.dumps(Touch(mark)))
+    assert f"only {name}, which is not safetensors" in fails(model=str(folder))
+    assert not mark.exists()
+    pickle.loads((folder / name).read_bytes()).close()  # noqa: S301 - the trap works
+    assert mark.exists()
+
+
+def test_an_adapter_in_a_pickle_is_refused(tmp_path, tiny):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": tiny}))
+    (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(Touch(tmp_path / "mark")))
+    assert "only safetensors are loaded" in fails(model=str(tmp_path))
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_folder_without_a_model_says_what_is_missing(tmp_path, copy, tiny):
+    assert "no config.json" in fails(model=str(tmp_path))
+    folder = copy(tiny)
+    (folder / "model.safetensors").unlink()
+    assert "no model.safetensors" in fails(model=str(folder))
+    (tmp_path / "words.txt").write_text("hello")
+    assert "give a .gguf file or a folder" in fails(model=str(tmp_path / "words.txt"))
+
+
+def test_no_tokenizer_files_is_an_error(copy, tiny):
+    folder = copy(tiny)
+    (folder / "tokenizer.json").unlink()
+    assert "no tokenizer files" in fails(model=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "config.json cannot be read"),
+        ("[1]", "not a JSON object"),
+        ("", "config.json cannot be read"),
+        ("\xff\xfe", "config.json cannot be read"),
+        ('{"a":' * 100_000, "config.json cannot be read"),
+        (json.dumps({"_attn_implementation_internal": "owner/kernel"}), "asks for code"),
+        (json.dumps({"attn_implementation": {"": "owner/kernel"}}), "asks for code"),
+        (json.dumps({"text_config": {"attn_implementation": "owner/kernel"}}), "asks for code"),
+        (json.dumps({"transformers_weights": "other.safetensors.index.json"}), "transformers_weights"),
+        (json.dumps({"auto_map": {"AutoConfig": "code.Config"}}), "its own Python code"),
+    ],
+)
+def test_a_bad_config_is_one_sentence(copy, tiny, text, words):
+    folder = copy(tiny)
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    assert words in fails(model=str(folder))
+
+
+def test_trusted_code_may_not_come_from_another_repository(copy, tiny):
+    for file in ("config.json", "tokenizer_config.json"):
+        folder = copy(tiny)
+        edit_json(folder / file, auto_map={"AutoTokenizer": [None, "owner/name--code.Class"]})
+        assert "another repository" in fails(model=str(folder), trust_remote_code=True)
+        shutil.rmtree(folder)
+
+
+# weights
+
+
+def rewrite(path, change) -> None:
+    """Change the header of a safetensors file, not its data."""
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    text = json.dumps(change(header) or header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+
+
+def first(header) -> dict:
+    return next(value for name, value in header.items() if name != "__metadata__")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(path.read_bytes()[:100]),
+        lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+        lambda path: path.write_bytes(struct.pack("<Q", 2**63) + path.read_bytes()[8:]),
+        lambda path: path.write_bytes(struct.pack("<Q", 2**64 - 1) + path.read_bytes()[8:]),
+        lambda path: rewrite(path, lambda header: first(header).update(data_offsets=[0, 1])),
+        lambda path: rewrite(path, lambda header: first(header).update(data_offsets=[-8, 8])),
+        lambda path: rewrite(path, lambda header: first(header).update(data_offsets=[2**62, 2**62 + 8])),
+        lambda path: rewrite(path, lambda header: first(header).update(dtype="F16")),
+        lambda path: rewrite(path, lambda header: first(header).update(dtype="F99")),
+        lambda path: rewrite(path, lambda header: first(header).update(shape=[2**32, 2**32])),
+        lambda path: rewrite(path, lambda header: first(header).update(shape=[-1])),
+        lambda path: rewrite(path, lambda header: {"a": first(header), "b": first(header)}),
+        lambda path: rewrite(path, lambda header: [1]),
+    ],
+)
+def test_damaged_weights_are_one_sentence(copy, tiny, damage):
+    folder = copy(tiny)
+    damage(folder / "model.safetensors")
+    assert "the weights are damaged" in fails(model=str(folder))
+
+
+def test_a_safetensors_mutant_loads_or_is_refused_in_one_line(copy, tiny):
+    from hfkit.models.loading import LanguageModel, load_tokenizer, load_weights
+
+    folder, draw, outcomes = copy(tiny), random.Random(0), set()
+    path, options = folder / "model.safetensors", ModelOptions(model=str(folder), device="cpu")
+    tokenizer, whole = load_tokenizer(find(options)), path.read_bytes()
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    for _ in range(200):
+        data = bytearray(whole)
+        for _ in range(draw.randint(1, 3)):
+            at = draw.randrange(header if draw.random() < 0.7 else len(data))
+            match draw.randrange(4):
+                case 0:
+                    data[at] ^= 1 << draw.randrange(8)
+                case 1:
+                    data[at] = draw.choice(b'0123456789-,:{}[]"')
+                case 2:
+                    del data[at : at + draw.randint(1, 20)]
+                case 3:
+                    data[at:at] = draw.randbytes(draw.randint(1, 8))
+        path.unlink()  # a loaded model still maps the file
+        path.write_bytes(data)
+        try:
+            outcomes.add(type(load_weights(find(options), options, tokenizer)))
+        except HfkitError as error:
+            assert "\n" not in printable(str(error))
+            outcomes.add(HfkitError)
+    assert outcomes == {HfkitError, LanguageModel}
+
+
+def test_a_sharded_model_is_the_same_model(copy, tiny):
+    from hfkit.models.loading import load
+
+    folder = copy(tiny)
+    shard(folder)
+    expected = load(tiny, device="cpu").model.state_dict()
+    assert all((expected[name] == value).all() for name, value in load(str(folder)).model.state_dict().items())
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert "a part of the weights is missing" in fails(model=str(folder))
+
+
+@pytest.mark.parametrize("where", ["../outside.safetensors", "absolute", "link", "sub/inside.safetensors", ".."])
+def test_a_shard_outside_of_the_folder_is_refused(copy, tiny, tmp_path, where):
+    folder, outside = copy(tiny), tmp_path / "outside.safetensors"
+    weight_map = shard(folder)
+    (folder / "sub").mkdir()
+    for target in (outside, folder / "sub" / "inside.safetensors"):
+        shutil.copy(folder / "model-00001-of-00002.safetensors", target)
+    if where == "link":
+        (folder / "link").symlink_to(outside)
+    name = str(outside) if where == "absolute" else where
+    write_index(folder, {key: name for key in weight_map})
+    assert "outside of the model's folder" in fails(model=str(folder))
+
+
+def test_a_link_to_weights_elsewhere_is_refused_but_not_that_of_the_hubs_cache(copy, tiny, tmp_path):
+    folder = copy(tiny)
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    assert "outside of the model's folder" in fails(model=str(folder))
+    snapshot, blob = tmp_path / "models--a" / "snapshots" / "0", tmp_path / "models--a" / "blobs" / "0"
+    shutil.copytree(folder, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    blob.parent.mkdir()
+    (tmp_path / "elsewhere.safetensors").rename(blob)
+    (snapshot / "model.safetensors").symlink_to("../../blobs/0")
+    assert find(ModelOptions(model=str(snapshot))).folder == snapshot
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, []])
+def test_an_index_without_a_map_is_one_sentence(copy, tiny, index):
+    folder = copy(tiny)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model.safetensors.index.json" in fails(model=str(folder))
+
+
+# adapters
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, "does not name its base model"),
+        ({"base_model_name_or_path": 7}, "does not name its base model"),
+        ({"base_model_name_or_path": "/no/such/base"}, "no base model for the adapter"),
+        ({"base_model_name_or_path": "owner/base", "revision": 7}, "no base model for the adapter"),
+        ({"base_model_name_or_path": "itself"}, "is an adapter too"),
+    ],
+)
+def test_an_adapter_without_its_base_is_one_sentence(tmp_path, config, words):
+    if config.get("base_model_name_or_path") == "itself":
+        config = {"base_model_name_or_path": str(tmp_path)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "adapter_model.safetensors")
+    assert words in fails(model=str(tmp_path))

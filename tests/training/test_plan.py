@@ -1,0 +1,192 @@
+"""What is left open is decided by machine and work, said in a line, and is then an option like any other."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from support import trials
+from support.shell import call
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+
+import hfkit
+from hfkit.errors import OptionError
+from hfkit.options import DataOptions, ModelOptions, TrainOptions
+from hfkit.training import arguments
+from hfkit.training import plan as plan_module
+from hfkit.training.plan import make_plan
+
+pytestmark = pytest.mark.usefixtures("brisk")
+CPU = torch.device("cpu")
+CONFIG = GPT2Config(n_layer=2, n_embd=64, n_head=2)
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def plan(parameters=10**6, sequences=1000, length=100.0, device=CPU, fresh=False, processes=1, **options):
+    return make_plan(
+        CONFIG, parameters, sequences, length, TrainOptions(**options), device, fresh=fresh, processes=processes
+    )
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with or without bfloat16 units and a compiler, that does `speed` tokens a second."""
+
+    def make(units=True, compiler=True, speed=1e9):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": units})
+        monkeypatch.setattr(plan_module.shutil, "which", lambda name: f"/usr/bin/{name}" if compiler else None)
+        monkeypatch.setattr(plan_module, "_speed", lambda *_: speed)
+
+    return make
+
+
+def test_precision_is_chosen_by_the_units_of_the_machine(machine):
+    machine(units=True)
+    assert plan().precision == "bfloat16" and "bfloat16: this processor has units for it" in plan().why
+    machine(units=False)
+    assert plan().precision == "float32" and "float32: this cpu has no units for less" in plan().why
+    assert plan(bf16=True).precision == "bfloat16" and plan(fp16=True).precision == "float16"
+    machine(units=True)
+    assert plan(bf16=False).precision == "float32" and plan(fp16=False).precision == "float32"
+    with pytest.raises(OptionError, match="one or the other"):
+        plan(bf16=True, fp16=True)
+
+
+def test_without_units_for_bfloat16_a_run_is_what_trainer_would_do(still, corpus, tmp_path, monkeypatch, machine):
+    machine(units=False)
+    seen, forward = set(), GPT2LMHeadModel.forward
+
+    def watch(self, *arguments, **keywords):
+        seen.add((self.dtype, torch.is_autocast_enabled("cpu")))
+        return forward(self, *arguments, **keywords)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", watch)
+    run = hfkit.finetune(corpus, model=still, output_dir=tmp_path, max_steps=2, num_train_epochs=1)
+    assert seen == {(torch.float32, False)}
+    assert (run.metrics["precision"], run.metrics["compiled"]) == ("float32", False)
+
+
+def test_a_long_run_is_compiled_where_there_is_a_compiler(machine):
+    machine(speed=10)
+    assert plan().compile and plan(torch_compile=False).compile is False
+    machine(speed=1e9)
+    assert not plan().compile and "not compiled: the run is too short to gain" in plan().why
+    assert plan(torch_compile=True).compile
+    machine(speed=10, compiler=False)
+    assert not plan().compile and "not compiled: no C++ compiler" in plan().why
+    asked = plan(torch_compile=True)
+    assert not asked.compile and "not compiled, though asked for: there is no C++ compiler" in asked.why
+
+
+def test_without_a_compiler_a_run_that_asks_for_one_says_so_and_works(
+    still, corpus, tmp_path, capfdbinary, monkeypatch
+):
+    monkeypatch.setattr(plan_module.shutil, "which", lambda name: None)
+    typed = ["--torch-compile", "--max-steps", 1, "--no-bf16"]
+    result = call(capfdbinary, "finetune", corpus, "-m", still, "-o", tmp_path / "run", *typed)
+    assert result.returncode == 0 and b"not compiled, though asked for: there is no C++ compiler" in result.stderr
+
+
+def test_what_was_chosen_is_an_option_in_effect(machine):
+    machine(units=True, speed=10)
+    first = plan()
+    machine(units=False, compiler=True, speed=1e9)
+    again = make_plan(CONFIG, 10**6, 1000, 100.0, first.options, CPU)
+    assert (again.precision, again.compile, again.steps) == (first.precision, first.compile, first.steps)
+    assert again.options == first.options
+    assert None not in [
+        getattr(first.options, name) for name in ("learning_rate", "optim", "weight_decay", "eval_steps")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "processes", "batch"),
+    [(1, 1, 1), (29, 1, 1), (60, 1, 2), (239, 1, 7), (10**6, 1, 8), (480, 2, 8), (240, 4, 2)],
+)
+def test_a_short_corpus_gets_smaller_batches_so_that_there_are_steps_to_learn_in(machine, sequences, processes, batch):
+    machine()
+    found = plan(sequences=sequences, processes=processes)
+    assert found.options.per_device_train_batch_size == batch
+    assert found.steps == math.ceil(3 * math.ceil(sequences / (batch * processes)))
+    assert plan(sequences=sequences, per_device_train_batch_size=5).options.per_device_train_batch_size == 5
+    assert 9 <= math.ceil(found.steps / found.options.eval_steps) <= 10 or found.steps < 10
+
+
+def test_steps_are_those_that_trainer_makes_of_epochs_and_accumulation(tiny, corpus, tmp_path):
+    options = {
+        "gradient_accumulation_steps": 3,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1.5,
+        "bf16": False,
+    }
+    run = hfkit.finetune(corpus, model=tiny, output_dir=tmp_path, **options)
+    history = [entry for entry in run.metrics["history"] if "loss" in entry]
+    assert run.metrics["steps"] == len(history) and 1.4 < history[-1]["epoch"] <= 1.7
+
+
+def test_smaller_models_adapters_and_new_models_learn_at_higher_rates(machine):
+    machine()
+    rates = [plan(parameters=size).options.learning_rate for size in (10**5, 10**7, 124 * 10**6, 10**9)]
+    assert rates == sorted(rates, reverse=True) and rates[0] == 5e-4 and rates[2] == 5e-5
+    small = {"parameters": 124 * 10**6}
+    assert plan(**small, lora=True).options.learning_rate == 2e-4 and plan(lora=True).options.lora_alpha == 32
+    fresh = plan(**small, fresh=True).options
+    assert (fresh.learning_rate, fresh.optim, fresh.weight_decay) == (6e-4, "muon", 0.1)
+    assert plan(**small, learning_rate=1e-3).options.learning_rate == 1e-3
+
+
+def test_a_new_model_sees_twenty_tokens_for_each_parameter_within_three_and_twenty_epochs(machine):
+    machine()
+    epochs = [plan(parameters=size, fresh=True).options.num_train_epochs for size in (10**3, 10**4, 5 * 10**4, 10**9)]
+    assert epochs == [3, 3, 10, 20]
+    assert plan(parameters=10**9, fresh=True, num_train_epochs=1).options.num_train_epochs == 1
+
+
+def test_attention_dropout_is_off_on_a_cpu_only_and_only_while_it_trains(tiny, corpus, tmp_path, monkeypatch, machine):
+    machine()
+    assert not plan().attention_dropout and "no attention dropout" in plan().why[-1]
+    assert plan(device=torch.device("meta")).attention_dropout
+    seen = []
+    forward = GPT2LMHeadModel.forward
+
+    def watch(self, *arguments, **keywords):
+        if self.training:
+            block = self.transformer.h[0]
+            seen.append((block.attn.attn_dropout.p, block.attn.resid_dropout.p, block.mlp.dropout.p))
+        return forward(self, *arguments, **keywords)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", watch)
+    run = hfkit.finetune(corpus, model=tiny, output_dir=tmp_path, **trials.SMALL)
+    assert set(seen) == {(0.0, 0.1, 0.1)}
+    assert GPT2LMHeadModel.from_pretrained(run.output_dir).config.attn_pdrop == 0.1
+
+
+def test_the_loss_is_counted_right_and_the_gradient_is_that_of_the_mean():
+    """What `loss_type` is set for: without it, Trainer's loss of this model is too small."""
+    assert GPT2LMHeadModel(CONFIG).loss_type != "ForCausalLM"  # else hfkit need not
+
+
+def test_every_option_that_carries_an_upstream_name_exists_upstream_and_gets_there():
+    upstream = {field.name for field in dataclasses.fields(TrainingArguments)}
+    ours = set(TrainOptions.names())
+    from peft import LoraConfig
+
+    lora = {name: name.removeprefix("lora_") for name in ours if name.startswith("lora_")}
+    config = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert all(name in config or short in config for name, short in lora.items())
+    own = {"lora", "resume", "overwrite", "sample_prompt", "early_stopping_patience", "head", "dropout"}
+    assert ours - upstream - set(lora) - own == set()
+    assert set(arguments.OWN) <= ours and not own & upstream
+
+
+def test_a_group_of_options_has_no_name_of_another():
+    groups = [set(group.names()) for group in (ModelOptions, DataOptions, TrainOptions)]
+    assert not (groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2])
+
+
+def test_the_estimate_of_memory_grows_with_all_that_takes_memory(machine):
+    machine()
+    base = plan().memory
+    assert plan(parameters=2 * 10**6).memory > base and plan(length=200.0).memory > base
+    assert plan(lora=True).memory < base > plan(activation_checkpointing=True).memory
+    assert plan(per_device_train_batch_size=1).memory < plan(per_device_train_batch_size=8).memory

@@ -1,0 +1,418 @@
+"""A folder belongs to one run and to one process, says what was asked for, and never mixes two runs."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support import trials
+from support.shell import assert_fails, call
+from transformers import TrainerCallback
+
+import hfkit
+from hfkit.errors import HfkitError
+from hfkit.options import DataOptions, ModelOptions, SizeOptions, TrainOptions
+from hfkit.recipes import read_values
+from hfkit.storage import LIST, lock, write_text
+from hfkit.training import run_folder
+from hfkit.training.checkpoints import commit, find_fault
+
+pytestmark = pytest.mark.usefixtures("brisk")
+BEGUN = {**trials.SMALL, "eval_steps": 2}
+
+
+def train(corpus, model, folder, **options):
+    return hfkit.finetune(corpus, model=model, output_dir=folder, **{**BEGUN, **options})
+
+
+class PowerCut(TrainerCallback):
+    """The run ends after its fourth step, without a word."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise RuntimeError("the power is cut")
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, corpus, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    train(corpus, tiny, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny, corpus, tmp_path_factory) -> Path:
+    """A run with checkpoints, which is not finished."""
+    folder = tmp_path_factory.mktemp("runs") / "stopped"
+    with pytest.raises(RuntimeError, match="power"):
+        train(corpus, tiny, folder, callbacks=[PowerCut()])
+    return folder
+
+
+# one process
+
+
+def test_of_many_processes_that_want_a_folder_one_has_it_and_the_others_say_who(tmp_path):
+    for _ in range(6):
+        over, let_go = os.pipe()
+        start, results = time.monotonic() + 0.2, {}
+        for _ in range(10):
+            read, write = os.pipe()
+            if not (child := os.fork()):
+                os.close(let_go)
+                time.sleep(max(0.0, start - time.monotonic()))
+                began = time.monotonic()
+                try:
+                    with lock(tmp_path):
+                        os.write(write, b"won")
+                        os.read(over, 1)  # until all have tried
+                except HfkitError as error:
+                    os.write(write, f"{time.monotonic() - began} {error}".encode())
+                finally:
+                    os._exit(0)
+            os.close(write)
+            results[child] = read
+        said = {child: os.read(read, 1000).decode() for child, read in results.items()}
+        os.close(let_go), os.close(over)
+        for child, read in results.items():
+            os.waitpid(child, 0), os.close(read)
+        winners = [child for child, text in said.items() if text == "won"]
+        assert len(winners) == 1, said
+        for child in set(said) - set(winners):
+            seconds, _, text = said[child].partition(" ")
+            assert f"in use by process {winners[0]} on {socket.gethostname()}" in text and float(seconds) < 1
+
+
+def test_a_folder_is_free_again_when_its_process_is_killed(tmp_path):
+    read, write = os.pipe()
+    if not (child := os.fork()):
+        with lock(tmp_path):
+            os.write(write, b"held")
+            time.sleep(60)
+        os._exit(0)
+    assert os.read(read, 4) == b"held"
+    with pytest.raises(HfkitError, match=f"process {child} on"), lock(tmp_path):
+        pass
+    os.kill(child, signal.SIGKILL), os.waitpid(child, 0)
+    with lock(tmp_path):
+        pass
+
+
+def test_a_second_run_in_the_same_folder_is_refused_at_once(corpus, tmp_path, capfdbinary):
+    with lock(tmp_path):
+        started = time.monotonic()
+        result = call(capfdbinary, "finetune", corpus, "-m", "/no/such/model", "-o", tmp_path)
+        assert time.monotonic() - started < 1
+    assert_fails(result, 1, str(tmp_path), f"process {os.getpid()} on {socket.gethostname()}")
+
+
+# one run
+
+
+@pytest.mark.parametrize("state", ["finished", "stopped"])
+def test_a_folder_with_a_run_is_refused_with_both_ways_out(state, corpus, tiny, tmp_path, request, capfdbinary):
+    folder = shutil.copytree(request.getfixturevalue(state), tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".hfkit.lock"}
+    result = call(capfdbinary, "finetune", corpus, "-m", tiny, "-o", folder)
+    assert_fails(result, 1, str(folder), "--resume goes on with it", "--overwrite begins anew")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".hfkit.lock"} == before
+
+
+def test_a_folder_with_anything_else_is_refused_even_to_be_overwritten(corpus, tiny, tmp_path, capfdbinary):
+    (tmp_path / "thesis.txt").write_text("ten years")
+    for flags in [], ["--overwrite"], ["--resume"]:
+        result = call(capfdbinary, "finetune", corpus, "-m", tiny, "-o", tmp_path, *flags)
+        assert_fails(result, 1, "holds thesis.txt, which hfkit did not write")
+    assert (tmp_path / "thesis.txt").read_text() == "ten years"
+
+
+def test_overwritten_a_folder_is_as_new(finished, tiny, corpus, tmp_path):
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    (folder / "tensorboard").mkdir()
+    (folder / "tensorboard" / "events").touch()
+    run = train(corpus, tiny, folder, overwrite=True, seed=7)
+    assert run.metrics["seed"] == 7 and not (folder / "tensorboard").exists()
+    assert trials.outcome(folder) == trials.outcome(train(corpus, tiny, tmp_path / "new", seed=7).output_dir)
+
+
+def test_resume_of_nothing_begins_and_of_what_is_finished_only_says_so(finished, tiny, corpus, tmp_path, capfd):
+    train(corpus, tiny, tmp_path / "new", resume=True)
+    assert trials.outcome(tmp_path / "new") == trials.outcome(finished)
+    before = (finished / "metrics.json").stat().st_mtime_ns
+    (finished / "checkpoints" / "checkpoint-6").mkdir(parents=True)  # as if it was killed after all was done
+    again = train(corpus, tiny, finished, resume=True)
+    assert again.metrics == json.loads((finished / "metrics.json").read_text())
+    assert (finished / "metrics.json").stat().st_mtime_ns == before and not (finished / "checkpoints").exists()
+    assert "is finished: there is nothing to resume" in capfd.readouterr().err
+
+
+CHANGES = {
+    "corpus": {"corpus": "other"},
+    "model": {"model": "still"},
+    "seed": {"seed": 7},
+    "max_steps": {"max_steps": 9},
+    "learning_rate": {"learning_rate": 2e-3},
+    "per_device_train_batch_size": {"per_device_train_batch_size": 1},
+    "block_size": {"block_size": 32},
+    "eval_fraction": {"eval_fraction": 0.2},
+    "bf16": {"bf16": True},
+    "lora": {"lora": True},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_is_resumed_with_the_same_settings_only(stopped, tiny, still, corpus, tmp_path, name, capfd):
+    asked = {"corpus": corpus, "model": tiny, **CHANGES[name]}
+    asked["model"] = {"still": still}.get(asked["model"], asked["model"])
+    if name == "corpus":
+        asked["corpus"] = trials.write_corpus(tmp_path / "corpus.txt", seed=5)
+    with pytest.raises(
+        HfkitError, match=f"begun with other settings .*{name} was .*, is .*: --config .*recipe.yaml has those, or"
+    ):
+        train(asked.pop("corpus"), asked.pop("model"), stopped, resume=True, **asked)
+    assert (stopped / "checkpoints" / "checkpoint-4").is_dir()
+
+
+def test_its_recipe_is_enough_to_resume_a_run(stopped, finished, tmp_path, capfdbinary):
+    folder = Path(shutil.copytree(stopped, tmp_path / "run"))
+    result = call(capfdbinary, "finetune", "--config", folder / "recipe.yaml", "-o", folder, "--resume")
+    assert (result.returncode, result.stdout.decode()) == (0, f"{folder}\n"), result.stderr
+    assert trials.outcome(folder) == trials.outcome(finished)
+
+
+def test_a_corpus_that_was_edited_is_another(stopped, tiny, corpus, tmp_path, monkeypatch):
+    path = Path(corpus)
+    before = path.read_text()
+    try:
+        path.write_text(before.replace("rain", "hail"))
+        with pytest.raises(HfkitError, match="corpus_sha256 was"):
+            train(corpus, tiny, stopped, resume=True)
+    finally:
+        path.write_text(before)
+
+
+def test_a_model_with_another_tokenizer_is_another(tiny, corpus, tmp_path):
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    with pytest.raises(RuntimeError, match="power"):
+        train(corpus, str(model), tmp_path / "run", callbacks=[PowerCut()])
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(HfkitError, match="tokenizer_sha256 was"):
+        train(corpus, str(model), tmp_path / "run", resume=True)
+
+
+def test_what_was_decided_when_a_run_began_holds_when_it_goes_on(tiny, corpus, tmp_path, monkeypatch):
+    """Where the machine has become another one, or a new version decides otherwise."""
+    options = {"max_steps": 6, "eval_steps": 2}
+    monkeypatch.setattr("hfkit.training.plan.has_bfloat16_units", lambda: True)
+    with pytest.raises(RuntimeError, match="power"):
+        hfkit.finetune(corpus, model=tiny, output_dir=tmp_path, **options, callbacks=[PowerCut()])
+    monkeypatch.setattr("hfkit.training.plan.has_bfloat16_units", lambda: False)
+    monkeypatch.setattr("hfkit.training.plan._learning_rate", lambda *_: 1.0)
+    run = hfkit.finetune(corpus, model=tiny, output_dir=tmp_path, **options, resume=True)
+    assert run.metrics["precision"] == "bfloat16"
+    assert (
+        read_values(
+            tmp_path / "recipe.yaml", TrainOptions.names() + ["corpus"] + ModelOptions.names() + DataOptions.names()
+        )["learning_rate"]
+        < 1
+    )
+
+
+# killed, operation by operation
+
+
+@pytest.mark.parametrize("old", [None, "old" * 5000])
+def test_killed_while_it_is_written_a_file_is_the_old_one_or_the_new_one(tmp_path, old):
+    folder, new, seen = tmp_path / "run", "new" * 9000, set()
+    folder.mkdir()
+    if old:
+        (folder / "metrics.json").write_text(old)
+    act = lambda: write_text(folder / "metrics.json", new)  # noqa: E731
+    for _ in trials.killed_at_each(act, folder, tmp_path / "backup"):
+        seen.add((folder / "metrics.json").read_text() if (folder / "metrics.json").exists() else None)
+    assert seen == {old, new}
+    for number in (errno.ENOSPC, errno.EIO):
+        shutil.rmtree(tmp_path / "backup")
+        for error in trials.failing_at_each(number, act, folder, tmp_path / "backup"):
+            assert error is None or isinstance(error, HfkitError) and "metrics.json" in str(error)
+            assert [path.name for path in folder.iterdir()] == ["metrics.json"]
+            assert (folder / "metrics.json").read_text() == new
+
+
+def test_killed_while_it_begins_a_folder_can_be_used_without_ado(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    count = 0
+    for _ in trials.killed_at_each(lambda: begin(folder), folder, tmp_path / "backup"):
+        count += 1
+        run_folder.check_free(folder, resume=False, overwrite=False)
+        assert not run_folder.is_begun(folder)
+    assert count > 10
+    begin(folder)
+    assert sorted(path.name for path in folder.iterdir()) == [LIST, "checkpoints", "recipe.yaml", "run.json"]
+
+
+def begin(folder: Path) -> None:
+    def keep():
+        (folder / "checkpoints" / "kept").mkdir()
+
+    run_folder.begin(folder, "finetune", {"corpus": ["new"], "seed": 1}, {"corpus_sha256": "0"}, keep)
+
+
+def test_killed_while_it_overwrites_a_run_the_folder_has_the_old_run_or_none(finished, tmp_path):
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    old, count = trials.outcome(folder), 0
+    for _ in trials.killed_at_each(lambda: begin(folder), folder, tmp_path / "backup"):
+        count += 1
+        run_folder.check_free(folder, resume=False, overwrite=True)
+        if run_folder.read_metrics(folder):
+            assert trials.outcome(folder) == old
+    assert count > 10 and not run_folder.is_begun(folder)
+
+
+def test_killed_while_it_finishes_a_run_is_finished_when_it_goes_on(tmp_path):
+    folder, metrics = tmp_path / "run", {"perplexity": 7.0}
+    checkpoint = folder / "checkpoints" / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    for name in ("model.safetensors", "config.json", "optimizer.pt", "trainer_state.json"):
+        (checkpoint / name).write_text(name)
+    commit(checkpoint)
+
+    def finish() -> None:
+        run_folder.finish(folder, checkpoint, {"README.md": "a card", "loss.png": b"a picture"}, metrics)
+
+    ends = []
+    for _ in trials.killed_at_each(finish, folder, tmp_path / "backup"):
+        ends.append(bool(run_folder.read_metrics(folder)))
+        if not ends[-1]:
+            assert find_fault(checkpoint) is None  # so it can be finished again
+            finish()
+        run_folder.clear(folder)
+        found = {path.name: path.read_text() for path in folder.iterdir()}
+        assert json.loads(found.pop("metrics.json")) == metrics
+        assert {*json.loads(found.pop(LIST))["files"]} == {*found}
+        assert found == {"model.safetensors": "model.safetensors", "config.json": "config.json", "README.md": "a card",
+                         "loss.png": "a picture"}  # fmt: skip
+    assert set(ends) == {True, False} and len(ends) > 20
+
+
+# places
+
+
+def bad_places(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("/no/such/place/at/all")
+    return {
+        "a file": f"{tmp_path}/file",
+        "below a file": f"{tmp_path}/file/run",
+        "a long name": f"{tmp_path}/{'x' * 256}",
+        "a long path": f"{tmp_path}/{'/'.join(['x' * 200] * 25)}",
+        "a loop": f"{tmp_path}/loop",
+        "below a loop": f"{tmp_path}/loop/run",
+        "NUL": f"{tmp_path}/a\0b",
+        "proc": "/proc/run",
+        "a device": "/dev/null",
+        "below a device": "/dev/null/run",
+    }
+
+
+@pytest.mark.parametrize("command", ["finetune", "pretrain"])
+def test_a_place_that_cannot_be_written_is_one_line_before_a_model_is_loaded(corpus, tmp_path, capfdbinary, command):
+    for what, place in bad_places(tmp_path).items():
+        model = ["-m", "/no/such/model"] if command == "finetune" else []
+        result = call(capfdbinary, command, corpus, *model, "-o", place)
+        assert_fails(result, 1, "cannot write to ", "name another --output-dir")
+        assert result.stderr.decode().isprintable or what
+
+
+def test_a_full_disk_is_noticed_before_a_model_is_loaded(corpus, tmp_path, capfdbinary):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        result = call(capfdbinary, "finetune", corpus, "-m", "/no/such/model", "-o", tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert_fails(result, 1, "cannot write to ", str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["mit Umlaut ä und 空", "two\nlines", "-dash", "a'b\"c", "100%"])
+def test_an_odd_place_works(tiny, corpus, tmp_path, name):
+    run = train(corpus, tiny, tmp_path / name, max_steps=1)
+    assert hfkit.load(run.output_dir)
+    again = hfkit.finetune(
+        **json.loads((tmp_path / name / "run.json").read_text())["recipe"], output_dir=tmp_path / "2"
+    )
+    assert trials.outcome(again.output_dir) == trials.outcome(run.output_dir)
+
+
+def test_without_a_place_it_is_runs_and_the_corpus_name(tiny, corpus, tmp_path, monkeypatch, capfdbinary):
+    monkeypatch.chdir(tmp_path)
+    result = call(capfdbinary, "finetune", corpus, "-m", tiny, "--max-steps", 1, "--no-bf16", "-q")
+    assert (result.stdout, result.stderr) == (b"runs/corpus\n", b"") and Path(
+        "runs/corpus/model.safetensors"
+    ).is_file()
+
+
+# the recipe
+
+
+ODD = [
+    "1e5",
+    "010",
+    "no",
+    "~",
+    "null",
+    "1.5",
+    "a: b",
+    "- a",
+    "# a",
+    "'",
+    '"',
+    "ä 空 🙂",
+    "two\nlines",
+    "\t",
+    "{}",
+    " x ",
+]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_what_a_recipe_says_is_what_was_asked_for(tmp_path, text):
+    train_options = TrainOptions(sample_prompt=text, run_name=text, lora_target_modules=[text], learning_rate=1e-05)
+    data = DataOptions(text_column=text, eval_fraction=0.25)
+    recipe = run_folder.make_recipe("corpus.txt", ModelOptions(model="gpt2"), data, train_options)
+    run_folder.begin(tmp_path, "finetune", recipe, {}, lambda: None)
+    found = read_values(tmp_path / "recipe.yaml", recipe)
+    assert found == recipe == json.loads((tmp_path / "run.json").read_text())["recipe"]
+    assert (found["sample_prompt"], found["lora_target_modules"], found["learning_rate"]) == (text, [text], 1e-05)
+
+
+def test_a_recipe_means_the_same_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    options = ModelOptions(model="model"), DataOptions(eval_file=["held.txt", "hf://name"])
+    train_options = TrainOptions(resume=True, overwrite=True)
+    recipe = run_folder.make_recipe(["a.txt", "*.md", "hf://owner/name"], *options, train_options)
+    here = str(tmp_path)
+    assert recipe["corpus"] == [f"{here}/a.txt", f"{here}/*.md", "hf://owner/name"]
+    assert recipe["model"] == f"{here}/model" and recipe["eval_file"] == [f"{here}/held.txt", "hf://name"]
+    assert not {"resume", "overwrite", "output_dir"} & set(recipe)
+    assert run_folder.make_recipe("a", replace(options[0], model="gpt2"))["model"] == "gpt2"
+    assert run_folder.make_recipe("a", SizeOptions())["size"] == "mini"
+
+
+def test_the_recipe_names_the_model_that_was_the_default(tiny, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("HFKIT_MODEL", tiny)
+    hfkit.finetune(corpus, output_dir=tmp_path, max_steps=1, bf16=False)
+    assert json.loads((tmp_path / "run.json").read_text())["recipe"]["model"] == tiny

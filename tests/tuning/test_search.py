@@ -1,0 +1,561 @@
+"""A search finds the best of its trials, can be interrupted like a training, and its recipe gives the same score."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from support import trials
+from support.shell import assert_fails, call
+
+import hfkit
+from hfkit import console, storage
+from hfkit.errors import HfkitError, OptionError, StoppedError
+from hfkit.options import TrainOptions
+from hfkit.storage import lock
+from hfkit.training.callbacks import HeldOutMonitor as Measuring
+from hfkit.tuning import search as search_module
+from hfkit.tuning import study as study_module
+from hfkit.tuning.study import read_space
+
+pytestmark = pytest.mark.usefixtures("brisk")
+SMALL = {**trials.SMALL, "max_steps": 4, "eval_steps": 2, "learning_rate": None}
+SPACE = ["learning_rate=1e-4..1e-2", "weight-decay=0..1"]
+
+
+def tune(corpus, model, folder, **options):
+    """A search of few small trials."""
+    given = {**SMALL, "search": SPACE, "n_trials": 2, **options}
+    return hfkit.tune(corpus, model=model, output_dir=str(folder), **given)
+
+
+def typed(corpus, model, folder, *more) -> list:
+    flags = ["--max-steps", 4, "--eval-steps", 2, "--per-device-train-batch-size", 2, "--no-bf16"]
+    search = [word for one in SPACE for word in ("--search", one)]
+    return ["tune", corpus, "-m", model, "-o", folder, "-n", 2, *flags, *search, *more]
+
+
+def table(found) -> list[tuple]:
+    """What trials came to, without the numbers of those that were interrupted."""
+    rows = found if isinstance(found, list) else found.trials
+    return [(row["state"], row["loss"], row["params"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def searched(tiny, corpus, tmp_path_factory):
+    return tune(corpus, tiny, tmp_path_factory.mktemp("searches") / "search", n_trials=5)
+
+
+@pytest.fixture
+def copied(searched, tmp_path, monkeypatch) -> Path:
+    """A finished search to go on with."""
+    monkeypatch.setattr(search_module, "draw_trials", lambda *_: b"a picture")
+    return Path(shutil.copytree(searched.output_dir, tmp_path / "copied"))
+
+
+# what is found
+
+
+def test_the_best_trial_is_kept_with_its_weights_and_all_others_as_figures(searched):
+    folder, losses = Path(searched.output_dir), [trial["loss"] for trial in searched.trials]
+    assert len(losses) == 5 and searched.loss == min(losses) < max(losses)
+    best = searched.trials[losses.index(searched.loss)]
+    assert searched.best == best["params"] and all(trial["state"] == "complete" for trial in searched.trials)
+    for trial in searched.trials:
+        assert set(trial["params"]) == {"learning_rate", "weight_decay"}
+        assert 1e-4 <= trial["params"]["learning_rate"] <= 1e-2 and 0 <= trial["params"]["weight_decay"] <= 1
+        metrics = json.loads((folder / trial["folder"] / "metrics.json").read_text())
+        assert (metrics["loss"], metrics["learning_rate"]) == (trial["loss"], trial["params"]["learning_rate"])
+    assert [path.parent.name for path in folder.glob("*/*.safetensors")] == [best["folder"]]
+    assert len({trial["params"]["weight_decay"] for trial in searched.trials}) == 5
+
+
+def test_what_was_found_is_in_the_folder(searched):
+    known = json.loads((Path(searched.output_dir) / "tuning.json").read_text(), parse_constant=pytest.fail)
+    assert (known["trials"], known["best"], known["loss"]) == (searched.trials, searched.best, searched.loss)
+    assert known["importances"] == searched.importances
+    assert set(searched.importances) == set(searched.best)
+    assert math.isclose(sum(searched.importances.values()), 1)
+    assert searched.importances["learning_rate"] > 0.6  # so few steps leave nothing for the decay to do
+    assert (Path(searched.output_dir) / "tuning.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_recipe_run_alone_gives_the_best_score_to_the_bit(searched, tmp_path, capfdbinary):
+    result = call(capfdbinary, "finetune", "--config", searched.recipe, "-o", tmp_path / "alone", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["loss"] == searched.loss
+    best = next(trial for trial in searched.trials if trial["loss"] == searched.loss)
+    assert trials.outcome(tmp_path / "alone") == trials.outcome(Path(searched.output_dir) / best["folder"])
+    assert Path(searched.recipe).read_text().startswith("# hfkit finetune --config best.yaml -o ")
+
+
+def test_at_a_shell_it_is_a_table_and_the_recipe(tiny, corpus, tmp_path, capfdbinary):
+    result = call(capfdbinary, *typed(corpus, tiny, tmp_path / "run"))
+    lines, folder = result.stdout.decode().splitlines(), tmp_path / "run"
+    assert (result.returncode, lines[-1]) == (0, f"{folder / 'best.yaml'}"), result.stderr
+    assert "held-out loss" in lines[1] and "learning_rate" in lines[1] and "weight_decay" in lines[1]
+    said = result.stderr.decode().splitlines()
+    assert [line.partition(", ")[0].rpartition(" ")[0] for line in said] == [
+        f"hfkit: trial {number}: held-out loss" for number in (0, 1)
+    ]
+    again = call(capfdbinary, *typed(corpus, tiny, folder, "--json"))
+    found = json.loads(again.stdout)
+    assert again.stderr == b"" and found["loss"] == min(trial["loss"] for trial in found["trials"])
+    shown = [line for line in lines if f"{found['loss']:.4f}" in line]
+    assert shown == [next(line for line in lines[2:] if "." in line)]  # the best first
+
+
+# going on
+
+
+def test_a_finished_search_only_says_so_and_one_of_more_trials_goes_on(searched, tiny, corpus, copied, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(search_module, "finetune", lambda *_, **__: pytest.fail("it trains"))
+        again = tune(corpus, tiny, copied, n_trials=5)
+        assert tune(corpus, tiny, copied, n_trials=1).trials == again.trials == searched.trials
+    more = tune(corpus, tiny, copied, n_trials=6)
+    assert more.trials[:5] == searched.trials and len(more.trials) == 6
+    assert more.loss <= searched.loss
+
+
+def test_stopped_and_started_again_a_search_is_the_one_that_nothing_disturbed(
+    searched, tiny, corpus, tmp_path, monkeypatch
+):
+    measure, calls = Measuring.measure, []
+
+    def ask(self, state, control):
+        measure(self, state, control)
+        calls.append(state.global_step)
+        if len(calls) == 5:  # step 2 of the second trial
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Measuring, "measure", ask)
+        with pytest.raises(StoppedError, match="1 of 3 trials are done .*, the same command goes on") as stop:
+            tune(corpus, tiny, tmp_path, n_trials=3)
+    assert stop.value.exit_code == 143 and not console.state.quiet
+    begun = (tmp_path / "trial-1" / "run.json").stat().st_mtime_ns
+    found = tune(corpus, tiny, tmp_path, n_trials=3)
+    assert table(found) == table(searched)[:3]
+    assert (tmp_path / "trial-1" / "run.json").stat().st_mtime_ns == begun  # it went on, it did not begin anew
+    assert sorted(trial["folder"] for trial in found.trials) == sorted(path.name for path in tmp_path.glob("trial-*"))
+
+
+def run_searches(
+    corpus, model, folder: Path, n: int, kills: int, seconds: float, seed: int, processes: int = 1
+) -> dict:
+    """`trials.run_searches`, and what holds for any search that was killed and is done."""
+    command = [*map(str, typed(corpus, model, folder, "-n", n))]
+    task = {"command": command, "folder": str(folder), "kills": kills, "seconds": seconds}
+    result = trials.run_searches({**task, "processes": processes, "seed": seed})
+    assert len(result["kills"]) == kills and set(result["ends"]) == {0}, result["log"]
+    assert len(result["final"]) == len(set(result["final"])) == n, result
+    for before in result["kills"]:
+        assert set(before) <= set(result["final"]), result  # none is lost
+    print(f"trials that were finished at each kill: {[len(before) for before in result['kills']]} of {n}")
+
+
+def check_trials(folder: Path, n: int) -> list[dict]:
+    """Every trial is there once, its run is whole, and nothing is left of those that were interrupted."""
+    found = json.loads((folder / "tuning.json").read_text())["trials"]
+    assert len(found) == len({trial["folder"] for trial in found}) == n
+    assert len({json.dumps(trial["params"]) for trial in found}) == n
+    assert {trial["folder"] for trial in found} == {path.name for path in folder.glob("trial-*")}
+    for trial in found:
+        if trial["state"] == "complete":
+            assert json.loads((folder / trial["folder"] / "metrics.json").read_text())["loss"] == trial["loss"]
+    return found
+
+
+def test_killed_in_a_trial_a_search_goes_on_and_is_the_one_that_nothing_disturbed(searched, tiny, corpus, tmp_path):
+    run_searches(corpus, tiny, tmp_path, n=3, kills=1, seconds=1, seed=1)
+    assert table(check_trials(tmp_path / "run", 3)) == table(searched)[:3]
+
+
+@pytest.fixture(scope="module")
+def twelve(tiny, corpus, tmp_path_factory) -> tuple[list[dict], float]:
+    """A search of 12 trials, and the seconds it took."""
+    started = time.monotonic()
+    found = tune(corpus, tiny, tmp_path_factory.mktemp("searches") / "twelve", n_trials=12)
+    return found.trials, time.monotonic() - started
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_a_search_of_12_trials_killed_twice_has_12(tiny, corpus, tmp_path, twelve, seed):
+    run_searches(corpus, tiny, tmp_path, n=12, kills=2, seconds=twelve[1], seed=seed)
+    assert table(check_trials(tmp_path / "run", 12)) == table(twelve[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_of_two_processes_one_is_killed_and_the_other_does_its_trials(tiny, corpus, tmp_path, twelve, seed):
+    run_searches(corpus, tiny, tmp_path, n=12, kills=1, seconds=twelve[1], seed=seed, processes=2)
+    assert len(list((tmp_path / "run").glob(".workers/*"))) == 2
+    check_trials(tmp_path / "run", 12)
+
+
+def test_two_processes_share_a_study(tiny, corpus, tmp_path, capsys):
+    """Both end with all trials; what one of them does the other does not."""
+    task = {"command": [*map(str, typed(corpus, tiny, tmp_path / "run", "-n", 4, "--json", "-q"))]}
+    with capsys.disabled():  # so that they print to where they are told
+        children = [trials.fork(task, str(tmp_path / "run"), tmp_path / f"said-{number}") for number in range(2)]
+    assert [trials.wait(child, 120) for child in children] == [0, 0]
+    found = check_trials(tmp_path / "run", 4)
+    for number in range(2):
+        said = (tmp_path / f"said-{number}").read_text()
+        assert json.loads(said)["trials"] == found, said
+    assert len(list((tmp_path / "run").glob(".workers/*"))) == 2
+
+
+@pytest.mark.parametrize("finishes", [False, True])
+def test_a_trial_that_another_process_finishes_meanwhile_counts_once(tmp_path, monkeypatch, finishes):
+    """Else the next one is drawn with the seed of the one after it, which then has the same values."""
+    import optuna
+
+    def is_alive(*_) -> bool:
+        if finishes:
+            study.tell(theirs.number, 0.5)
+        return True
+
+    monkeypatch.setattr(study_module, "_is_alive", is_alive)
+    study, space = optuna.create_study(), {"learning_rate": (1e-4, 1e-2)}
+    theirs, _ = study_module.next_trial(study, tmp_path, "theirs", space, 4, 1)
+    ours, busy = study_module.next_trial(study, tmp_path, "ours", space, 4, 1)
+    study.tell(ours, 0.5)
+    finishes = False
+    after, _ = study_module.next_trial(study, tmp_path, "ours", space, 4, 1)
+    assert busy == 1 and len({str(trial.params) for trial in (theirs, ours, after)}) == 3
+
+
+def test_a_trial_that_is_given_up_between_two_writes_is_neither_lost_nor_done_twice(tmp_path, monkeypatch):
+    """Whatever was written when a process died, the next one has the same values to try."""
+    import optuna
+    from optuna import Study
+    from optuna.trial import Trial
+
+    space, expected = {"learning_rate": (1e-4, 1e-2)}, None
+    monkeypatch.setattr(study_module, "_is_alive", lambda *_: False)
+    for owner, name in (
+        (Study, "enqueue_trial"), (Study, "tell"), (Study, "ask"), (Trial, "set_user_attr"), (Trial, "suggest_float"),
+        (Study, "get_trials"),
+    ):  # fmt: skip
+        for after in (False, True):
+            study = optuna.create_study()
+            first, _ = study_module.next_trial(study, tmp_path, "a", space, 3, 1)
+            expected = expected or first.params
+            original = getattr(owner, name)
+
+            def die(*arguments, original=original, after=after, **keywords):
+                if after:
+                    original(*arguments, **keywords)
+                raise MemoryError
+
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, die)
+                with pytest.raises(MemoryError):
+                    study_module.next_trial(study, tmp_path, "a", space, 3, 1)
+            again, _ = study_module.next_trial(study, tmp_path, "b", space, 3, 1)
+            assert (again.params, again.user_attrs["folder"]) == (expected, "trial-0"), (name, after)
+            study.tell(again, 1.0)
+            other, _ = study_module.next_trial(study, tmp_path, "b", space, 3, 1)
+            assert other.params != expected and other.user_attrs["folder"] != "trial-0", (name, after)
+
+
+def test_killed_when_all_but_its_end_was_done_a_trial_is_compared_with_like_any_other(
+    tiny, corpus, tmp_path, monkeypatch
+):
+    def die(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("optuna.study.Study.tell", die)
+        with pytest.raises(MemoryError):
+            tune(corpus, tiny, tmp_path, n_trials=1)
+    tune(corpus, tiny, tmp_path, n_trials=1)
+    first, again = study_module.open_study(tmp_path, prune=True).get_trials()
+    assert (first.state.name, again.state.name) == ("FAIL", "COMPLETE")
+    assert set(again.intermediate_values) == {5} and again.intermediate_values == first.intermediate_values
+
+
+# what ends a trial
+
+
+@pytest.fixture
+def instant(monkeypatch):
+    """Trials that take no time, in a study that is not kept: with a learning rate of 1e-9 the loss is high."""
+
+    def finetune(corpus, *, train, callbacks, **options):
+        folder, state = Path(train.output_dir), SimpleNamespace(max_steps=10, global_step=0, log_history=[])
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "run.json").write_text("{}")
+        (folder / "recipe.yaml").write_text("")
+        callbacks[0].on_train_begin(None, state, None)
+        for state.global_step in range(11):
+            loss = (9.0 if train.learning_rate == 1e-9 else 5.0) - 0.1 * state.global_step
+            callbacks[0].on_log(None, state, None, logs={"eval_loss": loss})
+        return hfkit.Run(train.output_dir, {"loss": loss, "loss_before": 10.0, "steps": 10, "history": []})
+
+    import optuna
+
+    study = optuna.create_study()
+
+    def open_study(folder, prune):
+        study.pruner = optuna.pruners.MedianPruner() if prune else optuna.pruners.NopPruner()
+        return study
+
+    monkeypatch.setattr(search_module, "finetune", finetune)
+    monkeypatch.setattr(search_module, "open_study", open_study)
+    monkeypatch.setattr(search_module, "draw_trials", lambda *_: b"a picture")
+
+
+def test_poor_trials_are_pruned_once_there_is_something_to_compare_with(tiny, corpus, tmp_path, capfd, instant):
+    options = {"search": ["learning_rate=3e-3,1e-9"], "n_trials": 12}
+    found = tune(corpus, tiny, tmp_path / "run", **options)
+    pruned = [trial for trial in found.trials if trial["state"] == "pruned"]
+    assert pruned and all(trial["params"] == {"learning_rate": 1e-9} for trial in pruned)
+    assert all(trial["loss"] is None for trial in pruned) and found.best == {"learning_rate": 3e-3}
+    assert all(trial["state"] == "complete" for trial in found.trials[:5])
+    assert not [trial for trial in pruned if (tmp_path / "run" / trial["folder"] / "checkpoints").exists()]
+    said = capfd.readouterr().err
+    assert said.count(": pruned, learning_rate 1e-09") == len(pruned) and said.count("hfkit: trial ") == 12
+    more = tune(corpus, tiny, tmp_path / "run", **{**options, "n_trials": 20}, prune=False).trials[12:]
+    assert {trial["state"] for trial in more} == {"complete"} and 1e-9 in [t["params"]["learning_rate"] for t in more]
+
+
+@pytest.mark.slow
+def test_poor_trainings_are_pruned_as_well_and_leave_no_weights(tiny, corpus, tmp_path):
+    found = tune(corpus, tiny, tmp_path, search=["learning_rate=3e-3,1e-9"], n_trials=12, eval_steps=1)
+    pruned = [trial for trial in found.trials if trial["state"] == "pruned"]
+    assert pruned and all(trial["params"] == {"learning_rate": 1e-9} for trial in pruned)
+    for trial in pruned:
+        left = {path.name for path in (tmp_path / trial["folder"]).iterdir()}
+        assert "recipe.yaml" in left and not {"checkpoints", "metrics.json", "model.safetensors"} & left
+
+
+def test_trials_of_unequal_lengths_are_compared_at_the_same_share_of_their_steps(tmp_path):
+    import optuna
+
+    study = optuna.create_study()
+    for steps in (10, 20, 50, 100, 200, 1000):
+        trial = study.ask()
+        watch = search_module._Watch(study, trial, tmp_path)
+        state = SimpleNamespace(max_steps=steps, global_step=0)
+        for step in range(0, steps + 1, steps // 10):
+            state.global_step = step
+            watch.on_log(None, state, None, logs={"eval_loss": 5.0 - step / steps})
+        study.tell(trial, 4.0)
+    assert [sorted(trial.intermediate_values) for trial in study.get_trials()] == [list(range(1, 10))] * 6
+
+
+def test_a_trial_that_diverges_is_one_of_the_trials(tiny, corpus, tmp_path, capfd):
+    found = tune(corpus, tiny, tmp_path, search=["learning_rate=1e-3,1e30"], n_trials=4, warmup_steps=0)
+    states = {trial["params"]["learning_rate"]: (trial["state"], trial["loss"] is None) for trial in found.trials}
+    assert states == {1e-3: ("complete", False), 1e30: ("diverged", True)}
+    assert found.best == {"learning_rate": 1e-3} and "diverged, learning_rate 1e+30" in capfd.readouterr().err
+
+
+def test_no_trial_is_begun_after_the_timeout_and_a_search_goes_on_without(
+    tiny, corpus, tmp_path, monkeypatch, instant
+):
+    clock, begun = [0.0], []
+    real = search_module._run_trial
+
+    def run_trial(*arguments):
+        begun.append(clock[0])
+        clock[0] += 40
+        return real(*arguments)
+
+    monkeypatch.setattr(search_module, "_run_trial", run_trial)
+    monkeypatch.setattr(search_module.time, "monotonic", lambda: clock[0])
+    assert len(tune(corpus, tiny, tmp_path, n_trials=9, timeout=100).trials) == 3 and begun == [0, 40, 80]
+    assert len(tune(corpus, tiny, tmp_path, n_trials=4).trials) == 4
+
+
+# options
+
+
+def test_the_best_settings_are_trained_with_once(searched, tiny, corpus, copied):
+    run = tune(corpus, tiny, copied, n_trials=5, train_best=True).run
+    assert run.output_dir == str(copied / "best") and run.metrics["loss"] == searched.loss
+    best = next(trial for trial in searched.trials if trial["loss"] == searched.loss)
+    assert trials.outcome(copied / "best") == trials.outcome(copied / best["folder"]) and hfkit.load(run.output_dir)
+    before = (copied / "best" / "metrics.json").stat().st_mtime_ns
+    assert tune(corpus, tiny, copied, n_trials=5, train_best=True).run == run
+    assert (copied / "best" / "metrics.json").stat().st_mtime_ns == before
+    (copied / "best" / "metrics.json").unlink()  # of another search, or half of this
+    facts = json.loads((copied / "best" / "run.json").read_text())
+    facts["recipe"]["learning_rate"] = 1.0
+    (copied / "best" / "run.json").write_text(json.dumps(facts))
+    assert tune(corpus, tiny, copied, n_trials=5, train_best=True).run.metrics["loss"] == searched.loss
+
+
+def test_rank_and_dropout_of_an_adapter_are_searched(tiny, corpus, tmp_path):
+    found = tune(corpus, tiny, tmp_path, lora=True, search=["lora_r=2,4", "lora_dropout=0..0.5"])
+    best = next(trial["folder"] for trial in found.trials if trial["params"] == found.best)
+    config = json.loads((tmp_path / best / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_dropout"]) == (found.best["lora_r"], found.best["lora_dropout"])
+    assert len({trial["params"]["lora_dropout"] for trial in found.trials}) == 2
+    space = read_space(None, TrainOptions(lora=True))
+    assert {"lora_r", "lora_dropout"} < set(space) and not {"lora_r"} & set(read_space(None, TrainOptions()))
+
+
+def test_ranges_stand_in_a_recipe(tiny, corpus, tmp_path, capfdbinary):
+    corpus = hfkit.prepare(corpus, model=tiny, output_dir=tmp_path / "prepared").folder
+    recipe = tmp_path / "search.yaml"
+    recipe.write_text(
+        f"corpus: {corpus}\nmodel: {tiny}\nmax_steps: 2\nbf16: false\nn_trials: 2\nsearch:\n"
+        "  - learning_rate=1e-4..1e-2\n  - dropout=0,0.5\n  - warmup_steps=0..2\n"
+    )
+    result = call(capfdbinary, "tune", "--config", recipe, "-o", tmp_path / "a ?#%20ä", "--json", "-n", 1)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert len(found["trials"]) == 1 and set(found["best"]) == {"learning_rate", "dropout", "warmup_steps"}
+    assert found["best"]["dropout"] in (0, 0.5) and found["best"]["warmup_steps"] in (0, 1, 2)
+    assert (tmp_path / "a ?#%20ä" / "study.db").is_file()
+
+
+def test_what_is_not_said_is_searched_around_what_is():
+    space = read_space(None, TrainOptions())
+    names = {"learning_rate", "weight_decay", "warmup_steps", "per_device_train_batch_size", "num_train_epochs"}
+    assert set(space) == names | {"dropout"}
+    given = TrainOptions(learning_rate=1e-3, weight_decay=0.5, max_steps=9, per_device_train_batch_size=3)
+    assert read_space(None, given) == {"learning_rate": (1e-4, 1e-2)} | {
+        name: space[name] for name in ("warmup_steps", "dropout")
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "values"),
+    [
+        ("learning_rate=1e-5..1e-3", "learning_rate", (1e-5, 1e-3)),
+        ("--learning-rate=1e-5..1e-3", "learning_rate", (1e-5, 1e-3)),
+        ("weight_decay=0..1", "weight_decay", (0.0, 1.0)),
+        ("dropout=0...5", "dropout", (0.0, 0.5)),
+        ("num_train_epochs=1..5", "num_train_epochs", (1, 5)),
+        ("warmup_steps=0..100", "warmup_steps", (0, 100)),
+        ("dataloader_num_workers=0..1", "dataloader_num_workers", (0, 1)),
+        ("optim=adamw_torch,muon", "optim", ["adamw_torch", "muon"]),
+        ("bf16=true,false", "bf16", [True, False]),
+        ("gradient_accumulation_steps=1,2", "gradient_accumulation_steps", [1, 2]),
+    ],
+)
+def test_a_range_is_read_as_it_is_meant(given, name, values):
+    found = read_space([given], TrainOptions())[name]
+    assert found == values and [type(value) for value in found] == [type(value) for value in values]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("learning_rate=1e-3..1e-5", "write NAME=LOW..HIGH"),
+        ("learning_rate=", "write NAME=LOW..HIGH"),
+        ("learning_rate=1..1", "write NAME=LOW..HIGH"),
+        ("bf16=false..true", "write NAME=LOW..HIGH"),
+        ("lr=1..2", "is no training option"),
+        ("=1..2", "is no training option"),
+        ("block_size=16,32", "is no training option"),
+        ("seed=1,2", "is not to be searched"),
+        ("output_dir=a,b", "is not to be searched"),
+        ("learning_rate=fast,slow", "--learning-rate is 'fast'"),
+        ("learning_rate=-1..1", "it must be more than 0"),
+        ("lora_r=4..8", "add --lora"),
+        ("dropout=0..{", "is no value"),
+    ],
+)
+def test_a_range_that_is_none_is_a_usage_error(given, words, corpus, tiny, tmp_path, capfdbinary):
+    result = call(capfdbinary, "tune", corpus, "-m", tiny, "-o", tmp_path / "run", "--search", given)
+    assert_fails(result, 2, words)
+    assert not (tmp_path / "run").exists()
+
+
+# what is in the way
+
+
+def test_other_settings_in_the_same_folder_are_refused_and_overwritten_when_asked(tiny, corpus, copied, capfdbinary):
+    before = sorted(copied.rglob("*"))
+    for more, words in ((["--search", "dropout=0..0.1"], "dropout"), (["--max-steps", 5], "max_steps")):
+        assert_fails(call(capfdbinary, *typed(corpus, tiny, copied, *more)), 1, f"other settings ({words})")
+    assert sorted(copied.rglob("*")) == before
+    with lock(copied / ".workers" / "0"):
+        assert_fails(call(capfdbinary, *typed(corpus, tiny, copied, "--overwrite")), 1, "is in use by process")
+    (copied / "tuning.png").write_text("stale")
+    found = tune(corpus, tiny, copied, n_trials=1, overwrite=True, max_steps=1)
+    assert (
+        len(found.trials) == 1
+        and (copied / "tuning.png").read_bytes() != b"stale"
+        and not (copied / "trial-1").exists()
+    )
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_a_folder_with_anything_else_is_left_alone(tiny, corpus, tmp_path, capfdbinary, flags):
+    (tmp_path / "thesis.txt").write_text("ten years")
+    assert_fails(
+        call(capfdbinary, *typed(corpus, tiny, tmp_path, *flags)), 1, "holds thesis.txt, which hfkit did not write"
+    )
+    assert (tmp_path / "thesis.txt").read_text() == "ten years"
+
+
+def test_killed_while_it_overwrites_a_folder_never_has_half_of_a_search(tmp_path):
+    folder, old, new = tmp_path / "run", {"space": {"a": 1}, "recipe": {}}, {"space": {"b": 1}, "recipe": {}}
+    (folder / "trial-0").mkdir(parents=True)
+    for name in ("study.db", "trial-0/run.json", "trial-0/metrics.json"):
+        (folder / name).write_text("old")
+    (folder / "tuning.json").write_text(json.dumps(old))
+    storage.add_owned(folder, ["tuning.json", "study.db", "trial-0"])
+    storage.add_owned(folder / "trial-0", ["run.json", "metrics.json"])
+    whole, seen = sorted(path.name for path in folder.rglob("*") if not path.name.startswith(".")), set()
+    overwrite = lambda: study_module.claim(folder, new, overwrite=True)  # noqa: E731
+    for _ in trials.killed_at_each(overwrite, folder, tmp_path / "backup"):
+        state = json.loads((folder / "tuning.json").read_text())
+        left = sorted(path.name for path in folder.rglob("*") if not path.name.startswith("."))
+        assert left == (["tuning.json"] if state == new else whole if state == old else left)
+        for asked in (old, new):
+            if state != asked:
+                with pytest.raises(HfkitError, match="--overwrite"):
+                    study_module.claim(folder, asked, overwrite=False)
+        seen.add(json.dumps(state))
+    assert len(seen) == 3
+
+
+def test_a_corpus_that_was_edited_is_not_searched_on(tiny, tmp_path):
+    corpus = trials.write_corpus(tmp_path / "corpus.txt")
+    first = tune(corpus, tiny, tmp_path / "run", n_trials=1)
+    text = Path(corpus).read_text()
+    Path(corpus).write_text(text.replace("rain", "hail"))
+    with pytest.raises(HfkitError, match="the corpus is not what it was"):
+        tune(corpus, tiny, tmp_path / "run")
+    Path(corpus).write_text(text)
+    found = tune(corpus, tiny, tmp_path / "run")
+    assert len(found.trials) == 2 and found.trials[0] == first.trials[0]
+
+
+def test_bad_requests_are_one_line_before_anything_is_trained(
+    tiny, corpus, tmp_path, capfdbinary, monkeypatch, searched
+):
+    monkeypatch.setattr(search_module, "finetune", lambda *_, **__: pytest.fail("it trains"))
+    place = tmp_path / "run"
+    assert_fails(call(capfdbinary, *typed(corpus, tiny, place, "--eval-fraction", 0)), 2, "add --eval-file")
+    assert_fails(call(capfdbinary, *typed(corpus, tiny, place, "-n", 0)), 2, "n-trials")
+    assert_fails(call(capfdbinary, *typed(corpus, tiny, place, "--timeout", 0)), 2, "--timeout is 0")
+    assert_fails(call(capfdbinary, *typed(corpus, "/no/such/model", place)), 1, "/no/such/model")
+    assert_fails(call(capfdbinary, *typed("/no/such/corpus", tiny, place)), 1, "/no/such/corpus")
+    assert_fails(call(capfdbinary, *typed(corpus, tiny, "/dev/null")), 1, "cannot write to /dev/null")
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert_fails(call(capfdbinary, *typed(corpus, tiny, place)), 1, "tune needs optuna: pip install 'hfkit[tune]'")
+    assert not place.exists()
+
+
+def test_where_the_corpus_is_too_small_to_hold_anything_out_it_is_said(tiny, tmp_path):
+    (tmp_path / "corpus.txt").write_text("one line")
+    with pytest.raises(HfkitError, match="nothing is held out"):
+        tune(str(tmp_path / "corpus.txt"), tiny, tmp_path / "run")
+    with pytest.raises(OptionError, match="--n-trials is 0"):
+        tune(str(tmp_path / "corpus.txt"), tiny, tmp_path / "run", n_trials=0)
