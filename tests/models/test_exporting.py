@@ -116,7 +116,7 @@ def test_a_model_is_not_exported_over_itself_or_what_it_lies_in(tiny, adapter, c
         (folder, f"{folder}/../model"),
     ):
         assert_fails(call(capfdbinary, "export", source, "-o", target, "--overwrite"), 1, "holds the model itself")
-    assert_fails(call(capfdbinary, "export", folder, "-o", tmp_path / "link", "--overwrite"), 1, "is no folder")
+    assert_fails(call(capfdbinary, "export", folder, "-o", tmp_path / "link", "--overwrite"), 1, "is not a folder")
     assert hfkit.load(folder) and hfkit.load(own)
 
 

@@ -82,7 +82,7 @@ def test_a_model_given_by_name_stays_loaded_until_its_files_change(copy, tiny, m
     folder, how = str(copy(tiny)), {"max_new_tokens": 9, "temperature": 0}
     first = hfkit.generate("a", model=folder, **how)
     with monkeypatch.context() as patch:
-        patch.setattr("hfkit.models.loading.load", None)
+        patch.setattr("hfkit.models.loading.load_weights", None)
         assert hfkit.generate("a", model=folder, **how) == first
     edit_weights(Path(folder), lambda tensors: tensors["transformer.wte.weight"].neg_())
     assert hfkit.generate("a", model=folder, **how) != first
