@@ -1,6 +1,7 @@
 """What the libraries load is the model that was saved, or one line says why not."""
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,12 +12,16 @@ from hfkit.console import quiet_libraries
 from hfkit.errors import HfkitError, first_line
 from hfkit.models.sources import ModelFiles
 
+# Hold it while transformers makes a model. It replaces methods of its classes and torch's default precision for that
+# time, in the whole process: two threads at once would leave the replacements in place for good.
+LOADING = threading.RLock()
+
 
 @contextlib.contextmanager
 def calling_library(source: ModelFiles) -> Iterator[None]:
-    """Turn what a library raises over a model's files into one line that names the folder; keep it quiet."""
+    """Load something of a model: one thread at a time, quietly, each error as one line that names the folder."""
     try:
-        with quiet_libraries():
+        with LOADING, quiet_libraries():
             yield
     except (HfkitError, MemoryError, torch.OutOfMemoryError):
         raise

@@ -27,7 +27,7 @@ from hfkit.models.architecture import (
     head_of,
     spread_over_devices,
 )
-from hfkit.models.integrity import calling_library, check_names, check_numbers
+from hfkit.models.integrity import LOADING, calling_library, check_names, check_numbers
 from hfkit.models.sources import ModelFiles, find_model
 from hfkit.options import ModelOptions
 
@@ -75,7 +75,7 @@ _kept: tuple[Any, LanguageModel] | None = None  # the model that `loaded` loaded
 
 
 def loaded(model: Model, *heads: str) -> LanguageModel:
-    """`model` as a LanguageModel. A name is loaded once, as long as its files stay the same.
+    """`model` as a LanguageModel. A name is loaded once, as long as its files stay the same, by any number of threads.
 
     heads: what the model must be for, see `architecture.head_of`. Default: "text".
     """
@@ -86,16 +86,17 @@ def loaded(model: Model, *heads: str) -> LanguageModel:
         check_head(lm.name, lm.model.config, *heads)
         return lm
     options = ModelOptions.make(model)
-    source = find_model(options)
-    key = options, _state_of(source)
-    if _kept and _kept[0] == key:
-        check_head(source.name, _kept[1].model.config, *heads)
+    with LOADING:
+        source = find_model(options)
+        key = options, _state_of(source)
+        if _kept and _kept[0] == key:
+            check_head(source.name, _kept[1].model.config, *heads)
+            return _kept[1]
+        config = load_config(source)
+        check_head(source.name, config, *heads)
+        _kept = None  # memory may not hold two models
+        _kept = key, load_weights(source, options, load_tokenizer(source), config)
         return _kept[1]
-    config = load_config(source)
-    check_head(source.name, config, *heads)
-    _kept = None  # memory may not hold two models
-    _kept = key, load_weights(source, options, load_tokenizer(source), config)
-    return _kept[1]
 
 
 def _state_of(source: ModelFiles) -> list[tuple[str, int]]:

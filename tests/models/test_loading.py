@@ -1,6 +1,8 @@
 """Models of every kind are what they were saved as, or one sentence says why not."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,37 @@ def test_loaded_until_files_change(copy, tiny, monkeypatch):
     assert hfkit.generate("a", model=folder, **how) != first
     monkeypatch.setenv("HFKIT_MODEL", tiny)
     assert hfkit.generate("a", **how).completion == first.completion
+
+
+THREADS = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+import hfkit
+from hfkit.models import loading
+
+loads, load_weights = [], loading.load_weights
+loading.load_weights = lambda *a, **k: loads.append(1) or load_weights(*a, **k)
+start = threading.Barrier(4)
+
+def call(kind):
+    start.wait()
+    return kind()
+
+generate = lambda: hfkit.generate("x", model=sys.argv[1], seed=1, max_new_tokens=3).completion
+load = lambda: hfkit.load(sys.argv[1], dtype="bfloat16")
+with ThreadPoolExecutor(4) as pool:
+    texts = list(pool.map(call, [generate] * 4))
+    assert len(set(texts)) == len(loads) == 1, (texts, loads)
+    for lm in pool.map(call, [load] * 4):
+        assert lm.model.lm_head.weight is lm.model.transformer.wte.weight
+assert hfkit.load(sys.argv[1]).model.dtype == __import__("torch").get_default_dtype()
+"""
+
+
+def test_load_in_threads(tiny):
+    """The first calls of a process may come from several threads: the model is loaded once, with its tied weights."""
+    result = subprocess.run([sys.executable, "-c", THREADS, tiny], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 # adapters
