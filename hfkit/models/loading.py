@@ -27,7 +27,7 @@ from hfkit.models.architecture import (
     head_of,
     spread_over_devices,
 )
-from hfkit.models.integrity import LOADING, calling_library, check_names, check_numbers
+from hfkit.models.integrity import LOADING, calling_library, check_names, check_numbers, check_report
 from hfkit.models.sources import ModelFiles, find_model
 from hfkit.options import ModelOptions
 
@@ -162,7 +162,7 @@ def load_weights(
         model, report = _class_for(config).from_pretrained(
             source.folder, trust_remote_code=source.trust_remote_code, **arguments
         )
-    _check_report(source, report)
+    check_report(source, model, report)
     if source.adapter:
         model = _merge_adapter(model, source, source.adapter)
     check_numbers(source.folder, model)
@@ -224,11 +224,6 @@ def _class_for(config: Any) -> Any:
     if config.model_type == "gpt2":
         return transformers.GPT2LMHeadModel
     return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-
-
-def _check_report(source: ModelFiles, report: dict[str, Any]) -> None:
-    names = {what: report.get(f"{what}_keys", ()) for what in ("missing", "unexpected", "mismatched")}
-    check_names(source.folder, **names)
 
 
 def _merge_adapter(model: PreTrainedModel, source: ModelFiles, folder: Path) -> PreTrainedModel:
