@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hfkit.errors import HfkitError, first_line
-from hfkit.hub import reach_hub
+from hfkit.hub import endpoint, reach_hub
 from hfkit.options import CorpusOptions, DataOptions
 
 _CHUNK = 1 << 20  # bytes
@@ -270,7 +270,7 @@ def read_hub_rows(name: str, options: CorpusOptions) -> Iterator[Row]:
             reach_hub(name)
         except HfkitError as error:
             raise HfkitError(
-                f"the Hub cannot be reached ({constants.ENDPOINT}): go online, set HF_ENDPOINT to a mirror, "
+                f"the Hub cannot be reached ({endpoint()}): go online, set HF_ENDPOINT to a mirror, "
                 f"or HF_HUB_OFFLINE=1 if {name} is cached"
             ) from error
     streaming = isinstance(options, DataOptions) and options.streaming

@@ -14,7 +14,7 @@ from typing import Any
 import hfkit
 from hfkit.console import detail
 from hfkit.errors import HfkitError
-from hfkit.hub import PROBE_SECONDS, explain_hub_error, reach_hub
+from hfkit.hub import PROBE_SECONDS, endpoint, explain_hub_error, reach_hub
 from hfkit.options import ModelOptions
 
 BUNDLED = Path(hfkit.__file__).parent / "bundled"
@@ -256,7 +256,7 @@ def _whole(folder: Path) -> bool:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
 
     reach_hub(name)
     try:
@@ -268,7 +268,7 @@ def _download(name: str, revision: str | None) -> Path:
         raise HfkitError(f"{name} has no safetensors weights: choose a model that has, or another --revision")
     if not any(file in files for file in ("config.json", "adapter_config.json")):
         raise HfkitError(f"{name} has no config.json: choose a transformers model")
-    detail(f"downloading {name} from {constants.ENDPOINT}")
+    detail(f"downloading {name} from {endpoint()}")
     try:
         # Not snapshot_download: it lists the files without a timeout and hides the Hub's errors. All files are of one
         # commit. Asking for one by the revision's name, once all are there, records the commit in the cache.
