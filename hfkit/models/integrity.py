@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hfkit.console import note, quiet_libraries
 from hfkit.errors import HfkitError, first_line
-from hfkit.models.sources import ModelFiles
+from hfkit.models.sources import ModelFiles, needs_code
 
 # Hold it while transformers makes a model. It replaces methods of its classes and torch's default precision for that
 # time, in the whole process: two threads at once would leave the replacements in place for good.
@@ -31,6 +31,8 @@ def calling_library(source: ModelFiles) -> Iterator[None]:
         hint = "pip install 'hfkit[gguf]'" if source.gguf else "install what it names"
         raise HfkitError(f"{source.name} needs a package that is missing: {_short(error)}: {hint}") from error
     except Exception as error:  # everything from KeyError to a bare Exception
+        if source.config.get("auto_map") and not source.trust_remote_code:
+            raise needs_code(source) from error
         where = source.folder / source.gguf if source.gguf else source.adapter or source.folder
         raise HfkitError(f"{source.name} cannot be loaded ({where}): {_short(error)}") from error
 

@@ -97,10 +97,13 @@ def _with_base(name: str, path: Path, options: ModelOptions) -> ModelFiles:
     folder = _local(base)
     if folder and (folder / "adapter_config.json").is_file():
         raise HfkitError(f"the base of the adapter is an adapter too ({path}: {base}): merge that one first")
+    # The adapter chose this base, not the user: trust in the code of one is not trust in that of the other.
+    revision = revision if isinstance(revision, str) else None
     try:
-        source = find_model(replace(options, model=base, revision=revision if isinstance(revision, str) else None))
+        source = find_model(replace(options, model=base, revision=revision, trust_remote_code=False))
     except HfkitError as error:
-        raise HfkitError(f"no base model for the adapter ({path}): {error}") from error
+        hint = ", which runs for a model that is named itself" if options.trust_remote_code else ""
+        raise HfkitError(f"no base model for the adapter ({path}): {error}{hint}") from error
     return replace(source, name=name, adapter=path)
 
 
@@ -173,14 +176,18 @@ def _names_kernel(config: dict[str, Any]) -> bool:
     return any("attn_implementation" in key and "/" in str(part[key]) for part in configs for key in part)
 
 
+def needs_code(source: ModelFiles) -> HfkitError:
+    """The error for a model that only its own code can load."""
+    name = source.folder if source.adapter else source.name
+    return HfkitError(f"{name} needs its own Python code ({source.folder}): read it, then --trust-remote-code")
+
+
 def _check_code(source: ModelFiles) -> None:
     """Refuse code, or with trust code outside the folder: `owner/name--module.Class` is whatever is there today."""
     auto_map = source.config.get("auto_map")
     if not source.trust_remote_code:
         if auto_map and "model_type" not in source.config:
-            raise HfkitError(
-                f"{source.name} needs its own Python code ({source.folder}): read it, then --trust-remote-code"
-            )
+            raise needs_code(source)
         return
     if (source.folder / "tokenizer_config.json").is_file():
         auto_map = [auto_map, read_json(source.folder / "tokenizer_config.json", source.name).get("auto_map")]
@@ -190,15 +197,19 @@ def _check_code(source: ModelFiles) -> None:
 
 def _inside(path: Path, folder: Path) -> bool:
     """Whether `path` leads into `folder`. Files of the Hub's cache are links to models--NAME/blobs."""
-    real, folder = path.resolve(), folder.resolve()
-    blobs = folder.parent.parent / "blobs"
-    return real.is_relative_to(folder) or (folder.parent.name == "snapshots" and real.is_relative_to(blobs))
+    snapshots = [place for place in (folder.absolute(), folder.resolve()) if place.parent.name == "snapshots"]
+    blobs = [(place.parent.parent / "blobs").resolve() for place in snapshots]  # may be a link to another disk
+    return any(path.resolve().is_relative_to(place) for place in (folder.resolve(), *blobs))
 
 
 def _check_header(path: Path) -> None:
     """Let safetensors' parser check lengths, offsets and shapes against the file, without reading the data."""
     from safetensors import SafetensorError, safe_open
 
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise HfkitError(f"the weights cannot be read ({path}): {error.strerror}; ask their owner") from error
     try:
         with safe_open(path, framework="np") as file:
             file.keys()
