@@ -196,8 +196,15 @@ def _exchange(staging: Path, target: Path) -> None:
     os.replace(old, staging)
 
 
+def check_home(folder: Path) -> None:
+    """Raise HfkitError for a path that still begins with "~", which would be a new folder of that name here."""
+    if folder.parts[:1] == ("~",):
+        raise HfkitError(f"no home directory ({folder}): set HOME, or HF_HOME to a folder of yours")
+
+
 def make_writable(folder: Path) -> None:
     """Create `folder` and check that files can be written there. Raises HfkitError if they cannot."""
+    check_home(folder)
     probe = temporary(folder / "probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -261,6 +261,17 @@ def test_lock_file(tmp_path):
     assert (tmp_path / "file").read_text() == "text"
 
 
+def test_make_writable_without_home(tmp_path, monkeypatch, corpus, tiny):
+    """A home that nobody knows is one line, and no folder called ~."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "~/.cache/huggingface/datasets")
+    with pytest.raises(HfkitError, match="no home directory"):
+        storage.make_writable(Path("~/runs/a"))
+    with pytest.raises(HfkitError, match="home|cache"):
+        hfkit.finetune(corpus, model=tiny, output_dir=tmp_path / "run", max_steps=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_check_free(tmp_path):
     """An existing file is refused with both ways out."""
     storage.check_free(tmp_path / "file", overwrite=False, flag="--output")

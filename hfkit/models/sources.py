@@ -8,6 +8,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hfkit.console import detail
 from hfkit.errors import HfkitError
 from hfkit.hub import PROBE_SECONDS, endpoint, explain_hub_error, reach_hub
 from hfkit.options import ModelOptions
+from hfkit.storage import check_home
 
 BUNDLED = Path(hfkit.__file__).parent / "bundled"
 _TOKENIZER_FILES = (
@@ -250,9 +252,18 @@ def _from_hub(name: str, revision: str | None) -> Path:
             return Path(cached).parent
     if constants.is_offline_mode():
         raise HfkitError(
-            f"{name} is not cached and HF_HUB_OFFLINE is set: unset it, or use -m bundled or a local folder"
+            f"no folder {name!r} here{_suggestion(name)}, and of the Hub's models it is not cached and HF_HUB_OFFLINE "
+            "is set: check the name, unset it, or use -m bundled or a local folder"
         )
     return _download(name, revision)
+
+
+def _suggestion(name: str) -> str:
+    """The folder beside a missing one that it may be."""
+    parent = Path(name).parent
+    folders = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    close = get_close_matches(Path(name).name, folders, n=1)
+    return f" (did you mean {parent / close[0]}?)" if close else ""
 
 
 def _whole(folder: Path) -> bool:
@@ -267,9 +278,13 @@ def _whole(folder: Path) -> bool:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, constants, hf_hub_download
 
-    reach_hub(name)
+    check_home(Path(constants.HF_HUB_CACHE))
+    try:
+        reach_hub(name)
+    except HfkitError as error:
+        raise HfkitError(f"no folder {name!r} here{_suggestion(name)}, and {error}") from error
     try:
         info = HfApi().model_info(name, revision=revision, timeout=PROBE_SECONDS)
         files = [file.rfilename for file in info.siblings or [] if "/" not in file.rfilename]

@@ -127,6 +127,30 @@ def test_find_model_offline(monkeypatch, tmp_path):
     assert "not cached and HF_HUB_OFFLINE is set" in fails(model="owner/name")
 
 
+def test_find_model_missing_folder(monkeypatch, tmp_path):
+    """A folder that is missing is said to be missing, with the one that may be meant; the network comes second."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/corpus", "runs/poems", "gpt-two"):
+        (tmp_path / name).mkdir(parents=True)
+    for offline in (True, False):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+        for name, hint in {"runs/corpsu": " (did you mean runs/corpus?)", "gpt-tw": " (did you mean gpt-two?)",
+                           "runs/nosuch": "", "elsewhere/poems": ""}.items():  # fmt: skip
+            line = fails(model=name)
+            assert line.startswith(f"no folder '{name}' here{hint}, and "), line
+            assert ("HF_HUB_OFFLINE" if offline else "cannot be reached (http://127.0.0.1:9)") in line
+
+
+def test_download_without_home(monkeypatch, tmp_path):
+    """Without a home directory nothing is written into a folder called ~."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    assert "no home directory" in fails(model="owner/name")
+    assert not list(tmp_path.iterdir())
+
+
 # files
 
 
