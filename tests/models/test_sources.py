@@ -383,7 +383,7 @@ def test_find_adapter_trusts_no_base(copy, tiny, tmp_path, monkeypatch, base):
     config = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoConfig": "code.Config"}}
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
     if base == "owner/name":
-        monkeypatch.setattr("hfkit.models.sources._from_hub", lambda name, revision: folder)
+        monkeypatch.setattr("hfkit.models.sources.from_hub", lambda name, revision: folder)
     adapter.mkdir()
     name = base if base == "owner/name" else str(folder)
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name, "revision": "a" * 40}))
