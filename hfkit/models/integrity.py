@@ -69,6 +69,20 @@ def check_report(source: ModelFiles, model: PreTrainedModel, report: dict[str, A
         note(f"{source.name}: {len(left_over)} of the weights' tensors are not part of the model, such as {example}")
 
 
+def check_blocks(source: ModelFiles, config: Any) -> None:
+    """Raise HfkitError if a .gguf file has more blocks than it says: transformers would leave the last ones out."""
+    from gguf import GGUFReader
+
+    path = source.folder / str(source.gguf)
+    matches = [re.match(r"blk\.(\d+)\.", tensor.name) for tensor in GGUFReader(path).tensors]
+    blocks = 1 + max((int(match[1]) for match in matches if match), default=-1)
+    if blocks > config.num_hidden_layers:
+        raise HfkitError(
+            f"the weights do not fit the model ({path}): {blocks} blocks, but block_count is "
+            f"{config.num_hidden_layers}; get the model again"
+        )
+
+
 def check_numbers(folder: Path, model: PreTrainedModel) -> None:
     """Raise HfkitError if a weight is NaN or infinite. Weights on a GPU are not read."""
     for name, tensor in model.named_parameters():

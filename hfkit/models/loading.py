@@ -26,7 +26,7 @@ from hfkit.models.architecture import (
     head_of,
     spread_over_devices,
 )
-from hfkit.models.integrity import LOADING, calling_library, check_names, check_numbers, check_report
+from hfkit.models.integrity import LOADING, calling_library, check_blocks, check_names, check_numbers, check_report
 from hfkit.models.sources import ModelFiles, find_model
 from hfkit.models.tokenizers import read_tokenizer
 from hfkit.options import ModelOptions
@@ -164,6 +164,8 @@ def load_weights(
     if placement:
         arguments["device_map"] = placement
     with calling_library(source):
+        if source.gguf:
+            check_blocks(source, config)
         model, report = _class_for(config).from_pretrained(
             source.folder, trust_remote_code=source.trust_remote_code, **arguments
         )
