@@ -186,7 +186,10 @@ def test_owned_names(tmp_path):
     assert storage.owned(tmp_path / "run") == set()
     storage.remove_owned(tmp_path / "run")
     assert (tmp_path / "thesis.txt").exists()
-    for text in ("", "[", "[]", '{"files": 3}', '{"files": null}'):
+    (tmp_path / "run" / storage.LIST).write_text('{"files": ["old"]}')
+    storage.add_owned(tmp_path / "run", ["new"])
+    assert storage.owned(tmp_path / "run") == {"old", "new"}
+    for text in ("", "[", "[]", '{"files": 3}', '{"files": null}', "[" * 100_000):
         (tmp_path / "run" / storage.LIST).write_text(text)
         assert storage.owned(tmp_path / "run") == set()
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hfkit.console import note, quiet_libraries
 from hfkit.errors import HfkitError, first_line
 from hfkit.models.sources import ModelFiles, needs_code
+from hfkit.storage import check_weights
 
 # Hold it while transformers makes a model. It replaces methods of its classes and torch's default precision for that
 # time, in the whole process: two threads at once would leave the replacements in place for good.
@@ -39,6 +40,12 @@ def calling_library(source: ModelFiles) -> Iterator[None]:
 
 def _short(error: Exception) -> str:
     return first_line(error)[:300].rstrip(".:")
+
+
+def check_files(source: ModelFiles) -> None:
+    """Raise HfkitError if a weight file that hfkit wrote has changed since."""
+    for folder in {source.folder, source.adapter or source.folder}:
+        check_weights(folder)
 
 
 def check_names(folder: Path, **names: Iterable[object]) -> None:
