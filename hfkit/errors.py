@@ -17,6 +17,14 @@ class DivergedError(HfkitError):
     """The loss of a training, or its weights, are no numbers any more."""
 
 
+class NotFiniteError(HfkitError):
+    """A model gives NaN or infinity, as half precision does where a value is too large for it."""
+
+    @classmethod
+    def of(cls, model: str) -> "NotFiniteError":
+        return cls(f"{model} gives values that are not numbers: try --dtype float32")
+
+
 class StoppedError(HfkitError):
     """A run ended as Ctrl-C or SIGTERM asked; what it had done is saved."""
 

@@ -23,6 +23,7 @@ from hfkit.recipes import read_value
 
 if TYPE_CHECKING:
     from hfkit.inference.generation import Generation
+    from hfkit.inference.prompts import Request
     from hfkit.models.loading import LanguageModel
 
 
@@ -73,17 +74,23 @@ def generate(
 
 def load_for(model: ModelOptions, sampling: GenerateOptions, prompt: str | None = None) -> LanguageModel:
     """Load a model, after everything that can be checked without its weights."""
+    return load_with_prompt(model, sampling, prompt)[0]
+
+
+def load_with_prompt(
+    model: ModelOptions, sampling: GenerateOptions, prompt: str | None
+) -> tuple[LanguageModel, Request | None]:
+    """As `load_for`, with the prompt as the model is to be given it."""
     from hfkit.inference import generation
-    from hfkit.inference.batches import fit_prompt
+    from hfkit.inference.prompts import fit_prompt
     from hfkit.models import architecture, loading
 
     source = find_model(model)
     generation.novel_index(sampling)
     tokenizer, config = loading.load_tokenizer(source), loading.load_config(source)
     architecture.check_head(source.name, config, "text")
-    if prompt is not None:
-        fit_prompt(prompt, sampling, tokenizer, config, source.name)
-    return loading.load_weights(source, model, tokenizer)
+    request = None if prompt is None else fit_prompt(prompt, sampling, tokenizer, config, source.name)
+    return loading.load_weights(source, model, tokenizer), request
 
 
 def seeded(lm: LanguageModel, sampling: GenerateOptions) -> GenerateOptions:
@@ -114,15 +121,16 @@ def write_one(
     from hfkit.inference.controls import draws
 
     file = Results(output, overwrite=overwrite) if output else None
-    lm = load_for(model, sampling, prompt)
+    lm, request = load_with_prompt(model, sampling, prompt)
+    assert request  # noqa: S101, there is a prompt
     sampling, started = seeded(lm, sampling), time.perf_counter()
     samples = sampling.num_return_sequences or 1
     if not (json or file) and sys.stdout.isatty() and (samples == 1 or draws(lm, sampling)):
         for k in range(samples):
             one = replace(sampling, num_return_sequences=None, seed=(sampling.seed or 0) + k)
-            _write_stream(lm, one, prompt, prompt_shown, last=k == samples - 1)
+            _write_stream(lm, one, request, prompt_shown, last=k == samples - 1)
         return
-    found = generation.generate(prompt, model=lm, options=replace(sampling, num_return_sequences=samples))
+    found = generation.generate(request, model=lm, options=sampling, num_return_sequences=samples)
     if file:
         file.add(result.to_dict() | {"line": 1} for result in found)
         file.finish()
@@ -134,14 +142,16 @@ def write_one(
     _tell(found, time.perf_counter() - started)
 
 
-def _write_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: str, prompt_shown: bool, last: bool) -> None:
+def _write_stream(
+    lm: LanguageModel, sampling: GenerateOptions, request: Request, prompt_shown: bool, last: bool
+) -> None:
     from hfkit.inference import generation
 
     started, first = time.perf_counter(), None
     if prompt_shown and not lm.model.config.is_encoder_decoder:
-        console.write(prompt)
+        console.write(str(request.prompt))
     result = None
-    pieces = generation.stream(prompt, model=lm, options=sampling)
+    pieces = generation.stream(request, model=lm, options=sampling)
     try:
         while True:
             console.write(next(pieces))
@@ -180,7 +190,7 @@ def write_sweep(model: ModelOptions, sampling: GenerateOptions, prompt: str, swe
     columns: dict[str, list[Generation]] = {}
     for value, variant in zip(values, variants, strict=True):
         samples = variant.num_return_sequences or 1
-        found = generation.generate(prompt, model=lm, options=replace(variant, num_return_sequences=samples))
+        found = generation.generate(prompt, model=lm, options=variant, num_return_sequences=samples)
         if json:
             console.write("".join(to_line(result.to_dict() | {name: value}) for result in found))
         columns[f"{name} {value}"] = found
@@ -261,7 +271,8 @@ def _seed(lm: LanguageModel, sampling: GenerateOptions, last: dict[str, Any] | N
         # The record's own is SEED + (line - 1) * samples + k, and k that of the last sample.
         seed = None if last["seed"] is None else last["seed"] + 1 - last["line"] * samples
         if sampling.novel and seed is not None:  # where the text was drawn again it is some steps farther
-            seed = seed % generation.FAR + (sampling.seed or 0) // generation.FAR * generation.FAR
+            stride = generation.REDRAW_STRIDE
+            seed = seed % stride + (sampling.seed or 0) // stride * stride
         if last["model"] != lm.name or drawn != (seed is not None) or (drawn and sampling.seed not in (None, seed)):
             made = f"with {last['model']}" + ("" if seed is None else f" and --seed {seed}")
             raise HfkitError(f"what is to be resumed was made {made}: give the same, or --overwrite begins anew")

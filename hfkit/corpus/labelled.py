@@ -1,7 +1,9 @@
 """Models with a head that labels a text or finds an answer in it, BERT's above all: their rows, batches and scores."""
 
+import copy
 import functools
 import hashlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -146,7 +148,21 @@ def encode_labelled(
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[int]:
     """Token ids of a text; of one that is too long those of its beginning, closed as the tokenizer closes a text."""
     ids = encode(text, tokenizer, "the model")
-    return ids if len(ids) <= length else tokenizer(text, truncation=True, max_length=length)["input_ids"]
+    return ids if len(ids) <= length else _truncate(tokenizer, text, truncation=True, max_length=length)["input_ids"]
+
+
+_truncating = threading.Lock()
+
+
+def _truncate(tokenizer: PreTrainedTokenizerBase, *texts: str, **options: Any) -> Any:
+    """`tokenizer(*texts, **options)` with truncation, which is a state of the tokenizer: a copy of it has it."""
+    with _truncating:
+        return _copy(tokenizer, len(tokenizer))(*texts, **options)
+
+
+@functools.lru_cache(maxsize=1)
+def _copy(tokenizer: PreTrainedTokenizerBase, size: int) -> PreTrainedTokenizerBase:
+    return copy.deepcopy(tokenizer)
 
 
 def encode_questions(rows: Iterable[Question], tokenizer: PreTrainedTokenizerBase, length: int) -> list[LabelledItem]:
@@ -176,8 +192,8 @@ def windows(question: str, context: str, tokenizer: PreTrainedTokenizerBase, len
     if not tokenizer.is_fast:
         raise HfkitError("finding answers needs a tokenizer that knows where its tokens stand: use a fast one")
     try:
-        encoded = tokenizer(
-            question, context, truncation="only_second", max_length=length, stride=min(STRIDE, length // 4),
+        encoded = _truncate(
+            tokenizer, question, context, truncation="only_second", max_length=length, stride=min(STRIDE, length // 4),
             return_overflowing_tokens=True, return_offsets_mapping=True, verbose=False,
         )  # fmt: skip
     except Exception as error:  # tokenizers': the question alone is too long
