@@ -1,7 +1,6 @@
 """Many prompts from a file, their results to a file: in order, each exactly once, whatever happens in between."""
 
 import codecs
-import fcntl
 import json
 import os
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hfkit.errors import HfkitError, OptionError
-from hfkit.storage import check_regular
+from hfkit.storage import check_regular, lock_file
 
 
 def read_prompts(path: Path) -> Iterator[str | dict[str, Any] | HfkitError]:
@@ -96,11 +95,11 @@ class Results:
             raise HfkitError(f"{path} exists: --overwrite replaces it, or name another --output")
         try:
             self._file = self.partial.open("a+b")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise HfkitError(f"{self.partial} is being written by another process: name another --output") from None
+            is_locked = lock_file(self._file)
         except OSError as error:
             raise HfkitError(f"cannot write the output ({self.partial}): {error.strerror}") from error
+        if not is_locked:
+            raise HfkitError(f"{self.partial} is being written by another process: name another --output")
         if self._file.tell() and not (resume or overwrite):
             raise HfkitError(f"{self.partial} is an unfinished run: --resume goes on with it, --overwrite begins anew")
         self._file.truncate(self._keep(samples) if resume else 0)
