@@ -38,7 +38,6 @@ def configure(*, quiet: bool, verbose: bool, debug: bool) -> None:
         logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its caches
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def printable(text: str) -> str:
