@@ -94,7 +94,7 @@ def encode_corpus(
                 prepared = load_prepared(target)
             except HfkitError:
                 prepared = None  # damaged: make it anew
-            if prepared and _identity(prepared.report) == _identity(report):
+            if prepared and prepared.report.fingerprint == content and prepared.report.tokenizer == report.tokenizer:
                 return prepared
             if prepared:
                 raise HfkitError(f"{folder} holds another corpus, or this for another model: name a new folder")
@@ -103,10 +103,6 @@ def encode_corpus(
             records = _measure_records(read_records(corpus, options), report, corpus.size, bar)
             _write_rows(target, encode_records(records, tokenizer), report, 1 + max(tokenizer.get_vocab().values()))
         return Prepared(datasets.load_from_disk(str(target)), report, target)
-
-
-def _identity(report: Report) -> tuple[str, str]:
-    return report.fingerprint, report.tokenizer
 
 
 def load_prepared(folder: Path) -> Prepared:

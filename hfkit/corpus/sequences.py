@@ -292,13 +292,9 @@ def _prompt(sequences: Any, tokenizer: PreTrainedTokenizerBase) -> str | None:
     ids, labels = (sequences[0][name].tolist() for name in ("input_ids", "labels"))
     if labels[0] == IGNORED:
         known = next(place for place, label in enumerate(labels) if label != IGNORED)
-        return _decode(ids[:known], tokenizer)
+        return cast(str, tokenizer.decode(ids[:known]))
     ids = ids[:12]
     if tokenizer.eos_token_id in ids[1:]:  # keep to the first document
         ids = ids[: ids.index(tokenizer.eos_token_id, 1)]
-    text = _decode(ids, tokenizer, skip_special_tokens=True).strip().rstrip("\ufffd")
+    text = cast(str, tokenizer.decode(ids, skip_special_tokens=True)).strip().rstrip("\ufffd")
     return text.rpartition(" ")[0] or text or None
-
-
-def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    return cast(str, tokenizer.decode(ids, **options))
