@@ -41,7 +41,6 @@ def configure(*, quiet: bool, verbose: bool, debug: bool) -> None:
         logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it reports building its font cache
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def printable(text: str) -> str:
