@@ -1,6 +1,7 @@
 """What a person at a terminal sees: notes on stderr, text made safe to show."""
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -55,6 +56,11 @@ def write(text: str, file: IO[str] | None = None) -> None:
         # Half a surrogate pair cannot be UTF-8; nothing else is changed.
         file.write(text.encode("utf-8", "replace").decode("utf-8"))
     file.flush()
+
+
+def write_json(value: Any) -> None:
+    """Write `value` to stdout as one line of JSON. Text that is not ASCII stays readable."""
+    write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def write_table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int = 120, **options: Any) -> None:
