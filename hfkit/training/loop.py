@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerState, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from hfkit import console, processes
-from hfkit.corpus.sequences import Collator, Endless, Examples, HeadCollator
+from hfkit.corpus.sequences import Collator, Examples, HeadCollator
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.training import run_folder
 from hfkit.training.arguments import freed_memory_kept, make_optimizer, own_environment, training_arguments
@@ -115,7 +115,7 @@ def _build(job: Job, stop: Stop, rows: int, accumulation: int) -> Iterator[Train
             set_seed(options.seed)  # an adapter, or a new model, begins with random numbers
             measuring.trainer = _Trainer(
                 model=job.make_model(), args=arguments,
-                train_dataset=Endless(material.train_set) if material.sequences == 0 else material.train_set,
+                train_dataset=material.train_set,
                 data_collator=collator, processing_class=job.tokenizer,
                 callbacks=[progress, saving, *job.callbacks], optimizer_cls_and_kwargs=make_optimizer(options),
             )  # fmt: skip

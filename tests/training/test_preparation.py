@@ -161,7 +161,7 @@ def test_ctrl_c_ends_it_quietly_and_leaves_nothing(rows, tmp_path, capfdbinary, 
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hfkit.corpus.cache._column", interrupt)
+    monkeypatch.setattr("hfkit.corpus.cache._make_column", interrupt)
     result = call(capfdbinary, "prepare", rows, "-m", tiny, "-o", tmp_path / "out")
     assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".hfkit.lock"]
