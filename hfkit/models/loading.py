@@ -48,6 +48,10 @@ class LanguageModel(NamedTuple):
         """Most tokens of prompt and continuation together; None where the model sets no limit."""
         return context_length(self.model.config)
 
+    def __repr__(self) -> str:
+        size, dtype = self.model.num_parameters(), str(self.model.dtype).removeprefix("torch.")
+        return f"LanguageModel({self.name!r}: {size:,} parameters, {dtype} on {self.model.device})"
+
 
 def load(model: str | ModelOptions | None = None, **overrides: Any) -> LanguageModel:
     """Load a model and its tokenizer.
