@@ -14,6 +14,12 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    JambaConfig,
+    JambaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     RobertaConfig,
     RobertaForSequenceClassification,
     set_seed,
@@ -23,6 +29,7 @@ import hfkit
 from hfkit.corpus.templates import Task
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inference.classification import calibration_error, classify, label_scores, labelling_task
+from hfkit.models.loading import LanguageModel
 from hfkit.options import TaskOptions
 
 pytestmark = pytest.mark.usefixtures("brisk")
@@ -114,6 +121,49 @@ def test_many_texts_get_what_each_gets_alone_in_their_order(family, request, mon
             assert sum(other.probabilities.values()) == pytest.approx(1)
     shares = {round(one.probabilities["a"], 5) for one in alone}
     assert len(shares) > 20  # so that an exchange would be seen
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "mamba", "jamba"])
+@pytest.mark.parametrize("labels", [["a", "b"], LABELS])
+def test_label_scores_need_no_cache_of_keys_and_values(kind, labels, tiny):
+    """Mamba's state cannot be repeated for each label, openai-gpt keeps nothing, Jamba has layers of both kinds."""
+    shape = {"vocab_size": 257, "pad_token_id": 0, "bos_token_id": 256, "eos_token_id": 256}
+    set_seed(2)
+    if kind == "openai-gpt":
+        model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(n_positions=64, n_embd=32, n_layer=2, n_head=2, **shape))
+    elif kind == "mamba":
+        model = MambaForCausalLM(MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=2, **shape))
+    else:
+        model = JambaForCausalLM(JambaConfig(
+            hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            attn_layer_period=2, attn_layer_offset=1, expert_layer_period=9, expert_layer_offset=8, num_experts=1,
+            num_experts_per_tok=1, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False,
+            max_position_embeddings=64, **shape))  # fmt: skip
+    for parameter in model.parameters():
+        parameter.data *= 3
+    lm, many = LanguageModel(model.eval(), AutoTokenizer.from_pretrained(tiny)), ["rain", *texts(6), "a longer text"]
+    task = Task(ZERO_SHOT)
+    for text, result in zip(many, classify(many, model=lm, labels=labels), strict=True):
+        scores = []
+        for label in labels:
+            prompt, whole = (
+                lm.tokenizer(part)["input_ids"] for part in (task.fill(text), f"{task.fill(text)} {label}")
+            )
+            with torch.inference_mode():
+                logs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+            scores.append(sum(logs[at - 1, whole[at]].item() for at in range(len(prompt), len(whole))))
+        assert result.probabilities == pytest.approx(plain_shares(scores, labels), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_a_quantised_mamba_writes_text(tiny, tmp_path, bits):
+    """It multiplies by the weight of one of its layers without calling the layer."""
+    config = MambaConfig(vocab_size=257, hidden_size=32, state_size=4, num_hidden_layers=2, eos_token_id=256)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
+    lm = hfkit.load(str(tmp_path), quantize=bits)
+    assert hfkit.generate("a", model=lm, max_new_tokens=4, seed=1).tokens > 0
+    assert len(classify("a", model=lm, labels=["rain", "wind"]).probabilities) == 2
 
 
 def test_a_text_fits_with_its_label_up_to_the_last_token_and_not_beyond(tiny):
