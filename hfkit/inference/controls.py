@@ -187,7 +187,8 @@ def check_controls(lm: LanguageModel, options: GenerateOptions) -> None:
     if options.negative_prompt and (options.guidance_scale or _own_config(lm).guidance_scale or 1) == 1:
         raise OptionError("--negative-prompt has no effect alone: add --guidance-scale, such as 1.5")
     for name in ("length_penalty", "early_stopping"):
-        if getattr(options, name) not in (None, False) and beam_count == 1:
+        value = getattr(options, name)
+        if value is not None and value is not False and beam_count == 1:
             raise OptionError(f"{_flag(name)} has no effect without beams: add --num-beams, such as 4")
     ignored = tuple(name for name in SAMPLING if getattr(options, name)) if not draws(lm, options) else ()
     if ignored:

@@ -3,6 +3,8 @@
 import copy
 import json
 import random
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -338,6 +340,32 @@ def test_closing_a_stream_ends_the_work(lms, steps):
     next(stream)
     stream.close()
     assert threading.active_count() == before and len(steps) < 50
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("", 0), ("raise ValueError", 1), ("sys.exit(3)", 3), ("del pieces; import gc; gc.collect()", 0)],
+)
+def test_stream_may_be_unfinished_when_python_exits(ending, code):
+    """A thread that is inside torch then would abort it."""
+    program = (
+        "import sys, hfkit\n"
+        "streams = [hfkit.stream('Once upon a time', seed=i, max_new_tokens=200) for i in range(2)]\n"
+        "pieces = streams[0]\n"
+        f"print(next(pieces), next(streams[1]), flush=True)\n{ending.replace('del pieces', 'del pieces, streams')}\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == code and result.stdout
+    assert "Exception ignored" not in result.stderr and "terminate" not in result.stderr
+
+
+def test_stream_that_nobody_reads_leaves_no_thread(lms):
+    before = threading.active_count()
+    stream = hfkit.stream("a", model=lms["gpt2"], max_new_tokens=60)
+    assert threading.active_count() == before
+    next(stream)
+    del stream
+    assert threading.active_count() == before
 
 
 def test_a_stream_is_refused_at_the_call_and_a_fault_reaches_the_reader(lms, monkeypatch):
