@@ -231,6 +231,23 @@ def test_a_notebook_shows_the_same_as_the_page(lms):
     assert [strength for _, strength in by_surprise] == sorted(strengths) and max(strengths) <= 0.8
 
 
+def test_an_inspection_prints_as_a_table_and_its_repr_has_no_arrays(lms):
+    found = hfkit.inspect("the cat", model=lms["gpt2"], attention=True)
+    lines = str(found).splitlines()
+    for line, token in zip(lines, found.tokens, strict=False):
+        assert line.split() == [f"{token.bits:.2f}", str(token.rank), token.text]
+    assert lines[len(found.tokens)] == f"{found.bits:.1f} bits in 7 tokens under {found.model}"
+    assert [line.split()[-1] for line in lines[-10:]] == [row["text"] for row in found.following]
+    assert "tensor" not in repr(found) and "attention" not in repr(found)
+
+
+def test_a_language_model_is_shown_on_one_line(lms):
+    name = lms["gpt2"].name
+    assert repr(lms["gpt2"]) == f"LanguageModel({name!r}: 35,744 parameters, float32 on cpu)"
+    model, tokenizer = lms["gpt2"]
+    assert model is lms["gpt2"].model and tokenizer is lms["gpt2"].tokenizer
+
+
 def test_control_characters_are_shown_as_such_on_a_page(lms):
     page = hfkit.inspect("a\x1b\x00b", model=lms["gpt2"])._repr_html_()
     assert "\x1b" not in page and "\x00" not in page and "\\x1b" in page
