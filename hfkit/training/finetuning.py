@@ -69,7 +69,7 @@ def finetune(
                 material = gather_training_data(corpus, tokenizer, data, block_size, train.seed)
         if task := make_task(data):
             give_task(tokenizer, task)
-        device = choose_device(model, source)
+        device = choose_device(model)
         plan = make_plan(
             config, count_parameters(source), material.sequences, material.length, train, device,
             processes=processes.count,

@@ -75,6 +75,6 @@ def prepare(
     block_size = block_size_for(config, data.block_size)
     sequences = cut_sequences(prepared, block_size)
     length = sequences.tokens / max(1, len(sequences))
-    device = choose_device(model, source)
+    device = choose_device(model)
     plan = make_plan(config, count_parameters(source), len(sequences), length, TrainOptions(), device)
     return Preparation(prepared, plan, len(sequences), block_size)
