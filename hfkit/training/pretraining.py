@@ -210,14 +210,21 @@ def row_texts(corpus: Corpora, data: DataOptions, head: str) -> Iterable[str]:
 
 def train_wordpiece(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
     """A lower-casing WordPiece tokenizer as BERT has it: [CLS] text [SEP], or [CLS] question [SEP] text [SEP]."""
-    backend = Tokenizer(models.WordPiece(unk_token=_SPECIAL["unk_token"]))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    texts = [normalizer.normalize_str(text) for text in texts]
+    words = {word for text in texts for word, _ in pre_tokenizer.pre_tokenize_str(text)}
+    # The trainer numbers the letters inside of words in the order of a hash table, which differs from process to
+    # process. Numbered beforehand, they always give the same vocabulary.
+    letters = [f"##{letter}" for letter in sorted({letter for word in words for letter in word[1:]})]
+    trained = Tokenizer(models.WordPiece())
+    trained.pre_tokenizer = pre_tokenizer
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary, special_tokens=list(_SPECIAL.values()), show_progress=False
+        vocab_size=vocabulary, special_tokens=[*_SPECIAL.values(), *letters], show_progress=False
     )
-    backend.train_from_iterator(texts, trainer)
+    trained.train_from_iterator(texts, trainer)
+    backend = Tokenizer(models.WordPiece(trained.get_vocab(), unk_token=_SPECIAL["unk_token"]))
+    backend.normalizer, backend.pre_tokenizer = normalizer, pre_tokenizer
+    backend.decoder = decoders.WordPiece()
     begin, end = _SPECIAL["cls_token"], _SPECIAL["sep_token"]
     backend.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A {end}",
