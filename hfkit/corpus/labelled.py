@@ -1,7 +1,9 @@
 """Rows for models with a head, which label a text or find an answer in it: read, encoded, and cut into windows."""
 
+import copy
 import functools
 import hashlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -151,7 +153,23 @@ def encode_labelled(
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[int]:
     """Token ids of a text, cut at `length`; the tokens that close a text are kept."""
     ids = encode(text, tokenizer, "the model")
-    return ids if len(ids) <= length else list(tokenizer(text, truncation=True, max_length=length)["input_ids"])
+    if len(ids) <= length:
+        return ids
+    return list(_truncate(tokenizer, text, truncation=True, max_length=length)["input_ids"])
+
+
+_truncating = threading.Lock()
+
+
+def _truncate(tokenizer: PreTrainedTokenizerBase, *texts: str, **options: Any) -> Any:
+    """`tokenizer(*texts, **options)` with truncation, which is a state of the tokenizer: a copy of it has it."""
+    with _truncating:
+        return _copy(tokenizer, len(tokenizer))(*texts, **options)
+
+
+@functools.lru_cache(maxsize=1)
+def _copy(tokenizer: PreTrainedTokenizerBase, size: int) -> PreTrainedTokenizerBase:
+    return copy.deepcopy(tokenizer)
 
 
 def encode_questions(rows: Iterable[Question], tokenizer: PreTrainedTokenizerBase, length: int) -> list[LabelledItem]:
@@ -180,8 +198,8 @@ def windows(question: str, context: str, tokenizer: PreTrainedTokenizerBase, len
     if not tokenizer.is_fast:
         raise HfkitError("finding answers needs the place of each token in the text: use a fast tokenizer")
     try:
-        encoded = tokenizer(
-            question, context, truncation="only_second", max_length=length, stride=min(STRIDE, length // 4),
+        encoded = _truncate(
+            tokenizer, question, context, truncation="only_second", max_length=length, stride=min(STRIDE, length // 4),
             return_overflowing_tokens=True, return_offsets_mapping=True, verbose=False,
         )  # fmt: skip
     except Exception as error:  # tokenizers raises it where the question alone is too long

@@ -18,7 +18,8 @@ from hfkit.declaration import divide
 from hfkit.errors import HfkitError
 from hfkit.evaluation.metrics import load_metric
 from hfkit.evaluation.tasks import Assessment, assess, find_task
-from hfkit.inference.likelihood import Scores, exp, jsonable, precise_head, ratio_stderr, score_batches
+from hfkit.inference.likelihood import Scores, exp, jsonable, ratio_stderr, score_batches
+from hfkit.inference.twins import in_eval_mode, precise_head
 from hfkit.models.architecture import computes_faster_in_bfloat16, head_of
 from hfkit.models.loading import LanguageModel, loaded
 from hfkit.models.quantization import bits_of
@@ -214,19 +215,18 @@ def _batches(windows: Iterator[Item], tokens: int) -> Iterator[tuple[torch.Tenso
 
 def _score(lm: LanguageModel, windows: Iterator[Item], is_exact: bool) -> tuple[Scores, str]:
     """Scores, and the precision that they were computed in: half where it is faster and changes nothing."""
-    model, device = lm.model, lm.model.device.type
+    model, device = precise_head(in_eval_mode(lm).model), lm.model.device.type
     batches = _batches(windows, _BATCH.get(device, _BATCH["cpu"]))
     dtype = str(model.dtype).removeprefix("torch.")
     first = list(islice(batches, 2))
     batches = chain(first[1:], batches)
-    with precise_head(model):
-        exact = score_batches(model, first[:1])
-        if len(first) == 2 and not is_exact and model.dtype == torch.float32 and computes_faster_in_bfloat16(device):
-            with torch.autocast(device, torch.bfloat16):
-                moved = abs(score_batches(model, first[:1]).loss - exact.loss)
-                detail(f"bfloat16 changes the loss of the first {exact.count} tokens by {moved:.1e} nats a token")
-                if moved < _CLOSE:
-                    dtype = "bfloat16"
-                    exact.merge(score_batches(model, batches))
-        exact.merge(score_batches(model, batches))  # what is left
+    exact = score_batches(model, first[:1])
+    if len(first) == 2 and not is_exact and model.dtype == torch.float32 and computes_faster_in_bfloat16(device):
+        with torch.autocast(device, torch.bfloat16):
+            moved = abs(score_batches(model, first[:1]).loss - exact.loss)
+            detail(f"bfloat16 changes the loss of the first {exact.count} tokens by {moved:.1e} nats a token")
+            if moved < _CLOSE:
+                dtype = "bfloat16"
+                exact.merge(score_batches(model, batches))
+    exact.merge(score_batches(model, batches))  # what is left
     return exact, bits_of(model) or dtype
