@@ -13,6 +13,10 @@ class OptionError(HfkitError, ValueError):
     exit_code = 2
 
 
+class LockedError(HfkitError):
+    """Another process holds a folder."""
+
+
 class DivergedError(HfkitError):
     """The loss of a training, or its weights, are no numbers any more."""
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hfkit.console import note
-from hfkit.errors import HfkitError, first_line
+from hfkit.errors import HfkitError, LockedError, first_line
 
 LIST, LOCK = ".hfkit.json", ".hfkit.lock"
 _TEMPORARY = re.compile(r"\..+\.\d+\.hfkit")
@@ -223,7 +223,7 @@ def lock(folder: Path, *, wait: bool = False, tell: bool = True) -> Iterator[Non
     wait: until it is free, where that may be. tell: say so, as that may take long.
 
     Raises:
-        HfkitError: another process holds it; the message names it.
+        LockedError: another process holds it; the message names it.
     """
     try:
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -235,7 +235,7 @@ def lock(folder: Path, *, wait: bool = False, tell: bool = True) -> Iterator[Non
         except OSError:
             used = f"{folder} is in use by {_holder(folder)}"
             if not wait:
-                raise HfkitError(f"{used}: wait for it, or name another --output-dir") from None
+                raise LockedError(f"{used}: wait for it, or name another --output-dir") from None
             if tell:
                 note(f"{used}: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
