@@ -69,46 +69,30 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(checkpoints, key=step_of, reverse=True)
 
 
-def find_newest(folder: Path) -> Path | None:
-    """The newest checkpoint that verifies; None if there is none yet.
+def find_newest(folder: Path, best: int | None = None) -> Path | None:
+    """The newest checkpoint that verifies, or rather that of step `best`; None if none was finished yet.
 
-    Newer ones that do not verify lose their manifest, so that `rotate` deletes them after the next save.
+    Those that were tried before and do not verify lose their manifest: `rotate` deletes them after the next save.
 
     Raises:
         HfkitError: there are checkpoints, and all of them are damaged.
     """
     faults: dict[Path, str] = {}
-    newest = None
-    for checkpoint in list_checkpoints(folder):
+    whole = None
+    for checkpoint in sorted(list_checkpoints(folder), key=lambda path: step_of(path) != best):
         fault = find_fault(checkpoint)
         if not fault:
-            newest = checkpoint
+            whole = checkpoint
             break
         faults[checkpoint] = fault
     # A run that was interrupted in its very first save has lost nothing.
-    if not newest and faults and list(faults.values()) != [_UNFINISHED]:
+    if not whole and faults and list(faults.values()) != [_UNFINISHED]:
         what = "; ".join(f"{checkpoint.name}: {fault}" for checkpoint, fault in faults.items())
         raise HfkitError(f"every checkpoint is damaged ({folder}: {what}): --overwrite starts over")
     for checkpoint, fault in faults.items():
         (checkpoint / _MANIFEST).unlink(missing_ok=True)
         note(f"{checkpoint} is skipped: {fault}")
-    return newest
-
-
-def find_kept(folder: Path, best: int | None) -> Path:
-    """The checkpoint of step `best` if it verifies, else the newest that does.
-
-    Raises:
-        HfkitError: there is no such checkpoint.
-    """
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        raise HfkitError("a callback stopped the training before anything was saved: lower --save-steps")
-    for checkpoint in sorted(checkpoints, key=lambda path: step_of(path) != best):
-        if not (fault := find_fault(checkpoint)):
-            return checkpoint
-        note(f"{checkpoint} is skipped: {fault}")
-    raise HfkitError(f"every checkpoint is damaged ({folder}): --overwrite starts over")
+    return whole
 
 
 def rotate(folder: Path, keep: int, best: int | None) -> None:

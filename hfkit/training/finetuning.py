@@ -81,7 +81,6 @@ def finetune(
             Job(
                 command="finetune",
                 name=source.name,
-                corpus=corpus,
                 folder=folder,
                 recipe=run_folder.make_recipe(corpus, replace(options, model=source.name), data, plan.options),
                 facts=dataset.fingerprint | {"model_bytes": source.size, "processes": processes.count},

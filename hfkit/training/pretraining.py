@@ -101,7 +101,6 @@ def pretrain(
         job = Job(
             command="pretrain",
             name="a new BERT" if train.head else "a new GPT-2",
-            corpus=corpus,
             folder=folder,
             recipe=run_folder.make_recipe(corpus, shape, data, plan.options) | {"device": device},
             facts=dataset.fingerprint | {"processes": processes.count},

@@ -22,7 +22,7 @@ from hfkit.options import TrainOptions
 from hfkit.reporting.pages import make_files
 from hfkit.storage import lock
 from hfkit.training import run_folder
-from hfkit.training.checkpoints import Stop, find_kept, find_newest, step_of
+from hfkit.training.checkpoints import Stop, find_newest, step_of
 from hfkit.training.loop import fit, is_done
 from hfkit.training.monitor import best_step, evaluations
 from hfkit.training.plan import Job
@@ -96,7 +96,8 @@ def _finish(job: Job, state: TrainerState) -> Run:
     best = best_step(state.log_history) if job.plan.options.load_best_model_at_end else None
     metrics = None
     if processes.rank == 0:
-        kept = find_kept(job.checkpoints, best)
+        if not (kept := find_newest(job.checkpoints, best)):
+            raise HfkitError("a callback stopped the training before anything was saved: lower --save-steps")
         metrics = make_metrics(job, state, kept)
         run_folder.finish(job.folder, kept, make_files(metrics), metrics)
     return Run(str(job.folder), processes.gather([metrics])[0])
