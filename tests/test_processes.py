@@ -174,7 +174,7 @@ def test_launch_with_one_process_killed(tiny, corpus, tmp_path):
     out, err = process.communicate(timeout=90)
     assert process.returncode == 1 and time.monotonic() - started < 60
     errors = [line for line in err.decode().splitlines() if "error" in line]
-    assert "process 1 was killed (SIGKILL); --resume goes on from the newest checkpoint" in errors[-1]
+    assert "process 1 was killed (SIGKILL); --resume continues from the newest checkpoint" in errors[-1]
     assert len(errors) <= 2 and all("lost the other processes" in line for line in errors[:-1]), err
     assert not [
         pid

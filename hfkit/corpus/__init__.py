@@ -3,9 +3,10 @@
 formats: what files hold, and their rows
 templates: how a row becomes a prompt and its answer
 documents: any corpus as a stream of records
+chat: conversations as one text, and where the answers are in it
 encoding: records to token ids
 cache: tokens kept on disk
-sequences: tokens as training sequences
+sequences: tokens as training sequences and batches, and what is held out
 labelled: rows for classification and question answering heads
 overlap: what a text copies from a corpus
 """

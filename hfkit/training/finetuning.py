@@ -21,7 +21,7 @@ from hfkit.models.loading import load_config, load_tokenizer, load_weights, load
 from hfkit.models.sources import ModelFiles, count_parameters, find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.training import run_folder
-from hfkit.training.plan import Job, Plan, block_size_for, describe_plan, make_plan, name_as_override
+from hfkit.training.plan import Job, Plan, block_size_for, describe_plan, make_plan
 from hfkit.training.runs import Run, execute, reserve
 
 
@@ -51,9 +51,8 @@ def finetune(
         HfkitError: the corpus, the model or the folder cannot be used, or the loss is not finite.
         StoppedError: Ctrl-C or SIGTERM; the state is saved, and `resume=True` continues from it.
     """
-    overrides, given = name_as_override(model, overrides)
     options: ModelOptions
-    options, data, train = divide(overrides, (ModelOptions, given), (DataOptions, data), (TrainOptions, train))
+    options, data, train = divide(overrides, (ModelOptions, model), (DataOptions, data), (TrainOptions, train))
     inputs = [*run_folder.sources_of(corpus), *(data.eval_file or []), *filter(None, [options.model])]
     with reserve(corpus, train, dry_run, inputs) as (folder, train):
         source = find_model(options)

@@ -32,7 +32,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from hfkit import console, processes
-from hfkit.corpus.sequences import Collator, Endless, Examples, HeadCollator
+from hfkit.corpus.sequences import Collator, Examples, HeadCollator
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.options import TrainOptions
 from hfkit.storage import check_space, folder_size
@@ -96,14 +96,14 @@ def _train(job: Job, stop: Stop, rows: int, accumulation: int, checkpoint: Path 
         arguments = training_arguments(job, rows, accumulation)
         set_seed(job.plan.options.seed)  # a new model or adapter begins with random numbers
         collator, padding = _collators(job, rows)
-        model, train_set = job.make_model(), job.dataset.train_set
+        model = job.make_model()
         monitor = HeldOutMonitor(
             _sample_held_out(job.dataset.held_out, job.plan), collator=padding, prompt=job.prompt, plan=job.plan,
             stop=stop, tell=progress.tell,
         )  # fmt: skip
         trainer = _Trainer(
             job, stop, monitor, progress, model=model, args=arguments, data_collator=collator,
-            train_dataset=train_set if job.dataset.sequences else Endless(train_set),
+            train_dataset=job.dataset.train_set,
             processing_class=job.tokenizer, optimizer_cls_and_kwargs=make_optimizer(job.plan.options),
         )  # fmt: skip
         with trainer.steps.save_errors():

@@ -18,7 +18,7 @@ from hfkit.corpus.cache import Report, corpus_lines
 from hfkit.corpus.sequences import TrainingData
 from hfkit.errors import OptionError
 from hfkit.models.architecture import context_length, has_bfloat16_units
-from hfkit.options import DataOptions, ModelOptions, TrainOptions
+from hfkit.options import DataOptions, TrainOptions
 from hfkit.training import run_folder
 
 _COMPILE_SECONDS = {"cpu": 600, "cuda": 300}  # estimated length of a run from which compiling pays
@@ -55,15 +55,6 @@ class Plan:
     @property
     def eval_steps(self) -> int:
         return self.options.eval_steps or self.steps
-
-
-def name_as_override(
-    model: str | Path | ModelOptions | None, overrides: dict[str, Any]
-) -> tuple[dict[str, Any], ModelOptions | None]:
-    """`overrides` with the name of a model among them, and the model's options if it was given by these."""
-    if isinstance(model, ModelOptions):
-        return overrides, model
-    return overrides | ({"model": model} if model else {}), None
 
 
 def block_size_for(config: Any, wanted: int | None) -> int:

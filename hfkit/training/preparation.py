@@ -13,7 +13,7 @@ from hfkit.models.loading import load_config, load_tokenizer
 from hfkit.models.sources import count_parameters, find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.storage import check_owned, make_writable
-from hfkit.training.plan import Plan, block_size_for, make_plan, name_as_override, plan_lines
+from hfkit.training.plan import Plan, block_size_for, make_plan, plan_lines
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,8 @@ def prepare(
     Raises:
         HfkitError: the corpus or the model cannot be read, or the folder is not free.
     """
-    overrides, given = name_as_override(model, overrides)
     options: ModelOptions
-    options, data = divide(overrides, (ModelOptions, given), (DataOptions, data))
+    options, data = divide(overrides, (ModelOptions, model), (DataOptions, data))
     folder = Path(output_dir) if output_dir else None
     if folder:
         make_writable(folder)

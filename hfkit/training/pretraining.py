@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.trainers import WordPieceTrainer
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -67,8 +70,6 @@ def pretrain(
 
     The other arguments, the result and the errors are those of `finetune`.
     """
-    if isinstance(size, str):
-        overrides, size = overrides | {"size": size}, None
     shape: SizeOptions
     shape, data, train = divide(overrides, (SizeOptions, size), (DataOptions, data), (TrainOptions, train))
     if train.lora or data.streaming:
@@ -171,13 +172,10 @@ def train_tokenizer(corpus: Corpora, size: SizeOptions, data: DataOptions, seed:
     vocabulary = size.vocab_size or _vocabulary(size, int(sizes[:, 1].sum()))
     console.note(f"training a tokenizer of {vocabulary:,} tokens")
     pieces = zip(is_trained, _pieces(files, data), strict=True)
-    return _train_new(GPT2Tokenizer(), (piece.text for trained, (*_, piece) in pieces if trained), vocabulary)
-
-
-def _train_new(tokenizer: Any, texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
-    """A tokenizer of the same kind, with a vocabulary of its own."""
-    trained: PreTrainedTokenizerBase = tokenizer.train_new_from_iterator(texts, vocabulary, show_progress=False)
-    return trained
+    texts = (piece.text for trained, (*_, piece) in pieces if trained)
+    blank: Any = GPT2Tokenizer()
+    tokenizer: PreTrainedTokenizerBase = blank.train_new_from_iterator(texts, vocabulary, show_progress=False)
+    return tokenizer
 
 
 def _pieces(files: Corpus, data: DataOptions) -> Iterator[tuple[int, bool, Piece]]:
@@ -215,9 +213,23 @@ def row_texts(corpus: Corpora, data: DataOptions, head: str) -> Iterable[str]:
     return [text for row in question_rows(corpus, data) for text in (row.question, row.context)]
 
 
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # of BERT, in the order of their ids
+
+
 def train_wordpiece(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
     """A lower-casing WordPiece tokenizer as BERT has it: [CLS] text [SEP], or [CLS] question [SEP] text [SEP]."""
-    return _train_new(BertTokenizer(), texts, vocabulary)
+    backend = BertTokenizer().backend_tokenizer
+    texts = [backend.normalizer.normalize_str(text) for text in texts]
+    words = {word for text in texts for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)}
+    # The trainer numbers the letters inside of words in the order of a hash table, which differs from process to
+    # process. Numbered beforehand, they always give the same vocabulary.
+    letters = [f"##{letter}" for letter in sorted({letter for word in words for letter in word[1:]})]
+    trainer = WordPieceTrainer(vocab_size=vocabulary, special_tokens=[*_SPECIAL, *letters], show_progress=False)
+    trained = Tokenizer(WordPiece())
+    trained.pre_tokenizer = backend.pre_tokenizer
+    trained.train_from_iterator(texts, trainer)
+    tokenizer: PreTrainedTokenizerBase = BertTokenizer(vocab=trained.get_vocab())
+    return tokenizer
 
 
 def make_bert(shape: dict[str, Any], tokenizer: PreTrainedTokenizerBase, labels: Iterable[str]) -> BertConfig:

@@ -24,7 +24,6 @@ from hfkit.reporting.pictures import draw_trials
 from hfkit.storage import lock, make_writable, owned, write_bytes, write_text
 from hfkit.training import run_folder
 from hfkit.training.finetuning import finetune
-from hfkit.training.plan import name_as_override
 from hfkit.training.runs import Run
 from hfkit.tuning.study import (
     BEST,
@@ -91,9 +90,8 @@ def tune(
         import optuna  # noqa: F401
     except ImportError as error:
         raise HfkitError("tune needs optuna: pip install 'hfkit[tune]'") from error
-    overrides, given = name_as_override(model, overrides)
     chosen: ModelOptions
-    groups = ((ModelOptions, given), (DataOptions, data), (TrainOptions, train), (TuneOptions, options))
+    groups = ((ModelOptions, model), (DataOptions, data), (TrainOptions, train), (TuneOptions, options))
     chosen, data, train, options = divide(overrides, *groups)
     space = read_space(options.search, train)
     if not data.eval_file and (data.streaming or not data.eval_fraction):

@@ -194,7 +194,7 @@ def test_another_stop_or_the_prompt_as_it_is_can_be_had(learned):
 def test_a_chat_is_given_the_same_prompt(learned):
     lm = hfkit.load(learned)
     talk = Conversation(lm, GenerateOptions(max_new_tokens=8))
-    assert talk.templated and talk.say("Good morning") == lm.tokenizer("E: Good morning\nF:")["input_ids"]
+    assert talk.has_template and talk.add_turn("Good morning") == lm.tokenizer("E: Good morning\nF:")["input_ids"]
 
 
 def test_rows_of_a_file_are_prompts_by_their_columns(learned, tmp_path, capfdbinary):

@@ -172,7 +172,7 @@ def test_prepare_interrupted(rows, tmp_path, capfdbinary, monkeypatch, tiny):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hfkit.corpus.cache._column", interrupt)
+    monkeypatch.setattr("hfkit.corpus.cache._make_column", interrupt)
     result = call(capfdbinary, "prepare", rows, "-m", tiny, "-o", tmp_path / "out")
     assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".hfkit.lock"]
