@@ -12,7 +12,8 @@ from hfkit.console import note
 from hfkit.corpus.cache import Report
 from hfkit.corpus.documents import Corpora, find_corpus, read_table
 from hfkit.corpus.encoding import encode, fingerprint
-from hfkit.corpus.sequences import LabelledItem, TrainingData, hold_out
+from hfkit.corpus.sequences import LabelledItem, TrainingData
+from hfkit.corpus.splitting import content_of, hold_out
 from hfkit.errors import HfkitError
 from hfkit.options import DataOptions
 
@@ -55,15 +56,17 @@ def gather_labelled_data(
         encode = functools.partial(encode_labelled, tokenizer=tokenizer, labels=list(labels), length=length)
     else:
         encode = functools.partial(encode_questions, tokenizer=tokenizer, length=length)
+    texts = 1 if labels else 2  # a row begins with its text, or with its question and context
     if not held:
         sizes = np.array([len(row[0]) for row in rows])
-        kept, out = hold_out(np.arange(len(rows)), sizes, data.eval_fraction, seed)
+        contents = np.array([content_of("\0".join(row[:texts])) for row in rows])
+        kept, out = hold_out(contents, sizes, data.eval_fraction, seed)
         rows, held = [rows[i] for i in kept], [rows[i] for i in out]
     train_set, held_out = encode(rows), encode(held)
     if not train_set:
         raise HfkitError("there is nothing to train on: the corpus is too small")
     tokens = sum(len(item["input_ids"]) for item in train_set)
-    characters = sum(len(text) for row in rows for text in row[: 1 if labels else 2])  # a question with its context
+    characters = sum(len(text) for row in rows for text in row[:texts])
     report = Report(
         kind=head, documents=len(rows) + len(held), tokens=tokens, characters=characters,
         fingerprint=hashlib.sha256(repr((rows, held)).encode()).hexdigest(), tokenizer=fingerprint(tokenizer),

@@ -27,7 +27,8 @@ from hfkit import console, processes
 from hfkit.corpus.documents import END, Corpora, Corpus, Piece, find_corpus, read_records
 from hfkit.corpus.encoding import number_documents
 from hfkit.corpus.labelled import classification_rows, gather_labelled_data, question_rows
-from hfkit.corpus.sequences import gather_training_data, hold_out
+from hfkit.corpus.sequences import gather_training_data
+from hfkit.corpus.splitting import content_of, hold_out_texts
 from hfkit.declaration import divide, set_fields
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.architecture import choose_device
@@ -147,13 +148,12 @@ def train_tokenizer(corpus: Corpora, size: SizeOptions, data: DataOptions, seed:
         HfkitError: the corpus is not made of texts.
     """
     found = find_corpus(corpus)
-    rows = np.array([(number, len(piece.text.encode())) for number, _, piece in _pieces(found, data)], np.int64)
+    rows = np.array([(number, content_of(piece.text), len(piece.text.encode()))
+                     for number, _, piece in _pieces(found, data)], np.int64)  # fmt: skip
     if not len(rows):
         raise HfkitError("the corpus holds no text: there is nothing to learn")
-    kept = np.ones(len(rows), bool)
-    if not data.eval_file:
-        kept[hold_out(rows[:, 0], rows[:, 1], data.eval_fraction, seed)[1]] = False
-    vocabulary = size.vocab_size or _vocabulary(size, int(rows[:, 1].sum()))
+    held = np.zeros(len(rows)) if data.eval_file else hold_out_texts(*rows.T, data.eval_fraction, seed)
+    vocabulary = size.vocab_size or _vocabulary(size, int(rows[:, 2].sum()))
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -162,7 +162,8 @@ def train_tokenizer(corpus: Corpora, size: SizeOptions, data: DataOptions, seed:
         show_progress=False,
     )  # fmt: skip
     console.note(f"training a tokenizer of {vocabulary:,} tokens")
-    texts = (piece.text for used, (*_, piece) in zip(kept, _pieces(found, data), strict=True) if used)
+    texts = (piece.text[: round(len(piece.text) * (1 - share))]
+             for share, (*_, piece) in zip(held, _pieces(found, data), strict=True))  # fmt: skip
     backend.train_from_iterator(texts, trainer)
     with tempfile.TemporaryDirectory() as folder:  # the same, but to a resumed run, which reads it, it must be equal
         GPT2Tokenizer(tokenizer_object=backend, bos_token=END, eos_token=END, unk_token=END).save_pretrained(folder)

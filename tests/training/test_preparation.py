@@ -122,7 +122,7 @@ def test_files_that_are_left_out_are_told(tmp_path, capfdbinary, tiny):
 def test_a_prepared_folder_is_read_by_datasets_and_by_finetune(rows, tmp_path, capfdbinary, tiny):
     out, dry = tmp_path / "out", ("-m", tiny, "--dry-run", "--max-steps", "2")
     assert call(capfdbinary, "prepare", rows, "-m", tiny, "-o", out).returncode == 0
-    assert datasets.load_from_disk(str(out)).column_names == ["input_ids", "document", "bytes"]
+    assert datasets.load_from_disk(str(out)).column_names == ["input_ids", "document", "content", "bytes"]
     told = [call(capfdbinary, "finetune", corpus, *dry) for corpus in (out, rows)]
     assert [result.returncode for result in told] == [0, 0]
     assert [result.stderr.splitlines()[:5] for result in told[:1]] == [
