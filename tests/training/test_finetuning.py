@@ -239,7 +239,7 @@ def test_a_run_leaves_a_model_that_anybody_loads_and_a_recipe_for_the_same(
 
 
 def test_a_run_that_does_not_get_better_stops_early_and_keeps_its_best_state(tiny, corpus, tmp_path, capfd):
-    options = {"max_steps": 12, "eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 0.02}
+    options = {"max_steps": 12, "eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 0.1}
     run = train(corpus, tiny, tmp_path / "run", **options, lr_scheduler_type="constant", warmup_steps=0)
     measured = {step: loss for step, loss, _ in trials.scores(run.metrics) if step}
     best = min(measured, key=measured.get)
