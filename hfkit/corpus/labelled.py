@@ -15,7 +15,8 @@ from hfkit.corpus.cache import Report
 from hfkit.corpus.documents import Corpora, Corpus, read_table, unclear_text_column
 from hfkit.corpus.encoding import encode, fingerprint
 from hfkit.corpus.rows import column_names
-from hfkit.corpus.sequences import LabelledItem, TrainingData, hold_out
+from hfkit.corpus.sequences import LabelledItem, TrainingData
+from hfkit.corpus.splitting import content_of, hold_out
 from hfkit.errors import HfkitError
 from hfkit.options import CorpusOptions, DataOptions
 
@@ -58,15 +59,16 @@ def gather_labelled_data(
         encode_rows = functools.partial(encode_labelled, tokenizer=tokenizer, labels=list(labels), length=length)
     else:
         encode_rows = functools.partial(encode_questions, tokenizer=tokenizer, length=length)
+    texts = 1 if labels else 2  # a row begins with its text, or with its question and context
     if not held:
         sizes = np.array([len(row[0]) for row in rows])
-        kept, out = hold_out(np.arange(len(rows)), sizes, data.eval_fraction, seed)
+        contents = np.array([content_of("\0".join(row[:texts])) for row in rows])
+        kept, out = hold_out(contents, sizes, data.eval_fraction, seed)
         rows, held = [rows[i] for i in kept], [rows[i] for i in out]
     train_set, held_out = encode_rows(rows), encode_rows(held)
     if not train_set:
         raise HfkitError("there is nothing to train on: the corpus is too small")
     tokens = sum(len(item["input_ids"]) for item in train_set)
-    texts = 1 if labels else 2  # a row starts with its text, or with question and context
     report = Report(
         kind=head, documents=len(rows) + len(held), tokens=tokens,
         characters=sum(len(text) for row in rows for text in row[:texts]),
