@@ -1,22 +1,29 @@
 """What the libraries load is the model that was saved, or one line says why not."""
 
 import contextlib
+import re
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from hfkit.console import quiet_libraries
+from hfkit.console import note, quiet_libraries
 from hfkit.errors import HfkitError, first_line
 from hfkit.models.sources import ModelFiles
+
+# Hold it while transformers makes a model. It replaces methods of its classes and torch's default precision for that
+# time, in the whole process: two threads at once would leave the replacements in place for good.
+LOADING = threading.RLock()
 
 
 @contextlib.contextmanager
 def calling_library(source: ModelFiles) -> Iterator[None]:
-    """Turn what a library raises over a model's files into one line that names the folder; keep it quiet."""
+    """Load something of a model: one thread at a time, quietly, each error as one line that names the folder."""
     try:
-        with quiet_libraries():
+        with LOADING, quiet_libraries():
             yield
     except (HfkitError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -42,6 +49,22 @@ def check_names(folder: Path, **names: Iterable[object]) -> None:
         if keys:
             shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             raise HfkitError(f"the weights do not fit the model ({folder}): {what} {shown}; get the model again")
+
+
+def check_report(source: ModelFiles, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Check the names that `from_pretrained` reports. Tensors that are left over change nothing: they are only noted.
+
+    Left over are buffers of old versions, a pooler, the head of another task. But weights of a kind that the model has
+    in other layers are layers that it should have as well.
+    """
+    left_over = {str(key) for key in report.get("unexpected_keys", ())}
+    kinds = {re.sub(r"\d+", "*", name) for name in model.state_dict()}
+    layers = {name for name in left_over if re.sub(r"\d+", "*", name) in kinds}
+    check_names(source.folder, missing=report.get("missing_keys", ()), unexpected=layers,
+                mismatched=report.get("mismatched_keys", ()))  # fmt: skip
+    if left_over:
+        example = min(left_over)
+        note(f"{source.name}: {len(left_over)} of the weights' tensors are not part of the model, such as {example}")
 
 
 def check_numbers(folder: Path, model: PreTrainedModel) -> None:

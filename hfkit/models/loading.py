@@ -27,7 +27,7 @@ from hfkit.models.architecture import (
     head_of,
     spread_over_devices,
 )
-from hfkit.models.integrity import calling_library, check_names, check_numbers
+from hfkit.models.integrity import LOADING, calling_library, check_names, check_numbers, check_report
 from hfkit.models.sources import ModelFiles, find_model
 from hfkit.options import ModelOptions
 
@@ -75,7 +75,7 @@ _kept: tuple[Any, LanguageModel] | None = None  # the model that `loaded` loaded
 
 
 def loaded(model: Model, *heads: str) -> LanguageModel:
-    """`model` as a LanguageModel. A name is loaded once, as long as its files stay the same.
+    """`model` as a LanguageModel. A name is loaded once, as long as its files stay the same, by any number of threads.
 
     heads: what the model must be for, see `architecture.head_of`. Default: "text".
     """
@@ -86,16 +86,17 @@ def loaded(model: Model, *heads: str) -> LanguageModel:
         check_head(lm.name, lm.model.config, *heads)
         return lm
     options = ModelOptions.make(model)
-    source = find_model(options)
-    key = options, _state_of(source)
-    if _kept and _kept[0] == key:
-        check_head(source.name, _kept[1].model.config, *heads)
+    with LOADING:
+        source = find_model(options)
+        key = options, _state_of(source)
+        if _kept and _kept[0] == key:
+            check_head(source.name, _kept[1].model.config, *heads)
+            return _kept[1]
+        config = load_config(source)
+        check_head(source.name, config, *heads)
+        _kept = None  # memory may not hold two models
+        _kept = key, load_weights(source, options, load_tokenizer(source), config)
         return _kept[1]
-    config = load_config(source)
-    check_head(source.name, config, *heads)
-    _kept = None  # memory may not hold two models
-    _kept = key, load_weights(source, options, load_tokenizer(source), config)
-    return _kept[1]
 
 
 def _state_of(source: ModelFiles) -> list[tuple[str, int]]:
@@ -161,7 +162,7 @@ def load_weights(
         model, report = _class_for(config).from_pretrained(
             source.folder, trust_remote_code=source.trust_remote_code, **arguments
         )
-    _check_report(source, report)
+    check_report(source, model, report)
     if source.adapter:
         model = _merge_adapter(model, source, source.adapter)
     check_numbers(source.folder, model)
@@ -223,11 +224,6 @@ def _class_for(config: Any) -> Any:
     if config.model_type == "gpt2":
         return transformers.GPT2LMHeadModel
     return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-
-
-def _check_report(source: ModelFiles, report: dict[str, Any]) -> None:
-    names = {what: report.get(f"{what}_keys", ()) for what in ("missing", "unexpected", "mismatched")}
-    check_names(source.folder, **names)
 
 
 def _merge_adapter(model: PreTrainedModel, source: ModelFiles, folder: Path) -> PreTrainedModel:

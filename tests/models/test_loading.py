@@ -1,6 +1,8 @@
 """Models of every kind are what they were saved as, or one sentence says why not."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,37 @@ def test_loaded_until_files_change(copy, tiny, monkeypatch):
     assert hfkit.generate("a", model=folder, **how) != first
     monkeypatch.setenv("HFKIT_MODEL", tiny)
     assert hfkit.generate("a", **how).completion == first.completion
+
+
+THREADS = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+import hfkit
+from hfkit.models import loading
+
+loads, load_weights = [], loading.load_weights
+loading.load_weights = lambda *a, **k: loads.append(1) or load_weights(*a, **k)
+start = threading.Barrier(4)
+
+def call(kind):
+    start.wait()
+    return kind()
+
+generate = lambda: hfkit.generate("x", model=sys.argv[1], seed=1, max_new_tokens=3).completion
+load = lambda: hfkit.load(sys.argv[1], dtype="bfloat16")
+with ThreadPoolExecutor(4) as pool:
+    texts = list(pool.map(call, [generate] * 4))
+    assert len(set(texts)) == len(loads) == 1, (texts, loads)
+    for lm in pool.map(call, [load] * 4):
+        assert lm.model.lm_head.weight is lm.model.transformer.wte.weight
+assert hfkit.load(sys.argv[1]).model.dtype == __import__("torch").get_default_dtype()
+"""
+
+
+def test_load_in_threads(tiny):
+    """The first calls of a process may come from several threads: the model is loaded once, with its tied weights."""
+    result = subprocess.run([sys.executable, "-c", THREADS, tiny], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 # adapters
@@ -188,7 +221,7 @@ def test_load_gguf_damaged(tiny_llama, tmp_path, damage):
         (lambda t: t.pop("transformer.h.0.attn.c_attn.weight"), "missing transformer.h.0.attn.c_attn.weight"),
         (lambda t: t.pop("transformer.wte.weight"), "missing"),
         (lambda t: [t.pop(name) for name in sorted(t)[:9]], "and 4 more"),
-        (lambda t: t.update({"transformer.h.7.x": torch.zeros(1)}), "unexpected transformer.h.7.x"),
+        (lambda t: t.update({"transformer.h.7.ln_1.bias": torch.zeros(32)}), "unexpected transformer.h.7.ln_1.bias"),
         (lambda t: t.update({"transformer.ln_f.weight": torch.zeros(31)}), "mismatched"),
         (lambda t: t.update({"transformer.wpe.weight": torch.zeros(99, 32)}), "mismatched"),
         (lambda t: t["transformer.ln_f.bias"].fill_(torch.nan), "not numbers"),
@@ -201,6 +234,47 @@ def test_load_weights_that_do_not_fit(copy, tiny, change, words):
     folder = copy(tiny)
     edit_weights(folder, change)
     assert words in fails(folder) and str(folder) in fails(folder)
+
+
+OLD_BUFFERS = {
+    f"transformer.h.{i}.attn.{name}": torch.ones(1, 1, 9, 9) for i in (0, 1) for name in ("bias", "masked_bias")
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "count"),
+    [
+        ("tiny", OLD_BUFFERS, 2),  # transformers itself ignores those called bias
+        ("tiny", {"transformer.h.7.x": torch.zeros(1)}, 1),
+        ("tiny", {"v_head.summary.weight": torch.zeros(1, 32), "v_head.summary.bias": torch.zeros(1)}, 2),
+        ("tiny_llama", {"score.weight": torch.ones(2, 32)}, 1),
+    ],
+)
+def test_check_report_left_over(request, copy, capsys, name, tensors, count):
+    """Tensors that the model has no place for are counted in one note, and change nothing."""
+    model = request.getfixturevalue(name)
+    folder = copy(model)
+    edit_weights(folder, lambda saved: saved.update(tensors))
+    capsys.readouterr()
+    lm = hfkit.load(folder)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"hfkit: {folder}: {count} of the weights' tensors are not part of the model, such as ")
+    assert torch.equal(lm.model(IDS).logits, hfkit.load(model).model(IDS).logits)
+
+
+def test_check_report_pooler(tiny_bert, copy, capsys):
+    """A classifier of another architecture leaves its pooler; a missing head is an error, as ever."""
+    from transformers import AutoConfig, BertForQuestionAnswering
+
+    folder = copy(tiny_bert)
+    model = BertForQuestionAnswering(AutoConfig.from_pretrained(tiny_bert))
+    model.save_pretrained(folder)
+    pooler = {"bert.pooler.dense.weight": torch.zeros(32, 32), "bert.pooler.dense.bias": torch.zeros(32)}
+    edit_weights(folder, lambda saved: saved.update(pooler))
+    assert type(hfkit.load(folder).model) is BertForQuestionAnswering
+    assert "2 of the weights' tensors are not part of the model" in capsys.readouterr().err
+    edit_weights(folder, lambda saved: saved.pop("qa_outputs.bias"))
+    assert "missing qa_outputs.bias" in fails(folder)
 
 
 def test_load_config_of_another_size(copy, tiny):
