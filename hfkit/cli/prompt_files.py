@@ -1,7 +1,6 @@
 """Files of `hfkit generate --input` and `--output`: prompts in; results out, each exactly once after interruptions."""
 
 import codecs
-import fcntl
 import json
 import os
 import sys
@@ -9,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from hfkit import console
 from hfkit.errors import HfkitError, OptionError
-from hfkit.storage import check_regular, write_text
+from hfkit.storage import check_regular, lock_file, write_text
 
 
 def read_prompts(path: Path) -> Iterator[str | dict[str, Any] | HfkitError]:
@@ -102,11 +102,11 @@ class Results:
             raise HfkitError(f"{path} exists: --overwrite replaces it, or name another --output")
         try:
             self._file = self.partial.open("a+b")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise HfkitError(f"{self.partial} is being written by another process: name another --output") from None
+            is_locked = lock_file(self._file)
         except OSError as error:
             raise HfkitError(f"cannot write the output ({self.partial}): {error.strerror}") from error
+        if not is_locked:
+            raise HfkitError(f"{self.partial} is being written by another process: name another --output")
         if self._file.tell() and not (resume or overwrite):
             raise HfkitError(f"{self.partial} is an unfinished run: --resume continues it, --overwrite begins anew")
         self._file.truncate(self._read_done() if resume and not overwrite else 0)
@@ -154,10 +154,5 @@ class Results:
 
 
 def to_line(record: dict[str, Any]) -> str:
-    """Return a record as one line of JSON Lines. Half a surrogate pair, which UTF-8 cannot hold, stays an escape."""
-    line = json.dumps(record, ensure_ascii=False)
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        line = json.dumps(record)
-    return line + "\n"
+    """Return a record as one line of JSON Lines."""
+    return console.to_json(record) + "\n"
