@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from hfkit.declaration import explain_unknown_name
 from hfkit.errors import HfkitError, OptionError
 
 _LARGEST = 1_000_000  # bytes: a recipe is written by a person
@@ -54,8 +55,7 @@ def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
             where = f"{path}, line {key.start_mark.line + 1}"
             name = key.value if isinstance(key, yaml.ScalarNode) else "[...]"
             if name not in known:
-                close = get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else "see --help for the names"
+                hint = explain_unknown_name(name, known) or "see --help for the names"
                 raise OptionError(f"unknown option {name!r} ({where}): {hint}")
             if name in seen:
                 raise OptionError(f"option {name!r} twice ({where}): leave one of them out")
