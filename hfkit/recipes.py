@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from hfkit.declaration import Options, divide
+from hfkit.declaration import Options, divide, explain_unknown_name
 from hfkit.errors import HfkitError, OptionError
 
 _LARGEST = 1_000_000  # bytes; a person writes a recipe
@@ -76,8 +76,7 @@ def _check_names(path: Path, pairs: list[tuple[yaml.Node, yaml.Node]], known: li
         where = f"{path}, line {key.start_mark.line + 1}"
         name = key.value if isinstance(key, yaml.ScalarNode) else "[...]"
         if name not in known:
-            close = get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "see --help for the names"
+            hint = explain_unknown_name(name, known) or "see --help for the names"
             raise OptionError(f"unknown option {name!r} ({where}): {hint}")
         if name in names:
             raise OptionError(f"option {name!r} twice ({where}): leave one of them out")
