@@ -227,6 +227,7 @@ class ManyModelsOptions(ModelOptions):
 class SizeOptions(Options):
     """A new model and its tokenizer. All but the first two are fields of `transformers.GPT2Config`."""
 
+    named_by: ClassVar[str] = "size"
     architecture: Literal["gpt2", "bert"] = option("gpt2", "gpt2, or bert with a --head.")
     size: Literal["tiny", "mini", "small", "medium", "large", "xl"] = option(
         "mini", "tiny 1 million parameters, mini 9, then GPT-2's: small 124, medium 355, large 774, xl 1558."

@@ -51,7 +51,7 @@ def generate(
     ] = True,
     json: Json = False,
 ) -> None:
-    """Continue a prompt (argument, stdin, or many from --input) and print the text."""
+    """Continue a prompt, or many from a file, and print the texts."""
     if input and (prompt is not None or sweep):
         raise OptionError("--input brings its own prompts: leave the PROMPT and --sweep out")
     if (resume or overwrite) and not output:
