@@ -10,7 +10,7 @@ from typing import Any
 
 from hfkit.corpus.formats import read_text, split_lines, unpacked
 from hfkit.errors import HfkitError, first_line
-from hfkit.hub import reach_hub
+from hfkit.hub import endpoint, reach_hub
 from hfkit.options import CorpusOptions, DataOptions
 
 csv.field_size_limit(1 << 30)  # a field may be a book
@@ -142,7 +142,7 @@ def read_hub_rows(name: str, options: CorpusOptions) -> Iterator[Row]:
             reach_hub(name)
         except HfkitError as error:
             raise HfkitError(
-                f"the Hub cannot be reached ({constants.ENDPOINT}): go online, set HF_ENDPOINT to a mirror, "
+                f"the Hub cannot be reached ({endpoint()}): go online, set HF_ENDPOINT to a mirror, "
                 f"or HF_HUB_OFFLINE=1 if {name} is cached"
             ) from error
     streaming = isinstance(options, DataOptions) and options.streaming

@@ -146,7 +146,7 @@ def begin(folder: Path, command: str, recipe: dict[str, Any], facts: dict[str, A
     packages = ("hfkit", "torch", "transformers", "accelerate", "datasets", "tokenizers")
     facts = facts | {
         "recipe": recipe,
-        "command": shlex.join(["hfkit", *sys.argv[1:]]),
+        "command": _typed_command(command),
         "versions": {package: importlib.metadata.version(package) for package in packages},
     }
     # From here on the folder belongs to this run; what an older run left in it may be deleted.
@@ -158,6 +158,14 @@ def begin(folder: Path, command: str, recipe: dict[str, Any], facts: dict[str, A
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in recipe.items()]
     write_text(folder / RECIPE, f"# hfkit {command} --config {RECIPE} -o ANOTHER-FOLDER\n{''.join(lines)}")
     make_durable(folder / CHECKPOINTS)
+
+
+def _typed_command(command: str) -> str:
+    """The command line of hfkit. The arguments of a Python program that calls hfkit are not recorded."""
+    program = Path(sys.argv[0])
+    if program.stem == "hfkit" or program.parts[-2:] == ("hfkit", "__main__.py"):
+        return shlex.join(["hfkit", *sys.argv[1:]])
+    return f"hfkit {command} --config {RECIPE}"
 
 
 def check_same_settings(folder: Path, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
