@@ -1,6 +1,7 @@
 """What a person at a terminal sees: notes on stderr, text made safe to show."""
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -77,6 +78,12 @@ def note(text: str) -> None:
     """A line on stderr, unless `--quiet`."""
     if not state.quiet:
         print(f"hfkit: {printable(text)}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def note_once(text: str) -> None:
+    """A note that is shown once in a process, however often the code gets there."""
+    note(text)
 
 
 def detail(text: str) -> None:
