@@ -49,7 +49,7 @@ def find_task(lm: LanguageModel, corpus: Corpora, options: CorpusOptions) -> Tas
     if "text" in found.kinds and not options.metric and not options.template:  # those are for rows: say so below
         return None
     task = make_task(options) or task_of(lm.tokenizer)
-    row, _ = next(read_table(replace(found, files=found.files[:1], kinds=found.kinds[:1]), options), ({}, ""))
+    row, _ = next(read_table(found, options), ({}, ""))
     if task and {*task.inputs, task.answer} <= set(row):
         return replace(task, metric=tuple(options.metric or task.metric), labels=tuple(options.labels or task.labels))
     if options.metric and {"prompt", "completion"} <= set(row):

@@ -85,7 +85,7 @@ def test_the_figures_of_answers_are_those_of_their_texts(tmp_path, bundled, data
 
 def test_json_is_one_object_with_all_figures_and_the_lines_for_people_have_them_too(rows, tmp_path, capfdbinary, tiny):
     result = call(capfdbinary, "prepare", rows, "-m", tiny, "--json", "-o", tmp_path / "out")
-    assert (result.returncode, result.stderr) == (0, b"")
+    assert (result.returncode, result.stderr.decode()) == (0, f"hfkit: {rows}: the text is column 'text'\n")
     figures = json.loads(result.stdout)
     python = hfkit.prepare(rows, model=tiny, output_dir=tmp_path / "out").to_dict()
     for timed in (figures, python):
@@ -115,7 +115,7 @@ def test_files_that_are_left_out_are_told(tmp_path, capfdbinary, tiny):
     (tmp_path / "a" / "c.txt").touch()
     result = call(capfdbinary, "prepare", tmp_path / "a", "-m", tiny)
     assert result.returncode == 0 and result.stderr.decode().splitlines() == [
-        "hfkit: 2 files are empty or no text: left out"
+        f"hfkit: {tmp_path / 'a'}: left out 2 files that are empty or not text"
     ]
 
 
@@ -163,7 +163,8 @@ def test_ctrl_c_ends_it_quietly_and_leaves_nothing(rows, tmp_path, capfdbinary, 
 
     monkeypatch.setattr("hfkit.corpus.cache._column", interrupt)
     result = call(capfdbinary, "prepare", rows, "-m", tiny, "-o", tmp_path / "out")
-    assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
+    note = f"hfkit: {rows}: the text is column 'text'\n"
+    assert (result.returncode, result.stdout, result.stderr.decode()) == (130, b"", note)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".hfkit.lock"]
 
 
