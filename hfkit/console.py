@@ -1,6 +1,7 @@
 """Output for a person at a terminal: results on stdout, notes and progress on stderr, all of it safe to show."""
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -97,6 +98,12 @@ def note(text: str) -> None:
     """Print a line to stderr, unless `--quiet`."""
     if not state.quiet:
         print(f"hfkit: {printable(text)}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def note_once(text: str) -> None:
+    """A note that is shown once in a process, however often the code gets there."""
+    note(text)
 
 
 def detail(text: str) -> None:

@@ -138,7 +138,7 @@ class CorpusOptions(TaskOptions):
     label_column: str = option("label", "Column of the label, for a classification head.")
     errors: Literal["strict", "replace"] = option("strict", "Bytes that are not UTF-8: refuse, or replace and count.")
     dataset_config_name: str | None = option(None, "Configuration of an hf:// data set.")
-    dataset_split: str = option("train", "Split of an hf:// data set.")
+    dataset_split: str = option("train", "Split of an hf:// data set, or of a file or folder with several.")
 
 
 @dataclass(frozen=True, kw_only=True)
