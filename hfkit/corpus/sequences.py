@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from hfkit.console import note
 from hfkit.corpus.cache import Prepared, Report, encode_corpus, load_prepared
 from hfkit.corpus.chat import set_template
-from hfkit.corpus.documents import Corpora, Corpus, find_corpus, is_prepared, read_records
+from hfkit.corpus.documents import Corpora, Corpus, Example, find_corpus, is_prepared, read_records
 from hfkit.corpus.encoding import IGNORED, encode_records, fingerprint
 from hfkit.corpus.splitting import hold_out, hold_out_texts
 from hfkit.errors import HfkitError
@@ -95,7 +95,7 @@ class Stream(IterableDataset[Item]):
     def __init__(
         self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, options: DataOptions, block_size: int, seed: int
     ) -> None:
-        self._corpus, self._tokenizer, self._options = corpus, tokenizer, options
+        self.corpus, self._tokenizer, self._options = corpus, tokenizer, options
         self._size, self._seed = block_size, seed
 
     def __iter__(self) -> Iterator[Item]:
@@ -125,7 +125,7 @@ class Stream(IterableDataset[Item]):
     def read(self) -> Iterator[Item]:
         """Blocks of texts, or examples that fit, in the order of the corpus."""
         rest = np.zeros(0, np.int32)
-        for row in encode_records(read_records(self._corpus, self._options), self._tokenizer):
+        for row in encode_records(read_records(self.corpus, self._options), self._tokenizer):
             if "labels" in row:
                 if len(row["labels"]) <= self._size:
                     yield {name: row[name] for name in ("input_ids", "labels")}
@@ -231,6 +231,9 @@ def gather_training_data(
         stream = Stream(find_corpus(corpus), tokenizer, data, block_size, seed)
         if not next(stream.read(), None):
             raise HfkitError(_NOTHING)
+        first = next(read_records(stream.corpus, data))
+        if isinstance(first, Example) and "messages" in first.row:
+            set_template(tokenizer)
         return TrainingData(stream, held or [], 0, block_size, None, _prompt(held or [], tokenizer))
     prepared = _encode(corpus, tokenizer, data)
     if held is not None:

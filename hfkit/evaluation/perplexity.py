@@ -156,14 +156,15 @@ class _Reader:
     def _answers(self, examples: Iterable[Any]) -> Iterator[Item]:
         begin = self._begin()
         for unit, example in enumerate(examples):
-            (row,) = encode_examples([example], self._tokenizer)
+            rows = list(encode_examples([example], self._tokenizer))  # several where each answer has its own text
             self.documents += 1
             self.words += sum(len(answer.split()) for answer in example.answers)
             self.bytes.append(sum(len(answer.encode()) for answer in example.answers))
-            self._bar.update(row["bytes"])
-            text = _passage(row["input_ids"], row["labels"], unit)
-            alone = len(text[0]) and text[1, 0] != IGNORED  # an answer to nothing
-            yield from slide([text], begin if alone else [], self._window, self._stride)
+            self._bar.update(sum(row["bytes"] for row in rows))
+            for row in rows:
+                text = _passage(row["input_ids"], row["labels"], unit)
+                alone = len(text[0]) and text[1, 0] != IGNORED  # an answer to nothing
+                yield from slide([text], begin if alone else [], self._window, self._stride)
 
 
 def _passage(ids: np.ndarray, labels: np.ndarray, unit: int) -> np.ndarray:
