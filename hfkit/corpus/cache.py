@@ -224,6 +224,11 @@ def corpus_lines(report: Report) -> list[str]:
         f"{report.documents:,} {what}, {report.characters:,} characters, {report.tokens:,} tokens "
         f"({report.characters / max(1, report.tokens):.2f} characters a token)",
     ]
+    if report.characters < 0.9 * report.tokens:
+        lines.append(
+            "less than one character a token: the tokenizer spells this text byte by byte; 'hfkit pretrain' makes a "
+            "vocabulary for it (--vocab-size)"
+        )
     if report.kind in ("text", "completion", "messages"):  # rows for a head are not examined
         shares = ", ".join(f"{name} {share:.1%}" for name, share in report.scripts.items())
         lines.append(f"scripts: {shares or 'no letters'}")
