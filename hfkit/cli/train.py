@@ -22,6 +22,7 @@ from hfkit.options import DataOptions, LaunchOptions, ModelOptions, SizeOptions,
 if TYPE_CHECKING:
     from hfkit.tuning.search import Search
 
+_Show = Annotated[int, typer.Option(metavar="N", min=0, help="Print the first N sequences as the model sees them.")]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what the run would be and cost, and stop there.")]
 
 
@@ -71,6 +72,7 @@ def prepare(
     model: ModelOptions,
     data: DataOptions,
     output: Annotated[Path | None, typer.Option("--output-dir", "-o", help="Folder to keep the tokens in.")] = None,
+    show: _Show = 0,
     json: Json = False,
 ) -> None:
     """Tokenize a corpus once; print what is in it, and what training on it would cost here."""
@@ -79,7 +81,7 @@ def prepare(
     from hfkit.corpus.documents import find_corpus
 
     find_corpus(corpus)  # so that a mistake is told before torch is imported
-    found = hfkit.prepare(corpus, model=model, data=data, output_dir=output)
+    found = hfkit.prepare(corpus, model=model, data=data, output_dir=output, show=show)
     console.write((dumps(found.to_dict()) if json else "\n".join(found.lines())) + "\n")
 
 

@@ -86,14 +86,16 @@ def _render(
 
     prompt: with what asks for an answer. This is `apply_chat_template`, which does not return the marks.
     """
+    options: dict[str, Any] = {"return_assistant_tokens_mask": bool(_GENERATION.search(template))}
+    options |= tokenizer.special_tokens_map
+    chat = [{name: value for name, value in message.items() if value is not None} for message in messages]
     try:
-        texts, marks = render_jinja_template(
-            [[{name: value for name, value in message.items() if value is not None} for message in messages]], tools,
-            chat_template=template, add_generation_prompt=prompt,
-            return_assistant_tokens_mask=bool(_GENERATION.search(template)), **tokenizer.special_tokens_map,
-        )  # fmt: skip
+        rendered: Any = render_jinja_template(
+            [chat], tools, chat_template=template, add_generation_prompt=prompt, **options
+        )
     except Exception as error:  # a template can raise anything
         raise HfkitError(f"the chat template rejects this conversation ({where}): {first_line(error)}") from error
+    texts, marks = rendered
     return texts[0], marks[0] if marks else []
 
 
