@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hfkit.training.runs import Run
     from hfkit.tuning.search import Search
 
+_Show = Annotated[int, typer.Option(metavar="N", min=0, help="Print the first N sequences as the model sees them.")]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what the run would be and cost, then stop.")]
 
 
@@ -80,11 +81,12 @@ def prepare(
     model: ModelOptions,
     data: DataOptions,
     output: Annotated[Path | None, typer.Option("--output-dir", "-o", help="Folder to keep the tokens in.")] = None,
+    show: _Show = 0,
     json: Json = False,
 ) -> None:
     """Tokenize a corpus; print what is in it and what training costs."""
     find_corpus(corpus)  # report a wrong path before torch is imported
-    preparation = hfkit.prepare(corpus, model=model, data=data, output_dir=output)
+    preparation = hfkit.prepare(corpus, model=model, data=data, output_dir=output, show=show)
     if json:
         console.write_json(preparation.to_dict())
     else:

@@ -10,6 +10,7 @@ chat: conversations as one text, and where the answers are in it
 encoding: records to token ids
 cache: tokens kept on disk
 splitting: what is held out
+streams: a corpus that is read again for each pass
 sequences: tokens as training sequences and their batches
 labelled: rows for classification and question answering heads
 overlap: what a text copies from a corpus
