@@ -14,6 +14,7 @@ from hfkit.corpus.formats import Row, kind_of, read_hub_rows, read_rows, read_te
 from hfkit.corpus.templates import make_task
 from hfkit.errors import HfkitError, first_line
 from hfkit.options import CorpusOptions
+from hfkit.storage import LIST
 
 END = "<|endoftext|>"  # in a plain text it ends a document, as in GPT-2's own corpora
 PREPARED = "prepared.json"  # in a folder that `prepare` made
@@ -69,12 +70,16 @@ class Corpus:
         return total.hexdigest()
 
 
-def find_corpus(sources: Corpora) -> Corpus:
-    """The files that `sources` name: files, folders, globs and `hf://NAME` data sets.
+def find_corpus(sources: "Corpora | Corpus", exclude: Path | None = None) -> Corpus:
+    """The files that `sources` name: files, folders, globs and `hf://NAME` data sets; a Corpus is returned as it is.
+
+    exclude: a folder that is not read although it is in a source: the output of the run.
 
     Raises:
         HfkitError: there is no such file, it is empty, or it is not text.
     """
+    if isinstance(sources, Corpus):
+        return sources
     files: dict[Path, str] = {}
     hub, left_out = [], 0
     for source in [sources] if isinstance(sources, str | Path) else sources:
@@ -83,7 +88,7 @@ def find_corpus(sources: Corpora) -> Corpus:
         if str(source).startswith("hf://"):
             hub.append(str(source).removeprefix("hf://"))
             continue
-        paths, chosen = _paths(str(source))
+        paths, chosen = _paths(str(source), exclude)
         found = {path: kind for path in paths if (kind := kind_of(path, chosen))}
         left_out += len(paths) - len(found)
         if not found:
@@ -102,7 +107,12 @@ def is_prepared(folder: Path) -> bool:
         return False
 
 
-def _paths(source: str) -> tuple[list[Path], bool]:
+def _is_output(folder: Path, exclude: Path | None) -> bool:
+    """Whether hfkit writes there: a run, a search, or what `exclude` names."""
+    return (folder / LIST).is_file() or bool(exclude and folder.resolve() == exclude.resolve())
+
+
+def _paths(source: str, exclude: Path | None) -> tuple[list[Path], bool]:
     """Files that a source stands for, and whether it named just one."""
     try:
         path = Path(source).expanduser()
@@ -111,7 +121,8 @@ def _paths(source: str) -> tuple[list[Path], bool]:
                 raise HfkitError(
                     f"{source} was made by prepare: only finetune takes it, alone and without --streaming"
                 )
-            files = (file for file in sorted(path.rglob("*")) if file.is_file())
+            outputs = {folder for folder in path.rglob("*") if folder.is_dir() and _is_output(folder, exclude)}
+            files = (file for file in sorted(path.rglob("*")) if file.is_file() and outputs.isdisjoint(file.parents))
             return [file for file in files if not any(p.startswith(".") for p in file.relative_to(path).parts)], False
         if path.is_file():
             return [path], True

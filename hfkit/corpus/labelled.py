@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hfkit.console import note
 from hfkit.corpus.cache import Report
-from hfkit.corpus.documents import Corpora, find_corpus, read_table
+from hfkit.corpus.documents import Corpora, Corpus, find_corpus, read_table
 from hfkit.corpus.encoding import encode, fingerprint
 from hfkit.corpus.sequences import LabelledItem, TrainingData, hold_out
 from hfkit.errors import HfkitError
@@ -29,7 +29,7 @@ class Question(NamedTuple):
 
 
 def gather_labelled_data(
-    corpus: Corpora,
+    corpus: Corpora | Corpus,
     tokenizer: PreTrainedTokenizerBase,
     data: DataOptions,
     head: str,
@@ -72,7 +72,7 @@ def gather_labelled_data(
     return TrainingData(train_set, held_out, count, tokens / count, report, head=head, labels=tuple(labels or ()))
 
 
-def classification_rows(corpus: Corpora, options: DataOptions) -> list[tuple[str, str]]:
+def classification_rows(corpus: Corpora | Corpus, options: DataOptions) -> list[tuple[str, str]]:
     """(text, label) of every row.
 
     Raises:
@@ -99,7 +99,7 @@ def _text_of(row: Mapping[str, Any], options: DataOptions, where: str) -> str:
     return row[name]
 
 
-def question_rows(corpus: Corpora, options: DataOptions) -> list[Question]:
+def question_rows(corpus: Corpora | Corpus, options: DataOptions) -> list[Question]:
     """Every row as a Question; no answers where the context has none.
 
     Rows are as in SQuAD, or have a text in `answer` or `answers`.

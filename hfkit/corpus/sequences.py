@@ -226,7 +226,7 @@ class TrainingData:
 
 
 def gather_training_data(
-    corpus: Corpora, tokenizer: PreTrainedTokenizerBase, data: DataOptions, block_size: int, seed: int
+    corpus: Corpora | Corpus, tokenizer: PreTrainedTokenizerBase, data: DataOptions, block_size: int, seed: int
 ) -> TrainingData:
     """Tokenize a corpus, or find its tokens, and hold a part of it out.
 
@@ -260,9 +260,9 @@ def gather_training_data(
     )
 
 
-def _encode(corpus: Corpora, tokenizer: PreTrainedTokenizerBase, data: DataOptions) -> Prepared:
+def _encode(corpus: Corpora | Corpus, tokenizer: PreTrainedTokenizerBase, data: DataOptions) -> Prepared:
     """`corpus` as tokens. A tokenizer that encodes conversations gets a chat template, if it has none."""
-    sources = [corpus] if isinstance(corpus, str | Path) else corpus
+    sources = [] if isinstance(corpus, Corpus) else [corpus] if isinstance(corpus, str | Path) else corpus
     if len(sources) == 1 and is_prepared(folder := Path(sources[0]).expanduser()):
         prepared = load_prepared(folder)
         if prepared.report.tokenizer != fingerprint(tokenizer):

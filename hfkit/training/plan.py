@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from hfkit import console, processes
 from hfkit.console import duration, note
 from hfkit.corpus.cache import Report, corpus_lines
+from hfkit.corpus.documents import Corpora, Corpus
 from hfkit.corpus.sequences import TrainingData
 from hfkit.errors import OptionError
 from hfkit.models.architecture import context_length, has_bfloat16_units
@@ -206,6 +207,7 @@ class Job:
 
     command: str  # finetune or pretrain
     name: str  # of the model it begins with
+    files: Corpora | Corpus  # that it is trained on
     folder: Path  # of the run
     recipe: dict[str, Any]
     facts: dict[str, Any]  # that a resumed run must share

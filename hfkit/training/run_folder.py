@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hfkit import processes
-from hfkit.corpus.documents import Corpora, find_corpus, is_prepared, name_of
+from hfkit.corpus.documents import Corpora, Corpus, find_corpus, is_prepared, name_of
 from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError
 from hfkit.options import TrainOptions
@@ -53,13 +53,19 @@ def check_request(corpus: Sequence[str], train: TrainOptions, *, inputs: Sequenc
     """Check what takes no time to check: that there is a corpus, and that the folder is free."""
     if processes.count > 1:
         return  # the process that started this one has done it
-    if not is_prepared(Path(corpus[0])):
-        find_corpus(corpus)
+    folder = folder_for(corpus, train)
+    find_files(corpus, folder)
     if not dry_run:
-        folder = folder_for(corpus, train)
         check_free(folder, resume=train.resume, overwrite=train.overwrite, inputs=[*corpus, *inputs])
         with lock(folder):
             pass
+
+
+def find_files(corpus: Corpora, folder: Path) -> Corpora | Corpus:
+    """The files of a corpus, but for the run's own folder; the name of a folder that `prepare` made stays a name."""
+    sources = sources_of(corpus)
+    is_alone = len(sources) == 1
+    return corpus if is_alone and is_prepared(Path(sources[0]).expanduser()) else find_corpus(corpus, folder)
 
 
 def folder_for(corpus: Corpora, train: TrainOptions) -> Path:

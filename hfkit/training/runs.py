@@ -6,16 +6,16 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainerState
 
 from hfkit import console, processes
-from hfkit.corpus.documents import Corpora, is_prepared
+from hfkit.corpus.documents import Corpora, Corpus
 from hfkit.corpus.overlap import MOST, WORDS, index_corpus
 from hfkit.corpus.templates import task_of
-from hfkit.errors import HfkitError, StoppedError
+from hfkit.errors import HfkitError, StoppedError, first_line
 from hfkit.inference.generation import generate
 from hfkit.inference.likelihood import jsonable
 from hfkit.options import TrainOptions
@@ -28,6 +28,7 @@ from hfkit.training.monitor import best_step, evaluations
 from hfkit.training.plan import Job
 
 _SAMPLES, _TOKENS = 4, 80
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,18 @@ def _finish(job: Job, state: TrainerState) -> Run:
         if not (kept := find_newest(job.checkpoints, best)):
             raise HfkitError("a callback stopped the training before anything was saved: lower --save-steps")
         metrics = make_metrics(job, state, kept)
-        run_folder.finish(job.folder, kept, make_files(metrics), metrics)
+        pages = _optional("the card", lambda: make_files(metrics)) or {}
+        run_folder.finish(job.folder, kept, pages, metrics)
     return Run(str(job.folder), processes.gather([metrics])[0])
+
+
+def _optional(what: str, make: Callable[[], T]) -> T | None:
+    """The result of `make`, or a note: what only decorates a report must not cost a trained model."""
+    try:
+        return make()
+    except Exception as error:  # a corpus that was moved meanwhile, a sign that no font has ...
+        console.note(f"{what} will be missing from the report: {first_line(error)}")
+        return None
 
 
 def make_metrics(job: Job, state: TrainerState, kept: Path) -> dict[str, Any]:
@@ -112,7 +123,8 @@ def make_metrics(job: Job, state: TrainerState, kept: Path) -> dict[str, Any]:
     task = task_of(job.tokenizer)
     seconds = max((entry.get("seconds", 0.0) for entry in history), default=0.0)
     tokens = int(plan.tokens * state.global_step / plan.steps)
-    samples = _draw_samples(job, kept)
+    samples = _optional("samples", lambda: _draw_samples(job, kept)) or []
+    copied = _optional("the share that is copied", lambda: _find_copied(job, samples)) if not task else None
     return {
         "model": job.name,
         "folder": str(job.folder),
@@ -138,7 +150,7 @@ def make_metrics(job: Job, state: TrainerState, kept: Path) -> dict[str, Any]:
         "command": facts["command"],
         "prompt": job.prompt,
         "samples": samples,
-        "copied": _find_copied(job, samples) if samples and not task else None,
+        "copied": copied,
         "history": history,
     }
 
@@ -177,10 +189,9 @@ def _draw_samples(job: Job, kept: Path) -> list[str]:
 
 def _find_copied(job: Job, samples: list[str]) -> dict[str, Any] | None:
     """How much of the samples, without their prompt, stands in the corpus."""
-    corpus = job.recipe["corpus"]
-    if job.data.streaming or any(is_prepared(Path(source)) for source in corpus):  # there is no text to search
+    if not samples or job.data.streaming or not isinstance(job.files, Corpus):  # there is no text to search
         return None
-    index = index_corpus(corpus, job.data)
+    index = index_corpus(job.files, job.data)
     copies = [index.look_up(sample.removeprefix(job.prompt or "")) for sample in samples]
     longest = max(copies, key=lambda copy: copy.words)
     share = sum(copy.share for copy in copies) / len(copies)
