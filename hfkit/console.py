@@ -169,3 +169,29 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(1, math.ceil(seconds))} seconds"
+
+
+def with_error(value: float, error: float | None, form: str) -> str:
+    """`value ± error` in this format; the value alone where the error is not known."""
+    known = error is not None and math.isfinite(error)
+    return f"{value:{form}} ± {error:{form.lstrip('+')}}" if known else f"{value:{form}}"
+
+
+def write_figures(head: Sequence[str], rows: Sequence[Sequence[str]], **options: Any) -> None:
+    """`write_table`, turned where it is too wide for the terminal: each cell on a line, so that none is cut."""
+    import shutil
+
+    from rich.cells import cell_len
+
+    columns = zip(head, *rows, strict=True)
+    width = 1 + sum(
+        3 + max(cell_len(printable(line)) for cell in column for line in cell.split("\n")) for column in columns
+    )
+    if width <= (shutil.get_terminal_size().columns if sys.stdout.isatty() else 120):
+        write_table(head, rows, **options)
+        return
+    names = [" ".join(name.split()) for name in head]
+    longest = max(map(len, names))
+    for row in rows:
+        lines = [f"{name:<{longest}}  {cell}\n" for name, cell in zip(names, row, strict=True) if cell]
+        write("".join([*lines, "\n"]))

@@ -22,13 +22,16 @@ from hfkit.cli.info import info
 from hfkit.cli.inspect import inspect
 from hfkit.cli.report import export, report
 from hfkit.cli.train import finetune, prepare, pretrain, tune
+from hfkit.cli.usage import Command, explain_usage
 from hfkit.errors import HfkitError, StoppedError
 
 app = typer.Typer(
     name="hfkit",
     help=hfkit.__doc__,
+    epilog='Start with: hfkit generate "Once upon a time"',
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich cuts long names at 80 columns, and takes half of the time that help takes
     # --top_p, the spelling of transformers, works as well as --top-p.
     context_settings={
         "token_normalize_func": lambda token: token.replace("_", "-"),
@@ -52,10 +55,10 @@ def _root(
 
 
 for _command in (generate, chat, finetune, pretrain, prepare, evaluate, inspect, classify, answer, tune):
-    app.command()(_command)
+    app.command(cls=Command)(_command)
 app.add_typer(recipes.app, name="recipes")
 for _command in (report, export, info):
-    app.command()(_command)
+    app.command(cls=Command)(_command)
 
 
 def main() -> NoReturn:
@@ -67,9 +70,11 @@ def main() -> NoReturn:
         # Raise on SIGTERM, so that `finally` blocks run. One of several processes must end at once instead: it may be
         # waiting for a peer that is gone. A training run installs its own handler.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if sys.argv[1:2] == ["help"]:
+        sys.argv[1:] = [*sys.argv[2:], "--help"]
     gc.set_threshold(50_000)  # importing transformers creates many objects and no garbage: saves a sixth of its time
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="hfkit", standalone_mode=False)
         sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001, every failure ends here
         code = explain(error)
@@ -101,9 +106,11 @@ def explain(error: BaseException) -> int:
             return error.exit_code
         case RuntimeError() if processes.count > 1 and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
             console.fail(f"process {processes.rank} lost the other processes: see their messages")
-        case typer.TyperException() if hasattr(error, "format_message"):
-            if message := error.format_message():  # empty where Typer has shown the help
-                console.fail(f"{message} (see --help)")
+        case typer.TyperException() if type(error).__name__ == "NoArgsIsHelpError":
+            console.write(f"{error.format_message()}\n")
+            return 2
+        case typer.TyperException():
+            console.fail(explain_usage(error))
             return int(getattr(error, "exit_code", 2))
         case MemoryError():
             console.fail("out of memory: use a smaller model, a smaller --batch-size, or --quantize int8")

@@ -28,7 +28,10 @@ An empty line lets a base model continue by itself.'''
 
 @flags
 def chat(model: ModelOptions, sampling: GenerateOptions) -> None:
-    """Talk turn by turn: raw continuation with a base model, the chat template where a model has one."""
+    """Talk with a model, turn by turn.
+
+    A model with a chat template gets the turns through it; a base model continues them as one raw text.
+    """
     if (sampling.num_return_sequences or 1) > 1:
         raise OptionError("a chat has one reply: leave --num-return-sequences out")
     find_model(model)  # report a wrong name before torch is imported

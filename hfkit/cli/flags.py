@@ -52,7 +52,7 @@ def _group_parameters(group: type[Options]) -> list[inspect.Parameter]:
     panel = f"{group.__name__.removesuffix('Options')} options"
     return [
         _flag(field.name, types[field.name], field.default, field.metadata, rich_help_panel=panel)
-        for field in fields(group)  # type: ignore[arg-type]  # every subclass of Options is a dataclass
+        for field in fields(group)
     ]
 
 

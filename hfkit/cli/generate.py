@@ -14,7 +14,7 @@ import typer
 from hfkit import console
 from hfkit.cli import generate_file, prompt_files
 from hfkit.cli.flags import Json, flags
-from hfkit.cli.generation_setup import load_for_generation, with_seed
+from hfkit.cli.generation_setup import load_with_prompt, with_seed
 from hfkit.cli.prompt_files import Results, to_line
 from hfkit.errors import OptionError
 from hfkit.models.sources import find_model
@@ -23,6 +23,7 @@ from hfkit.recipes import read_value
 
 if TYPE_CHECKING:
     from hfkit.inference.generation import Generation
+    from hfkit.inference.prompts import Request
     from hfkit.models.loading import LanguageModel
 
 
@@ -50,7 +51,7 @@ def generate(
     ] = True,
     json: Json = False,
 ) -> None:
-    """Continue a prompt (argument, stdin, or many from --input) and print the text."""
+    """Continue a prompt, or many from a file, and print the texts."""
     if input and (prompt is not None or sweep):
         raise OptionError("--input brings its own prompts: leave the PROMPT and --sweep out")
     if (resume or overwrite) and not output:
@@ -69,12 +70,13 @@ def generate(
         _print_sweep(model, sampling, prompt, sweep, json=json)
         return
     file = Results(output, overwrite=overwrite) if output else None
-    lm = load_for_generation(model, sampling, prompt)
+    lm, request = load_with_prompt(model, sampling, prompt)
+    assert request  # noqa: S101, there is a prompt
     sampling = with_seed(lm, sampling)
     if not (json or file) and sys.stdout.isatty() and _streams(lm, sampling):
-        _print_streams(lm, sampling, prompt, prompt_shown)
+        _print_streams(lm, sampling, request, prompt_shown)
     else:
-        _print_at_once(lm, sampling, prompt, file, prompt_shown=prompt_shown, json=json)
+        _print_at_once(lm, sampling, request, file, prompt_shown=prompt_shown, json=json)
 
 
 def _streams(lm: LanguageModel, sampling: GenerateOptions) -> bool:
@@ -84,7 +86,7 @@ def _streams(lm: LanguageModel, sampling: GenerateOptions) -> bool:
     return (sampling.num_return_sequences or 1) == 1 or draws(lm, sampling)
 
 
-def _print_streams(lm: LanguageModel, sampling: GenerateOptions, prompt: str, prompt_shown: bool) -> None:
+def _print_streams(lm: LanguageModel, sampling: GenerateOptions, prompt: Request, prompt_shown: bool) -> None:
     """Print each sample while it is generated."""
     samples = sampling.num_return_sequences or 1
     for k in range(samples):
@@ -93,12 +95,12 @@ def _print_streams(lm: LanguageModel, sampling: GenerateOptions, prompt: str, pr
         console.write("\n" if k == samples - 1 else "\n----\n")
 
 
-def _print_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: str, prompt_shown: bool) -> None:
+def _print_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: Request, prompt_shown: bool) -> None:
     from hfkit.inference import generation
 
     started, first_token = time.perf_counter(), None
     if prompt_shown and not lm.model.config.is_encoder_decoder:
-        console.write(prompt)
+        console.write(str(prompt.prompt))
     pieces = generation.stream(prompt, model=lm, options=sampling)
     while True:
         try:
@@ -113,7 +115,7 @@ def _print_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: str, pro
 def _print_at_once(
     lm: LanguageModel,
     sampling: GenerateOptions,
-    prompt: str,
+    prompt: Request,
     file: Results | None,
     *,
     prompt_shown: bool,
@@ -123,8 +125,8 @@ def _print_at_once(
     from hfkit.inference import generation
 
     started = time.perf_counter()
-    options = replace(sampling, num_return_sequences=sampling.num_return_sequences or 1)
-    samples = generation.generate(prompt, model=lm, options=options)
+    count = sampling.num_return_sequences or 1
+    samples = generation.generate(prompt, model=lm, options=sampling, num_return_sequences=count)
     if file:
         file.add(sample.to_dict() | {"line": 1} for sample in samples)
         file.finish()
@@ -156,14 +158,14 @@ def _print_sweep(model: ModelOptions, sampling: GenerateOptions, prompt: str, sw
         raise OptionError(f"--sweep is {sweep!r}: write an option and its values, such as temperature=0.3,0.7,1.0")
     values = [read_value(value) for value in listed.split(",")]
     variants = [replace(sampling, **{name: value}) for value in values]
-    lm = load_for_generation(model, sampling, prompt)
+    lm, _ = load_with_prompt(model, sampling, prompt)
     if name != "seed":
         seed = with_seed(lm, sampling).seed
         variants = [replace(variant, seed=seed) for variant in variants]
     columns: dict[str, list[Generation]] = {}
     for value, variant in zip(values, variants, strict=True):
-        options = replace(variant, num_return_sequences=variant.num_return_sequences or 1)
-        samples = generation.generate(prompt, model=lm, options=options)
+        count = variant.num_return_sequences or 1
+        samples = generation.generate(prompt, model=lm, options=variant, num_return_sequences=count)
         if json:
             console.write("".join(to_line(sample.to_dict() | {name: value}) for sample in samples))
         columns[f"{name} {value}"] = samples

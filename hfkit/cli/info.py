@@ -24,7 +24,10 @@ _PARAMETER_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 @flags
 def info(model: ModelOptions, json: Json = False) -> None:
-    """Show versions, devices, caches, and a model's size and limits; say what is wrong and how to fix it."""
+    """Show versions, devices and a model's size; say what is wrong.
+
+    Each problem comes with the way to fix it.
+    """
     source = find_model(model)
     report: dict[str, Any] = {"versions": find_versions(), **describe_machine(), "model": describe_model(source)}
     report["problems"] = find_problems(report)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from hfkit import console
 from hfkit.errors import HfkitError, OptionError
 from hfkit.storage import check_regular, lock_file, write_text
 
@@ -153,10 +154,5 @@ class Results:
 
 
 def to_line(record: dict[str, Any]) -> str:
-    """Return a record as one line of JSON Lines. Half a surrogate pair, which UTF-8 cannot hold, stays an escape."""
-    line = json.dumps(record, ensure_ascii=False)
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        line = json.dumps(record)
-    return line + "\n"
+    """Return a record as one line of JSON Lines."""
+    return console.to_json(record) + "\n"

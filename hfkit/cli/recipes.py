@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from hfkit import console
+from hfkit.cli.usage import Command
 from hfkit.recipes import copy_recipe, head_comment, shipped
 
 app = typer.Typer(help="List the shipped recipes; copy one to start from.", invoke_without_command=True)
@@ -19,7 +20,7 @@ def list_recipes(context: typer.Context) -> None:
         console.write("".join(f"{name:<{width}}  {head_comment(path)[0]}\n" for name, path in recipes.items()))
 
 
-@app.command()
+@app.command(cls=Command)
 def copy(
     name: Annotated[str, typer.Argument(help="A recipe, as `hfkit recipes` lists it.")],
     to: Annotated[Path, typer.Option(help="Folder.")] = Path(),

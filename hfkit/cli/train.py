@@ -35,7 +35,7 @@ def finetune(
     dry_run: _DryRun = False,
     json: Json = False,
 ) -> None:
-    """Continue training a model on a corpus; print the folder of the result."""
+    """Continue training a model on a corpus; print its new folder."""
     from hfkit.training import run_folder
 
     inputs = [*(data.eval_file or []), *filter(None, [model.model])]
@@ -55,7 +55,7 @@ def pretrain(
     dry_run: _DryRun = False,
     json: Json = False,
 ) -> None:
-    """Train a tokenizer and a GPT-2 from nothing; print the folder of the result."""
+    """Train a tokenizer and a GPT-2 from nothing; print the folder."""
     from hfkit.training import run_folder
 
     run_folder.check_request(corpus, train, inputs=data.eval_file or [], dry_run=dry_run)
@@ -82,7 +82,7 @@ def prepare(
     output: Annotated[Path | None, typer.Option("--output-dir", "-o", help="Folder to keep the tokens in.")] = None,
     json: Json = False,
 ) -> None:
-    """Tokenize a corpus once; print what is in it, and what training on it would cost here."""
+    """Tokenize a corpus; print what is in it and what training costs."""
     find_corpus(corpus)  # report a wrong path before torch is imported
     preparation = hfkit.prepare(corpus, model=model, data=data, output_dir=output)
     if json:
@@ -100,7 +100,7 @@ def tune(
     options: TuneOptions,
     json: Json = False,
 ) -> None:
-    """Search for good training options; print the trials and the best recipe."""
+    """Search for good training options; print trials and best recipe."""
     if not is_prepared(Path(corpus[0])):
         find_corpus(corpus)  # report a wrong path before torch is imported
     search = hfkit.tune(corpus, model=model, data=data, train=train, options=options)

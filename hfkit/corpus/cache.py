@@ -24,7 +24,7 @@ from hfkit.errors import HfkitError, first_line
 from hfkit.options import DataOptions
 from hfkit.storage import add_owned, check_owned, lock, make_names_durable, make_writable, write_text
 
-_VERSION = 5  # of the files on disk
+_VERSION = 6  # of the files on disk
 _SAMPLE = 1_000_000  # characters that are examined for their script
 _SCRIPTS = {"Cjk": "Han", "Masculine": "Latin", "Feminine": "Latin", "Micro": "Greek"}  # ª, º and µ
 _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ue000-\uf8ff\ufeff\ufffd]")
@@ -55,7 +55,7 @@ class Report:
 class Prepared:
     """A corpus as tokens, a row for each piece of a document or each example."""
 
-    dataset: datasets.Dataset  # input_ids, labels (of examples), document, bytes
+    dataset: datasets.Dataset  # input_ids, labels (of examples), document, content, bytes
     report: Report
     folder: Path
     cached: bool = False  # it was found, not made

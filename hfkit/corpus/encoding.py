@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hfkit.corpus.chat import CHAT_TEMPLATE, render_chat
 from hfkit.corpus.documents import Example, Piece
+from hfkit.corpus.splitting import content_of
 from hfkit.errors import HfkitError, OptionError
 
 IGNORED = -100  # label of a token that is not learned and does not count in a score
@@ -67,7 +68,7 @@ def is_empty(piece: Piece, first: bool) -> bool:
 def encode_documents(
     pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, *, close: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """A row for each piece: `input_ids`, `document` (its number) and `bytes`.
+    """A row for each piece: `input_ids`, `document` (its number), `content` (a hash) and `bytes`.
 
     A document begins as the tokenizer begins a text, and ends with EOS if `close`.
     """
@@ -79,11 +80,11 @@ def encode_documents(
         rows = _encode_parts(texts, follows, tokenizer, space)
         for (document, first, piece), ids in zip(batch, rows, strict=True):
             ids = (begin if first else []) + ids + (end if piece.last and close else [])
-            yield {"input_ids": np.array(ids, np.int32), "document": document, "bytes": len(piece.text.encode())}
+            yield {"input_ids": np.array(ids, np.int32), **_origin(document, [piece.text])}
 
 
 def encode_examples(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
-    """A row for each example: `input_ids`, `labels` (IGNORED outside the answers), `document` (number) and `bytes`."""
+    """A row for each example: as `encode_documents`, and `labels`, which are IGNORED outside the answers."""
     begin, end = _frame(tokenizer)
     for document, (row, where) in enumerate(examples):
         if "messages" in row:
@@ -92,9 +93,13 @@ def encode_examples(examples: Iterable[Example], tokenizer: PreTrainedTokenizerB
             prompt = begin + _encode_plain([row["prompt"]], tokenizer)[0]
             answer = encode_answers([row["completion"]], tokenizer)[0] + end
             ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
-        size = sum(len(text.encode()) for text in texts_of(row))
         arrays = {"input_ids": np.array(ids, np.int32), "labels": np.array(labels, np.int32)}
-        yield {**arrays, "document": document, "bytes": size}
+        yield {**arrays, **_origin(document, texts_of(row))}
+
+
+def _origin(document: int, texts: list[str]) -> dict[str, int]:
+    size = sum(len(text.encode()) for text in texts)
+    return {"document": document, "content": content_of("\0".join(texts)), "bytes": size}
 
 
 def encode_answers(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

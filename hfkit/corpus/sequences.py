@@ -20,6 +20,7 @@ from hfkit.corpus.cache import Prepared, Report, encode_corpus, load_prepared
 from hfkit.corpus.chat import set_template
 from hfkit.corpus.documents import Corpora, Corpus, find_corpus, is_prepared, read_records
 from hfkit.corpus.encoding import IGNORED, encode_records, fingerprint
+from hfkit.corpus.splitting import hold_out, hold_out_texts
 from hfkit.errors import HfkitError
 from hfkit.options import DataOptions
 
@@ -32,10 +33,19 @@ _NOTHING = "there is nothing to train on: the corpus is empty, or no example fit
 class Blocks(Dataset[Item]):
     """Rows of tokens, joined and cut into blocks. The last block is shorter, so that no token is lost."""
 
-    def __init__(self, dataset: datasets.Dataset, rows: np.ndarray, block_size: int) -> None:
-        """rows: which rows of `dataset`, in their order."""
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        rows: np.ndarray,
+        block_size: int,
+        starts: np.ndarray | None = None,
+        stops: np.ndarray | None = None,
+    ) -> None:
+        """rows: which rows of `dataset`, in their order. starts, stops: which tokens of each; all without these."""
         self._dataset, self._rows, self._size = dataset, rows, block_size
-        self._ends = np.cumsum(lengths(dataset)[rows])
+        self._starts = np.zeros(len(rows), np.int64) if starts is None else starts
+        self._stops = lengths(dataset)[rows] if stops is None else stops
+        self._ends = np.cumsum(self._stops - self._starts)  # of each row, in the joined tokens
 
     @property
     def tokens(self) -> int:
@@ -49,7 +59,8 @@ class Blocks(Dataset[Item]):
             raise IndexError(index)
         start, stop = index * self._size, (index + 1) * self._size
         first, last = np.searchsorted(self._ends, [start, stop - 1], "right")
-        ids = np.concatenate([_cell(self._dataset, "input_ids", row) for row in self._rows[first : last + 1]])
+        spans = [array[first : last + 1] for array in (self._rows, self._starts, self._stops)]
+        ids = np.concatenate([_cell(self._dataset, "input_ids", row)[a:b] for row, a, b in zip(*spans, strict=True)])
         skipped = start - (int(self._ends[first - 1]) if first else 0)
         ids = ids[skipped : skipped + self._size].astype(np.int64)
         return {"input_ids": ids, "labels": ids}
@@ -130,24 +141,6 @@ class Stream(IterableDataset[Item]):
 def lengths(dataset: datasets.Dataset) -> np.ndarray:
     """Tokens of each row, (rows,)."""
     return cast(np.ndarray, pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64))
-
-
-def hold_out(documents: np.ndarray, sizes: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and rows to hold out: whole documents chosen by `seed`; single rows where documents are few.
-
-    documents: number of each row's document, (rows,). sizes: bytes of each row, (rows,). About `fraction` of the bytes
-    is held out, at most a megabyte; at least one document, but nothing where there are too few.
-    """
-    units = documents if len(documents) and documents[-1] >= 19 else np.arange(len(documents))
-    bulk = np.bincount(units, sizes)
-    if fraction == 0 or len(bulk) < 4:
-        return np.arange(len(units)), np.zeros(0, np.int64)
-    wanted = min(fraction * bulk.sum(), 1e6)
-    order = np.random.default_rng(seed).permutation(len(bulk))
-    order = order[bulk[order] <= max(wanted, np.median(bulk))]  # a large document may be most of the corpus
-    count = 1 + int(np.abs(np.cumsum(bulk[order]) - wanted).argmin())
-    held = np.isin(units, order[: min(count, len(bulk) // 2)])
-    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def group(items: Iterable[Item], tokens: int) -> Iterator[list[Item]]:
@@ -243,9 +236,7 @@ def gather_training_data(
     if held is not None:
         train_set, held_out = cut_sequences(prepared, block_size), held
     else:
-        documents, sizes = (prepared.dataset.data.column(name).to_numpy() for name in ("document", "bytes"))
-        parts = hold_out(documents, sizes, data.eval_fraction, seed)
-        train_set, held_out = (cut_sequences(prepared, block_size, rows) for rows in parts)
+        train_set, held_out = _split(prepared, data.eval_fraction, block_size, seed)
         if not len(held_out):
             note("nothing is held out: the corpus is too small, or --eval-fraction is 0")
     if not len(train_set):
@@ -274,15 +265,35 @@ def _encode(corpus: Corpora | Corpus, tokenizer: PreTrainedTokenizerBase, data: 
     return prepared
 
 
-def cut_sequences(prepared: Prepared, block_size: int, rows: np.ndarray | None = None) -> Blocks | Examples:
-    """A corpus, or these rows of it, as sequences of at most `block_size` tokens."""
-    rows = np.arange(len(prepared.dataset)) if rows is None else rows
+def cut_sequences(prepared: Prepared, block_size: int) -> Blocks | Examples:
+    """A corpus as sequences of at most `block_size` tokens."""
     if prepared.report.kind == "text":
-        return Blocks(prepared.dataset, rows, block_size)
-    fit = rows[lengths(prepared.dataset)[rows] <= block_size]
-    if len(fit) < len(rows):
-        note(f"{len(rows) - len(fit)} of {len(rows)} examples are longer than {block_size} tokens: left out")
-    return Examples(prepared.dataset, fit)
+        return Blocks(prepared.dataset, np.arange(len(prepared.dataset)), block_size)
+    return Examples(prepared.dataset, _rows_that_fit(prepared, block_size))
+
+
+def _rows_that_fit(prepared: Prepared, block_size: int) -> np.ndarray:
+    fits = lengths(prepared.dataset) <= block_size
+    if not fits.all():
+        note(f"{(~fits).sum()} of {len(fits)} examples are longer than {block_size} tokens: left out")
+    return np.flatnonzero(fits)
+
+
+def _split(prepared: Prepared, fraction: float, block_size: int, seed: int) -> tuple[Any, Any]:
+    """A corpus as sequences to train on and sequences to measure on."""
+    dataset = prepared.dataset
+    documents, contents, sizes = (dataset.data.column(name).to_numpy() for name in ("document", "content", "bytes"))
+    if prepared.report.kind != "text":
+        fit = _rows_that_fit(prepared, block_size)
+        kept, held = hold_out(contents[fit], sizes[fit], fraction, seed)
+        return Examples(dataset, fit[kept]), Examples(dataset, fit[held])
+    shares = hold_out_texts(documents, contents, sizes, fraction, seed)
+    stops = np.round(lengths(dataset) * (1 - shares)).astype(np.int64)  # of what is trained on
+    kept, held = np.flatnonzero(shares < 1), np.flatnonzero(shares > 0)
+    return (
+        Blocks(dataset, kept, block_size, stops=stops[kept]),
+        Blocks(dataset, held, block_size, starts=stops[held]),
+    )
 
 
 def _prompt(sequences: Any, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -71,7 +71,7 @@ def finetune(
             give_task(tokenizer, task)
         plan = make_plan(
             config, count_parameters(source), dataset.sequences, dataset.length, train,
-            choose_device(options, source), processes=processes.count,
+            choose_device(options), processes=processes.count,
         )  # fmt: skip
         describe_plan(dataset.report, plan)
         if dry_run:

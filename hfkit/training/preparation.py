@@ -75,6 +75,6 @@ def prepare(
     sequences = cut_sequences(prepared, block_size)
     plan = make_plan(
         config, count_parameters(source), len(sequences), sequences.tokens / max(1, len(sequences)), TrainOptions(),
-        choose_device(options, source),
+        choose_device(options),
     )  # fmt: skip
     return Preparation(prepared, plan, len(sequences), block_size)

@@ -28,7 +28,8 @@ from hfkit import console, processes
 from hfkit.corpus.documents import Corpora, Corpus, Piece, find_corpus, read_records
 from hfkit.corpus.encoding import number_documents
 from hfkit.corpus.labelled import classification_rows, gather_labelled_data, question_rows
-from hfkit.corpus.sequences import gather_training_data, hold_out
+from hfkit.corpus.sequences import gather_training_data
+from hfkit.corpus.splitting import content_of, hold_out_texts
 from hfkit.declaration import divide, set_fields
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.architecture import choose_device
@@ -167,16 +168,21 @@ def train_tokenizer(
         HfkitError: the corpus does not consist of texts.
     """
     files = find_corpus(corpus)
-    sizes = np.array([(number, len(piece.text.encode())) for number, _, piece in _pieces(files, data)], np.int64)
-    if not len(sizes):
+    rows = np.array(
+        [(number, content_of(piece.text), len(piece.text.encode())) for number, _, piece in _pieces(files, data)],
+        np.int64,
+    )
+    if not len(rows):
         raise HfkitError("the corpus holds no text: there is nothing to learn")
-    is_trained = np.ones(len(sizes), bool)
-    if not data.eval_file:
-        is_trained[hold_out(sizes[:, 0], sizes[:, 1], data.eval_fraction, seed)[1]] = False
-    vocabulary = size.vocab_size or _vocabulary(size, int(sizes[:, 1].sum()))
+    documents, contents, sizes = rows.T
+    fraction = 0.0 if data.eval_file else data.eval_fraction
+    held = hold_out_texts(documents, contents, sizes, fraction, seed)
+    vocabulary = size.vocab_size or _vocabulary(size, int(sizes.sum()))
     console.note(f"training a tokenizer of {vocabulary:,} tokens")
-    pieces = zip(is_trained, _pieces(files, data), strict=True)
-    texts = (piece.text for trained, (*_, piece) in pieces if trained)
+    texts = (
+        piece.text[: round(len(piece.text) * (1 - share))]
+        for share, (*_, piece) in zip(held, _pieces(files, data), strict=True)
+    )
     blank: Any = GPT2Tokenizer()
     tokenizer: PreTrainedTokenizerBase = blank.train_new_from_iterator(texts, vocabulary, show_progress=False)
     return tokenizer

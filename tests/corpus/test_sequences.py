@@ -1,4 +1,4 @@
-"""Sequences hold every token once; what is held out is drawn by document; batches add nothing that is learned."""
+"""Sequences hold every token once; batches add nothing that is learned."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from hfkit.corpus import sequences
 from hfkit.corpus.chat import CHAT_TEMPLATE
 from hfkit.corpus.documents import END, find_corpus
 from hfkit.corpus.encoding import IGNORED, encode_examples
-from hfkit.corpus.sequences import Blocks, Collator, Examples, Stream, hold_out
+from hfkit.corpus.sequences import Blocks, Collator, Examples, Stream
 from hfkit.corpus.sequences import cut_sequences as cut
 from hfkit.corpus.sequences import gather_training_data as gather_material
 from hfkit.errors import HfkitError
@@ -164,77 +164,6 @@ def test_stream_gives_examples_that_fit(tmp_path, bundled):
     assert len(items) == 2 and {tuple(item["labels"].tolist()) for item in items} == wanted
 
 
-# what is held out
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_hold_out_takes_whole_documents(seed):
-    """About the wanted part is held out, in whole documents."""
-    draw = np.random.default_rng(seed)
-    count, fraction = int(draw.integers(20, 400)), float(draw.choice([0.01, 0.05, 0.2, 0.5]))
-    documents = np.repeat(np.arange(count), draw.integers(1, 8, count))
-    sizes = (draw.lognormal(6, draw.choice([0.1, 1.5]), len(documents)) + 1).astype(int)
-    train, held = hold_out(documents, sizes, fraction, seed)
-    assert sorted([*train, *held]) == list(range(len(documents)))
-    assert not set(documents[train]) & set(documents[held])
-    assert len(held) and len(train)
-    bulk = np.bincount(documents, sizes)
-    wanted = min(fraction * sizes.sum(), 1e6)
-    # Off by half a document at most, and by what the seed had to choose from.
-    assert abs(sizes[held].sum() - wanted) <= max(wanted, np.median(bulk)) * 0.75
-    again = hold_out(documents, sizes, fraction, seed)
-    assert (train == again[0]).all() and (held == again[1]).all()
-
-
-def test_hold_out_follows_seed():
-    """Another seed holds out other documents, and each document is as likely as the others."""
-    documents, sizes = np.arange(100), np.full(100, 50)
-    drawn = [hold_out(documents, sizes, 0.05, seed)[1] for seed in range(200)]
-    assert len({tuple(held) for held in drawn}) > 190 and {len(held) for held in drawn} == {5}
-    often = np.bincount(np.concatenate(drawn), minlength=100)  # 10 times each, on average
-    assert often.min() >= 1 and often.max() <= 25
-
-
-def test_hold_out_leaves_large_documents():
-    """A document that is most of the corpus is never held out."""
-    sizes = np.array([100] * 15 + [1_000_000] + [100] * 15)
-    for seed in range(50):
-        assert 15 not in hold_out(np.arange(31), sizes, 0.05, seed)[1]
-
-
-def test_hold_out_of_few_documents():
-    """Of few documents parts are held out; of too few parts nothing is."""
-    one_book = np.zeros(100, int)
-    train, held = hold_out(one_book, np.full(100, 4000), 0.05, 0)
-    assert len(held) == 5 and len(train) == 95
-    assert len(hold_out(np.repeat([0, 1], 2), np.full(4, 10), 0.05, 0)[1]) == 1
-    for rows in range(4):
-        train, held = hold_out(np.arange(rows), np.full(rows, 10), 0.5, 0)
-        assert len(held) == 0 and train.tolist() == list(range(rows))
-    assert len(hold_out(np.arange(100), np.full(100, 10), 0.0, 0)[1]) == 0
-
-
-def test_hold_out_takes_a_megabyte():
-    """At most a megabyte is held out."""
-    sizes = np.full(100_000, 1000)
-    held = hold_out(np.arange(100_000), sizes, 0.05, 0)[1]
-    assert sizes[held].sum() == 1_000_000
-
-
-def test_train_tokenizer_skips_held_out_texts(tmp_path, datasets_cache, monkeypatch):
-    """A new tokenizer learns nothing from the held-out part."""
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=9)) for _ in range(40)]
-    path = write(tmp_path / "a.txt", ["", *((word + " ") * 30 for word in words), " "])  # one word a document
-    options, size = DataOptions(eval_fraction=0.2), SizeOptions(vocab_size=1000)
-    tokenizer = pretraining.train_tokenizer(path, size, options, seed=3)
-    material = gather_material(path, tokenizer, options, 64, seed=3)
-    known = {word for word in words if len(tokenizer.tokenize(" " + word)) == 1}
-    trained, held = (set(tokenizer.decode(ids(part)).replace(END, " ").split()) for part in
-                     (material.train_set, material.held_out))  # fmt: skip
-    assert trained == known and held == set(words) - known and 6 <= len(held) <= 10
-
-
 # batches
 
 
@@ -255,6 +184,20 @@ def test_collator_pads(shape):
 
 
 # all together
+
+
+def test_train_tokenizer_skips_held_out_texts(tmp_path, datasets_cache, monkeypatch):
+    """A new tokenizer learns nothing from the held-out part."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=9)) for _ in range(40)]
+    path = write(tmp_path / "a.txt", ["", *((word + " ") * 30 for word in words), " "])  # one word a document
+    options, size = DataOptions(eval_fraction=0.2), SizeOptions(vocab_size=1000)
+    tokenizer = pretraining.train_tokenizer(path, size, options, seed=3)
+    material = gather_material(path, tokenizer, options, 64, seed=3)
+    known = {word for word in words if len(tokenizer.tokenize(" " + word)) == 1}
+    trained, held = (set(tokenizer.decode(ids(part)).replace(END, " ").split()) for part in
+                     (material.train_set, material.held_out))  # fmt: skip
+    assert trained == known and held == set(words) - known and 6 <= len(held) <= 10
 
 
 def test_gather_training_data_loses_nothing(tmp_path, datasets_cache, bundled):

@@ -243,7 +243,7 @@ def test_finetune_every_kind(tiny, tiny_llama, corpus, answers, talks, tmp_path,
 
 def test_finetune_stops_early(tiny, corpus, tmp_path, capfd):
     """A run that does not get better stops early and keeps its best state."""
-    options = {"max_steps": 12, "eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 0.02}
+    options = {"max_steps": 12, "eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 0.1}
     run = train(corpus, tiny, tmp_path / "run", **options, lr_scheduler_type="constant", warmup_steps=0)
     measured = {step: loss for step, loss, _ in trials.scores(run.metrics) if step}
     best = min(measured, key=measured.get)

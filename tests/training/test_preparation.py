@@ -129,7 +129,7 @@ def test_prepare_folder(rows, tmp_path, capfdbinary, tiny):
     """`datasets` and `finetune` read a prepared folder."""
     out, dry = tmp_path / "out", ("-m", tiny, "--dry-run", "--max-steps", "2")
     assert call(capfdbinary, "prepare", rows, "-m", tiny, "-o", out).returncode == 0
-    assert datasets.load_from_disk(str(out)).column_names == ["input_ids", "document", "bytes"]
+    assert datasets.load_from_disk(str(out)).column_names == ["input_ids", "document", "content", "bytes"]
     told = [call(capfdbinary, "finetune", corpus, *dry) for corpus in (out, rows)]
     assert [result.returncode for result in told] == [0, 0]
     assert [result.stderr.splitlines()[:5] for result in told[:1]] == [

@@ -319,7 +319,8 @@ def test_finish_killed(tmp_path):
 
 
 NOT_PUBLISHED = ["optimizer.pt", "scheduler.pt", "rng_state_1.pth", "trainer_state.json", "manifest.json", "README.md",
-                 "pytorch_model.bin", "training_args.bin", "new_in_the_next_version.json", "scaler.pt", "latest"]  # fmt: skip
+                 "pytorch_model.bin", "training_args.bin", "new_in_the_next_version.json", "scaler.pt",
+                 "latest"]  # fmt: skip
 
 
 def test_finish_publishes_the_model_only(tmp_path):
