@@ -16,7 +16,7 @@ from hfkit.corpus.sequences import TrainingData, gather_training_data
 from hfkit.corpus.templates import give_task, make_task
 from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError, first_line
-from hfkit.models.architecture import check_head, choose_device, head_of
+from hfkit.models.architecture import check_head, choose_device, context_length, head_of
 from hfkit.models.loading import load_config, load_tokenizer, load_weights, load_with_head
 from hfkit.models.sources import ModelFiles, count_parameters, find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
@@ -54,14 +54,15 @@ def finetune(
     options: ModelOptions
     options, data, train = divide(overrides, (ModelOptions, model), (DataOptions, data), (TrainOptions, train))
     inputs = [*run_folder.sources_of(corpus), *(data.eval_file or []), *filter(None, [options.model])]
-    with reserve(corpus, train, dry_run, inputs) as (folder, train):
+    line = run_folder.command_line("finetune", corpus, options, data, train)
+    with reserve("finetune", corpus, train, dry_run, inputs) as (folder, train):
         files, source = run_folder.find_files(corpus, folder), find_model(options)
         if train.overwrite:
             run_folder.check_not_input(folder, [source.folder, source.adapter or source.folder])
         tokenizer, config = load_tokenizer(source), load_config(source)
         train = _choose_head(source, config, train)
         _check_model(source, config, options, train, data)
-        block_size = block_size_for(config, data.block_size)
+        block_size = block_size_for(context_length(config), data.block_size)
         with processes.first_one_first():
             if train.head:
                 dataset = _gather_labelled(files, config, tokenizer, data, train, block_size)
@@ -83,7 +84,8 @@ def finetune(
                 files=files,
                 folder=folder,
                 recipe=run_folder.make_recipe(corpus, replace(options, model=source.name), data, plan.options),
-                facts=dataset.fingerprint | {"model_bytes": source.size, "processes": processes.count},
+                facts=dataset.fingerprint
+                | {"model_bytes": source.size, "processes": processes.count, "command": line},
                 tokenizer=tokenizer,
                 make_model=partial(make_trainable, source, options, plan, tokenizer, dataset),
                 dataset=dataset,

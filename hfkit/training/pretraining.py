@@ -78,12 +78,15 @@ def pretrain(
     if (shape.architecture == "bert") != bool(train.head):
         raise OptionError("a new BERT is trained with a --head, and a new GPT-2 without: say --architecture bert")
     inputs = [*run_folder.sources_of(corpus), *(data.eval_file or [])]
-    with reserve(corpus, train, dry_run, inputs) as (folder, train):
+    line = run_folder.command_line("pretrain", corpus, shape, data, train, ModelOptions(device=device))
+    with reserve("pretrain", corpus, train, dry_run, inputs) as (folder, train):
         files = find_corpus(corpus, folder)
         resumed = train.resume and not train.overwrite and run_folder.is_begun(folder)
         tokenizer = _load_tokenizer(folder) if resumed else _train_tokenizer_once(files, shape, data, train)
         sizes = shape_of(shape)
-        block_size = min(data.block_size or sizes["n_positions"], sizes["n_positions"])
+        block_size = data.block_size or sizes["n_positions"]
+        if block_size > sizes["n_positions"]:
+            raise OptionError(f"--block-size is {block_size}: raise --n-positions, {sizes['n_positions']}, as well")
         with processes.first_one_first():
             if train.head:
                 dataset = gather_labelled_data(files, tokenizer, data, train.head, block_size, train.seed, None)
@@ -107,7 +110,7 @@ def pretrain(
             files=files,
             folder=folder,
             recipe=run_folder.make_recipe(corpus, shape, data, plan.options) | {"device": device},
-            facts=dataset.fingerprint | {"processes": processes.count},
+            facts=dataset.fingerprint | {"processes": processes.count, "command": line},
             tokenizer=tokenizer,
             make_model=partial(_make_trainable, config, plan),
             dataset=dataset,
