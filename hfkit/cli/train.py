@@ -40,7 +40,7 @@ def finetune(
     from hfkit.training import run_folder
 
     inputs = [*(data.eval_file or []), *filter(None, [model.model])]
-    run_folder.check_request(corpus, train, inputs=inputs, dry_run=dry_run)
+    run_folder.check_request("finetune", corpus, train, inputs=inputs, dry_run=dry_run)
     if not launch_processes(launch):
         _print_run(hfkit.finetune(corpus, model=model, data=data, train=train, dry_run=dry_run), json)
 
@@ -59,7 +59,7 @@ def pretrain(
     """Train a tokenizer and a GPT-2 from nothing; print the folder."""
     from hfkit.training import run_folder
 
-    run_folder.check_request(corpus, train, inputs=data.eval_file or [], dry_run=dry_run)
+    run_folder.check_request("pretrain", corpus, train, inputs=data.eval_file or [], dry_run=dry_run)
     if not launch_processes(launch):
         run = hfkit.pretrain(corpus, size=size, data=data, train=train, device=device, dry_run=dry_run)
         _print_run(run, json)

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from hfkit.console import progress
+from hfkit.console import note, progress
 from hfkit.corpus.documents import PREPARED, Corpus, Example, Piece, is_prepared, read_records
 from hfkit.corpus.encoding import BATCH, encode_records, fingerprint, is_empty, sha256_of, texts_of
 from hfkit.errors import HfkitError, first_line

@@ -113,12 +113,14 @@ def claim(folder: Path, asked: dict[str, Any], *, overwrite: bool) -> None:
 
 
 def _read_search(path: Path) -> dict[str, Any] | None:
-    """What a search wrote down; None where there is none."""
+    """What a search wrote down, nothing if that is damaged; None where there is no search."""
+    if not path.is_file() or path.name not in owned(path.parent):
+        return None
     try:
         known = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return known if isinstance(known, dict) and path.name in owned(path.parent) else None
+        return {**known} if all(isinstance(known.get(name, {}), dict) for name in ("space", "recipe")) else {}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 @contextlib.contextmanager
