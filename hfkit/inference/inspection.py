@@ -1,8 +1,8 @@
 """`inspect`: how likely each token of a text is, what would come next, and what each sampling control leaves of it."""
 
+import base64
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,12 @@ from hfkit.errors import HfkitError
 from hfkit.inference.likelihood import score
 from hfkit.models.loading import LanguageModel, loaded
 from hfkit.options import InspectOptions, ModelOptions
-from hfkit.reporting import pages
+from hfkit.reporting.templates import render
 
 _WARPERS = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper,
             "min_p": MinPLogitsWarper}  # fmt: skip
 _SHOWN = {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.05}  # where none is asked for
+_MOST_WEIGHTS = 30_000_000  # bytes of attention on a page, before base64
 _FULL = 12.0  # bits of surprise that get the strongest colour
 _SIGNS = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
 _BYTES = {sign: byte for byte, sign in bytes_to_unicode().items()}
@@ -64,22 +65,7 @@ class Inspection:
         return {"model": self.model, "bits": self.bits, "tokens": tokens, "next": self.following, "left": self.left}
 
     def _repr_html_(self) -> str:
-        words = "".join(
-            f'<span title="{pages.escape(_told(token))}" style="background:rgba(220,90,20,{_strength(token):.2f})">'
-            f"{pages.escape(token.text)}</span>" + ("<br>" if "↵" in token.text else "")
-            for token in self.tokens
-        )
-        names = ["text", "probability", *self.left]
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{pages.escape(cell(row[name]))}</td>" for name in names) + "</tr>"
-            for row in self.following
-        )
-        heads = "".join(f"<th>{pages.escape(name)}</th>" for name in ["next token", "alone", *_headings(self.left)])
-        return (
-            f'<div class="tokens">{words}</div>'
-            f"<p>{self.bits:.1f} bits in {len(self.tokens)} tokens; the stronger the colour, the more surprising</p>"
-            f"<table><tr>{heads}</tr>{rows}</table>"
-        )
+        return render("inspection.html.jinja", view=_view(self), is_page=False, attention=None)
 
 
 def _told(token: Token) -> str:
@@ -89,10 +75,6 @@ def _told(token: Token) -> str:
 def _strength(token: Token) -> float:
     """Of its colour, from 0 to 0.8."""
     return 0.8 * min(1.0, (token.bits or 0.0) / _FULL)
-
-
-def _headings(left: dict[str, int]) -> list[str]:
-    return [f"{name}: {count:,} left" for name, count in left.items()]
 
 
 def cell(value: str | float) -> str:
@@ -202,7 +184,46 @@ def readable(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
         return "⟨" + raw.hex(" ") + "⟩"
 
 
-def to_page(found: Inspection, pictures: Mapping[int, bytes]) -> str:
-    """A page of its own, which needs no network; the pictures are of these layers."""
-    drawn = [pages.image(png, f"attention of layer {layer}", wide=True) for layer, png in pictures.items()]
-    return pages.page(found.model, found._repr_html_(), *drawn)
+def _view(inspection: Inspection) -> dict[str, Any]:
+    """What a page shows of an inspection."""
+    names = ["probability", *inspection.left]
+    title = "".join(token.text for token in inspection.tokens).replace("·", " ").replace("↵", " ").strip()
+    return {
+        "model": inspection.model,
+        "title": title if len(title) <= 60 else f"{title[:60]}…",
+        "sentence": f"{inspection.bits:.1f} bits in {len(inspection.tokens)} tokens",
+        "tokens": [
+            {"text": token.text, "title": _told(token), "strength": _strength(token), "ends_line": "↵" in token.text}
+            for token in inspection.tokens
+        ],
+        "head": ["next token", "alone", *(f"{name}: {count:,} left" for name, count in inspection.left.items())],
+        "rows": [
+            [{"text": row["text"]}, *({"text": cell(row[name]), "share": round(100 * row[name])} for name in names)]
+            for row in inspection.following
+        ],
+    }
+
+
+def to_page(inspection: Inspection, layer: int | None = None) -> str:
+    """A page on its own, which fetches nothing. Its attention, if there is any, can be explored; of one layer, or all.
+
+    Raises:
+        HfkitError: the weights are more than a page can hold.
+    """
+    attention = None
+    if inspection.attention is not None:
+        layers = range(len(inspection.attention)) if layer is None else [layer]
+        rows, columns = torch.tril_indices(len(inspection.words), len(inspection.words))
+        weights = inspection.attention[list(layers)][..., rows, columns]
+        if weights.numel() > _MOST_WEIGHTS:
+            raise HfkitError(
+                f"{len(inspection.words)} tokens have {weights.numel():,} attention weights, too many for a page: "
+                "choose one --layer, or a shorter text"
+            )
+        attention = {
+            "words": inspection.words,
+            "layers": " ".join(map(str, layers)),
+            "heads": weights.shape[1],
+            "weights": base64.b64encode((255 * weights.sqrt()).round().to(torch.uint8).numpy().tobytes()).decode(),
+        }
+    return render("inspection.html.jinja", view=_view(inspection), is_page=True, attention=attention)
