@@ -19,7 +19,8 @@ from hfkit.declaration import divide
 from hfkit.errors import HfkitError
 from hfkit.evaluation.metrics import find_metric
 from hfkit.evaluation.tasks import Assessment, assess, find_task
-from hfkit.inference.likelihood import Scores, exp, jsonable, precise_head, ratio_stderr, score_batches
+from hfkit.inference.likelihood import Scores, exp, jsonable, ratio_stderr, score_batches
+from hfkit.inference.twins import in_eval_mode, precise_head
 from hfkit.models.architecture import computes_faster_in_bfloat16, head_of
 from hfkit.models.loading import LanguageModel, loaded
 from hfkit.models.quantization import bits_of
@@ -264,20 +265,19 @@ def _batches(windows: Iterator[Item], tokens: int) -> Iterator[tuple[torch.Tenso
 
 def _score_windows(lm: LanguageModel, windows: Iterator[Item], wants_float32: bool) -> tuple[Scores, str]:
     """Scores, and the precision used: bfloat16 where that is faster and does not change the first batch."""
-    model, device = lm.model, lm.model.device.type
+    model, device = precise_head(in_eval_mode(lm).model), lm.model.device.type
     batches = _batches(windows, _BATCH.get(device, _BATCH["cpu"]))
     dtype = str(model.dtype).removeprefix("torch.")
     first = list(islice(batches, 2))
     batches = chain(first[1:], batches)
     may_halve = len(first) == 2 and not wants_float32 and model.dtype == torch.float32
-    with precise_head(model):
-        scores = score_batches(model, first[:1])
-        if may_halve and computes_faster_in_bfloat16(device):
-            with torch.autocast(device, torch.bfloat16):
-                change = abs(score_batches(model, first[:1]).loss - scores.loss)
-                detail(f"bfloat16 changes the loss of the first {scores.count} tokens by {change:.1e} nats per token")
-                if change < _CLOSE:
-                    dtype = "bfloat16"
-                    scores.merge(score_batches(model, batches))
-        scores.merge(score_batches(model, batches))  # nothing is left if bfloat16 was used
+    scores = score_batches(model, first[:1])
+    if may_halve and computes_faster_in_bfloat16(device):
+        with torch.autocast(device, torch.bfloat16):
+            change = abs(score_batches(model, first[:1]).loss - scores.loss)
+            detail(f"bfloat16 changes the loss of the first {scores.count} tokens by {change:.1e} nats per token")
+            if change < _CLOSE:
+                dtype = "bfloat16"
+                scores.merge(score_batches(model, batches))
+    scores.merge(score_batches(model, batches))  # nothing is left if bfloat16 was used
     return scores, bits_of(model) or dtype

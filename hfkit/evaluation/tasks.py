@@ -9,8 +9,8 @@ import numpy as np
 
 from hfkit.console import progress, with_error
 from hfkit.corpus.documents import Corpora, find_corpus, read_table
-from hfkit.corpus.formats import Row
 from hfkit.corpus.labelled import classification_rows, question_rows
+from hfkit.corpus.rows import Row
 from hfkit.corpus.templates import Task, make_task, task_of
 from hfkit.errors import HfkitError
 from hfkit.evaluation.metrics import METRICS, find_metric, mean_figures

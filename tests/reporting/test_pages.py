@@ -440,8 +440,8 @@ def test_write_report_of_an_unfinished_run_is_one_line(runs, tmp_path, capfdbina
     assert_fails(call(capfdbinary, "report", tmp_path / "none"), 1, "no finished run")
     damaged = {
         b"": "readable", b"{": "readable", b"\xff\xfe": "readable", b"[" * 100_000: "readable",
-        b"[]": "not a JSON object",
-        b"3": "not a JSON object", b"{}": "it has no 'history'", b'{"model": "a", "step": "x"}': "metrics.json",
+        b"[]": "not a JSON object", b"3": "not a JSON object", b"{}": "it has no 'history'",
+        b'{"model": "a", "step": "x"}': "metrics.json",
     }  # fmt: skip
     for content, words in damaged.items():
         path.write_bytes(content)

@@ -1,0 +1,231 @@
+"""Texts, examples and conversations become the tokens that the tokenizer makes of them."""
+
+import json
+import os
+import random
+from itertools import groupby
+
+import numpy as np
+import pytest
+from support.corpora import CHATML, prepare, scrawl, talk, whole
+from support.models import byte_vocabulary
+
+from hfkit.corpus.documents import END, Example, cut_pieces
+from hfkit.corpus.encoding import IGNORED, encode_documents, encode_examples
+from hfkit.errors import HfkitError
+from hfkit.models.loading import load_tokenizer
+from hfkit.models.sources import find_model as find
+from hfkit.options import ModelOptions
+
+
+def ids_of(prepared) -> list[int]:
+    return np.concatenate(prepared.dataset.with_format("numpy")[:]["input_ids"]).tolist()
+
+
+# documents
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_encode_documents_cuts_no_token(bundled, seed):
+    """The tokens of the pieces are those of the whole document."""
+    text, draw = scrawl(seed), random.Random(seed)
+    chunks, start = [], 0
+    while start < len(text):
+        chunks.append(text[start : start + draw.randint(1, 12_000)])
+        start += len(chunks[-1])
+    rows = list(encode_documents(cut_pieces(chunks), bundled))
+    documents = [document for document in text.split(END) if document.strip()]
+    for (number, group), document in zip(groupby(rows, lambda row: row["document"]), documents, strict=True):
+        group = list(group)
+        assert np.concatenate([row["input_ids"] for row in group]).tolist() == whole([document], bundled), number
+        assert sum(row["bytes"] for row in group) == len(document.encode())
+    assert [number for number, _ in groupby(row["document"] for row in rows)] == list(range(len(documents)))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_cut_pieces_keeps_words_whole(seed):
+    """No word lies across two pieces."""
+    from tokenizers import pre_tokenizers
+
+    words, text = pre_tokenizers.ByteLevel(add_prefix_space=False), scrawl(seed).replace(END, "")
+    ends, end = {stop for _, (_, stop) in words.pre_tokenize_str(text)}, 0
+    for piece in cut_pieces([text]):
+        end += len(piece.text)
+        assert end in ends or len(piece.text) == 16_000  # where there is no place to cut
+
+
+def test_encode_documents_frames_documents(tiny_llama):
+    """A document begins as the tokenizer begins a text, and ends with EOS unless `close` is off."""
+    tokenizer = load_tokenizer(find(ModelOptions(model=tiny_llama)))
+    assert tokenizer.bos_token_id is not None
+    from tokenizers.processors import TemplateProcessing
+
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    processor = TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", begin)])
+    tokenizer.backend_tokenizer.post_processor = processor
+    texts = ["one text", "x " * 5000]
+    for close in (True, False):
+        rows = list(encode_documents(cut_pieces([END.join(texts)]), tokenizer, close=close))
+        ids = [row["input_ids"].tolist() for row in rows]
+        assert ids[0] == [*tokenizer(texts[0])["input_ids"], *[end] * close]
+        assert sum(ids, []).count(begin) == 2 and sum(ids, []).count(end) == 2 * close
+
+
+def test_encode_documents_changes_no_state(bundled, monkeypatch):
+    """Encoding changes no environment variable and is not cut by what an earlier call left in the tokenizer."""
+    bundled("a", truncation=True, max_length=2)  # the library keeps this for the next call
+    for value in (None, "false", "true"):
+        if value:
+            monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)
+        else:
+            monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+        (row,) = encode_documents(cut_pieces(["a text of more than two tokens"]), bundled)
+        assert len(row["input_ids"]) > 3
+        assert os.environ.get("TOKENIZERS_PARALLELISM") == value
+
+
+@pytest.mark.parametrize("words", [1 << 16, (1 << 16) + 1])
+def test_encode_corpus_keeps_large_vocabularies(tmp_path, datasets_cache, words):
+    """Token ids above 16 bits are kept."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "<end>": 1, **{f"w{i}": i for i in range(2, words)}}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<end>")
+    (tmp_path / "a.txt").write_text(f"w2 w300 w65535 w{words - 1}")
+    assert ids_of(prepare(tmp_path / "a.txt", tokenizer)) == [2, 300, 65535, words - 1, 1]
+
+
+# examples
+
+
+def learned(row, tokenizer) -> list[str]:
+    """The texts of each run of labelled tokens."""
+    assert len(row["labels"]) == len(row["input_ids"])
+    runs = groupby(zip(row["input_ids"].tolist(), row["labels"].tolist(), strict=True), lambda pair: pair[1] >= 0)
+    texts = []
+    for is_label, run in runs:
+        run = list(run)
+        if is_label:
+            assert all(i == label for i, label in run)
+            texts.append(tokenizer.decode([i for i, _ in run]))
+        else:
+            assert {label for _, label in run} == {IGNORED}
+    return texts
+
+
+TALKS = [
+    [("user", "Hello?"), ("assistant", "Yes.")],
+    [("system", "Be kind."), ("user", "One"), ("assistant", "Two 🎉 漢字"), ("user", "Three "), ("assistant", "Four")],
+    [("assistant", "I begin."), ("user", "So you do.")],
+    [("user", "a"), ("assistant", "b"), ("assistant", "c"), ("user", "no answer to this")],
+]
+
+
+@pytest.mark.parametrize("turns", TALKS)
+@pytest.mark.parametrize("template", [None, CHATML], ids=["ours", "chatml"])
+def test_encode_examples_learns_answers(bundled, template, turns):
+    """In a conversation the assistant's answers are learned and nothing else."""
+    bundled.chat_template = template
+    (row,) = encode_examples([talk(*turns)], bundled)
+    answers = [text for role, text in turns if role == "assistant"]
+    if template:
+        wanted = [f"{text}<|im_end|>\n" for text in answers]
+        text = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
+    else:
+        wanted = [f" {text}<|endoftext|>" for text in answers]
+        end = {"assistant": "<|endoftext|>"}
+        text = "\n".join(f"{role.capitalize()}: {text.strip()}{end.get(role, '')}" for role, text in turns)
+    assert learned(row, bundled) == wanted
+    assert bundled.decode(row["input_ids"]) == text
+    assert row["input_ids"].tolist() == bundled(text, add_special_tokens=False)["input_ids"]
+    assert row["bytes"] == sum(len(text.encode()) for _, text in turns)
+
+
+def test_encode_examples_learns_first_token(bundled):
+    """An answer's first token is learned even if the prompt ends with the token's space."""
+    bundled.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]: {% endif %}"
+    )
+    (row,) = encode_examples([talk(("user", "hi"), ("assistant", "the answer"))], bundled)
+    assert learned(row, bundled) == [" the answer\n"]
+
+
+REWRITING = (
+    "{% for m in messages %}{% if loop.last or m.role == 'user' %}"
+    "{{ m.role }}:{{ m.content }}\n{% endif %}{% endfor %}"
+)
+RAISING = "{{ raise_exception('roles must\nalternate') }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (REWRITING + "{% if add_generation_prompt %}assistant:{% endif %}", "changes earlier turns"),
+        (CHATML.replace("'<|im_start|>assistant\\n' }}{% endif %}", "'<think>' }}{% endif %}"), "changes earlier"),
+        (RAISING, "rejects this conversation"),
+        ("{{ nonsense.nonsense.nonsense }}", "rejects this conversation"),
+        ("{% for %}", "rejects this conversation"),
+    ],
+)
+def test_encode_examples_refuses_templates(bundled, template, words):
+    """A template that fails is an error of one sentence."""
+    bundled.chat_template = template
+    with pytest.raises(HfkitError, match=words) as error:
+        list(encode_examples([talk(*TALKS[1])], bundled))
+    assert "a.jsonl, line 7" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("prompt", ["Question:", "", "two\nlines 漢 "])
+def test_encode_examples_learns_completions(bundled, prompt):
+    """Of a prompt and its completion the completion is learned."""
+    example = Example({"prompt": prompt, "completion": " an answer 🎉"}, "")
+    (row,) = encode_examples([example], bundled)
+    assert learned(row, bundled) == [" an answer 🎉<|endoftext|>"]
+    assert bundled.decode(row["input_ids"]) == prompt + " an answer 🎉<|endoftext|>"
+
+
+def test_encode_corpus_keeps_labels(tmp_path, datasets_cache, bundled):
+    """Examples are kept with their labels."""
+    rows = [{"messages": talk(*turns).row["messages"]} for turns in TALKS]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepared = prepare(tmp_path / "a.jsonl", bundled)
+    wanted = list(encode_examples([talk(*turns) for turns in TALKS], bundled))
+    assert prepared.report.kind == "messages" and prepared.report.documents == len(TALKS)
+    for name in ("input_ids", "labels"):
+        assert list(prepared.dataset[name]) == [row[name].tolist() for row in wanted]
+    assert prepared.report.longest == max(len(row["labels"]) for row in wanted)
+
+
+def test_encode_examples_with_a_slow_tokenizer(tmp_path, datasets_cache):
+    """A slow tokenizer encodes texts and completions, and refuses conversations."""
+    from transformers import PreTrainedTokenizer
+
+    class Slow(PreTrainedTokenizer):
+        def __init__(self, **keywords):
+            self.symbols = sorted(byte_vocabulary())
+            super().__init__(eos_token="<|endoftext|>", **keywords)
+
+        vocab_size = property(lambda self: len(self.symbols))
+
+        def get_vocab(self):
+            return {symbol: i for i, symbol in enumerate(self.symbols)}
+
+        def _tokenize(self, text):
+            return list(text)
+
+        def _convert_token_to_id(self, token):
+            return self.symbols.index(token)
+
+        def _convert_id_to_token(self, index):
+            return self.symbols[index]
+
+    tokenizer = Slow()
+    (tmp_path / "a.txt").write_text("one" + END + "two")
+    ids = ids_of(prepare(tmp_path / "a.txt", tokenizer))
+    assert "".join(tokenizer.convert_ids_to_tokens(ids)) == f"one{END}two{END}"
+    with pytest.raises(HfkitError, match="give prompt and completion"):
+        list(encode_examples([talk(*TALKS[0])], tokenizer))
