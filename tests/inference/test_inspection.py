@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from matplotlib.image import imread
-from support.pages import NASTY, Page
+from support.pages import ATTENTION_SCRIPT, NASTY, Page
 from support.shell import assert_fails, call
 from transformers import AddedToken, AutoModelForCausalLM
 
@@ -217,8 +217,7 @@ def test_to_page_is_alone(tiny, tmp_path, capfdbinary):
     result = call(capfdbinary, *line, "--attention", "-o", tmp_path / "page.html")
     assert result.returncode == 0 and result.stderr.decode() == f"hfkit: written: {tmp_path / 'page.html'}\n"
     page = Page((tmp_path / "page.html").read_text())
-    page.assert_alone()
-    assert page.tags.count("img") == 2 and page.pictures[0].shape[0] > 300  # a picture for each layer
+    page.assert_alone(script=ATTENTION_SCRIPT)
     found = hfkit.inspect(NASTY[:50], model=str(tmp_path / "<script>model"), top=258)
     assert "<script>" in [token.text for token in found.tokens]  # one token
     assert "".join(token.text for token in found.tokens) in page.text
@@ -238,7 +237,7 @@ def test_inspection_repr_html(lms):
     head, *rows = part.tables[0]
     assert len(head) == 3 and "temperature 0.5" in head[2] and len(rows) == 10
     assert [row[1] for row in rows] == [f"{row['probability']:.2%}" for row in found.following]
-    strengths = [float(re.search(r"([\d.]+)\)", v)[1]) for n, v in part.attributes if n == "style"]
+    strengths = [float(v[26:-1]) for n, v in part.attributes if n == "style" and v.startswith("background:rgba(220,")]
     by_surprise = sorted(zip([token.bits for token in found.tokens], strengths, strict=True))
     assert [strength for _, strength in by_surprise] == sorted(strengths) and max(strengths) <= 0.8
 
