@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal, NoReturn, Self, get_args, get_origin,
 
 from hfkit.errors import OptionError
 
-
 # hfkit's name of an option or argument, and what tutorials and other programs call it.
 _ALSO_CALLED = {
     "max_new_tokens": "max_length length max_tokens num_tokens n_tokens n_predict",

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
@@ -58,6 +59,8 @@ def _read_values(given: str, name: str, values: str, train: TrainOptions) -> Any
         why = "is not to be searched" if name in _NOT_SEARCHED else "is no training option"
         raise OptionError(f"--search is {given!r}: {name!r} {why}")
     low, dots, high = values.partition("..")
+    if not dots and re.fullmatch(r"[^,]*\d-[\d.][^,]*", values):
+        raise OptionError(f"--search is {given!r}: a range is written with two dots, such as {name}=1e-5..1e-3")
     read = [read_value(part) for part in ((low, high) if dots else values.split(","))]
     for value in read:  # so that a bad range is told before the first trial
         replace(train, **{name: value})
