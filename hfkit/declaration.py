@@ -5,12 +5,67 @@ import numbers
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, NoReturn, Self, get_args, get_origin, get_type_hints
 
 from hfkit.errors import OptionError
+
+# hfkit's name of an option or argument, and what tutorials and other programs call it.
+_ALSO_CALLED = {
+    "max_new_tokens": "max_length length max_tokens num_tokens n_tokens n_predict",
+    "block_size": "max_length max_seq_length max_seq_len seq_length sequence_length context_length",
+    "num_return_sequences": "num_samples nsamples n_samples num_sequences",
+    "temperature": "temp greedy",
+    "repetition_penalty": "repeat_penalty",
+    "num_beams": "beams beam_size beam_width",
+    "stop_strings": "stop_sequences stop_words",
+    "do_sample": "sample sampling",
+    "truncate": "truncation",
+    "seed": "random_seed random_state",
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs n_epochs num_epochs epoch max_epochs",
+    "max_steps": "steps num_steps train_steps max_iters iterations",
+    "per_device_train_batch_size": "batch_size train_batch_size bs",
+    "gradient_accumulation_steps": "grad_accum accumulation_steps accumulate_grad_batches",
+    "warmup_steps": "warmup warmup_ratio",
+    "weight_decay": "wd",
+    "early_stopping_patience": "patience",
+    "eval_file": "validation_file val_file eval_data eval_dataset validation_data",
+    "eval_fraction": "validation_split validation_split_percentage val_split test_size",
+    "lora": "use_lora use_peft peft",
+    "lora_r": "rank lora_rank",
+    "save_steps": "save_every checkpoint_every",
+    "eval_steps": "eval_every",
+    "num_processes": "gpus num_gpus nproc_per_node",
+    "activation_checkpointing": "gradient_checkpointing",
+    "model": "model_name model_path model_name_or_path pretrained_model_name_or_path checkpoint run",
+    "quantize": "load_in_8bit load_in_4bit quantization",
+    "output_dir": "output out out_dir save_dir",
+    "output": "output_dir output_file out",
+    "input": "input_file file prompts prompt_file",
+    "corpus": "train_file train_data data dataset train_dataset file_path text_file",
+    "prompt": "text input_text inputs",
+    "text": "prompt input_text inputs",
+    "context": "passage document",
+}
+
+
+def find_known_name(name: str, known: Iterable[str]) -> str | None:
+    """Return the one of the `known` names that means what other programs call `name`, or None."""
+    known = set(known)
+    name = name.strip("-").replace("-", "_")
+    return next((ours for ours, theirs in _ALSO_CALLED.items() if ours in known and name in theirs.split()), None)
+
+
+def explain_unknown_name(name: str, known: Iterable[str]) -> str:
+    """Return what to write instead of the unknown option `name`; an empty text if nothing is close."""
+    known = list(known)
+    if ours := find_known_name(name, known):
+        return f"hfkit calls it {ours!r}"
+    close = get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 def option(default: Any, help: str, *, short: str | None = None, above: float | None = None, **typer: Any) -> Any:
@@ -101,12 +156,15 @@ def divide(overrides: Mapping[str, Any], *groups: tuple[type[Options], Any]) -> 
     """
     owner = {name: group for group, _ in groups for name in group.names()}
     if unknown := [name for name in overrides if name not in owner]:
-        close = get_close_matches(unknown[0], owner, n=1)
-        raise TypeError(f"unknown option {unknown[0]!r}" + (f": did you mean {close[0]!r}?" if close else ""))
+        hint = explain_unknown_name(unknown[0], [*owner, "model"])
+        raise TypeError(f"unknown option {unknown[0]!r}" + (f": {hint}" if hint else ""))
     made = []
     for group, options in groups:
         if group.named_by and isinstance(options, str | os.PathLike):
             options = group(**{group.named_by: options})
+        if options is not None and not isinstance(options, group):
+            kind = type(options).__name__
+            raise TypeError(f"options are {group.__name__}(...), not a {kind}: pass its items as keywords, **{kind}")
         chosen = {name: value for name, value in overrides.items() if owner[name] is group}
         made.append(group(**{**(vars(options) if options else {}), **chosen}))
     return made

@@ -31,6 +31,14 @@ class LockedError(HfkitError):
     """Another process holds the folder or file."""
 
 
+class NotFiniteError(HfkitError):
+    """A model gives NaN or infinity, as half precision does where a value is too large for it."""
+
+    @classmethod
+    def of(cls, model: str) -> "NotFiniteError":
+        return cls(f"{model} gives values that are not numbers: try --dtype float32")
+
+
 class StoppedError(HfkitError):
     """Ctrl-C or SIGTERM ended a run; its state is saved."""
 

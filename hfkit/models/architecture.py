@@ -89,3 +89,9 @@ def computes_faster_in_bfloat16(device: str) -> bool:
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device == "cpu" and has_bfloat16_units()
+
+
+def check_causal(name: str, config: Any, instead: str) -> None:
+    """HfkitError, with what to do `instead`, if a model has an encoder."""
+    if config.is_encoder_decoder:
+        raise HfkitError(f"{name} has an encoder: {instead}")

@@ -56,6 +56,10 @@ class LanguageModel(NamedTuple):
         """Most tokens of prompt and continuation together; None where the model sets no limit."""
         return context_length(self.model.config)
 
+    def __repr__(self) -> str:
+        size, dtype = self.model.num_parameters(), str(self.model.dtype).removeprefix("torch.")
+        return f"LanguageModel({self.name!r}: {size:,} parameters, {dtype} on {self.model.device})"
+
 
 Model = str | os.PathLike[str] | ModelOptions | LanguageModel | tuple[Any, Any] | None
 
