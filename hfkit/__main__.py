@@ -1,4 +1,4 @@
-"""`python -m hfkit`, and so `accelerate launch -m hfkit` and `torchrun -m hfkit`."""
+"""`python -m hfkit`, which also makes `accelerate launch -m hfkit` and `torchrun -m hfkit` work."""
 
 from hfkit.cli.app import main
 

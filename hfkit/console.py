@@ -1,11 +1,13 @@
-"""What a person at a terminal sees: notes on stderr, text made safe to show."""
+"""Output for a person at a terminal: results on stdout, notes and progress on stderr, all of it safe to show."""
 
 import contextlib
+import json
 import logging
 import math
 import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,26 +18,27 @@ from hfkit import processes
 
 @dataclass
 class _State:
-    quiet: bool = processes.rank > 0  # of several processes the first one speaks for all
+    quiet: bool = processes.rank > 0  # only the first of several processes prints notes
     verbose: bool = False
     debug: bool = False
+    warned_of_encoding: bool = False
 
 
 state = _State()
-# C0 but newline and tab, DEL, C1, line and paragraph separators, zero-width and bidirectional controls:
-# all that can move the cursor, recolour, rename the window or reorder what is read.
+# C0 except newline and tab, DEL, C1, line and paragraph separators, zero-width and bidirectional controls:
+# everything that can move the cursor, change colours, rename the window or reorder text.
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
 
 
 def configure(*, quiet: bool, verbose: bool, debug: bool) -> None:
-    """Set how much is said, before anything heavy is imported; the libraries read their part from the environment."""
+    """Set how much is printed. Call it before a library is imported: they read their settings from the environment."""
     state.quiet, state.verbose, state.debug = quiet or processes.rank > 0, verbose, debug
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its caches
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it reports building its font cache
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -46,18 +49,35 @@ def printable(text: str) -> str:
 
 
 def write(text: str, file: IO[str] | None = None) -> None:
-    """Write a result to stdout: untouched to a pipe or file, printable to a terminal; shown at once."""
+    """Write a result to stdout and flush it: unchanged to a pipe or file, printable to a terminal."""
     file = file or sys.stdout
-    if file.isatty():
-        file.write(printable(text))
-    else:
-        # Half a surrogate pair cannot be UTF-8; nothing else is changed.
-        file.write(text.encode("utf-8", "replace").decode("utf-8"))
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    text = printable(text) if file.isatty() else text
+    # "?" for half a surrogate pair, which UTF-8 cannot hold, and for what another encoding lacks.
+    encodable = text.encode(encoding, "replace").decode(encoding)
+    if encodable != text and encoding.lower().replace("-", "") != "utf8" and not state.warned_of_encoding:
+        state.warned_of_encoding = True
+        note(f"the output is {encoding}, which lacks some characters: they are '?'; PYTHONIOENCODING=utf-8 keeps them")
+    file.write(encodable)
     file.flush()
 
 
+def to_json(value: Any) -> str:
+    """`value` as JSON on one line, in plain characters; half a surrogate pair, which UTF-8 cannot hold, is escaped."""
+    line = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):x}", line)
+
+
+def write_json(value: Any) -> None:
+    """Write `value` to stdout as one line of JSON."""
+    write(to_json(value) + "\n")
+
+
 def write_table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int = 120, **options: Any) -> None:
-    """Write a table to stdout, its cells printable; `width` holds where it is no terminal, `options` are rich's."""
+    """Write a table of printable cells to stdout.
+
+    width: columns where stdout is not a terminal. options: those of `rich.table.Table`.
+    """
     import shutil
 
     from rich.console import Console
@@ -73,57 +93,105 @@ def write_table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int =
 
 
 def note(text: str) -> None:
-    """A line on stderr, unless `--quiet`."""
+    """Print a line to stderr, unless `--quiet`."""
     if not state.quiet:
         print(f"hfkit: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def detail(text: str) -> None:
-    """A line on stderr under `--verbose`."""
+    """Print a line to stderr under `--verbose`."""
     if state.verbose:
         note(text)
 
 
 def fail(text: str) -> None:
-    """The one line of an error."""
+    """Print the one line of an error to stderr."""
     line = " ".join(printable(text).split("\n"))
-    with contextlib.suppress(OSError):  # nobody listens
+    with contextlib.suppress(OSError):  # stderr is closed
         print(f"hfkit: error: {line}", file=sys.stderr, flush=True)
 
 
 def progress(total: int | None, unit: str, label: str = "", **options: Any) -> Any:
-    """A tqdm bar on stderr, on a terminal only."""
+    """A tqdm bar on stderr, hidden unless that is a terminal."""
     from tqdm import tqdm
 
     hidden = state.quiet or not sys.stderr.isatty()
-    big = {"unit_scale": True} if unit in ("B", "tok") else {}
-    return tqdm(total=total, desc=label or None, unit=unit, disable=hidden, file=sys.stderr, **{**big, **options})
+    scale = {"unit_scale": True} if unit in ("B", "tok") else {}
+    return tqdm(total=total, desc=label or None, unit=unit, disable=hidden, file=sys.stderr, **{**scale, **options})
+
+
+_silence_lock, _silence, _silent_blocks = threading.Lock(), contextlib.ExitStack(), 0
 
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep transformers' bars and warnings off stderr: hfkit says what matters itself. Not under `--verbose`."""
+    """Keep progress bars and warnings of transformers off stderr, except under `--verbose`.
+
+    The settings belong to the process. Blocks of several threads may overlap: the last one to end restores them.
+    """
+    global _silent_blocks
     if state.verbose:
         yield
         return
-    from transformers.utils import logging
+    with _silence_lock:
+        if not _silent_blocks:
+            _silence.enter_context(_silenced())
+        _silent_blocks += 1
+    try:
+        yield
+    finally:
+        with _silence_lock:
+            _silent_blocks -= 1
+            if not _silent_blocks:
+                _silence.close()
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    from transformers.utils import logging as library
+
+    level, has_bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity(logging.ERROR)
+    library.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of one library about another
             yield
     finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        library.set_verbosity(level)
+        if has_bars:
+            library.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def duration(seconds: float) -> str:
-    """A time as a person says it."""
+    """A time in words: "90 seconds", "2 hours"."""
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(1, math.ceil(seconds))} seconds"
+
+
+def with_error(value: float, error: float | None, form: str) -> str:
+    """`value ± error` in this format; the value alone where the error is not known."""
+    known = error is not None and math.isfinite(error)
+    return f"{value:{form}} ± {error:{form.lstrip('+')}}" if known else f"{value:{form}}"
+
+
+def write_figures(head: Sequence[str], rows: Sequence[Sequence[str]], **options: Any) -> None:
+    """`write_table`, turned where it is too wide for the terminal: each cell on a line, so that none is cut."""
+    import shutil
+
+    from rich.cells import cell_len
+
+    columns = zip(head, *rows, strict=True)
+    width = 1 + sum(
+        3 + max(cell_len(printable(line)) for cell in column for line in cell.split("\n")) for column in columns
+    )
+    if width <= (shutil.get_terminal_size().columns if sys.stdout.isatty() else 120):
+        write_table(head, rows, **options)
+        return
+    names = [" ".join(name.split()) for name in head]
+    longest = max(map(len, names))
+    for row in rows:
+        lines = [f"{name:<{longest}}  {cell}\n" for name, cell in zip(names, row, strict=True) if cell]
+        write("".join([*lines, "\n"]))

@@ -1,34 +1,86 @@
-"""How an option is declared: a dataclass field with its help and its range, which hold wherever it is set."""
+"""How an option is declared: a dataclass field with its help text and its range, checked wherever it is set."""
 
 import functools
 import numbers
 import os
 import re
 import sys
-from dataclasses import field, fields
-from typing import Any, Literal, NoReturn, Self, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, ClassVar, Literal, NoReturn, Self, get_args, get_origin, get_type_hints
 
 from hfkit.errors import OptionError
+
+# hfkit's name of an option or argument, and what tutorials and other programs call it.
+_ALSO_CALLED = {
+    "max_new_tokens": "max_length length max_tokens num_tokens n_tokens n_predict",
+    "block_size": "max_length max_seq_length max_seq_len seq_length sequence_length context_length",
+    "num_return_sequences": "num_samples nsamples n_samples num_sequences",
+    "temperature": "temp greedy",
+    "repetition_penalty": "repeat_penalty",
+    "num_beams": "beams beam_size beam_width",
+    "stop_strings": "stop_sequences stop_words",
+    "do_sample": "sample sampling",
+    "truncate": "truncation",
+    "seed": "random_seed random_state",
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs n_epochs num_epochs epoch max_epochs",
+    "max_steps": "steps num_steps train_steps max_iters iterations",
+    "per_device_train_batch_size": "batch_size train_batch_size bs",
+    "gradient_accumulation_steps": "grad_accum accumulation_steps accumulate_grad_batches",
+    "warmup_steps": "warmup warmup_ratio",
+    "weight_decay": "wd",
+    "early_stopping_patience": "patience",
+    "eval_file": "validation_file val_file eval_data eval_dataset validation_data",
+    "eval_fraction": "validation_split validation_split_percentage val_split test_size",
+    "lora": "use_lora use_peft peft",
+    "lora_r": "rank lora_rank",
+    "save_steps": "save_every checkpoint_every",
+    "eval_steps": "eval_every",
+    "num_processes": "gpus num_gpus nproc_per_node",
+    "activation_checkpointing": "gradient_checkpointing",
+    "model": "model_name model_path model_name_or_path pretrained_model_name_or_path checkpoint run",
+    "quantize": "load_in_8bit load_in_4bit quantization",
+    "output_dir": "output out out_dir save_dir",
+    "output": "output_dir output_file out",
+    "input": "input_file file prompts prompt_file",
+    "corpus": "train_file train_data data dataset train_dataset file_path text_file",
+    "prompt": "text input_text inputs",
+    "text": "prompt input_text inputs",
+    "context": "passage document",
+}
+
+
+def find_known_name(name: str, known: Iterable[str]) -> str | None:
+    """Return the one of the `known` names that means what other programs call `name`, or None."""
+    known = set(known)
+    name = name.strip("-").replace("-", "_")
+    return next((ours for ours, theirs in _ALSO_CALLED.items() if ours in known and name in theirs.split()), None)
+
+
+def explain_unknown_name(name: str, known: Iterable[str]) -> str:
+    """Return what to write instead of the unknown option `name`; an empty text if nothing is close."""
+    known = list(known)
+    if ours := find_known_name(name, known):
+        return f"hfkit calls it {ours!r}"
+    close = get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 def option(default: Any, help: str, *, short: str | None = None, above: float | None = None, **typer: Any) -> Any:
     """A dataclass field with its help text.
 
-    `typer` takes what `typer.Option` does (`min`, `max`, ...); `above` is a bound that the value must exceed.
+    `above` is a bound that the value must exceed; `typer` are arguments of `typer.Option` (`min`, `max` ...).
     """
     return field(default=default, metadata={"help": help, "short": short, "above": above, "typer": typer})
-
-
-def set_fields(options: Any) -> dict[str, Any]:
-    """The fields that were given a value, by name."""
-    return {f.name: value for f in fields(options) if (value := getattr(options, f.name)) is not None}
 
 
 _hints = functools.cache(get_type_hints)
 
 
 def _is(value: Any, type_: Any) -> bool:
-    """Whether `value` is of an annotated type. A whole number is a float as well (numpy's, too); True is no number."""
+    """Whether `value` is of an annotated type. A whole number is a float as well (numpy's, too); True is neither."""
     origin, parts = get_origin(type_), get_args(type_)
     if origin is Literal:
         return value in parts
@@ -41,18 +93,22 @@ def _is(value: Any, type_: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A path as text, a list for a tuple, Python's number for numpy's."""
+    """A path as text, a tuple as a list, numpy's number as Python's."""
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value.item() if hasattr(value, "item") else value
 
 
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """Types and ranges hold for Python and recipes as for flags; a lone value stands for a list of one."""
+    """A group of options: Python and recipes meet the same checks as flags. A lone value stands for a list of one."""
+
+    named_by: ClassVar[str | None] = None  # the field that a lone text sets: ModelOptions.make("gpt2")
 
     def __post_init__(self) -> None:
+        hints = _hints(type(self))  # type: ignore[arg-type]  # mypy takes its __hash__ for that of an instance
         for f in fields(self):
-            type_ = _hints(type(self))[f.name]
+            type_ = hints[f.name]
             value = _plain(getattr(self, f.name))
             value = [value] if _is([value], type_) else value
             object.__setattr__(self, f.name, value)
@@ -60,40 +116,55 @@ class Options:
                 wanted = type_.__name__ if isinstance(type_, type) else str(type_).removesuffix(" | None")
                 choices = re.findall(r"'(.*?)'", wanted)
                 self._refuse(f.name, f"it must be {'one of ' + ', '.join(choices) if choices else wanted}")
-            if not isinstance(value, numbers.Real) or isinstance(value, bool):
-                continue
-            low, high, above = f.metadata["typer"].get("min"), f.metadata["typer"].get("max"), f.metadata["above"]
-            finite = abs(value) <= sys.float_info.max  # neither infinity nor an integer that no float can be
-            inside = (low is None or value >= low) and (high is None or value <= high) and finite
-            if not inside or (above is not None and value <= above):
-                lower = f"more than {above}" if above is not None else "finite" if low is None else f"at least {low}"
-                self._refuse(f.name, f"it must be {lower}" + ("" if high is None else f", at most {high}"))
-            if _is(0.5, type_):  # transformers takes a temperature of 2.0, not of 2
-                object.__setattr__(self, f.name, float(value))
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self._check_range(f.name, value, above=f.metadata["above"], **f.metadata["typer"])
+                if _is(0.5, type_):  # transformers takes a temperature of 2.0, not of 2
+                    object.__setattr__(self, f.name, float(value))
+
+    def _check_range(
+        self, name: str, value: float, *, above: float | None, min: float | None = None, max: float | None = None
+    ) -> None:
+        is_finite = abs(value) <= sys.float_info.max  # neither infinite nor an integer that no float can hold
+        is_inside = is_finite and (min is None or value >= min) and (max is None or value <= max)
+        if not is_inside or (above is not None and value <= above):
+            lower = f"more than {above}" if above is not None else "finite" if min is None else f"at least {min}"
+            self._refuse(name, f"it must be {lower}" + ("" if max is None else f", at most {max}"))
 
     def _refuse(self, name: str, why: str) -> NoReturn:
         raise OptionError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}: {why}")
 
     @classmethod
     def names(cls) -> list[str]:
-        return [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        return [f.name for f in fields(cls)]
 
     @classmethod
-    def make(cls, options: Self | None, overrides: dict[str, Any]) -> Self:
-        """`options` with `overrides`; an unknown name is a TypeError, as for any Python argument."""
-        return divide(overrides, (cls, options))[0]
+    def make(cls, options: Self | str | os.PathLike[str] | None, overrides: Mapping[str, Any] | None = None) -> Self:
+        """`options` with `overrides`. A lone text sets the field `named_by`; an unknown name is a TypeError."""
+        made: Self = divide(overrides or {}, (cls, options))[0]
+        return made
 
 
-def divide(overrides: dict[str, Any], *groups: tuple[type, Any]) -> list[Any]:
-    """For each (class, instance or None) of `groups` an instance with the `overrides` that are its fields."""
-    known = {name: group for group, _ in groups for name in group.names()}
-    unknown = [name for name in overrides if name not in known]
-    if unknown:
-        from difflib import get_close_matches
+def set_fields(options: Options) -> dict[str, Any]:
+    """The fields that have a value, by name."""
+    return {f.name: value for f in fields(options) if (value := getattr(options, f.name)) is not None}
 
-        close = get_close_matches(unknown[0], known, n=1)
-        raise TypeError(f"unknown option {unknown[0]!r}" + (f": did you mean {close[0]!r}?" if close else ""))
-    return [
-        group(**{**(vars(given) if given else {}), **{n: v for n, v in overrides.items() if known[n] is group}})
-        for group, given in groups
-    ]
+
+def divide(overrides: Mapping[str, Any], *groups: tuple[type[Options], Any]) -> list[Any]:
+    """For each (class, options) of `groups` the options with those of the `overrides` that are its fields.
+
+    options: an instance, None for the defaults, or for a class with `named_by` a text or path.
+    """
+    owner = {name: group for group, _ in groups for name in group.names()}
+    if unknown := [name for name in overrides if name not in owner]:
+        hint = explain_unknown_name(unknown[0], [*owner, "model"])
+        raise TypeError(f"unknown option {unknown[0]!r}" + (f": {hint}" if hint else ""))
+    made = []
+    for group, options in groups:
+        if group.named_by and isinstance(options, str | os.PathLike):
+            options = group(**{group.named_by: options})
+        if options is not None and not isinstance(options, group):
+            kind = type(options).__name__
+            raise TypeError(f"options are {group.__name__}(...), not a {kind}: pass its items as keywords, **{kind}")
+        chosen = {name: value for name, value in overrides.items() if owner[name] is group}
+        made.append(group(**{**(vars(options) if options else {}), **chosen}))
+    return made

@@ -1,24 +1,43 @@
-"""The one error that is the user's to fix; the command line shows its sentence without a traceback."""
+"""Errors that the user can fix. The command line prints the message, one line, without a traceback.
+
+HfkitError                    exit code 1
+├── OptionError               2, also a ValueError
+├── DivergedError
+├── LockedError
+└── StoppedError              128 + the signal: 130 after Ctrl-C, 143 after SIGTERM
+"""
 
 
 class HfkitError(Exception):
-    """Something in the request, not in the code, is wrong: the message says what, where, and what to do."""
+    """Something in the request is wrong. The message says what is wrong, where, and what to do."""
 
     exit_code = 1
 
 
 class OptionError(HfkitError, ValueError):
-    """An option's value is out of its range. On the command line this is a usage error (exit code 2)."""
+    """An option has a value that it cannot take. On the command line this is a usage error."""
 
     exit_code = 2
 
 
 class DivergedError(HfkitError):
-    """The loss of a training, or its weights, are no numbers any more."""
+    """The training loss, or a weight, is NaN or infinite."""
+
+
+class LockedError(HfkitError):
+    """Another process holds the folder or file."""
+
+
+class NotFiniteError(HfkitError):
+    """A model gives NaN or infinity, as half precision does where a value is too large for it."""
+
+    @classmethod
+    def of(cls, model: str) -> "NotFiniteError":
+        return cls(f"{model} gives values that are not numbers: try --dtype float32")
 
 
 class StoppedError(HfkitError):
-    """A run ended as Ctrl-C or SIGTERM asked; what it had done is saved."""
+    """Ctrl-C or SIGTERM ended a run; its state is saved."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -26,6 +45,6 @@ class StoppedError(HfkitError):
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, on one line; its name if it says nothing."""
-    said = getattr(error, "strerror", None) or str(error)
-    return next((line.strip() for line in said.splitlines() if line.strip()), type(error).__name__)
+    """The first line of a library's error message, or the name of its class if it has none."""
+    text = getattr(error, "strerror", None) or str(error)
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)

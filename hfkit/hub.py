@@ -1,26 +1,25 @@
-"""From a model's name to a local folder that is safe to load. Imports neither torch nor transformers.
+"""Reach the Hugging Face Hub within seconds, and explain its errors in one line."""
 
-What is local or cached never touches the network; a Hub that cannot be reached fails within seconds.
-"""
-
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, first_line
 
 PROBE_SECONDS = 2
 
 
 def reach_hub(name: str) -> None:
-    """HfkitError within seconds if the Hub, which has `name`, cannot be reached: its own client tries for 23."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    """Raise HfkitError within seconds if the Hub, which has `name`, cannot be reached. Its own client takes 23."""
+    from huggingface_hub import constants, get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
-    except Exception as error:  # what answers may not be a Hub, so more than httpx's errors
+    except Exception as error:  # whatever answers may not be a Hub, so more than httpx's errors
         raise HfkitError(explain_hub_error(error, name, None)) from error
 
 
 def explain_hub_error(error: Exception, name: str, revision: str | None, *, started: bool = False) -> str:
-    """What an error of the Hub's client means to its user."""
+    """One line for an error of the Hub's client.
+
+    started: part of the download was there already, so that running it again continues.
+    """
     import httpx2
     from huggingface_hub import constants, errors
 
@@ -35,12 +34,11 @@ def explain_hub_error(error: Exception, name: str, revision: str | None, *, star
         case errors.HfHubHTTPError():
             return f"the Hub answers with HTTP status {error.response.status_code} ({endpoint}, {name}): try later"
         case _ if started:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return f"the download of {name} broke off ({endpoint}): {reason}; run it again to go on"
+            return f"the download of {name} broke off ({endpoint}): {first_line(error)}; run it again to continue"
         case httpx2.HTTPError() | httpx2.InvalidURL() | OSError():
             return (
                 f"the Hub cannot be reached ({endpoint}): go online, set HF_ENDPOINT to a mirror, "
                 f"or use what is here: -m bundled, or a local folder ({name} is not cached)"
             )
         case _:
-            return f"what answers at {endpoint} is not a Hub: check the network and HF_ENDPOINT"
+            return f"the server at {endpoint} is not a Hub: check the network and HF_ENDPOINT"

@@ -1,4 +1,4 @@
-"""The processes that `accelerate launch` or `torchrun` started: who am I, and how do results come together."""
+"""The processes that `accelerate launch` or `torchrun` started: this one's rank, and how they exchange results."""
 
 import contextlib
 import os
@@ -9,17 +9,17 @@ count = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def gather(items: list[Any]) -> list[Any]:
-    """The items of all processes, in the order of their ranks; every process must call it."""
+    """The items of all processes, in the order of their ranks. Every process must call it."""
     if count == 1:
         return items
     from accelerate.utils import gather_object
 
     _state()
-    return gather_object(items)
+    return list(gather_object(items))
 
 
 def any_of(flag: bool) -> bool:
-    """Whether `flag` is true in any process; every process must call it."""
+    """Whether `flag` is true in any process. Every process must call it."""
     if count == 1:
         return flag
     import torch
@@ -29,12 +29,12 @@ def any_of(flag: bool) -> bool:
 
 
 def first_one_first() -> contextlib.AbstractContextManager[None]:
-    """A block that the first process of each machine runs alone, so that the others find in a cache what it made."""
+    """A block that the first process of each machine runs before the others, which then find its results cached."""
     return contextlib.nullcontext() if count == 1 else _state().local_main_process_first()
 
 
 def _state() -> Any:
-    """accelerate's; where there is no GPU it would take each process for the only one."""
+    """accelerate's PartialState. Without a GPU and without `cpu=True` it would take each process for the only one."""
     import torch
     from accelerate import PartialState
 

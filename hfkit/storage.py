@@ -1,12 +1,11 @@
-"""Files that appear whole or not at all, folders that one process writes at a time, and what in them is hfkit's.
+"""Files that appear whole or not at all, and folders that one process writes at a time.
 
-Only what hfkit wrote is ever replaced, deleted or given other permissions. Each output folder holds a list of the
-names that hfkit wrote there (`.hfkit.json`); everything else belongs to someone else.
+hfkit replaces, deletes and changes only what it wrote itself. Each output folder holds a list of those names
+(`.hfkit.json`); everything else in it belongs to someone else.
 """
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import re
@@ -15,9 +14,10 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from hfkit.console import note
-from hfkit.errors import HfkitError, first_line
+from hfkit.errors import HfkitError, LockedError, first_line
 
 LIST, LOCK = ".hfkit.json", ".hfkit.lock"
 _TEMPORARY = re.compile(r"\..+\.\d+\.hfkit")
@@ -30,11 +30,11 @@ def temporary(path: Path) -> Path:
 
 
 def owned(folder: Path) -> set[str]:
-    """Names in `folder` that hfkit wrote, from the list that it keeps there; none where there is no list."""
+    """Names in `folder` that hfkit wrote, from the list in the folder. Empty without a list."""
     try:
         names = json.loads((folder / LIST).read_text("utf-8"))["files"]
         return {name for name in names if isinstance(name, str) and Path(name).name == name != ".."}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return set()
 
 
@@ -50,7 +50,7 @@ def _is_ours(path: Path, listed: set[str]) -> bool:
 
 
 def find_foreign(folder: Path) -> list[str]:
-    """Paths below `folder`, relative to it, that hfkit did not write; hidden files included."""
+    """Relative paths of what hfkit did not write in `folder`, hidden files included."""
     listed, foreign = owned(folder), []
     for path in sorted(folder.iterdir()):
         if not _is_ours(path, listed):
@@ -61,10 +61,12 @@ def find_foreign(folder: Path) -> list[str]:
 
 
 def check_owned(folder: Path, *, hidden: bool = False) -> None:
-    """See that hfkit wrote everything in `folder`. Hidden files do not matter unless `hidden`: nobody touches them.
+    """Check that hfkit wrote everything in `folder`.
+
+    hidden: check hidden files too. Otherwise they do not matter, as nobody touches them.
 
     Raises:
-        HfkitError: it did not; the message names what is someone else's.
+        HfkitError: someone else wrote a file there; the message names it.
     """
     foreign = [name for name in find_foreign(folder) if hidden or not re.search(r"(^|/)\.", name)]
     if foreign:
@@ -75,7 +77,7 @@ def check_owned(folder: Path, *, hidden: bool = False) -> None:
 
 
 def remove_owned(folder: Path, *, keep: Iterable[str] = ()) -> None:
-    """Delete what hfkit wrote in `folder`, but for the names in `keep`, the list and the lock."""
+    """Delete what hfkit wrote in `folder`, except the names in `keep`, the list and the lock."""
     listed = owned(folder)
     for path in sorted(folder.iterdir()):
         if path.name in (LIST, LOCK, *keep) or not _is_ours(path, listed):
@@ -86,14 +88,14 @@ def remove_owned(folder: Path, *, keep: Iterable[str] = ()) -> None:
             remove_owned(path)
             for name in (LIST, LOCK):
                 (path / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # something foreign is in it
+            with contextlib.suppress(OSError):  # someone else's file is in it
                 path.rmdir()
         else:
             shutil.rmtree(path)
 
 
 def remove_temporary(folder: Path) -> None:
-    """Delete what processes that were killed have left behind."""
+    """Delete the temporary files of processes that were killed."""
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
@@ -105,7 +107,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file aside, make it durable, then give it its name: a crash leaves the old file or the new one."""
+    """Write a temporary file, sync it, then rename it to `path`: a crash leaves the old file or the new one."""
     check_regular(path)
     aside = temporary(path)
     try:
@@ -115,21 +117,29 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
         sync_folder(path.parent)
-    except OSError as error:  # a full disk does not say where
-        raise HfkitError(f"cannot write {path}: {first_line(error)}; mend that and run it again") from error
+    except OSError as error:  # the error of a full disk does not name the file
+        raise HfkitError(f"cannot write {path}: {first_line(error)}; fix that and try again") from error
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
 
 
 def check_regular(path: Path) -> None:
-    """HfkitError where `path` is a device, a pipe or a folder, which must not be replaced by a file."""
+    """Raise HfkitError if `path` is a device, a pipe or a folder, which a file must not replace."""
     if path.exists() and not path.is_file():
         raise HfkitError(f"{path} is not a regular file: name another file")
 
 
+def check_free(path: Path, *, overwrite: bool, flag: str) -> None:
+    """Raise HfkitError if something exists at `path`, unless it may be overwritten. `flag` names another place."""
+    if path.exists() and not overwrite:
+        raise HfkitError(f"{path} exists: --overwrite replaces it, or name another {flag}")
+
+
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the names in a folder durable, where the system can sync a folder (not on Windows)."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -138,31 +148,31 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_durable(folder: Path) -> None:
-    """Write every file of a folder that hfkit alone has written to the disk."""
+    """Sync everything in a folder that hfkit alone has written, and give files the mode of the umask."""
     _make_durable([folder, *folder.rglob("*")])
 
 
 def make_names_durable(folder: Path, names: Iterable[str]) -> None:
-    """The same for these files of a folder in which others may stand."""
+    """`make_durable` for these files of a folder that may hold files of others."""
     _make_durable([folder, *(folder / name for name in names)])
 
 
 def _make_durable(paths: list[Path]) -> None:
     mask = os.umask(0)
     os.umask(mask)
-    for path in sorted(paths, reverse=True):  # a folder after what is in it
+    for path in sorted(paths, reverse=True):  # what is in a folder before the folder
         if path.is_symlink():
             continue
         if path.is_dir():
             sync_folder(path)
         elif path.is_file():
             path.chmod(0o666 & ~mask)  # safetensors writes 0600
-            with path.open("rb") as file:
+            with path.open("r+b") as file:
                 os.fsync(file.fileno())
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Give a finished folder its name. What stood there goes only when the new one is in place."""
+    """Rename a finished folder to `target`. A folder that is there goes only after the new one is in place."""
     make_durable(staging)
     if target.exists():
         _exchange(staging, target)
@@ -173,82 +183,87 @@ def publish(staging: Path, target: Path) -> None:
         sync_folder(target.parent)
 
 
-def _exchange(one: Path, other: Path) -> None:
-    """Two folders change names, in one step where the system has that (Linux)."""
-    with contextlib.suppress(AttributeError):
+def _exchange(staging: Path, target: Path) -> None:
+    """Exchange the names of two folders, in one step where the system can (Linux): a kill loses neither."""
+    with contextlib.suppress(AttributeError, TypeError):  # another C library, Windows
         rename = ctypes.CDLL(None).renameat2
-        if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        if rename(_AT_FDCWD, os.fsencode(staging), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE) == 0:
             return
-    old = other.with_name(f".{other.name}.old")
+    old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    os.replace(other, old)
-    os.replace(one, other)
-    os.replace(old, one)
+    os.replace(target, old)
+    os.replace(staging, target)
+    os.replace(old, staging)
 
 
 def make_writable(folder: Path) -> None:
-    """Create `folder` and see that files can be written there.
-
-    Raises:
-        HfkitError: they cannot.
-    """
+    """Create `folder` and check that files can be written there. Raises HfkitError if they cannot."""
     probe = temporary(folder / "probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"\0" * 4096)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise HfkitError(f"cannot write to {folder}: {reason}; name another --output-dir") from error
+        raise HfkitError(f"cannot write to {folder}: {first_line(error)}; name another --output-dir") from error
     finally:
         with contextlib.suppress(OSError, ValueError):
             probe.unlink()
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of the files in it."""
+    """Bytes of the files in a folder and its subfolders."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """HfkitError if fewer than `needed` bytes are free in `folder`."""
+    """Raise HfkitError if fewer than `needed` bytes are free in `folder`."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise HfkitError(f"{folder} has {free:,} bytes free, {needed:,} are needed: make room, then --resume")
 
 
+def lock_file(file: IO[Any], *, wait: bool = False) -> bool:
+    """Lock an open file until it is closed or the process ends. False if another process holds it, unless `wait`."""
+    from filelock import lock_descriptor
+
+    return lock_descriptor(file.fileno(), blocking=wait)
+
+
 @contextlib.contextmanager
 def lock(folder: Path, *, wait: bool = False, tell: bool = True) -> Iterator[None]:
-    """Hold `folder` for this process; it is free again when the process ends, however it ends.
+    """Hold `folder` for this process. It is free again when the process ends, however it ends.
 
-    wait: until it is free, where that may be. tell: say so, as that may take long.
+    wait: wait until it is free. tell: print a note then, as that may take long.
 
     Raises:
-        HfkitError: another process holds it; the message names it.
+        LockedError: another process holds it; the message names the process and its host.
     """
+    path = folder / LOCK
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        # Never through a link that somebody put there; Windows does not follow one either when it creates a file.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
         raise HfkitError(f"cannot lock {folder}: {first_line(error)} ({LOCK}); name another --output-dir") from error
-    with os.fdopen(descriptor, "r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            used = f"{folder} is in use by {_holder(folder)}"
+    with os.fdopen(descriptor, "r+b") as file:
+        if not lock_file(file):
+            message = f"{folder} is in use by {_holder(path)}"
             if not wait:
-                raise HfkitError(f"{used}: wait for it, or name another --output-dir") from None
+                raise LockedError(f"{message}: wait for it, or name another --output-dir")
             if tell:
-                note(f"{used}: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+                note(f"{message}: waiting for it")
+            lock_file(file, wait=True)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        # Windows keeps others from reading the locked byte, the first one.
+        file.write(f" process {os.getpid()} on {socket.gethostname()}".encode())
         file.flush()
         yield
 
 
-def _holder(folder: Path) -> str:
-    """What the process that holds `folder` says of itself; just after it took it, nothing yet."""
+def _holder(path: Path) -> str:
+    """The process that holds a lock, as it wrote it there. Right after it took the lock nothing is written yet."""
     for _ in range(10):
-        if text := (folder / LOCK).read_text():
-            return text
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            file.seek(1)
+            if text := file.read().decode("utf-8", "replace"):
+                return text
         time.sleep(0.02)
     return "another process"

@@ -1,14 +1,13 @@
-"""All commands, and the end of each: one line on stderr where it failed, and an exit code."""
+"""The `hfkit` command: registers every subcommand, and turns each failure into one line and an exit code."""
 
 import gc
 import os
 import re
 import signal
 import sys
-import threading
 import time
 import traceback
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -23,14 +22,17 @@ from hfkit.cli.info import info
 from hfkit.cli.inspect import inspect
 from hfkit.cli.report import export, report
 from hfkit.cli.train import finetune, prepare, pretrain, tune
+from hfkit.cli.usage import Command, explain_usage
 from hfkit.errors import HfkitError, StoppedError
 
 app = typer.Typer(
     name="hfkit",
     help=hfkit.__doc__,
+    epilog='Start with: hfkit generate "Once upon a time"',
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    # --top_p, as transformers spells it, works as well as --top-p
+    rich_markup_mode=None,  # rich cuts long names at 80 columns, and takes half of the time that help takes
+    # --top_p, the spelling of transformers, works as well as --top-p.
     context_settings={
         "token_normalize_func": lambda token: token.replace("_", "-"),
         "help_option_names": ["-h", "--help"],
@@ -38,7 +40,7 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"hfkit {hfkit.__version__}")
         raise typer.Exit
@@ -47,48 +49,44 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None: ...
 
 
+for _command in (generate, chat, finetune, pretrain, prepare, evaluate, inspect, classify, answer, tune):
+    app.command(cls=Command)(_command)
 app.add_typer(recipes.app, name="recipes")
-for _command in (
-    *(generate, chat, finetune, pretrain, prepare, evaluate, inspect, classify, answer, tune, report, export, info),
-):
-    app.command()(_command)
+for _command in (report, export, info):
+    app.command(cls=Command)(_command)
 
 
 def main() -> NoReturn:
-    """Run a command; every failure becomes one line on stderr and an exit code."""
+    """Run one command, then exit. Nothing but SystemExit leaves this function."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by who started us
+        if getattr(sys, name) is None:  # the parent process closed it
             setattr(sys, name, open(os.devnull, mode))
-    # As an exception it lets what was begun be cleared away; but one of several processes may be waiting for another,
-    # and must not. A training run has a better answer, while it lasts.
-    before, hook, threshold = signal.getsignal(signal.SIGTERM), sys.unraisablehook, gc.get_threshold()
-    sys.unraisablehook = ask_again
     if processes.count == 1:
+        # Raise on SIGTERM, so that `finally` blocks run. One of several processes must end at once instead: it may be
+        # waiting for a peer that is gone. A training run installs its own handler.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    gc.set_threshold(50_000)  # importing transformers makes many objects and no garbage: a sixth of its time
+    if sys.argv[1:2] == ["help"]:
+        sys.argv[1:] = [*sys.argv[2:], "--help"]
+    gc.set_threshold(50_000)  # importing transformers creates many objects and no garbage: saves a sixth of its time
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="hfkit", standalone_mode=False)
         sys.stdout.flush()
-    except BaseException as error:  # noqa: BLE001, the one place where all ends
+    except BaseException as error:  # noqa: BLE001, every failure ends here
         code = explain(error)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        sys.unraisablehook = hook
-        gc.set_threshold(*threshold)
     if code:
         close_stdout()
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def explain(error: BaseException) -> int:
-    """Say on stderr what went wrong; the exit code of it."""
+    """Print what went wrong as one line on stderr, and return the exit code."""
     if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
-        error = error.__context__  # Typer makes the one of the other
+        error = error.__context__  # Typer replaces a BrokenPipeError by exit code 1
     if console.state.debug and not isinstance(error, SystemExit):
         traceback.print_exception(error)
     match error:
@@ -97,25 +95,28 @@ def explain(error: BaseException) -> int:
         case KeyboardInterrupt() | typer.Abort():
             return 130
         case BrokenPipeError():
-            return 141  # whoever read has had enough, as after SIGPIPE
+            return 141  # the reader of a pipe has gone: the code that SIGPIPE gives
         case StoppedError() if processes.rank > 0:
-            return error.exit_code  # the first process says it
+            return error.exit_code  # process 0 prints the line
         case HfkitError():
             if processes.rank > 0:
-                time.sleep(5)  # where the first process says the same, the launcher ends this one before it does
+                # If process 0 fails in the same way, the launcher ends this one before it prints the line again.
+                time.sleep(5)
             console.fail(str(error))
             return error.exit_code
         case RuntimeError() if processes.count > 1 and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
-            console.fail(f"process {processes.rank} lost the other processes: see what they say")
-        case typer.TyperException() if hasattr(error, "format_message"):
-            if message := error.format_message():  # none where the help was shown instead
-                console.fail(f"{message} (see --help)")
-            return getattr(error, "exit_code", 2)
+            console.fail(f"process {processes.rank} lost the other processes: see their messages")
+        case typer.TyperException() if type(error).__name__ == "NoArgsIsHelpError":
+            console.write(f"{error.format_message()}\n")
+            return 2
+        case typer.TyperException():
+            console.fail(explain_usage(error))
+            return int(getattr(error, "exit_code", 2))
         case MemoryError():
             console.fail("out of memory: use a smaller model, a smaller --batch-size, or --quantize int8")
         case OSError() if error.strerror:
             where = f" ({error.filename})" if error.filename else ""
-            console.fail(f"{error.strerror}{where}: mend that and run it again")
+            console.fail(f"{error.strerror}{where}: fix that and try again")
         case _:
             console.fail(
                 f"this should not happen: {type(error).__name__}: {error}; run again with --debug and report it"
@@ -123,20 +124,8 @@ def explain(error: BaseException) -> int:
     return 1
 
 
-def ask_again(lost: Any) -> None:
-    """A `sys.unraisablehook`: Ctrl-C or SIGTERM that came where Python swallows all exceptions comes once more."""
-    match lost.exc_value:
-        case KeyboardInterrupt():
-            number = signal.SIGINT
-        case SystemExit(code=code) if code == 128 + signal.SIGTERM:
-            number = signal.SIGTERM
-        case _:
-            return sys.__unraisablehook__(lost)
-    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # here it would be swallowed, too
-
-
 def close_stdout() -> None:
-    """What cannot be written any more must not make Python complain at exit."""
+    """Flush stdout; if that fails, replace it, so that Python does not complain at exit."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,13 +1,13 @@
-"""`hfkit classify` and `hfkit answer` at a shell."""
+"""`hfkit classify` and `hfkit answer`."""
 
 from __future__ import annotations
 
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import hfkit
 from hfkit import console
 from hfkit.cli.flags import Json, flags
 from hfkit.cli.prompt_files import check_input, read_prompt, read_prompts
@@ -32,8 +32,43 @@ def classify(
     json: Json = False,
 ) -> None:
     """Label a text, or many, and print label and probability."""
+    if input and text is not None:
+        raise OptionError("--input brings its own texts: leave the TEXT out")
+    make_task(task)  # report a wrong template before a model is loaded
+    if input:
+        check_input(input)
+        find_model(model)
+        _label_file(input, model, task, json=json)
+        return
+    text = read_prompt(text)
+    if not text.strip():
+        raise OptionError("give a text to label")
+    find_model(model)
+    _print_label(hfkit.classify(text, model=model, options=task), json)
 
-    write_labels(text, input, model, task, json=json)
+
+def _label_file(path: Path, model: ModelOptions, task: TaskOptions, *, json: bool) -> None:
+    """Label each line of a file. Report the lines that cannot be read, then raise HfkitError."""
+    from hfkit.inference.classification import Classification, classify_each
+    from hfkit.models.loading import loaded
+
+    lm = loaded(model, "text", "classification")
+    failures = 0
+    for number, result in enumerate(classify_each(read_prompts(path), lm, task), 1):
+        if isinstance(result, Classification):
+            _print_label(result, json)
+        else:
+            console.note(f"{path}, line {number}: {result}")
+            failures += 1
+    if failures:
+        raise HfkitError(f"{failures} texts could not be labelled ({path}): fix the lines named above")
+
+
+def _print_label(result: Classification, json: bool) -> None:
+    if json:
+        console.write_json(result.to_dict())
+    else:
+        console.write(f"{result.label}\t{result.probabilities[result.label]:.3f}\n")
 
 
 @flags
@@ -48,62 +83,19 @@ def answer(
     ] = 0.0,
     json: Json = False,
 ) -> None:
-    """Answer a question from a text."""
-
-    write_answer(question, context, model, no_answer_threshold, json=json)
-
-
-def write_labels(text: str | None, path: Path | None, model: ModelOptions, task: TaskOptions, *, json: bool) -> None:
-    """Label the text, or each line of the file; lines that cannot be read are reported, and the exit code is 1."""
-    from hfkit.inference.classification import Classification, classify_each
-    from hfkit.models.loading import loaded
-
-    if path and text is not None:
-        raise OptionError("--input brings its own texts: leave the TEXT out")
-    if path:
-        check_input(path)
-    make_task(task)  # a wrong template is told before a model is loaded
-    given = None if path else read_prompt(text)
-    if given is not None and not given.strip():
-        raise OptionError("give a text to label")
-    find_model(model)
-    lm = loaded(model, "text", "classification")
-    faults = 0
-    for number, one in enumerate(classify_each(read_prompts(path) if path else [given], lm, task), 1):
-        if isinstance(one, Classification):
-            _print(one, json)
-        elif not path:
-            raise one
-        else:
-            console.note(f"{path}, line {number}: {one}")
-            faults += 1
-    if faults:
-        raise HfkitError(f"{faults} texts could not be labelled ({path}): mend the lines named above")
-
-
-def _print(one: Classification, json: bool) -> None:
-    if json:
-        console.write(dumps(one.to_dict(), ensure_ascii=False) + "\n")
-    else:
-        console.write(f"{one.label}\t{one.probabilities[one.label]:.3f}\n")
-
-
-def write_answer(question: str, context: Path, model: ModelOptions, threshold: float, *, json: bool) -> None:
-    """Print the answer; nothing, and exit code 1, where the text has none."""
-    from hfkit.inference.answering import answer
-
+    """Answer a question from a text. If the text has no answer, print nothing and exit with code 1."""
     if str(context) == "-":
         text = read_prompt("-")
     else:
         check_input(context)
         text = "".join(read_text(context, "strict"))
     find_model(model)
-    found = answer(question, text, model=model, no_answer_threshold=threshold)
+    result = hfkit.answer(question, text, model=model, no_answer_threshold=no_answer_threshold)
     if json:
-        console.write(dumps(found.to_dict(), ensure_ascii=False) + "\n")
-    elif found.answer:
-        console.write(found.answer + "\n")
-        where = "" if found.start is None else f" (characters {found.start} to {found.end})"
-        console.detail(f"probability {found.score:.3f}{where}")
+        console.write_json(result.to_dict())
+    elif result.answer:
+        console.write(result.answer + "\n")
+        place = "" if result.start is None else f" (characters {result.start} to {result.end})"
+        console.detail(f"probability {result.score:.3f}{place}")
     else:
         raise HfkitError("the text does not answer that; a higher --no-answer-threshold gives the best guess")

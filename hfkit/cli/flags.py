@@ -2,14 +2,15 @@
 
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from hfkit import console
+from hfkit.declaration import Options
 from hfkit.errors import HfkitError, OptionError
 from hfkit.recipes import read_values
 
@@ -18,31 +19,35 @@ CorpusArgument = Annotated[list[str], typer.Argument(help="Files, folders, globs
 
 
 def flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a command: each field of its dataclass parameters becomes a flag, in a help panel of its own.
+    """Decorate a command: each field of its `Options` parameters becomes a flag, in a help panel of its own.
 
     Every command gets `--config`, `--quiet`, `--verbose` and `--debug` as well.
     """
     signature = inspect.signature(command, eval_str=True)
-    groups = {name: p.annotation for name, p in signature.parameters.items() if is_dataclass(p.annotation)}
+    groups = {
+        name: parameter.annotation
+        for name, parameter in signature.parameters.items()
+        if isinstance(parameter.annotation, type) and issubclass(parameter.annotation, Options)
+    }
 
     @functools.wraps(command)
     def call(config: Path | None, quiet: bool, verbose: bool, debug: bool, **values: Any) -> Any:
-        console.configure(quiet=quiet, verbose=verbose, debug=debug)  # `config` was used by _read_recipe
+        console.configure(quiet=quiet, verbose=verbose, debug=debug)  # _read_recipe has used `config`
         for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+            values[name] = group(**{field: values.pop(field) for field in group.names()})
         try:
             return command(**values)
         except EOFError as error:  # Typer would take it for Ctrl-D
             raise HfkitError(f"a file ends too early: {error}") from error
 
-    parameters = [p for name, p in signature.parameters.items() if name not in groups]
+    parameters = [parameter for name, parameter in signature.parameters.items() if name not in groups]
     for group in groups.values():
-        parameters += _parameters(group)
+        parameters += _group_parameters(group)
     call.__signature__ = signature.replace(parameters=[*parameters, *_COMMON])  # type: ignore[attr-defined]
     return call
 
 
-def _parameters(group: type) -> list[inspect.Parameter]:
+def _group_parameters(group: type[Options]) -> list[inspect.Parameter]:
     types = get_type_hints(group)
     panel = f"{group.__name__.removesuffix('Options')} options"
     return [
@@ -51,34 +56,38 @@ def _parameters(group: type) -> list[inspect.Parameter]:
     ]
 
 
-def _flag(name: str, type_: Any, default: Any, metadata: Any, **extra: Any) -> inspect.Parameter:
+def _flag(name: str, type_: Any, default: Any, metadata: Mapping[str, Any], **extra: Any) -> inspect.Parameter:
     long, short = "--" + name.replace("_", "-"), metadata.get("short")
     if type_ in (bool, bool | None) and metadata.get("negatable", True):
         long += "/--no-" + name.replace("_", "-")
     names = [long, short] if short else [long]
-    help = metadata["help"].replace("[", r"\[")  # "[default: 3]" is no markup
-    option = typer.Option(*names, help=help, **metadata.get("typer", {}), **extra)
+    help_text = metadata["help"].replace("[", r"\[")  # rich would take "[default: 3]" for markup
+    keywords: dict[str, Any] = {"help": help_text, **metadata.get("typer", {}), **extra}
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[type_, option]
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[type_, typer.Option(*names, **keywords)],
     )
 
 
 def _read_recipe(context: typer.Context, path: Path | None) -> None:
     """Make the recipe's values the defaults of this command; flags on the command line still win."""
-    if path:
-        many = {
-            p.name: getattr(p, "multiple", False) or p.nargs == -1
-            for p in context.command.params
-            if p.name and p.name != "config"
-        }
-        values = read_values(path, many)
-        for name, value in values.items():
-            if many[name] and not isinstance(value, list):
-                values[name] = [value]
-            elif isinstance(value, dict) or (isinstance(value, list) and not many[name]):
-                raise OptionError(f"{name} is {value} ({path}): it takes one value")
-        # A value goes through the same parser as a flag's text, so that both meet the same errors.
-        context.default_map = values
+    if not path:
+        return
+    takes_list = {
+        parameter.name: getattr(parameter, "multiple", False) or parameter.nargs == -1
+        for parameter in context.command.params
+        if parameter.name and parameter.name != "config"
+    }
+    values = read_values(path, takes_list)
+    for name, value in values.items():
+        if takes_list[name] and not isinstance(value, list):
+            values[name] = [value]
+        elif isinstance(value, dict) or (isinstance(value, list) and not takes_list[name]):
+            raise OptionError(f"{name} is {value} ({path}): it takes one value")
+    # Typer parses these values like the text of a flag, so both meet the same checks.
+    context.default_map = values
 
 
 _COMMON = [
@@ -91,6 +100,6 @@ _COMMON = [
         callback=_read_recipe,
     ),
     _flag("quiet", bool, False, {"help": "No notes on stderr.", "short": "-q", "negatable": False}),
-    _flag("verbose", bool, False, {"help": "Tell what was chosen, and speeds.", "short": "-v", "negatable": False}),
+    _flag("verbose", bool, False, {"help": "Print choices made and speeds.", "short": "-v", "negatable": False}),
     _flag("debug", bool, False, {"help": "Show the traceback of an error.", "negatable": False}),
 ]

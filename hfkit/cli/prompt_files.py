@@ -1,7 +1,6 @@
-"""Many prompts from a file, their results to a file: in order, each exactly once, whatever happens in between."""
+"""Files of `hfkit generate --input` and `--output`: prompts in; results out, each exactly once after interruptions."""
 
 import codecs
-import fcntl
 import json
 import os
 import sys
@@ -9,62 +8,63 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from hfkit import console
 from hfkit.errors import HfkitError, OptionError
-from hfkit.storage import check_regular
+from hfkit.storage import check_regular, lock_file, write_text
 
 
 def read_prompts(path: Path) -> Iterator[str | dict[str, Any] | HfkitError]:
-    """One prompt a line of a text file; of a `.jsonl` file each object's `prompt`, or without one the object.
+    """Yield one prompt for each line of a text file; for each object of a JSON Lines file its `prompt`, or the object.
 
-    A line that is none comes as an HfkitError in its place. Raises HfkitError where the file cannot be read at all.
+    A line that holds no prompt yields an HfkitError in its place. Raises HfkitError if the file cannot be read.
     """
-    rows = path.suffix in (".jsonl", ".json", ".ndjson")
+    is_json = path.suffix in (".jsonl", ".json", ".ndjson")
     with open_input(path) as file:
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             try:
-                yield _prompt_of(line, rows)
+                yield _parse_prompt(line, is_json)
             except HfkitError as error:
                 yield error
 
 
 def check_input(path: Path) -> None:
-    """HfkitError where there is no such file; a pipe can only be opened once, and is not touched."""
+    """HfkitError if the file cannot be read. A pipe is left alone: it can be opened only once."""
     if not path.is_fifo():
         open_input(path).close()
 
 
 def open_input(path: Path) -> IO[bytes]:
-    """Open a file to read, with an HfkitError where that fails."""
+    """Open a file for reading; HfkitError if that fails."""
     try:
         return path.open("rb")
     except OSError as error:
         raise HfkitError(f"cannot read the input ({path}): {error.strerror}") from error
 
 
-def _prompt_of(line: bytes, rows: bool) -> str | dict[str, Any]:
+def _parse_prompt(line: bytes, is_json: bool) -> str | dict[str, Any]:
     try:
         text = line.decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise HfkitError(f"not UTF-8 (byte {error.start + 1}): convert the file") from None
-    if rows:
+    if is_json:
         try:
             row = json.loads(text)
         except (ValueError, RecursionError):
-            raise HfkitError("not JSON: write an object with a prompt on each line") from None
+            raise HfkitError("not valid JSON: write an object with a prompt on each line") from None
         if isinstance(row, dict) and row and "prompt" not in row:
             return row  # the columns of a task
-        text = row.get("prompt") if isinstance(row, dict) else None
-        if not isinstance(text, str):
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise HfkitError("no prompt: write an object with the key 'prompt' and a text")
+        text = row["prompt"]
     if not text.strip():
         raise HfkitError("empty prompt: write a text, or delete the line")
     return text
 
 
 def read_prompt(prompt: str | None) -> str:
-    """The prompt that was given, or stdin's text ("-", or no prompt and stdin is no terminal), or an empty one."""
+    """Return `prompt`, or stdin's text for "-" and for None. None and a terminal on stdin give an empty text."""
     if prompt is not None and prompt != "-":
         return prompt
     if prompt is None and sys.stdin.isatty():
@@ -79,14 +79,20 @@ def read_prompt(prompt: str | None) -> str:
 class Results:
     """A JSON Lines file that grows prompt by prompt and gets its name when it is complete.
 
-    Until then it is `NAME.partial`. Each record names the `line` of its prompt, so that a later run can go on.
+    Until then it is `NAME.partial`, and `NAME.partial.json` holds the settings of the run. Each record names the
+    `line` of its prompt, so that a later run can continue.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool, resume: bool = False, samples: int = 1) -> None:
-        """samples: records that a prompt has. Raises HfkitError where the file is taken, or cannot be written."""
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
-        self.done: dict[int, str] = {}  # line -> prompt that has its records
-        self.last: dict[str, Any] | None = None  # record that was written last
+    def __init__(self, path: Path, *, overwrite: bool, resume: bool = False) -> None:
+        """Open the file.
+
+        Raises:
+            HfkitError: the file exists, belongs to a running process, or cannot be written.
+        """
+        self.path, self.partial = path, path.with_name(f"{path.name}.partial")
+        self._settings_path = path.with_name(f"{path.name}.partial.json")
+        self.done: dict[int, str] = {}  # line -> prompt, of the prompts whose records are all there
+        self.settings: dict[str, Any] | None = None  # of the run that is resumed
         if path.is_dir():
             raise HfkitError(f"{path} is a folder: name a file as --output")
         check_regular(path)
@@ -96,36 +102,43 @@ class Results:
             raise HfkitError(f"{path} exists: --overwrite replaces it, or name another --output")
         try:
             self._file = self.partial.open("a+b")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise HfkitError(f"{self.partial} is being written by another process: name another --output") from None
+            is_locked = lock_file(self._file)
         except OSError as error:
             raise HfkitError(f"cannot write the output ({self.partial}): {error.strerror}") from error
+        if not is_locked:
+            raise HfkitError(f"{self.partial} is being written by another process: name another --output")
         if self._file.tell() and not (resume or overwrite):
-            raise HfkitError(f"{self.partial} is an unfinished run: --resume goes on with it, --overwrite begins anew")
-        self._file.truncate(self._keep(samples) if resume else 0)
+            raise HfkitError(f"{self.partial} is an unfinished run: --resume continues it, --overwrite begins anew")
+        self._file.truncate(self._read_done() if resume and not overwrite else 0)
 
-    def _keep(self, samples: int) -> int:
-        """Read what an interrupted run left; bytes to keep, without a torn line or too few records at the end."""
+    def _read_done(self) -> int:
+        """Read what an interrupted run left; return how many of its bytes to keep: the records of whole prompts."""
+        self._file.seek(0)
+        if not self._file.read(1):
+            return 0
+        try:
+            self.settings = dict(json.loads(self._settings_path.read_text("utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise HfkitError(f"cannot read {self._settings_path}: {error}; --overwrite begins anew") from error
+        samples = self.settings.get("num_return_sequences") or 1
         self._file.seek(0)
         end = position = count = 0
-        before = None
+        current = None
         for line in self._file:
             try:
-                record = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                record = None
-            if not isinstance(record, dict) or not isinstance(record.get("line"), int):
-                break
-            same = record["line"] == before
-            if count == samples if same else before is not None and count < samples:
-                raise HfkitError(
-                    f"{self.partial} has another --num-return-sequences: give the same, or --overwrite begins anew"
-                )
-            before, count, position = record["line"], count + 1 if same else 1, position + len(line)
-            if count == samples:
-                end, self.last, self.done[before] = position, record, record.get("prompt")
+                record = json.loads(line)
+                number, prompt = record["line"], record["prompt"]
+            except (ValueError, LookupError, TypeError):
+                break  # the interruption has torn this line
+            count = count + 1 if number == current else 1
+            current, position = number, position + len(line)
+            if count == samples and line.endswith(b"\n"):
+                end, self.done[number] = position, prompt
         return end
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Store the settings of the run, for a later one that continues it. Call it before the first `add`."""
+        write_text(self._settings_path, json.dumps(settings))
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
         """Append the records of whole prompts."""
@@ -134,16 +147,12 @@ class Results:
         os.fsync(self._file.fileno())
 
     def finish(self) -> None:
-        """Give the file its name: it is complete."""
+        """Give the complete file its name."""
         self._file.close()
         os.replace(self.partial, self.path)
+        self._settings_path.unlink(missing_ok=True)
 
 
 def to_line(record: dict[str, Any]) -> str:
-    """A record as one line of JSON Lines; half a surrogate pair, which UTF-8 cannot hold, stays an escape."""
-    line = json.dumps(record, ensure_ascii=False)
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        line = json.dumps(record)
-    return line + "\n"
+    """Return a record as one line of JSON Lines."""
+    return console.to_json(record) + "\n"

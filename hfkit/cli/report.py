@@ -27,7 +27,7 @@ def report(
     if output.exists() and not overwrite:
         raise HfkitError(f"{output} exists: --overwrite replaces it, or name another --output")
 
-    console.write(f"{pages.compare_runs(list(run), output)}\n")
+    console.write(f"{pages.write_report(run, output)}\n")
 
 
 @flags

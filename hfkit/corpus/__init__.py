@@ -1,6 +1,7 @@
 """Text to tokens.
 
-formats: what files hold, and their rows
+formats: what files hold, and their text
+rows: rows of tables, JSON, Parquet, Arrow and the Hub
 templates: how a row becomes a prompt and its answer
 documents: any corpus as a stream of records
 chat: conversations as one text, and where the answers are in it

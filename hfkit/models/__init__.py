@@ -1,8 +1,8 @@
 """Find a model's files and load its weights.
 
-sources: a name to a local folder that is safe to load
-architecture: what a configuration says, devices and precisions
+sources: from a name to a local folder that is safe to load
+architecture: what a configuration says about a model; devices and precisions
 loading: tokenizers and weights
 quantization: int8 and int4 on a CPU
-exporting: write a model as one folder
+exporting: write a model to one folder, or push it to the Hub
 """

@@ -29,9 +29,9 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model found on this machine."""
+    """The files of a model on this machine."""
 
-    name: str  # what the user calls it
+    name: str  # as the user gave it
     folder: Path
     config: dict[str, Any]  # config.json; empty for a .gguf file
     gguf: str | None = None  # name of the .gguf file inside `folder`
@@ -45,13 +45,13 @@ class ModelFiles:
         return sum(file.stat().st_size for file in files)
 
 
-def find_model(options: ModelOptions | None = None) -> ModelFiles:
-    """Find the model that `options` names, download it if need be, and check its files.
+def find_model(options: ModelOptions | str | None = None) -> ModelFiles:
+    """Find the model that `options` name, download it if it is not here, and check its files.
 
     Raises:
         HfkitError: there is no such model, it is damaged or unsafe, or the Hub cannot be reached.
     """
-    options = options or ModelOptions()
+    options = ModelOptions.make(options)
     name = (os.environ.get("HFKIT_MODEL") or "bundled") if options.model is None else options.model
     path = BUNDLED if name == "bundled" else _local(name)
     if path and path.is_file():
@@ -72,16 +72,16 @@ def find_model(options: ModelOptions | None = None) -> ModelFiles:
 
 
 def _local(name: str) -> Path | None:
-    """The file or folder called `name`, if there is one."""
+    """The file or folder called `name`, or None."""
     try:
         path = Path(name).expanduser()
         return path if name and path.exists() else None
-    except (OSError, RuntimeError):  # longer than a path may be, not ours to look into, ~nobody
+    except (OSError, RuntimeError):  # too long for a path, a folder we may not read, ~nobody
         return None
 
 
 def _with_base(name: str, path: Path, options: ModelOptions) -> ModelFiles:
-    """The base model of the LoRA adapter in `path`, and the adapter."""
+    """The LoRA adapter in `path` and its base model."""
     adapter = _read_json(path / "adapter_config.json", name)
     base, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
     if not isinstance(base, str) or not base:
@@ -93,10 +93,10 @@ def _with_base(name: str, path: Path, options: ModelOptions) -> ModelFiles:
     if folder and (folder / "adapter_config.json").is_file():
         raise HfkitError(f"the base of the adapter is an adapter too ({path}: {base}): merge that one first")
     try:
-        found = find_model(replace(options, model=base, revision=revision if isinstance(revision, str) else None))
+        source = find_model(replace(options, model=base, revision=revision if isinstance(revision, str) else None))
     except HfkitError as error:
         raise HfkitError(f"no base model for the adapter ({path}): {error}") from error
-    return replace(found, name=name, adapter=path)
+    return replace(source, name=name, adapter=path)
 
 
 def _check_gguf(name: str, path: Path) -> ModelFiles:
@@ -128,7 +128,7 @@ def _check_folder(source: ModelFiles) -> None:
         raise HfkitError(f"config.json asks for code from the Hub ({folder}): remove its attn_implementation")
     if "transformers_weights" in source.config:
         # transformers would load that file, or the shards that it lists, unchecked.
-        raise HfkitError(f"config.json names weights of its own ({folder}): remove its transformers_weights")
+        raise HfkitError(f"config.json names other weights ({folder}): remove its transformers_weights")
     _check_code(source)
     shards = _weights(folder, name)
     if shards == ["model.safetensors"] and not (folder / shards[0]).is_file():
@@ -147,7 +147,7 @@ def _check_folder(source: ModelFiles) -> None:
 
 
 def _weights(folder: Path, name: str) -> list[str]:
-    """Names of the weight files that transformers would read, there or not."""
+    """Names of the weight files that transformers would read, whether they exist or not."""
     index = folder / _INDEX
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return ["model.safetensors"]
@@ -158,13 +158,13 @@ def _weights(folder: Path, name: str) -> list[str]:
 
 
 def _names_kernel(config: dict[str, Any]) -> bool:
-    """Whether an attention implementation is `owner/name`, code on the Hub; sub-models have a config of their own."""
+    """Whether a config, or one of its sub-configs, names an attention implementation `owner/name`: code on the Hub."""
     configs = [config, *(value for value in config.values() if isinstance(value, dict))]
-    return any("attn_implementation" in key and "/" in str(one[key]) for one in configs for key in one)
+    return any("attn_implementation" in key and "/" in str(part[key]) for part in configs for key in part)
 
 
 def _check_code(source: ModelFiles) -> None:
-    """Code comes with the model or not at all: `owner/name--module.Class` would fetch whatever is there today."""
+    """Refuse code, or with trust code outside the folder: `owner/name--module.Class` is whatever is there today."""
     auto_map = source.config.get("auto_map")
     if not source.trust_remote_code:
         if auto_map and "model_type" not in source.config:
@@ -179,14 +179,14 @@ def _check_code(source: ModelFiles) -> None:
 
 
 def _inside(path: Path, folder: Path) -> bool:
-    """Whether `path` leads into `folder`. Files of the Hub's cache link to models--NAME/blobs by design."""
+    """Whether `path` leads into `folder`. Files of the Hub's cache are links to models--NAME/blobs."""
     real, folder = path.resolve(), folder.resolve()
     blobs = folder.parent.parent / "blobs"
     return real.is_relative_to(folder) or (folder.parent.name == "snapshots" and real.is_relative_to(blobs))
 
 
 def _check_header(path: Path) -> None:
-    """Lengths, offsets and shapes agree with the file, as safetensors' own parser sees it (without the data)."""
+    """Let safetensors' parser check lengths, offsets and shapes against the file, without reading the data."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -197,7 +197,7 @@ def _check_header(path: Path) -> None:
 
 
 def count_parameters(source: ModelFiles) -> int:
-    """Parameters of a saved model, from its files."""
+    """Number of parameters of a saved model, read from its files alone."""
     if source.gguf:
         from gguf import GGUFReader
 
@@ -212,12 +212,12 @@ def count_parameters(source: ModelFiles) -> int:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
-    """The folder of a Hub model: cached if it is whole there, else downloaded."""
+    """The folder of a Hub model, from the cache if it is complete there, else downloaded."""
     if re.match(r"[./~\\]|.*[\\:]|.*/.*/", name, re.DOTALL) or name.endswith("/"):
         raise HfkitError(f"no model at {name!r}: check the path (a Hub name looks like gpt2 or owner/name)")
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not listed
 
     try:
         validate_repo_id(name)
@@ -235,7 +235,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def _whole(folder: Path) -> bool:
-    """Whether a cached snapshot has all that loading needs (an interrupted download leaves parts)."""
+    """Whether a cached snapshot has everything that loading needs. An interrupted download leaves only parts."""
     if (folder / "adapter_config.json").is_file():
         return (folder / "adapter_model.safetensors").is_file()
     try:
@@ -253,19 +253,19 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         info = HfApi().model_info(name, revision=revision, timeout=PROBE_SECONDS)
         files = [file.rfilename for file in info.siblings or [] if "/" not in file.rfilename]
-    except Exception as error:  # what answers may not be a Hub, so more than httpx's errors
+    except Exception as error:  # whatever answers may not be a Hub, so more than httpx's errors
         raise HfkitError(explain_hub_error(error, name, revision)) from error
     if not any(file in files for file in (*_SINGLE, _INDEX)):
         raise HfkitError(f"{name} has no safetensors weights: choose a model that has, or another --revision")
     if not any(file in files for file in ("config.json", "adapter_config.json")):
-        raise HfkitError(f"{name} has no config.json: choose a model of transformers")
+        raise HfkitError(f"{name} has no config.json: choose a transformers model")
     detail(f"downloading {name} from {constants.ENDPOINT}")
     try:
-        # Not snapshot_download: its listing of the files has no timeout. All files are of one commit; asking for
-        # one by the revision's name records in the cache which commit that is, once all are there.
+        # Not snapshot_download: it lists the files without a timeout and hides the Hub's errors. All files are of one
+        # commit. Asking for one by the revision's name, once all are there, records the commit in the cache.
         small = [file for file in files if file.endswith(_WANTED)]
         folder = Path([hf_hub_download(name, file, revision=info.sha) for file in small][0]).parent
-        # One layout of the weights is enough: there may be others of the same size.
+        # A repository may hold the weights in several layouts: one is enough.
         for file in [file for file in _SINGLE if file in files] or _weights(folder, name):
             hf_hub_download(name, file, revision=info.sha)
         return Path(hf_hub_download(name, small[0], revision=revision)).parent

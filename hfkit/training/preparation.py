@@ -31,15 +31,15 @@ class Preparation:
         return str(self.prepared.folder)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `--json` prints. Time in seconds and memory in bytes are estimates for this machine."""
-        cost = {"parameters": self.plan.parameters, "steps": self.plan.steps, "seconds": self.plan.seconds}
-        cost |= {"memory": self.plan.memory, "device": self.plan.device.type, "precision": self.plan.precision}
+        """What `--json` prints. Seconds and bytes of memory are estimates for this machine."""
+        names = ("parameters", "steps", "seconds", "memory", "precision")
+        cost = {name: getattr(self.plan, name) for name in names} | {"device": self.plan.device.type}
         sizes = {"blocks": self.blocks, "block_size": self.block_size, "folder": self.folder}
         shown = {"examples": self.examples} if self.examples else {}
         return {**asdict(self.prepared.report), **sizes, "training": cost, **shown}
 
     def lines(self) -> list[str]:
-        """The same for people."""
+        """The same figures for people."""
         blocks = f"{self.blocks:,} sequences of at most {self.block_size:,} tokens, in {self.folder}"
         lines = [*corpus_lines(self.prepared.report), blocks, *plan_lines(self.plan)]
         for number, example in enumerate(self.examples, 1):
@@ -50,7 +50,7 @@ class Preparation:
 def prepare(
     corpus: Corpora,
     *,
-    model: str | ModelOptions | None = None,
+    model: str | Path | ModelOptions | None = None,
     data: DataOptions | None = None,
     output_dir: str | Path | None = None,
     show: int = 0,
@@ -60,29 +60,29 @@ def prepare(
 
     Args:
         corpus: files, folders, globs or `hf://NAME`.
-        model: whose tokenizer it is for, as `load` takes it.
+        model: the model whose tokenizer to use, as `load` takes it.
         data: options; every field of `ModelOptions` and `DataOptions` is a keyword, too.
-        output_dir: a new folder; `datasets.load_from_disk` reads it, as well.
+        output_dir: a new folder; `datasets.load_from_disk` reads it, too.
         show: how many sequences the result has in `examples`, as the model sees them.
 
     Raises:
         HfkitError: the corpus or the model cannot be read, or the folder is not free.
     """
-    if not isinstance(model, ModelOptions):
-        overrides, model = overrides | ({"model": model} if model else {}), None
-    model, data = divide(overrides, (ModelOptions, model), (DataOptions, data))
+    options: ModelOptions
+    options, data = divide(overrides, (ModelOptions, model), (DataOptions, data))
     folder = Path(output_dir) if output_dir else None
     if folder:
         make_writable(folder)
         if not is_prepared(folder):
             check_owned(folder)
-    found, source = find_corpus(corpus), find_model(model)
+    files, source = find_corpus(corpus), find_model(options)
     tokenizer, config = load_tokenizer(source), load_config(source)
-    prepared = encode_corpus(found, tokenizer, data, folder)
+    prepared = encode_corpus(files, tokenizer, data, folder)
     block_size = block_size_for(config, data.block_size)
     sequences = cut_sequences(prepared, block_size)
-    length = sequences.tokens / max(1, len(sequences))
-    device = choose_device(model, source)
-    plan = make_plan(config, count_parameters(source), len(sequences), length, TrainOptions(), device)
+    plan = make_plan(
+        config, count_parameters(source), len(sequences), sequences.tokens / max(1, len(sequences)), TrainOptions(),
+        choose_device(options),
+    )  # fmt: skip
     examples = show_examples(sequences, tokenizer, show)
     return Preparation(prepared, plan, len(sequences), block_size, examples)

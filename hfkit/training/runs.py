@@ -1,8 +1,7 @@
-"""What came of a run, for metrics.json: scores before and after, samples, and what these took from the corpus."""
+"""A run from begin to end: its folder is reserved, its job is trained, its result is written down."""
 
 import contextlib
 import json
-import math
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,14 +17,17 @@ from hfkit.corpus.overlap import MOST, WORDS, index_corpus
 from hfkit.corpus.templates import task_of
 from hfkit.errors import HfkitError, StoppedError
 from hfkit.inference.generation import generate
+from hfkit.inference.likelihood import jsonable
 from hfkit.options import TrainOptions
 from hfkit.reporting.pages import make_files
 from hfkit.storage import lock
 from hfkit.training import run_folder
-from hfkit.training.callbacks import best_step, evaluations
-from hfkit.training.checkpoints import Stop, find_fault, find_newest, list_checkpoints, step_of
+from hfkit.training.checkpoints import Stop, find_newest, step_of
 from hfkit.training.loop import fit, is_done
+from hfkit.training.monitor import best_step, evaluations
 from hfkit.training.plan import Job
+
+_SAMPLES, _TOKENS = 4, 80
 
 
 @dataclass(frozen=True)
@@ -45,23 +47,28 @@ class Run:
 def reserve(
     corpus: Corpora, train: TrainOptions, dry_run: bool, inputs: Iterable[str | Path]
 ) -> Iterator[tuple[Path, TrainOptions]]:
-    """The run's folder, held for this process, and its options; what a run to be resumed decided is in them.
+    """Hold the run's folder for this process.
 
-    inputs: what the run reads, which the folder must not lose.
+    Yields the folder, and `train` with what a run to be resumed decided when it began.
+
+    inputs: what the run reads, which overwriting the folder must not delete.
     """
     folder = run_folder.folder_for(corpus, train)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         if not dry_run and processes.rank == 0:
             run_folder.check_free(folder, resume=train.resume, overwrite=train.overwrite, inputs=inputs)
-            held.enter_context(lock(folder))
+            stack.enter_context(lock(folder))
         processes.gather([])
         yield folder, run_folder.settle(folder, train)
 
 
 def execute(job: Job, keep: Callable[[], Any] = lambda: None) -> Run:
-    """Train as `job` says, from its newest checkpoint if there is one, and leave the best state in its folder.
+    """Train, from the newest checkpoint if there is one, and leave the best state in the job's folder.
 
-    keep: puts into a new run's folder what a resumed one will need.
+    keep: writes what a resumed run will need into the folder of a new one.
+
+    Raises:
+        StoppedError: the run was stopped; what it had done is saved.
     """
     if processes.rank == 0:
         if run_folder.is_begun(job.folder) and not job.plan.options.overwrite:
@@ -75,61 +82,48 @@ def execute(job: Job, keep: Callable[[], Any] = lambda: None) -> Run:
         return Run(str(job.folder), metrics)
     with Stop() as stop:
         state = fit(job, stop)
-        stopped = state is None or (stop.asked() and not is_done(state, job.plan))
-    if stopped:
-        newest = find_newest(job.folder / run_folder.CHECKPOINTS) if processes.rank == 0 else None
-        saved = f"step {step_of(newest)} of {job.plan.steps} is saved" if newest else "nothing was saved yet"
-        raise StoppedError(
-            f"stopped as asked: {saved} ({job.folder}), --resume goes on", stop.signal or signal.SIGTERM
-        )
-    return _leave(job, state)
+        if state is None or (stop.asked() and not is_done(state, job.plan)):
+            newest = find_newest(job.checkpoints) if processes.rank == 0 else None
+            saved = f"step {step_of(newest)} of {job.plan.steps} is saved" if newest else "nothing was saved yet"
+            raise StoppedError(
+                f"stopped as asked: {saved} ({job.folder}), --resume goes on", stop.signal or signal.SIGTERM
+            )
+    return _finish(job, state)
 
 
-def _leave(job: Job, state: TrainerState) -> Run:
-    """The best state as a model, its scores and its card, in the run's folder."""
+def _finish(job: Job, state: TrainerState) -> Run:
+    """Put the best state, its scores and its card into the run's folder."""
     best = best_step(state.log_history) if job.plan.options.load_best_model_at_end else None
     metrics = None
     if processes.rank == 0:
-        kept = _find_kept(job.folder / run_folder.CHECKPOINTS, best)
+        if not (kept := find_newest(job.checkpoints, best)):
+            raise HfkitError("a callback stopped the training before anything was saved: lower --save-steps")
         metrics = make_metrics(job, state, kept)
         run_folder.finish(job.folder, kept, make_files(metrics), metrics)
     return Run(str(job.folder), processes.gather([metrics])[0])
 
 
-def _find_kept(folder: Path, best: int | None) -> Path:
-    """The checkpoint of step `best`, or else the newest, that is whole."""
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        raise HfkitError("a callback stopped the training before anything was saved: lower --save-steps")
-    for checkpoint in sorted(checkpoints, key=lambda path: step_of(path) != best):
-        if not (fault := find_fault(checkpoint)):
-            return checkpoint
-        console.note(f"{checkpoint} is left out: {fault}")
-    raise HfkitError(f"no checkpoint is whole ({folder}): --overwrite begins anew")
-
-
-_SAMPLES, _TOKENS = 4, 80
-
-
 def make_metrics(job: Job, state: TrainerState, kept: Path) -> dict[str, Any]:
-    """All that is known of a finished run whose checkpoint `kept` is its result."""
-    plan, history = job.plan, [_jsonable(entry) for entry in state.log_history]
+    """Everything that is known of a finished run whose checkpoint `kept` is its result."""
+    plan = job.plan
+    # Without infinities, which the gradient of a step that float16 skips may be, and which JSON does not have.
+    history = [jsonable({k: v for k, v in entry.items() if k != "units"}) for entry in state.log_history]
     facts = json.loads((job.folder / run_folder.FACTS).read_text("utf-8"))
     task = task_of(job.tokenizer)
     seconds = max((entry.get("seconds", 0.0) for entry in history), default=0.0)
     tokens = int(plan.tokens * state.global_step / plan.steps)
-    samples = _draw(job, kept)
+    samples = _draw_samples(job, kept)
     return {
         "model": job.name,
         "folder": str(job.folder),
         "from_nothing": job.command == "pretrain",
         "library": "peft" if plan.options.lora else "transformers",
-        "head": job.material.head,
+        "head": job.dataset.head,
         "task": asdict(task) if task else None,
         "corpus": job.recipe["corpus"],
         "step": step_of(kept),
         "steps": state.global_step,
-        **held_out_scores(history, step_of(kept), job.material.head),
+        **held_out_scores(history, step_of(kept), job.dataset.head),
         "parameters": plan.parameters,
         "tokens": tokens,
         "seconds": seconds,
@@ -142,17 +136,17 @@ def make_metrics(job: Job, state: TrainerState, kept: Path) -> dict[str, Any]:
         "seed": plan.options.seed,
         "versions": facts["versions"],
         "command": facts["command"],
-        "prompt": plan.options.sample_prompt or job.material.prompt,
+        "prompt": job.prompt,
         "samples": samples,
-        "copied": _copied(job, samples) if samples and not task else None,
+        "copied": _find_copied(job, samples) if samples and not task else None,
         "history": history,
     }
 
 
 def held_out_scores(history: list[dict[str, Any]], step: int, head: str | None = None) -> dict[str, float | None]:
     """Held-out scores at `step` and before the training, and the gain with its error; accuracies for a head."""
-    found = {entry["step"]: entry for entry in evaluations(history)}
-    before, after = found.get(0, {}), found.get(step, {})
+    scores = {entry["step"]: entry for entry in evaluations(history)}
+    before, after = scores.get(0, {}), scores.get(step, {})
     accuracy = "accuracy" if head else "token_accuracy"
     figures = {
         "loss_before": before.get("eval_loss"),
@@ -168,34 +162,27 @@ def held_out_scores(history: list[dict[str, Any]], step: int, head: str | None =
     return figures
 
 
-def _draw(job: Job, kept: Path) -> list[str]:
-    """Samples of the result, from the run's prompt; none of a head, or where the prompt does not fit."""
-    prompt = job.plan.options.sample_prompt or job.material.prompt
-    if job.material.head or not prompt:
+def _draw_samples(job: Job, kept: Path) -> list[str]:
+    """Samples of the result that continue the run's prompt; none for a head, or where the prompt does not fit."""
+    if not job.prompt:
         return []
     with contextlib.suppress(HfkitError):
-        drawn = generate(
-            prompt, model=str(kept), seed=job.plan.options.seed, num_return_sequences=_SAMPLES, temperature=1.0,
+        samples = generate(
+            job.prompt, model=str(kept), seed=job.plan.options.seed, num_return_sequences=_SAMPLES, temperature=1.0,
             max_new_tokens=min(_TOKENS, max(1, job.block_size // 2)), raw=True,
         )  # fmt: skip
-        return [prompt + one.completion for one in drawn]
+        return [job.prompt + sample.completion for sample in samples]
     return []
 
 
-def _copied(job: Job, samples: list[str]) -> dict[str, Any] | None:
-    """What of the samples, without their prompt, stands in the corpus."""
+def _find_copied(job: Job, samples: list[str]) -> dict[str, Any] | None:
+    """How much of the samples, without their prompt, stands in the corpus."""
     corpus = job.recipe["corpus"]
-    if job.data.streaming or any(is_prepared(Path(source)) for source in corpus):  # there is no text to look at
+    if job.data.streaming or any(is_prepared(Path(source)) for source in corpus):  # there is no text to search
         return None
     index = index_corpus(corpus, job.data)
-    prompt = job.plan.options.sample_prompt or job.material.prompt or ""
-    found = [index.look_up(sample.removeprefix(prompt)) for sample in samples]
-    longest = max(found, key=lambda one: one.words)
-    share = sum(one.share for one in found) / len(found)
+    copies = [index.look_up(sample.removeprefix(job.prompt or "")) for sample in samples]
+    longest = max(copies, key=lambda copy: copy.words)
+    share = sum(copy.share for copy in copies) / len(copies)
     return {"longest": longest.longest, "words": longest.words, "share": share, "is_whole": index.is_whole,
             "run": WORDS, "limit": MOST}  # fmt: skip
-
-
-def _jsonable(entry: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: the gradient of a step that float16 skips is one."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items() if k != "units"}

@@ -23,7 +23,8 @@ COMMANDS = sorted(typer.main.get_command(app.app).commands)
 HFKIT = [sys.executable, "-m", "hfkit"]
 
 
-def test_help_and_usage_errors_import_nothing_heavy(tmp_path):
+def test_main_stays_light(tmp_path):
+    """Help and usage errors import nothing heavy."""
     (tmp_path / "bad.yaml").write_text("temprature: 1")
     right = [["--help"], ["-h"], ["--version"], *([command, "--help"] for command in COMMANDS)]
     wrong = [
@@ -46,12 +47,14 @@ def test_help_and_usage_errors_import_nothing_heavy(tmp_path):
     assert len(result.stderr.splitlines()) == len(wrong) + len(missing) - 1  # without a command: the help alone
 
 
-def test_every_option_has_a_help_text():
+def test_help_covers_every_option():
+    """Every command and every option has a help text."""
     for command in typer.main.get_command(app.app).commands.values():
         assert command.help and all(option.help for option in command.params)
 
 
-def test_a_flag_beats_the_recipe_and_the_recipe_the_default(capfdbinary, tiny, tmp_path):
+def test_recipe_yields_to_flags(capfdbinary, tiny, tmp_path):
+    """A flag beats the recipe, and the recipe beats the default."""
     (tmp_path / "recipe.yaml").write_text(f"model: {tiny}\nmax_new_tokens: 3\nseed: 5\njson: true\n")
 
     def tokens(*flags):
@@ -63,7 +66,8 @@ def test_a_flag_beats_the_recipe_and_the_recipe_the_default(capfdbinary, tiny, t
     assert tokens("-n", 2, "-c", tmp_path / "recipe.yaml") == 2
 
 
-def test_options_may_be_spelt_as_in_transformers(capfdbinary, tiny):
+def test_flags_take_underscores(capfdbinary, tiny):
+    """Options may be spelt as in transformers."""
     line = ["generate", "hi", "-m", tiny, "-s", 1, "--top-p", 0.5, "--max-new-tokens", 5]
     underscored = [str(part).replace("top-p", "top_p").replace("max-new-tokens", "max_new_tokens") for part in line]
     assert call(capfdbinary, *underscored).stdout == call(capfdbinary, *line).stdout != b""
@@ -86,20 +90,22 @@ def test_options_may_be_spelt_as_in_transformers(capfdbinary, tiny):
     ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize("command", ["generate", "chat", "info"])
-def test_whatever_is_raised_is_one_line_and_shows_no_prompt(capfdbinary, monkeypatch, error, code, words, command):
+def test_explain_prints_one_line(capfdbinary, monkeypatch, error, code, words, command):
+    """Any exception becomes one line, which does not show the prompt."""
+
     def fail(*arguments, **keywords):
         secret = "my secret prompt"  # noqa: F841, tracebacks with locals would show it
         raise error
 
-    [monkeypatch.setattr(f"hfkit.cli.{name}.find_model", fail) for name in ("generate", "chat")]
-    monkeypatch.setattr("hfkit.cli.info.show_info", fail)
+    [monkeypatch.setattr(f"hfkit.cli.{name}.find_model", fail) for name in ("generate", "chat", "info")]
     prompt = ["my secret prompt"] if command == "generate" else []
     result = call(capfdbinary, command, *prompt)
     assert_fails(result, code, words)
     assert b"secret" not in result.stderr
 
 
-def test_debug_shows_the_traceback(capfdbinary, tiny):
+def test_explain_debug(capfdbinary, tiny):
+    """--debug adds the traceback."""
     plain = call(capfdbinary, "generate", "x" * 99, "-m", tiny)
     debug = call(capfdbinary, "generate", "x" * 99, "-m", tiny, "--debug")
     assert_fails(plain, 1, "99 tokens", "64")
@@ -109,7 +115,9 @@ def test_debug_shows_the_traceback(capfdbinary, tiny):
 @pytest.mark.parametrize(
     ("error", "code"), [(KeyboardInterrupt(), 130), (BrokenPipeError(), 141), (SystemExit(3), 3), (SystemExit("x"), 1)]
 )
-def test_an_end_from_outside_is_quiet(capfdbinary, monkeypatch, error, code):
+def test_explain_is_silent_about_signals(capfdbinary, monkeypatch, error, code):
+    """Ctrl-C, a closed pipe and SystemExit print nothing."""
+
     def end(*arguments):
         raise error
 
@@ -118,7 +126,8 @@ def test_an_end_from_outside_is_quiet(capfdbinary, monkeypatch, error, code):
     assert (result.returncode, result.stdout, result.stderr) == (code, b"", b"")
 
 
-def test_ctrl_c_ends_with_130_and_no_traceback():
+def test_main_ctrl_c():
+    """Ctrl-C ends with 130 and no traceback."""
     process = subprocess.Popen([*HFKIT, "generate"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
     process.stdin.write(b"a prompt that does not end")
     while struct.unpack("i", fcntl.ioctl(process.stdin, termios.FIONREAD, bytes(4)))[0]:
@@ -150,7 +159,8 @@ def shell(command: str) -> tuple[int, bytes]:
         ("$HFKIT nope 2>/dev/full", 2, 0),
     ],
 )
-def test_a_closed_or_full_stream_is_no_traceback(command, code, lines):
+def test_main_closed_streams(command, code, lines):
+    """A closed or full standard stream causes no traceback."""
     returned, told = shell(command)
     # who reads may be slow to close: then all was written
     assert returned in ((0, code) if code == 141 else (code,))
@@ -172,7 +182,8 @@ class Broken:
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"], ["-n", 1], ["--sweep", "top_k=1,2"]])
-def test_text_for_a_reader_who_has_gone_is_dropped_quietly(capfdbinary, monkeypatch, tiny, flags):
+def test_main_reader_gone(capfdbinary, monkeypatch, tiny, flags):
+    """Text for a reader who has gone is dropped silently."""
     monkeypatch.setattr(sys, "stdout", Broken(BrokenPipeError(32, "Broken pipe")))
     result = call(capfdbinary, "generate", "hi", "-m", tiny, "-s", 1, *flags)
     assert (result.returncode, result.stderr) == (141, b"")
@@ -202,7 +213,9 @@ NASTY = [
 
 
 @pytest.mark.parametrize("sequence", NASTY, ids=ascii)
-def test_control_characters_are_escaped_for_a_terminal_and_untouched_for_a_pipe(sequence):
+def test_write_escapes_for_terminals_only(sequence):
+    """Control characters are escaped for a terminal and unchanged in a pipe."""
+
     def written(terminal: bool) -> str:
         leader, follower = os.openpty() if terminal else os.pipe()
         with open(follower, "w", encoding="utf-8", newline="") as file:
@@ -238,7 +251,8 @@ def on_terminal(monkeypatch, *arguments) -> tuple[int, str]:
     return end.value.code, drain(leader).decode().replace("\r\n", "\n")
 
 
-def test_a_stream_on_a_terminal_is_what_a_pipe_gets(capfdbinary, monkeypatch, tiny):
+def test_generate_streams_the_same_text(capfdbinary, monkeypatch, tiny):
+    """A stream on a terminal shows what a pipe gets."""
     line = ["generate", "hi", "-m", tiny, "-s", 3, "-n", 20, "-q"]
     piped = call(capfdbinary, *line, "--num-return-sequences", 2)
     code, shown = on_terminal(monkeypatch, *line, "--num-return-sequences", 2)
@@ -246,7 +260,8 @@ def test_a_stream_on_a_terminal_is_what_a_pipe_gets(capfdbinary, monkeypatch, ti
     assert shown == console.printable(piped.stdout.decode())
 
 
-def test_what_a_model_writes_cannot_drive_the_terminal(capfdbinary, monkeypatch, tiny):
+def test_generate_escapes_the_completion(capfdbinary, monkeypatch, tiny):
+    """What a model writes cannot control the terminal."""
     line = ["generate", "hi", "-m", tiny, "-s", 3, "-n", 4, "-q", "--sequence-bias", "\x1b=100"]
     assert call(capfdbinary, *line).stdout == b"hi" + 4 * b"\x1b" + b"\n"
     assert on_terminal(monkeypatch, *line) == (0, "hi" + 4 * "\\x1b" + "\n")

@@ -31,7 +31,8 @@ def templated(copy, tiny):
     return hfkit.load(str(folder))
 
 
-def test_a_base_model_goes_on_with_the_whole_text(tiny, typed, capfdbinary):
+def test_chat_base_model(tiny, typed, capfdbinary):
+    """A base model continues the whole text."""
     typed("ab\n\n")
     result = call(capfdbinary, "chat", "-m", tiny, "-n", 4, "-s", 5)
     first = hfkit.generate("ab", model=tiny, max_new_tokens=4, seed=5).completion
@@ -40,30 +41,34 @@ def test_a_base_model_goes_on_with_the_whole_text(tiny, typed, capfdbinary):
     assert result.stdout.decode() == f"{first}\n{second}\n"
 
 
-def test_a_template_gets_the_messages(templated):
+def test_conversation_uses_the_template(templated):
+    """The chat template gets all messages."""
     talk = Conversation(templated, GenerateOptions(max_new_tokens=4))
-    talk.say("hi")
-    talk.reply("yo")
-    assert templated.tokenizer.decode(talk.say("so")) == "[user]hi[assistant]yo[user]so[assistant]"
+    talk.add_turn("hi")
+    talk.add_reply("yo")
+    assert templated.tokenizer.decode(talk.add_turn("so")) == "[user]hi[assistant]yo[user]so[assistant]"
 
 
-def test_the_oldest_turns_go_when_the_context_is_full(templated):
+def test_conversation_drops_the_oldest_turns(templated):
+    """The oldest turns are dropped when the context is full."""
     talk = Conversation(templated, GenerateOptions(max_new_tokens=4))
     for word in ("one", "two", "three"):
-        ids = talk.say(word)
-        talk.reply("x" * 9)
+        ids = talk.add_turn(word)
+        talk.add_reply("x" * 9)
     text = templated.tokenizer.decode(ids)
     assert len(ids) + 4 <= templated.context
     assert text.startswith("[user]two") and text.endswith("[user]three[assistant]")
 
 
-def test_a_turn_may_have_several_lines(tiny, typed, capfdbinary, tmp_path):
+def test_chat_several_lines(tiny, typed, capfdbinary, tmp_path):
+    """A turn may have several lines."""
     typed(f'"""a\nb"""\n/save {tmp_path}/said\n/exit\nnever\n')
     assert call(capfdbinary, "chat", "-m", tiny, "-n", 2, "-s", 1).returncode == 0
     assert (tmp_path / "said").read_text().startswith("a\nb")
 
 
-def test_options_change_and_what_was_said_is_forgotten(tiny, typed, capfdbinary):
+def test_chat_set_and_reset(tiny, typed, capfdbinary):
+    """/set changes an option, /reset forgets the conversation."""
     typed("ab\n/reset\n/set temperature 0\n/set seed 5\nab\n")
     result = call(capfdbinary, "chat", "-m", tiny, "-n", 4, "-s", 5)
     greedy = hfkit.generate("ab", model=tiny, max_new_tokens=4, temperature=0).completion
@@ -73,21 +78,24 @@ def test_options_change_and_what_was_said_is_forgotten(tiny, typed, capfdbinary)
 @pytest.mark.parametrize(
     "line", ["/set temprature 1", "/set temperature hot", "/set top_p 3", "/save /no/such/folder/x"]
 )
-def test_a_wrong_command_is_one_line_and_the_chat_goes_on(tiny, typed, capfdbinary, line):
+def test_chat_wrong_command(tiny, typed, capfdbinary, line):
+    """A wrong command is one line, and the chat continues."""
     typed(f"{line}\nab\n")
     result = call(capfdbinary, "chat", "-m", tiny, "-n", 2, "-s", 1)
     assert result.returncode == 0 and result.stdout
     assert [row[:13] for row in result.stderr.decode().splitlines()[1:]] == ["hfkit: error:"]
 
 
-def test_messages_are_saved_as_json_lines(templated, tmp_path):
+def test_conversation_save(templated, tmp_path):
+    """Messages are saved as JSON Lines."""
     talk = Conversation(templated, GenerateOptions())
-    talk.say("hi")
-    talk.reply("yo")
+    talk.add_turn("hi")
+    talk.add_reply("yo")
     talk.save(str(tmp_path / "said"))
     rows = [json.loads(line) for line in (tmp_path / "said").read_text().splitlines()]
     assert rows == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 
 
-def test_several_replies_are_refused(tiny, capfdbinary):
+def test_chat_refuses_several_replies(tiny, capfdbinary):
+    """Several replies are refused."""
     assert_fails(call(capfdbinary, "chat", "-m", tiny, "--num-return-sequences", 2), 2, "one reply")

@@ -7,7 +7,8 @@ from support.shell import assert_fails, call
 from hfkit.cli import info
 
 
-def test_the_report_is_json(tiny, capfdbinary):
+def test_info_json(tiny, capfdbinary):
+    """--json prints the whole report."""
     result = call(capfdbinary, "info", "-m", tiny, "--json")
     report = json.loads(result.stdout)
     assert result.returncode == 0
@@ -15,7 +16,8 @@ def test_the_report_is_json(tiny, capfdbinary):
     assert report["model"]["context"] == 64 and report["model"]["layers"] == 2
 
 
-def test_parameters_are_counted_without_loading(tiny):
+def test_describe_model_counts_parameters(tiny):
+    """Parameters are counted without loading the model."""
     import hfkit
     from hfkit.models.sources import find_model as find
     from hfkit.options import ModelOptions
@@ -24,13 +26,15 @@ def test_parameters_are_counted_without_loading(tiny):
     assert described["parameters"] == hfkit.load(tiny).model.num_parameters()
 
 
-def test_the_report_for_people_names_every_problem(tiny, capfdbinary, monkeypatch):
+def test_info_prints_problems(tiny, capfdbinary, monkeypatch):
+    """The report for people names every problem."""
     monkeypatch.setattr(info.shutil, "which", lambda name: None)
     lines = call(capfdbinary, "info", "-m", tiny).stdout.decode().splitlines()
     assert any(line.startswith("problem: no C++ compiler") for line in lines)
 
 
-def test_a_package_out_of_bounds_is_a_problem():
+def test_find_problems_versions():
+    """A package outside its bounds is a problem."""
     report = {
         "versions": {"torch": "1.0"},
         "machine": {"compiler": "c++", "memory_free": 10**12},
@@ -41,5 +45,6 @@ def test_a_package_out_of_bounds_is_a_problem():
     assert [problem.split()[:2] for problem in info.find_problems(report)] == [["torch", "1.0"]]
 
 
-def test_a_model_that_is_not_there_fails(capfdbinary):
+def test_info_missing_model(capfdbinary):
+    """A missing model is an error."""
     assert_fails(call(capfdbinary, "info", "-m", "./nowhere"), 1, "./nowhere")

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,7 +42,8 @@ def many(tmp_path):
 # one file
 
 
-def test_of_a_thousand_prompts_fifty_bad_ones_are_reported_and_nothing_is_lost(tiny, tmp_path, capfdbinary):
+def test_generate_input_reports_bad_lines(tiny, tmp_path, capfdbinary):
+    """Of a thousand prompts fifty bad ones are reported, and no result is lost."""
     lines = [json.dumps({"prompt": f"prompt {i}", "id": i}).encode() for i in range(1000)]
     bad = random.Random(1).sample(range(1000), 50)
     faults = [
@@ -81,7 +83,8 @@ def test_of_a_thousand_prompts_fifty_bad_ones_are_reported_and_nothing_is_lost(t
     assert told[-1].startswith("hfkit: error: 50 of 1000 prompts could not be run")
 
 
-def test_a_file_gives_what_python_gives_for_the_list(tiny, many, capfdbinary):
+def test_generate_input_equals_python(tiny, many, capfdbinary):
+    """A file gives what Python gives for a list."""
     path, flags = many(20), ["-m", tiny, "-n", 4, "-s", 9, "--num-return-sequences", 2]
     result = call(capfdbinary, "generate", "-i", path, *flags)
     found = [json.loads(line) for line in result.stdout.splitlines()]
@@ -97,7 +100,8 @@ def test_a_file_gives_what_python_gives_for_the_list(tiny, many, capfdbinary):
     assert single["completion"] == hfkit.generate(single["prompt"], model=tiny, max_new_tokens=4, seed=9).completion
 
 
-def test_a_line_that_does_not_run_on_its_own_ends_nothing(tiny, tmp_path, capfdbinary):
+def test_generate_input_continues_after_errors(tiny, tmp_path, capfdbinary):
+    """A line that cannot be run does not end the run."""
     (tmp_path / "in.txt").write_bytes(b"\xef\xbb\xbfa\r\n" + b"x" * 99 + b"\n \n\xff\nlast")
     result = call(capfdbinary, "generate", "-i", tmp_path / "in.txt", "-m", tiny, "-n", 3, "-s", 1, "--num-beams", 2)
     assert [json.loads(line)["prompt"] for line in result.stdout.splitlines()] == ["a", "last"]
@@ -105,7 +109,8 @@ def test_a_line_that_does_not_run_on_its_own_ends_nothing(tiny, tmp_path, capfdb
     assert all(word in line for word, line in zip(words, result.stderr.splitlines(), strict=True))
 
 
-def test_prompts_may_come_through_a_pipe(tiny, tmp_path, capfdbinary):
+def test_generate_input_reads_a_pipe(tiny, tmp_path, capfdbinary):
+    """Prompts may come through a named pipe."""
     os.mkfifo(tmp_path / "pipe")
     if not (child := os.fork()):
         (tmp_path / "pipe").write_text("a\nb\n")
@@ -130,9 +135,8 @@ def test_prompts_may_come_through_a_pipe(tiny, tmp_path, capfdbinary):
         (["hi", "-o", "x", "--resume"], 2, ["--input"]),
     ],
 )
-def test_what_is_wrong_with_the_files_is_said_before_a_model_is_loaded(
-    tiny, tmp_path, monkeypatch, capfdbinary, flags, code, words
-):
+def test_generate_checks_files_first(tiny, tmp_path, monkeypatch, capfdbinary, flags, code, words):
+    """Problems with the files are reported before a model is loaded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hfkit.models.loading.load_weights", None)
     (tmp_path / "in.txt").write_text("a\n")
@@ -143,7 +147,8 @@ def test_what_is_wrong_with_the_files_is_said_before_a_model_is_loaded(
     assert (tmp_path / "there.jsonl").read_text() == "kept"
 
 
-def test_a_run_that_failed_before_it_began_is_not_in_the_way(tiny, many, tmp_path, capfdbinary):
+def test_generate_output_after_a_failed_start(tiny, many, tmp_path, capfdbinary):
+    """A run that failed before it began does not block the next one."""
     line = ["generate", "-i", many(3), "-o", tmp_path / "out.jsonl", "-n", 2, "-s", 1]
     (tmp_path / "model").mkdir()
     assert call(capfdbinary, *line, "-m", tmp_path / "model").returncode == 1
@@ -153,7 +158,8 @@ def test_a_run_that_failed_before_it_began_is_not_in_the_way(tiny, many, tmp_pat
     assert len(rows(tmp_path / "out.jsonl")) == 3 and not (tmp_path / "out.jsonl.partial").exists()
 
 
-def test_one_prompt_may_go_to_a_file_too(tiny, tmp_path, capfdbinary):
+def test_generate_output_of_one_prompt(tiny, tmp_path, capfdbinary):
+    """One prompt may go to a file, too."""
     result = call(capfdbinary, "generate", "hi", "-o", tmp_path / "out.jsonl", "-m", tiny, "-n", 2, "-s", 1)
     (row,) = rows(tmp_path / "out.jsonl")
     assert (result.returncode, result.stdout, row["prompt"], row["line"]) == (0, b"", "hi", 1)
@@ -167,24 +173,39 @@ def generate(*flags) -> list[str]:
 
 
 @pytest.fixture
-def whole(tiny, many, tmp_path, capfdbinary):
+def whole(tiny, many, tmp_path, capfdbinary, monkeypatch):
     """An uninterrupted run of 60 prompts, two of them bad: its flags and its records."""
     path = many(60)
     text = path.read_text().splitlines()
     text[7], text[40] = "", "x" * 99
     path.write_text("\n".join(text))
     flags = ["-i", path, "-m", tiny, "-s", 5]
-    assert call(capfdbinary, *generate(*flags, "-o", tmp_path / "whole.jsonl")).returncode == 1
+
+    def finish(results):
+        shutil.copy(tmp_path / "whole.jsonl.partial.json", tmp_path / "settings.json")
+        original(results)
+
+    original = Results.finish
+    with monkeypatch.context() as patch:
+        patch.setattr(Results, "finish", finish)
+        assert call(capfdbinary, *generate(*flags, "-o", tmp_path / "whole.jsonl")).returncode == 1
     return flags, rows(tmp_path / "whole.jsonl")
 
 
-def test_a_run_cut_at_any_byte_goes_on_to_the_same_end(whole, tmp_path, capfdbinary):
+def interrupt(tmp_path, data: bytes) -> None:
+    """Leave what the run of `whole` leaves if it is killed after it wrote `data`."""
+    (tmp_path / "out.jsonl.partial").write_bytes(data)
+    shutil.copy(tmp_path / "settings.json", tmp_path / "out.jsonl.partial.json")
+
+
+def test_resume_after_a_cut_at_any_byte(whole, tmp_path, capfdbinary):
+    """A run whose file is cut at any byte resumes to the same end."""
     flags, expected = whole
     data, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "out.jsonl"
     draw = random.Random(0)
     ends = [at + 1 for at, byte in enumerate(data) if byte == 10]
     for at in [1, len(data), draw.choice(ends), draw.choice(ends) - 1, *(draw.randrange(len(data)) for _ in range(4))]:
-        out.with_name("out.jsonl.partial").write_bytes(data[:at])
+        interrupt(tmp_path, data[:at])
         resumed = call(capfdbinary, *generate(*flags, "-o", out, "--resume"))
         assert rows(out) == expected
         assert resumed.returncode == 1 and b"2 of 60 prompts" in resumed.stderr
@@ -210,7 +231,8 @@ def kill_and_resume(flags, out, kills: int) -> None:
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_killed_at_any_time_goes_on_to_the_same_end(whole, tmp_path, kills):
+def test_resume_after_kills(whole, tmp_path, kills):
+    """A run that is killed at any time resumes to the same end."""
     flags, expected = whole
     kill_and_resume(flags, tmp_path / "out.jsonl", kills)
     assert rows(tmp_path / "out.jsonl") == expected
@@ -218,11 +240,12 @@ def test_a_run_killed_at_any_time_goes_on_to_the_same_end(whole, tmp_path, kills
 
 
 @pytest.mark.parametrize("fault", ["input", "shorter", "model", "seed", "samples", "greedy"])
-def test_a_run_is_not_resumed_with_something_else(whole, tiny_llama, tmp_path, capfdbinary, fault):
+def test_resume_refuses_other_settings(whole, tiny_llama, tmp_path, capfdbinary, fault):
+    """A run is not resumed with another input, model or option."""
     flags, _ = whole
     out = tmp_path / "out.jsonl"
     lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
-    out.with_name("out.jsonl.partial").write_bytes(b"".join(lines[:20]))
+    interrupt(tmp_path, b"".join(lines[:20]))
     text, extra = flags[1].read_text(), []
     match fault:
         case "input":
@@ -241,18 +264,20 @@ def test_a_run_is_not_resumed_with_something_else(whole, tiny_llama, tmp_path, c
     assert out.with_name("out.jsonl.partial").read_bytes() == b"".join(lines[:20])
 
 
-def test_a_run_whose_seed_was_drawn_goes_on_with_it(whole, tmp_path, capfdbinary):
+def test_resume_keeps_a_random_seed(whole, tmp_path, capfdbinary):
+    """A run with a random seed resumes with the same seed."""
     flags, expected = whole
     data, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "out.jsonl"
-    out.with_name("out.jsonl.partial").write_bytes(data[:3000])
+    interrupt(tmp_path, data[:3000])
     call(capfdbinary, *generate(*flags[:-2], "-o", out, "--resume"))
     assert rows(out) == expected
 
 
-def test_a_line_that_was_mended_is_run_when_the_rest_goes_on(whole, tmp_path, capfdbinary):
+def test_resume_runs_a_fixed_line(whole, tmp_path, capfdbinary):
+    """A line that was fixed is run when the rest is resumed."""
     flags, expected = whole
     data, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "out.jsonl"
-    out.with_name("out.jsonl.partial").write_bytes(data)
+    interrupt(tmp_path, data)
     text = flags[1].read_text().splitlines()
     text[7] = "mended"
     flags[1].write_text("\n".join(text))
@@ -261,7 +286,8 @@ def test_a_line_that_was_mended_is_run_when_the_rest_goes_on(whole, tmp_path, ca
     assert b"1 of 60 prompts" in result.stderr
 
 
-def test_two_runs_do_not_write_one_file(tmp_path):
+def test_results_are_locked(tmp_path):
+    """Two runs do not write the same file."""
     first = Results(tmp_path / "out", overwrite=False)
     with pytest.raises(HfkitError, match="another process"):
         Results(tmp_path / "out", overwrite=True)
@@ -270,7 +296,8 @@ def test_two_runs_do_not_write_one_file(tmp_path):
     assert (tmp_path / "out").read_text() == '{"line": 1}\n'
 
 
-def test_two_processes_give_what_one_gives(whole, tmp_path):
+def test_generate_input_two_processes(whole, tmp_path):
+    """Two processes give what one gives."""
     flags, expected = whole
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hfkit"]
     result = subprocess.run(
@@ -284,18 +311,21 @@ def test_two_processes_give_what_one_gives(whole, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson"])
-def test_a_json_lines_file_gives_its_prompts(tmp_path, name):
+def test_read_prompts_json_lines(tmp_path, name):
+    """A JSON Lines file gives its prompts."""
     (tmp_path / name).write_text('{"prompt": "a\\nb"}\n{"prompt": "\\u00e9", "x": 1}')
     assert list(read_prompts(tmp_path / name)) == ["a\nb", "é"]
 
 
-def test_a_text_file_gives_its_lines_as_they_are(tmp_path):
+def test_read_prompts_text(tmp_path):
+    """A text file gives its lines unchanged."""
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf a \r\nb\x85\x0cc\n\xef\xbb\xbfd".replace(b"\x85", "\x85".encode()))
     assert list(read_prompts(tmp_path / "a.txt")) == [" a ", "b\x85\x0cc", "\ufeffd"]
 
 
 @pytest.mark.parametrize("data", [b"a\n", b"a", b"a\r\n", b"\xef\xbb\xbfa"])
-def test_stdin_is_the_prompt_where_there_is_no_other(monkeypatch, data):
+def test_read_prompt_stdin(monkeypatch, data):
+    """stdin is the prompt if no other is given."""
     stdin = io.TextIOWrapper(io.BytesIO(data))
     monkeypatch.setattr(sys, "stdin", stdin)
     assert read_prompt("given") == "given"
@@ -304,7 +334,8 @@ def test_stdin_is_the_prompt_where_there_is_no_other(monkeypatch, data):
     assert read_prompt("-") == "a"
 
 
-def test_a_terminal_is_not_waited_for_and_other_bytes_are_refused(monkeypatch):
+def test_read_prompt_terminal_and_bad_bytes(monkeypatch):
+    """A terminal is not waited for; bytes that are not UTF-8 are refused."""
     stdin = io.TextIOWrapper(io.BytesIO(b"a\xff"))
     monkeypatch.setattr(sys, "stdin", stdin)
     with pytest.raises(OptionError, match="byte 2"):
@@ -314,6 +345,7 @@ def test_a_terminal_is_not_waited_for_and_other_bytes_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["é日本", "\ud800", "a\nb\x1b\u2028", '"'])
-def test_a_record_is_one_line_of_utf8_that_reads_back(text):
+def test_to_line_reads_back(text):
+    """A record is one line of UTF-8 that reads back."""
     line = to_line({"text": text})
     assert line.encode().count(b"\n") == 1 and json.loads(line) == {"text": text}

@@ -73,7 +73,8 @@ def shorten(path: Path, rows: int = 24) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_the_three_lines_of_a_recipe_run(name, kitchen, small, monkeypatch, capfdbinary):
+def test_recipe_commands_run(name, kitchen, small, monkeypatch, capfdbinary):
+    """The three commands in a recipe's head run."""
     monkeypatch.setenv("HFKIT_MODEL", small)
     assert call(capfdbinary, "recipes", "copy", name).returncode == 0
     for path in Path("data").iterdir():
@@ -100,7 +101,8 @@ def test_the_three_lines_of_a_recipe_run(name, kitchen, small, monkeypatch, capf
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_recipe_beats_its_baseline_by_more_than_the_error(name, kitchen):
+def test_recipe_beats_its_baseline(name, kitchen):
+    """A recipe beats its baseline by more than the error."""
     assert run("recipes", "copy", name).returncode == 0
     train, score, use = map(arguments_of, lines_of(Path(f"{name}.yaml")))
     for arguments, piped in (train, use):
@@ -126,14 +128,16 @@ def test_a_recipe_beats_its_baseline_by_more_than_the_error(name, kitchen):
         assert found[figure] - baseline[figure] > 2 * found[f"{figure}_stderr"] > 0
 
 
-def test_every_recipe_says_in_its_first_line_what_it_is_for():
+def test_recipe_head_says_its_purpose():
+    """Every recipe says in its first line what it is for."""
     for name, path in shipped().items():
         first, empty, *_ = describe(path)
         assert 20 < len(first) < 110 and empty == "", name
         assert any(f"--config {name}" in line for line in lines_of(path)), name
 
 
-def test_data_is_parted_without_overlap_and_its_licence_is_told():
+def test_data_is_split_and_licensed():
+    """Training and test data do not overlap, and their licence is named."""
     data = next(iter(shipped().values())).parent / "data"
     told = (data / "README.md").read_text()
     for path in data.iterdir():
@@ -147,7 +151,8 @@ def test_data_is_parted_without_overlap_and_its_licence_is_told():
             assert parts[0] and not parts[0] & parts[1], path.name
 
 
-def test_answers_stand_in_their_contexts_and_labels_are_even():
+def test_data_is_sound():
+    """Answers stand in their contexts, and labels are balanced."""
     data = next(iter(shipped().values())).parent / "data"
     for row in map(json.loads, (data / "questions.jsonl").read_text().splitlines()):
         assert row["answer"] in row["context"]
@@ -156,19 +161,22 @@ def test_answers_stand_in_their_contexts_and_labels_are_even():
     assert 0.45 < labels.count("positive") / len(labels) < 0.55
 
 
-def test_recipes_are_listed_with_a_line_each(capfdbinary):
+def test_recipes_lists_all(capfdbinary):
+    """Recipes are listed, a line each."""
     result = call(capfdbinary, "recipes")
     lines = result.stdout.decode().splitlines()
     assert result.returncode == 0 and [line.split()[0] for line in lines] == list(shipped())
 
 
-def test_a_copy_does_not_overwrite_and_a_wrong_name_gets_a_hint(kitchen, capfdbinary):
+def test_copy_refuses(kitchen, capfdbinary):
+    """A copy does not overwrite, and a wrong name gets a hint."""
     assert call(capfdbinary, "recipes", "copy", "generation-poems").returncode == 0
     assert_fails(call(capfdbinary, "recipes", "copy", "generation-poems"), 1, "exists")
     assert_fails(call(capfdbinary, "recipes", "copy", "generation-poem"), 1, "did you mean 'generation-poems'")
 
 
-def test_a_shipped_recipe_is_found_by_name_and_finds_its_data(kitchen):
+def test_read_values_finds_shipped_recipes(kitchen):
+    """A shipped recipe is found by name and finds its data."""
     from hfkit.options import DataOptions, TrainOptions
     from hfkit.recipes import read_values
 

@@ -145,7 +145,7 @@ def test_generate_novel_limits_copies(parrot):
     for count, before, now in zip(counts, plain, found, strict=True):
         assert (now == before) == (count <= 5)  # what was new already stays as it is
         assert now == hfkit.generate("a", **asked | {"seed": now.seed})  # its seed gives it again
-        assert now.seed % generation.FAR == before.seed
+        assert now.seed % generation.REDRAW_STRIDE == before.seed
     streamed = hfkit.stream("a", **asked, novel=corpus, novel_words=5)
     assert "".join(streamed) == found[0].completion
     many = hfkit.generate("a", **asked, novel=corpus, novel_words=5, num_return_sequences=4)
@@ -191,7 +191,7 @@ def test_generate_novel_resumes_seeds(tiny, tmp_path, capfdbinary, monkeypatch):
     for seed in (["-s", 5], ["-s", 2**41 + 7], []):
         assert call(capfdbinary, *line, "-o", whole, "--overwrite", *seed).returncode == 0
         rows = whole.read_text().splitlines()
-        base = seed[1] if seed else json.loads(rows[0])["seed"] % generation.FAR
+        base = seed[1] if seed else json.loads(rows[0])["seed"] % generation.REDRAW_STRIDE
         far = [number for number, (_, own) in enumerate(texts(whole)) if own != base + number]
         assert far and base < 2**42
         for number in {*far[:2], 3}:

@@ -1,6 +1,7 @@
 """Scores are those of a plain loop over the same windows, whatever is scored together and in what precision."""
 
 import csv
+import io
 import json
 import math
 import random
@@ -14,6 +15,7 @@ import torch
 from support.shell import assert_fails, call
 
 import hfkit
+from hfkit.cli.evaluate import write_evaluation
 from hfkit.corpus.documents import END, Piece
 from hfkit.corpus.encoding import IGNORED
 from hfkit.errors import HfkitError
@@ -22,7 +24,7 @@ from hfkit.evaluation.perplexity import slide
 from hfkit.inference import likelihood
 from hfkit.models import architecture
 from hfkit.models.loading import LanguageModel
-from hfkit.options import ModelOptions
+from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ModelOptions
 
 BOTH = pytest.mark.parametrize("name", ["gpt2", "llama"])
 WORDS = ["the", "cat", "sat", "a", "mat.", "Rain,", "t", "2", "wind\n", "\n", "stone"]
@@ -429,9 +431,12 @@ def test_an_error_that_is_not_known_is_left_out(tiny, tmp_path, capfdbinary):
     row = json.loads(call(capfdbinary, "evaluate", path, "-m", tiny, "--json").stdout, parse_constant=pytest.fail)
     assert row["perplexity_stderr"] is None and row["perplexity"] > 1
     shown = call(capfdbinary, "evaluate", path, "-m", tiny).stdout.decode()
-    assert "±" not in shown and "nan" not in shown
+    assert "nan" not in shown
     table = call(capfdbinary, "evaluate", path, "-m", tiny, "-m", tiny).stdout.decode()
-    assert "±" not in table and "nan" not in table and "error" not in table
+    assert "nan" not in table and "error" not in table
+    for output in (shown, table):
+        figures, reason = output.rstrip("\n").rsplit("\n", 1)
+        assert "±" not in figures and reason.startswith("No ± is shown: the corpus is a single passage")
 
 
 def test_several_models_are_one_table_with_what_the_later_ones_save(tiny, tiny_llama, tmp_path, capfdbinary):
@@ -452,13 +457,83 @@ def test_several_models_are_one_table_with_what_the_later_ones_save(tiny, tiny_l
     assert "within" in same and "beyond" not in same
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("columns", [30, 50, 400])
+def test_write_evaluation_cuts_no_figure_in_a_narrow_terminal(
+    tiny, tiny_llama, reviews, tmp_path, monkeypatch, columns
+):
+    """A table that does not fit is turned: a line for each figure."""
+    monkeypatch.setattr("sys.stdout", screen := Terminal())
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("NO_COLOR", "1")
+    path = save(tmp_path / "a.txt", *(text(200, seed) for seed in range(30)))
+    models = [tiny, tiny_llama]
+    write_evaluation([str(path)], ManyModelsOptions(model=models), CorpusOptions(), EvaluateOptions(), json=False)
+    labels = CorpusOptions(template="{text}: {label}", labels=["good", "bad"])
+    write_evaluation([reviews], ManyModelsOptions(model=[tiny]), labels, EvaluateOptions(), json=False)
+    shown = screen.getvalue()
+    found = [hfkit.evaluate(path, model=name) for name in models]
+    assessment = hfkit.evaluate(reviews, model=tiny, template="{text}: {label}", labels=["good", "bad"])
+    assert "…" not in shown and ("\nperplexity" in shown) == (columns < 400)
+    for one in found:
+        assert f"{one.perplexity:.2f} ± {one.perplexity_stderr:.2f}" in shown
+        assert f"{one.bits_per_byte:.4f} ± {one.bits_per_byte_stderr:.4f}" in shown and one.model in shown
+    for name in ("accuracy", "loss", "f1"):
+        assert f"{assessment.metrics[name]:.3g} ± {assessment.metrics[f'{name}_stderr']:.3g}" in shown
+
+
+@pytest.fixture
+def reviews(tmp_path) -> str:
+    path = tmp_path / "reviews.jsonl"
+    rows = [{"text": text(20, seed), "label": "good" if seed % 3 else "bad"} for seed in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_evaluate_ends_with_a_sentence(tiny, tiny_llama, reviews, tmp_path, capfdbinary):
+    def last_line(*arguments) -> str:
+        return call(capfdbinary, "evaluate", *arguments).stdout.decode().splitlines()[-1]
+
+    path = save(tmp_path / "a.txt", *(text(200, seed) for seed in range(30)))
+    perplexity = hfkit.evaluate(path, model=tiny).perplexity
+    assert last_line(path, "-m", tiny).startswith("On average the model is as unsure as if it chose among ")
+    assert f"{perplexity:,.1f} equally likely tokens" in last_line(path, "-m", tiny)
+    best = last_line(path, "-m", tiny, "-m", "bundled")
+    gain, error = hfkit.evaluate(path).gain_over(hfkit.evaluate(path, model=tiny))
+    assert best == f"bundled predicts the corpus best: {gain:.4f} ± {error:.4f} bits per byte fewer than {tiny}."
+    assert "equally well" in last_line(path, "-m", tiny, "-m", tiny)
+    labels = ["--template", "{text}: {label}", "--labels", "good", "--labels", "bad"]
+    output = call(capfdbinary, "evaluate", reviews, "-m", tiny, *labels).stdout.decode()
+    found = hfkit.evaluate(reviews, model=tiny, template="{text}: {label}", labels=["good", "bad"])
+    gain = found.metrics["accuracy"] - found.baselines["most frequent answer"]["accuracy"]
+    word = "better" if gain > 2 * found.metrics["accuracy_stderr"] else "no better"
+    assert f"{tiny} is {word} than the baseline (most frequent answer): accuracy" in output.splitlines()[-1]
+    counts = [line.split("│")[1:-1] for line in output.splitlines() if line.startswith(("│ good", "│ bad"))]
+    matrix = [[int(cell) for cell in row[1:]] for row in counts]
+    assert matrix == found.metrics["confusion"]["matrix"] and sum(map(sum, matrix)) == 9
+
+
+def test_evaluation_prints_short(tiny, reviews, tmp_path):
+    """Not with its arrays, or the table of each class."""
+    found = hfkit.evaluate(save(tmp_path / "a.txt", *(text(200, seed) for seed in range(30))), model=tiny)
+    labels = {"template": "{text}: {label}", "labels": ["good", "bad"]}
+    for one in (found, hfkit.evaluate(reviews, model=tiny, **labels)):
+        assert str(one) == repr(one) and len(str(one).replace(tiny, "")) < 250 and tiny in str(one)
+        assert "array" not in str(one) and "{" not in str(one)
+    assert f"perplexity {found.perplexity:.2f} ± {found.perplexity_stderr:.2f}" in str(found)
+
+
 def test_a_models_name_is_no_markup(tiny, tmp_path, capfdbinary, copy, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = "./[red]m[:smile:"
     copy(tiny).rename(name)
     save(tmp_path / "a.txt", text(50))
     shown = call(capfdbinary, "evaluate", "a.txt", "-m", name, "-m", name).stdout.decode()
-    assert shown.count(name) == 3  # two rows, and the head of the last column
+    assert shown.count(name) == 5  # two rows, the head of the last column, and the sentence
 
 
 def test_a_wrong_name_is_told_before_the_first_model_is_asked(tiny, tmp_path, capfdbinary, monkeypatch):

@@ -17,7 +17,7 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 
 import hfkit
 from hfkit.corpus.templates import Task, give_task
-from hfkit.evaluation.metrics import Squad
+from hfkit.evaluation.metrics import squad
 from hfkit.evaluation.perplexity import Evaluation
 from hfkit.evaluation.tasks import Assessment
 from hfkit.inference.answering import Answer
@@ -135,7 +135,7 @@ def test_a_label_that_is_none_is_told_with_its_place(tiny, head, tmp_path, capfd
     result = call(capfdbinary, "evaluate", path, "-m", tiny, *asked)
     assert_fails(result, 1, "label is 'new'", "rows.jsonl, line 2", "the labels are good, bad, so so")
     result = call(capfdbinary, "evaluate", path, "-m", head)
-    assert_fails(result, 1, "label 'new' is none of the model's: good, bad, so so")
+    assert_fails(result, 1, "label 'new' is not one of the model's: good, bad, so so")
 
 
 def test_rows_of_one_label_are_scored_too(head, tmp_path, capfdbinary):
@@ -157,7 +157,7 @@ def test_a_text_models_answers_are_what_generate_gives(tiny, pairs):
     found = hfkit.evaluate(pairs, model=tiny, template="{en}: {fr};", metric=["exact_match", "chrf", "bleu"])
     assert found.metrics["chrf"] == pytest.approx(CHRF().corpus_score(said, [right]).score)
     assert found.metrics["bleu"] == pytest.approx(BLEU(force=True).corpus_score(said, [right]).score)
-    assert found.metrics["exact_match"] == Squad().compute(predictions=said, references=right)["exact_match"]
+    assert found.metrics["exact_match"] == squad(said, right)["exact_match"]
     assert {f"{name}_stderr" for name in ("exact_match", "f1", "chrf", "bleu")} <= found.metrics.keys()
 
 
@@ -236,7 +236,7 @@ def test_a_finder_is_asked_each_question(finder, tmp_path):
     rows = [{"question": "what", "context": f"the {word} falls", "answer": word} for word in trials.WORDS]
     found = hfkit.evaluate(write_rows(tmp_path / "rows.jsonl", rows), model=finder)
     said = [hfkit.answer("what", row["context"], model=finder).answer for row in rows]
-    expected = Squad().compute(predictions=said, references=trials.WORDS)
+    expected = squad(said, trials.WORDS)
     assert found.metrics == pytest.approx(expected) and found.examples == len(rows)
 
 

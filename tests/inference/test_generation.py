@@ -20,9 +20,9 @@ from transformers import (
 import hfkit
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inference import batches, controls
-from hfkit.inference.batches import fit_prompt as prepare
 from hfkit.inference.decoding import Detokenizer, complete, held_back, repeats
 from hfkit.inference.decoding import cut_at_stop as cut
+from hfkit.inference.prompts import fit_prompt as prepare
 from hfkit.models import loading
 from hfkit.options import SAMPLING, GenerateOptions
 
@@ -454,12 +454,18 @@ def test_a_guess_changes_the_speed_and_not_the_text(lms, tiny, tiny_llama, name,
 
 
 def test_an_assistant_is_loaded_once_and_guesses_as_many_tokens_as_told(lms, tiny, monkeypatch):
-    loads, load = [], loading.load
-    monkeypatch.setattr(controls, "load", lambda *a, **k: loads.append(load(*a, **k)) or loads[-1])
-    controls._assistant.cache_clear()
+    """Its own config stays as it is, for calls that say nothing."""
+    loads, load, assistants, whole = [], loading.load, [], lms["gpt2"].model.generate
+    monkeypatch.setattr(batches, "load", lambda *a, **k: loads.append(load(*a, **k)) or loads[-1])
+    monkeypatch.setattr(
+        lms["gpt2"].model, "generate", lambda **k: assistants.append(k["assistant_model"]) or whole(**k)
+    )
+    batches._assistant.cache_clear()
     options = GenerateOptions(assistant_model=tiny, num_assistant_tokens=3, max_new_tokens=8, temperature=0)
+    before = copy.deepcopy(load(tiny).model.generation_config)
     hfkit.generate(["a", "b"], model=lms["gpt2"], options=options)
-    assert len(loads) == 1 and loads[0].model.generation_config.num_assistant_tokens == 3
+    assert len(loads) == 1 and [a.generation_config.num_assistant_tokens for a in assistants] == [3, 3]
+    assert loads[0].model.generation_config == before
 
 
 def test_an_assistant_that_is_too_short_for_the_text_is_one_sentence(lms, tiny, monkeypatch):

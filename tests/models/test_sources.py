@@ -60,7 +60,8 @@ class Touch:
 # names
 
 
-def test_without_a_name_it_is_the_bundled_model_or_hfkit_model(monkeypatch, tiny):
+def test_find_model_default(monkeypatch, tiny):
+    """Without a name it is $HFKIT_MODEL, or else the bundled model."""
     assert find().folder == find(ModelOptions(model="bundled")).folder == BUNDLED
     monkeypatch.setenv("HFKIT_MODEL", tiny)
     assert find().name == str(find().folder) == tiny
@@ -69,7 +70,8 @@ def test_without_a_name_it_is_the_bundled_model_or_hfkit_model(monkeypatch, tiny
     assert find().folder == BUNDLED
 
 
-def test_size_is_that_of_the_weights(tiny):
+def test_model_files_size(tiny):
+    """The size is that of the weights."""
     assert find(ModelOptions(model=tiny)).size == os.path.getsize(f"{tiny}/model.safetensors")
 
 
@@ -106,17 +108,20 @@ BAD_NAMES = [
 
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
-def test_a_bad_name_is_refused_without_the_network(no_network, name):
+def test_find_model_bad_name(no_network, name):
+    """A bad name is refused without the network."""
     line = fails(model=name)
     assert "no model" in line and line.isprintable()
 
 
-def test_remote_code_from_the_hub_needs_a_commit_before_anything_is_asked(no_network):
+def test_find_model_remote_code(no_network):
+    """Remote code from the Hub needs a commit, before any request."""
     for revision in (None, "main", "v1.0", "a" * 39, "A" * 40):
         assert "40 characters of a commit" in fails(model="gpt2", trust_remote_code=True, revision=revision)
 
 
-def test_offline_and_not_cached_says_both(monkeypatch, tmp_path):
+def test_find_model_offline(monkeypatch, tmp_path):
+    """Offline and not cached: the error says both."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert "not cached and HF_HUB_OFFLINE is set" in fails(model="owner/name")
 
@@ -125,7 +130,8 @@ def test_offline_and_not_cached_says_both(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "adapter_model.bin"])
-def test_a_pickle_is_refused_and_never_run(copy, tiny, tmp_path, name):
+def test_find_model_pickle(copy, tiny, tmp_path, name):
+    """A pickle is refused and never run."""
     folder, mark = copy(tiny), tmp_path / "mark"
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(pickle.dumps(Touch(mark)))
@@ -135,14 +141,16 @@ def test_a_pickle_is_refused_and_never_run(copy, tiny, tmp_path, name):
     assert mark.exists()
 
 
-def test_an_adapter_in_a_pickle_is_refused(tmp_path, tiny):
+def test_find_adapter_pickle(tmp_path, tiny):
+    """An adapter in a pickle is refused."""
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": tiny}))
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(Touch(tmp_path / "mark")))
     assert "only safetensors are loaded" in fails(model=str(tmp_path))
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_folder_without_a_model_says_what_is_missing(tmp_path, copy, tiny):
+def test_find_model_missing_files(tmp_path, copy, tiny):
+    """A folder without a model: the error says what is missing."""
     assert "no config.json" in fails(model=str(tmp_path))
     folder = copy(tiny)
     (folder / "model.safetensors").unlink()
@@ -151,7 +159,8 @@ def test_a_folder_without_a_model_says_what_is_missing(tmp_path, copy, tiny):
     assert "give a .gguf file or a folder" in fails(model=str(tmp_path / "words.txt"))
 
 
-def test_no_tokenizer_files_is_an_error(copy, tiny):
+def test_find_model_without_tokenizer(copy, tiny):
+    """A folder without tokenizer files is an error."""
     folder = copy(tiny)
     (folder / "tokenizer.json").unlink()
     assert "no tokenizer files" in fails(model=str(folder))
@@ -172,13 +181,15 @@ def test_no_tokenizer_files_is_an_error(copy, tiny):
         (json.dumps({"auto_map": {"AutoConfig": "code.Config"}}), "its own Python code"),
     ],
 )
-def test_a_bad_config_is_one_sentence(copy, tiny, text, words):
+def test_find_model_bad_config(copy, tiny, text, words):
+    """A bad config is one sentence."""
     folder = copy(tiny)
     (folder / "config.json").write_bytes(text.encode("latin-1"))
     assert words in fails(model=str(folder))
 
 
-def test_trusted_code_may_not_come_from_another_repository(copy, tiny):
+def test_check_code_of_another_repository(copy, tiny):
+    """Trusted code may not come from another repository."""
     for file in ("config.json", "tokenizer_config.json"):
         folder = copy(tiny)
         edit_json(folder / file, auto_map={"AutoTokenizer": [None, "owner/name--code.Class"]})
@@ -223,13 +234,15 @@ def first(header) -> dict:
         lambda path: rewrite(path, lambda header: [1]),
     ],
 )
-def test_damaged_weights_are_one_sentence(copy, tiny, damage):
+def test_check_header_damaged(copy, tiny, damage):
+    """Damaged weights are one sentence."""
     folder = copy(tiny)
     damage(folder / "model.safetensors")
     assert "the weights are damaged" in fails(model=str(folder))
 
 
-def test_a_safetensors_mutant_loads_or_is_refused_in_one_line(copy, tiny):
+def test_check_header_mutants(copy, tiny):
+    """A random change to a safetensors file is refused in one line, unless the file still loads."""
     from hfkit.models.loading import LanguageModel, load_tokenizer, load_weights
 
     folder, draw, outcomes = copy(tiny), random.Random(0), set()
@@ -259,7 +272,8 @@ def test_a_safetensors_mutant_loads_or_is_refused_in_one_line(copy, tiny):
     assert outcomes == {HfkitError, LanguageModel}
 
 
-def test_a_sharded_model_is_the_same_model(copy, tiny):
+def test_load_shards(copy, tiny):
+    """A sharded model is the same model."""
     from hfkit.models.loading import load
 
     folder = copy(tiny)
@@ -271,7 +285,8 @@ def test_a_sharded_model_is_the_same_model(copy, tiny):
 
 
 @pytest.mark.parametrize("where", ["../outside.safetensors", "absolute", "link", "sub/inside.safetensors", ".."])
-def test_a_shard_outside_of_the_folder_is_refused(copy, tiny, tmp_path, where):
+def test_find_shard_outside(copy, tiny, tmp_path, where):
+    """A shard outside of the folder is refused."""
     folder, outside = copy(tiny), tmp_path / "outside.safetensors"
     weight_map = shard(folder)
     (folder / "sub").mkdir()
@@ -284,7 +299,8 @@ def test_a_shard_outside_of_the_folder_is_refused(copy, tiny, tmp_path, where):
     assert "outside of the model's folder" in fails(model=str(folder))
 
 
-def test_a_link_to_weights_elsewhere_is_refused_but_not_that_of_the_hubs_cache(copy, tiny, tmp_path):
+def test_find_link(copy, tiny, tmp_path):
+    """A link to weights elsewhere is refused, unless it is one of the Hub's cache."""
     folder = copy(tiny)
     (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
     (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
@@ -298,7 +314,8 @@ def test_a_link_to_weights_elsewhere_is_refused_but_not_that_of_the_hubs_cache(c
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, []])
-def test_an_index_without_a_map_is_one_sentence(copy, tiny, index):
+def test_find_index_without_map(copy, tiny, index):
+    """An index without a map is one sentence."""
     folder = copy(tiny)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -318,7 +335,8 @@ def test_an_index_without_a_map_is_one_sentence(copy, tiny, index):
         ({"base_model_name_or_path": "itself"}, "is an adapter too"),
     ],
 )
-def test_an_adapter_without_its_base_is_one_sentence(tmp_path, config, words):
+def test_find_adapter_without_base(tmp_path, config, words):
+    """An adapter without its base is one sentence."""
     if config.get("base_model_name_or_path") == "itself":
         config = {"base_model_name_or_path": str(tmp_path)}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))

@@ -1,0 +1,52 @@
+"""What `generate` and `chat` do before the first token: check the request, load the model, choose a seed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from hfkit import console
+from hfkit.models.sources import find_model
+from hfkit.options import GenerateOptions, ModelOptions
+
+if TYPE_CHECKING:
+    from hfkit.inference.prompts import Request
+    from hfkit.models.loading import LanguageModel
+
+
+def load_for_generation(model: ModelOptions, sampling: GenerateOptions) -> LanguageModel:
+    """`load_with_prompt` where the prompts come later."""
+    return load_with_prompt(model, sampling, None)[0]
+
+
+def load_with_prompt(
+    model: ModelOptions, sampling: GenerateOptions, prompt: str | None
+) -> tuple[LanguageModel, Request | None]:
+    """Load a model, after every check that does not need its weights, and encode `prompt` for it.
+
+    Raises:
+        HfkitError: the model cannot generate text, or `prompt` does not fit it.
+    """
+    from hfkit.inference import generation
+    from hfkit.inference.prompts import fit_prompt
+    from hfkit.models import architecture, loading
+
+    source = find_model(model)
+    generation.novel_index(sampling)
+    tokenizer, config = loading.load_tokenizer(source), loading.load_config(source)
+    architecture.check_head(source.name, config, "text")
+    request = None if prompt is None else fit_prompt(prompt, sampling, tokenizer, config, source.name)
+    return loading.load_weights(source, model, tokenizer), request
+
+
+def with_seed(lm: LanguageModel, sampling: GenerateOptions) -> GenerateOptions:
+    """Return `sampling` with a seed. A random one is printed to stderr if the text depends on it."""
+    from hfkit.inference import generation
+    from hfkit.inference.controls import draws
+
+    if sampling.seed is not None:
+        return sampling
+    sampling = replace(sampling, seed=generation.draw_seed())
+    if draws(lm, sampling):
+        console.note(f"seed {sampling.seed}")
+    return sampling

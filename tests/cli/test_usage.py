@@ -1,0 +1,147 @@
+"""Help that fits 80 columns, and one sentence for each mistake on a command line, a recipe or a Python call."""
+
+import re
+
+import pytest
+import typer
+from support.shell import assert_fails, call
+
+import hfkit
+from hfkit import declaration, options
+from hfkit.cli import app
+from hfkit.cli.usage import EXAMPLES
+
+COMMANDS = typer.main.get_command(app.app).commands
+FLAGS = {name: {param.name: param for param in command.params} for name, command in COMMANDS.items()}
+
+
+# help
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help_cuts_nothing(capfdbinary, monkeypatch, name):
+    """At 80 columns every flag stands whole in the help."""
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = call(capfdbinary, name, "--help").stdout.decode().splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) < 160
+    words = set(re.findall(r"--[\w-]+", "\n".join(lines).replace("[no-]", "")))
+    wanted = {opt for param in COMMANDS[name].params for opt in param.opts if opt.startswith("--")}
+    assert wanted <= words and "…" not in "".join(lines)
+
+
+@pytest.mark.parametrize("name", sorted({*EXAMPLES} - {"copy"}))
+def test_help_ends_with_examples(capfdbinary, monkeypatch, name):
+    """The help of a command ends with examples, whose flags exist."""
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = call(capfdbinary, "help", name).stdout.decode().splitlines()
+    assert [line.strip() for line in lines[-len(EXAMPLES[name]) :]] == list(EXAMPLES[name])
+    known = {opt for param in FLAGS[name].values() for opt in param.opts}
+    used = {word for line in EXAMPLES[name] if f"hfkit {name}" in line for word in re.findall(r" (--?[a-z-]+)", line)}
+    assert used <= known
+
+
+# names from elsewhere
+
+
+@pytest.mark.parametrize(
+    ("line", "right"),
+    [
+        ("generate hi --max_length 5", "--max-new-tokens"),
+        ("generate hi --length 5", "--max-new-tokens"),
+        ("generate hi --num_samples 5", "--num-return-sequences"),
+        ("generate hi --model_name_or_path gpt2", "--model"),
+        ("finetune c.txt --lr 1e-4", "--learning-rate"),
+        ("finetune c.txt --batch-size 4", "--per-device-train-batch-size"),
+        ("finetune c.txt --n_epochs 4", "--num-train-epochs"),
+        ("pretrain c.txt --max_length 4", "--block-size"),
+        ("finetune c.txt --output x", "--output-dir"),
+        ("finetune --train_file c.txt", "the corpus itself, such as hfkit finetune corpus.txt"),
+        ("generate --text hi", "the prompt itself, such as hfkit generate"),
+        ("generate --prompt=hi", "the prompt itself, such as hfkit generate"),
+        ("generate hi --tempereture 1", "did you mean --temperature?"),
+    ],
+)
+def test_unknown_option_gets_hfkits_name(capfdbinary, line, right):
+    """An option from a tutorial is answered with the name that hfkit has for it."""
+    assert_fails(call(capfdbinary, *line.split()), 2, right)
+
+
+def test_known_names_exist():
+    """Every name in the table is an option or an argument of a command, and shadows none."""
+    known = {name for flags in FLAGS.values() for name in flags}
+    for ours, theirs in declaration._ALSO_CALLED.items():
+        assert ours in known, ours
+        for name, flags in FLAGS.items():
+            found = {
+                their: declaration.find_known_name(their, flags) for their in theirs.split() if their not in flags
+            }
+            assert ours not in flags or all(found.values()), name
+
+
+def test_unknown_name_in_recipe_and_python(capfdbinary, tmp_path):
+    """A recipe and a Python call get the same hint as a flag."""
+    (tmp_path / "r.yaml").write_text("lr: 1e-4\n")
+    assert_fails(
+        call(capfdbinary, "finetune", "x", "-c", tmp_path / "r.yaml"), 2, "line 1", "hfkit calls it 'learning_rate'"
+    )
+    with pytest.raises(TypeError, match="unknown option 'max_length': hfkit calls it 'max_new_tokens'"):
+        hfkit.generate("hi", max_length=5)
+    with pytest.raises(TypeError, match="'epochs': hfkit calls it 'num_train_epochs'"):
+        hfkit.finetune("c.txt", epochs=5)
+
+
+@pytest.mark.parametrize("options_", [{"top_p": 0.5}, options.TrainOptions(), 3])
+def test_options_of_another_type(options_):
+    """Something else in place of options is refused, with the way to pass it."""
+    with pytest.raises(
+        TypeError, match=f"options are GenerateOptions.*not a {type(options_).__name__}: pass its items"
+    ):
+        hfkit.generate("hi", options=options_)
+
+
+# the shape of a command line
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("train x", "hfkit calls it finetune (continue a model) or pretrain"),
+        ("eval x", "hfkit calls it evaluate"),
+        ("genrate x", "did you mean 'generate'?"),
+        ("recipes copi", "did you mean 'copy'?"),
+        ("frobnicate", "see hfkit --help"),
+        ("--model gpt2 generate hi", "options stand after the command, hfkit generate --model"),
+        ("generate Once upon a time", 'needs quotes: hfkit generate "Once upon a time"'),
+        ("inspect The cat", 'needs quotes: hfkit inspect "The cat"'),
+        ("chat hello", "unexpected 'hello'"),
+        ("recipes copy a b", "unexpected 'b'"),
+        ("generate -5", "hfkit generate -- TEXT"),
+        ("finetune", "needs a corpus, such as hfkit finetune corpus.txt"),
+        ("answer", 'needs a question, such as hfkit answer "Who'),
+        ("recipes copy", "needs a name, such as hfkit recipes copy"),
+        ("generate hi -n", "-n needs a value"),
+        ("generate hi --verbose=3", "--verbose takes no value"),
+        ("generate hi --top-p x", "--top-p is 'x': it must be a number"),
+        ("generate hi -n 2.5", "--max-new-tokens is '2.5': it must be a whole number"),
+        ("generate hi --top-p 3", "--top-p is '3': it must be at most 1"),
+        ("generate hi --top-k -3", "--top-k is '-3': it must be at least 0"),
+        ("generate hi --dtype f8", "--dtype is 'f8': it must be one of auto, float32, bfloat16, float16"),
+    ],
+)
+def test_usage_error_is_one_sentence(capfdbinary, line, words):
+    """A mistake on the command line is answered with what to write, in hfkit's words."""
+    result = call(capfdbinary, *line.split())
+    assert_fails(result, 2, words)
+    assert b"Input should" not in result.stderr and b"Invalid value" not in result.stderr
+
+
+def test_text_that_begins_with_a_dash(capfdbinary):
+    """A text that looks like an option, and a text without a command, are shown the way out."""
+    assert_fails(call(capfdbinary, "generate", "- item"), 2, "a text that begins with - stands after --")
+    assert_fails(call(capfdbinary, "Once upon a time"), 2, 'hfkit generate "Once upon a time"')
+
+
+def test_help_command(capfdbinary):
+    """`hfkit help` and `hfkit help COMMAND` print what --help does."""
+    assert call(capfdbinary, "help").stdout == call(capfdbinary, "--help").stdout != b""
+    assert call(capfdbinary, "help", "info").stdout == call(capfdbinary, "info", "-h").stdout != b""
