@@ -25,7 +25,7 @@ from hfkit.errors import HfkitError, first_line
 from hfkit.options import DataOptions
 from hfkit.storage import add_owned, check_owned, lock, make_names_durable, make_writable, write_text
 
-_VERSION = 6  # of the files on disk
+_VERSION = 7  # of the files on disk
 _SAMPLE = 1_000_000  # characters that are examined for their script
 _SCRIPTS = {"Cjk": "Han", "Masculine": "Latin", "Feminine": "Latin", "Micro": "Greek"}  # ª, º and µ
 _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ue000-\uf8ff\ufeff\ufffd]")
@@ -73,8 +73,6 @@ def encode_corpus(
     Raises:
         HfkitError: the corpus cannot be read or is empty, or `folder` holds another one.
     """
-    if corpus.left_out:
-        note(f"{corpus.left_out} files are empty or no text: left out")
     read = (
         *(options.text_column, options.errors, options.dataset_config_name, options.dataset_split),
         *(options.template, options.labels),

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hfkit.console import note
 from hfkit.corpus.cache import Prepared, Report, encode_corpus, load_prepared
 from hfkit.corpus.chat import set_template
-from hfkit.corpus.documents import Corpora, Example, find_corpus, is_prepared, read_records
+from hfkit.corpus.documents import Corpora, Corpus, Example, find_corpus, is_prepared, read_records
 from hfkit.corpus.encoding import IGNORED, fingerprint
 from hfkit.corpus.splitting import hold_out, hold_out_texts
 from hfkit.corpus.streams import Stream
@@ -164,7 +164,7 @@ class TrainingData:
 
 
 def gather_training_data(
-    corpus: Corpora, tokenizer: PreTrainedTokenizerBase, data: DataOptions, block_size: int, seed: int
+    corpus: Corpora | Corpus, tokenizer: PreTrainedTokenizerBase, data: DataOptions, block_size: int, seed: int
 ) -> TrainingData:
     """Tokenize a corpus, or find its tokens, and hold a part of it out.
 
@@ -199,9 +199,9 @@ def gather_training_data(
     )
 
 
-def _encode(corpus: Corpora, tokenizer: PreTrainedTokenizerBase, data: DataOptions) -> Prepared:
+def _encode(corpus: Corpora | Corpus, tokenizer: PreTrainedTokenizerBase, data: DataOptions) -> Prepared:
     """`corpus` as tokens. A tokenizer that encodes conversations gets a chat template, if it has none."""
-    sources = [corpus] if isinstance(corpus, str | Path) else corpus
+    sources = [] if isinstance(corpus, Corpus) else [corpus] if isinstance(corpus, str | Path) else corpus
     if len(sources) == 1 and is_prepared(folder := Path(sources[0]).expanduser()):
         prepared = load_prepared(folder)
         if prepared.report.tokenizer != fingerprint(tokenizer):

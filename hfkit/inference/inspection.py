@@ -1,7 +1,7 @@
 """`inspect`: how likely each token of a text is, what would come next, and what each sampling control leaves of it."""
 
+import base64
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from hfkit.inference.vocabulary import token_writer
 from hfkit.models.architecture import check_causal
 from hfkit.models.loading import LanguageModel, Model, loaded
 from hfkit.options import InspectOptions
-from hfkit.reporting import pages
+from hfkit.reporting.templates import render
 
 _WARPERS: dict[str, type[LogitsProcessor]] = {
     "temperature": TemperatureLogitsWarper,
@@ -33,6 +33,7 @@ _WARPERS: dict[str, type[LogitsProcessor]] = {
     "min_p": MinPLogitsWarper,
 }
 _EXAMPLE: dict[str, Any] = {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.05}  # where no control is given
+_MOST_WEIGHTS = 30_000_000  # bytes of attention on a page, before base64
 _FULL = 12.0  # bits of surprise that get the strongest colour
 _SIGNS = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
 
@@ -76,24 +77,7 @@ class Inspection:
         return "\n".join([*lines, *(f"{cell(row['probability']):>7} {row['text']:>9}" for row in self.following)])
 
     def _repr_html_(self) -> str:
-        words = "".join(
-            f'<span title="{pages.escape(_describe(token))}" '
-            f'style="background:rgba(220,90,20,{_strength(token):.2f})">'
-            f"{pages.escape(token.text)}</span>" + ("<br>" if "↵" in token.text else "")
-            for token in self.tokens
-        )
-        names = ["text", "probability", *self.left]
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{pages.escape(cell(row[name]))}</td>" for name in names) + "</tr>"
-            for row in self.following
-        )
-        titles = ["next token", "alone", *(f"{name}: {count:,} left" for name, count in self.left.items())]
-        heads = "".join(f"<th>{pages.escape(title)}</th>" for title in titles)
-        return (
-            f'<div class="tokens">{words}</div>'
-            f"<p>{self.bits:.1f} bits in {len(self.tokens)} tokens; the stronger the colour, the more surprising</p>"
-            f"<table><tr>{heads}</tr>{rows}</table>"
-        )
+        return render("inspection.html.jinja", view=_view(self), is_page=False, attention=None)
 
 
 def _describe(token: Token) -> str:
@@ -206,7 +190,51 @@ def readable(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
         return "⟨" + raw.hex(" ") + "⟩"
 
 
-def to_page(inspection: Inspection, pictures: Mapping[int, bytes]) -> str:
-    """A page that needs no network; `pictures` are PNGs by layer."""
-    images = [pages.image(png, f"attention of layer {layer}", wide=True) for layer, png in pictures.items()]
-    return pages.page(inspection.model, inspection._repr_html_(), *images)
+def _view(inspection: Inspection) -> dict[str, Any]:
+    """What a page shows of an inspection."""
+    names = ["probability", *inspection.left]
+    title = "".join(token.text for token in inspection.tokens).replace("·", " ").replace("↵", " ").strip()
+    return {
+        "model": inspection.model,
+        "title": title if len(title) <= 60 else f"{title[:60]}…",
+        "sentence": f"{inspection.bits:.1f} bits in {len(inspection.tokens)} tokens",
+        "tokens": [
+            {
+                "text": token.text,
+                "title": _describe(token),
+                "strength": _strength(token),
+                "ends_line": "↵" in token.text,
+            }
+            for token in inspection.tokens
+        ],
+        "head": ["next token", "alone", *(f"{name}: {count:,} left" for name, count in inspection.left.items())],
+        "rows": [
+            [{"text": row["text"]}, *({"text": cell(row[name]), "share": round(100 * row[name])} for name in names)]
+            for row in inspection.following
+        ],
+    }
+
+
+def to_page(inspection: Inspection, layer: int | None = None) -> str:
+    """A page on its own, which fetches nothing. Its attention, if there is any, can be explored; of one layer, or all.
+
+    Raises:
+        HfkitError: the weights are more than a page can hold.
+    """
+    attention = None
+    if inspection.attention is not None:
+        layers = range(len(inspection.attention)) if layer is None else [layer]
+        rows, columns = torch.tril_indices(len(inspection.words), len(inspection.words))
+        weights = inspection.attention[list(layers)][..., rows, columns]
+        if weights.numel() > _MOST_WEIGHTS:
+            raise HfkitError(
+                f"{len(inspection.words)} tokens have {weights.numel():,} attention weights, too many for a page: "
+                "choose one --layer, or a shorter text"
+            )
+        attention = {
+            "words": inspection.words,
+            "layers": " ".join(map(str, layers)),
+            "heads": weights.shape[1],
+            "weights": base64.b64encode((255 * weights.sqrt()).round().to(torch.uint8).numpy().tobytes()).decode(),
+        }
+    return render("inspection.html.jinja", view=_view(inspection), is_page=True, attention=attention)

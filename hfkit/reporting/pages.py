@@ -128,12 +128,11 @@ def _runs_page(folders: Sequence[Path], output: Path) -> str:
         for name in names
         if name != "command" and len({run.summary.settings[name] for run in runs}) > 1
     ]
-    best = min(runs, key=lambda run: run.rank)
-    headline = f"Best of {len(runs)} runs: {best.folder}" if len(kinds) == 1 < len(runs) else f"Runs: {len(runs)}"
+    groups = [_group(kind, members) for kind, members in kinds.items()]
     return render(
         "runs.html.jinja",
-        headline=f"{headline}. {best.summary.headline}" if len(kinds) == 1 else headline,
-        groups=[_group(kind, members) for kind, members in kinds.items()],
+        headline=groups[0]["headline"] if len(groups) == 1 else f"{len(runs)} runs of {len(groups)} tasks",
+        groups=groups,
         settings_head=["", *(run.folder for run in runs)],
         settings=differing,
         runs=runs,
@@ -150,9 +149,16 @@ def _group(kind: str, runs: list[_Run]) -> dict[str, Any]:
         curves = {run.folder: smooth(run.curves[name]) if name == "loss" else run.curves[name] for run in runs}
         if any(curves.values()) and (name != "eval_token_accuracy" or "accuracy" in head):
             charts.append((label, to_svg(draw_measure(curves, label))))
-    ranks = [run.rank for run in runs]
-    return {"title": kind, "head": head, "runs": runs, "charts": charts,
-            "best": ranks.index(min(ranks)) if len(runs) > 1 else None}  # fmt: skip
+    best = min(range(len(runs)), key=lambda number: runs[number].rank)
+    headline = runs[best].summary.headline
+    return {
+        "title": kind,
+        "headline": headline if len(runs) == 1 else f"Best of {len(runs)} runs: {runs[best].folder}. {headline}",
+        "head": head,
+        "runs": runs,
+        "charts": charts,
+        "best": best if len(runs) > 1 else None,
+    }
 
 
 def _search_page(folder: Path) -> str:

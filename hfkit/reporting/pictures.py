@@ -145,9 +145,11 @@ def plot_trials(trials: Sequence[dict[str, Any]], importances: dict[str, float])
     _use_whole_numbers(order)
     if importances:
         bars = rest.pop(0)
-        bars.barh(list(importances), list(importances.values()), color="C0")
+        bars.barh(range(len(importances)), list(importances.values()), color="C0", alpha=0.4)
+        for place, name in enumerate(importances):
+            bars.text(0.01, place, name, va="center", fontsize=9, color=_INK)
         bars.invert_yaxis()
-        bars.set(xlabel="share of the differences in loss", xlim=(0, 1))
+        bars.set(xlabel="share of the differences in loss", xlim=(0, 1), yticks=[])
     for axes, name in zip(rest, names, strict=False):
         values = [trial["params"].get(name) for trial in scored]
         if not all(isinstance(value, int | float) for value in values):

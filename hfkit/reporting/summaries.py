@@ -60,7 +60,7 @@ def summarize(metrics: dict[str, Any]) -> Summary:
     headline, explanation = _judge(metrics)
     return Summary(
         name=str(metrics["folder"]).rstrip("/").rpartition("/")[2],
-        kind=metrics.get("head") or (f"task {task['template']!r}" if task else "text"),
+        kind=metrics.get("head") or (f"task {task['template'].strip()}" if task else "text"),
         unit=_unit(metrics),
         headline=headline,
         explanation=explanation,

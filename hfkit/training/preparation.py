@@ -8,7 +8,7 @@ from hfkit.corpus.cache import Prepared, corpus_lines, encode_corpus
 from hfkit.corpus.documents import Corpora, find_corpus, is_prepared
 from hfkit.corpus.sequences import cut_sequences, show_examples
 from hfkit.declaration import divide
-from hfkit.models.architecture import choose_device
+from hfkit.models.architecture import choose_device, context_length
 from hfkit.models.loading import load_config, load_tokenizer
 from hfkit.models.sources import count_parameters, find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
@@ -78,11 +78,10 @@ def prepare(
     files, source = find_corpus(corpus), find_model(options)
     tokenizer, config = load_tokenizer(source), load_config(source)
     prepared = encode_corpus(files, tokenizer, data, folder)
-    block_size = block_size_for(config, data.block_size)
+    block_size = block_size_for(context_length(config), data.block_size)
     sequences = cut_sequences(prepared, block_size)
     plan = make_plan(
         config, count_parameters(source), len(sequences), sequences.tokens / max(1, len(sequences)), TrainOptions(),
         choose_device(options),
     )  # fmt: skip
-    examples = show_examples(sequences, tokenizer, show)
-    return Preparation(prepared, plan, len(sequences), block_size, examples)
+    return Preparation(prepared, plan, len(sequences), block_size, show_examples(sequences, tokenizer, show))

@@ -4,8 +4,12 @@ import base64
 import hashlib
 import re
 from html.parser import HTMLParser
+from pathlib import Path
+
+import hfkit
 
 NASTY = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;"
+ATTENTION_SCRIPT = (Path(hfkit.__file__).parent / "reporting" / "attention.js").read_text()
 
 _FETCHES = {"src", "href", "srcset", "action", "data", "poster", "background", "formaction", "xlink:href"}
 
@@ -23,7 +27,7 @@ class Page(HTMLParser):
         self.charts: list[str] = []
         self.scripts: list[str] = []
         self.policy = ""  # what the page allows the browser to run and fetch
-        self.style, self.in_cell = "", False
+        self.style, self.in_cell, self.in_script = "", False, False
         self.feed(source)
         self.close()
 
@@ -38,6 +42,7 @@ class Page(HTMLParser):
             self.charts.append(str(known["aria-label"]))
         elif tag == "script":
             self.scripts.append("")
+            self.in_script = True
         self.attributes += known.items()
         if tag == "table":
             self.tables.append([])
@@ -49,12 +54,13 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         self.in_cell = self.in_cell and tag not in ("td", "th")
+        self.in_script = False
 
     def handle_data(self, data: str) -> None:
         if "style" in self.tags[-1:]:
             self.style += data
             return
-        if "script" in self.tags[-1:]:
+        if self.in_script:
             self.scripts[-1] += data
             return
         self.shown.append(data)

@@ -89,7 +89,7 @@ def test_prepare_answers(tmp_path, bundled, datasets_cache):
 def test_prepare_output(rows, tmp_path, capfdbinary, tiny):
     """`--json` is one object with all figures, and the lines for people have them, too."""
     result = call(capfdbinary, "prepare", rows, "-m", tiny, "--json", "-o", tmp_path / "out")
-    assert (result.returncode, result.stderr) == (0, b"")
+    assert (result.returncode, result.stderr.decode()) == (0, f"hfkit: {rows}: the text is column 'text'\n")
     figures = json.loads(result.stdout)
     python = hfkit.prepare(rows, model=tiny, output_dir=tmp_path / "out").to_dict()
     for timed in (figures, python):
@@ -121,7 +121,7 @@ def test_prepare_left_out_files(tmp_path, capfdbinary, tiny):
     (tmp_path / "a" / "c.txt").touch()
     result = call(capfdbinary, "prepare", tmp_path / "a", "-m", tiny)
     assert result.returncode == 0 and result.stderr.decode().splitlines() == [
-        "hfkit: 2 files are empty or no text: left out"
+        f"hfkit: {tmp_path / 'a'}: left out 2 files that are empty or not text"
     ]
 
 
@@ -174,7 +174,8 @@ def test_prepare_interrupted(rows, tmp_path, capfdbinary, monkeypatch, tiny):
 
     monkeypatch.setattr("hfkit.corpus.cache._make_column", interrupt)
     result = call(capfdbinary, "prepare", rows, "-m", tiny, "-o", tmp_path / "out")
-    assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
+    note = f"hfkit: {rows}: the text is column 'text'\n"
+    assert (result.returncode, result.stdout, result.stderr.decode()) == (130, b"", note)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".hfkit.lock"]
 
 
