@@ -149,9 +149,10 @@ def _without_nulls(value: Any) -> Any:
 
 def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """An assistant's calls of tools, as OpenAI has them; the arguments as an object, which chat templates expect."""
+    read: list[dict[str, Any]] = []
     try:
-        calls = [_without_nulls(call) for call in calls]
-        for call in calls:
+        for call in map(_without_nulls, calls):
+            read.append(call)
             function = call["function"]
             if isinstance(function.get("arguments"), str):
                 function["arguments"] = json.loads(function["arguments"])
@@ -160,7 +161,7 @@ def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         form = '{"function": {"name": ..., "arguments": {...}}}'
         raise HfkitError(f"'tool_calls' must be a list of {form} ({where}): fix or delete the row") from error
-    return calls
+    return read
 
 
 def _read_turn(message: dict[str, Any], where: str) -> dict[str, Any]:
