@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,7 +42,7 @@ def write_inspection(text: str, model: ModelOptions, options: InspectOptions, *,
     if options.layer is not None and options.layer >= layers:
         raise OptionError(f"--layer is {options.layer}: {inspection.model} has layers 0 to {layers - 1}")
     if json:
-        console.write(dumps(inspection.to_dict(), ensure_ascii=False) + "\n")
+        console.write_json(inspection.to_dict())
     else:
         _write_tokens(inspection)
         _write_next(inspection)
