@@ -1,6 +1,7 @@
 """Output for a person at a terminal: results on stdout, notes and progress on stderr, all of it safe to show."""
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -38,6 +39,7 @@ def configure(*, quiet: bool, verbose: bool, debug: bool) -> None:
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        warnings.simplefilter("ignore")  # one library's about another
         logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it reports building its font cache
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -96,6 +98,12 @@ def note(text: str) -> None:
     """Print a line to stderr, unless `--quiet`."""
     if not state.quiet:
         print(f"hfkit: {printable(text)}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def note_once(text: str) -> None:
+    """A note that is shown once in a process, however often the code gets there."""
+    note(text)
 
 
 def detail(text: str) -> None:

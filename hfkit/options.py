@@ -138,7 +138,7 @@ class CorpusOptions(TaskOptions):
     label_column: str = option("label", "Column of the label, for a classification head.")
     errors: Literal["strict", "replace"] = option("strict", "Bytes that are not UTF-8: refuse, or replace and count.")
     dataset_config_name: str | None = option(None, "Configuration of an hf:// data set.")
-    dataset_split: str = option("train", "Split of an hf:// data set.")
+    dataset_split: str = option("train", "Split of an hf:// data set, or of a file or folder with several.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +155,12 @@ class DataOptions(CorpusOptions):
 class TrainOptions(Options):
     """How a model is trained. Names are those of `TrainingArguments` and, for LoRA, of TRL, where these have one."""
 
-    output_dir: str | None = option(None, "Folder of the run. [default: runs/NAME of the corpus]", short="-o")
-    num_train_epochs: float | None = option(None, "Passes over the corpus. [default: 3; new: 3 to 20]", above=0)
+    output_dir: str | None = option(
+        None, "Folder of the run. [default: runs/NAME of the corpus; pretrain: runs/NAME-pretrained]", short="-o"
+    )
+    num_train_epochs: float | None = option(
+        None, "Passes over the corpus. [default: 3, for a small corpus up to 30; new: 3 to 20]", above=0
+    )
     max_steps: int | None = option(None, "Optimizer steps, instead of epochs.", min=1)
     per_device_train_batch_size: int | None = option(None, "Sequences at a time. [default: 8, fewer if short]", min=1)
     per_device_eval_batch_size: int | None = option(None, "Sequences at a time when evaluating. [default: 8]", min=1)

@@ -55,6 +55,8 @@ def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
             raise OptionError(f"{path} does not list options: write lines such as 'temperature: 0.7'")
         _check_names(path, root.value if root else [], known)
         recipe = loader.construct_document(root) if root else {}
+    except FileNotFoundError as error:
+        raise OptionError(f"no recipe {str(path)!r}: {_similar_recipes(str(path))}") from error
     except OSError as error:
         raise OptionError(f"cannot read the recipe ({path}): {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -95,6 +97,13 @@ def find_recipe(path: Path) -> Path:
     return path if path.exists() else shipped().get(path.name.removesuffix(".yaml"), path)
 
 
+def _similar_recipes(name: str) -> str:
+    """A hint at the shipped recipes whose names hold `name`, or are close to it."""
+    names = [shipped_name for shipped_name in shipped() if name in shipped_name] or get_close_matches(name, shipped())
+    listed = " or ".join(map(repr, names[:3]))
+    return f"did you mean {listed}?" if names else "'hfkit recipes' lists those that come with hfkit"
+
+
 def head_comment(path: Path) -> list[str]:
     """Lines of the comment at the top of a recipe: what it does, and the commands to use it."""
     lines = []
@@ -113,8 +122,7 @@ def copy_recipe(name: str, folder: Path) -> list[Path]:
     """
     recipe = shipped().get(name)
     if recipe is None:
-        close = get_close_matches(name, shipped(), n=1)
-        raise HfkitError(f"no recipe {name!r}: " + (f"did you mean {close[0]!r}?" if close else "see 'hfkit recipes'"))
+        raise HfkitError(f"no recipe {name!r}: {_similar_recipes(name)}")
     names = [recipe.name, *sorted({*re.findall(r"data/[\w.-]+", recipe.read_text("utf-8"))})]
     if taken := [name for name in names if (folder / name).exists()]:
         raise HfkitError(f"{folder / taken[0]} exists: remove it, or copy to another folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,11 +11,11 @@ import typer
 import hfkit
 from hfkit import console
 from hfkit.cli.flags import Json, flags
-from hfkit.cli.prompt_files import check_input, read_prompt, read_prompts
+from hfkit.cli.prompt_files import STDIN, check_input, read_prompt, read_prompts
 from hfkit.corpus.formats import read_text
 from hfkit.corpus.templates import make_task
 from hfkit.errors import HfkitError, OptionError
-from hfkit.models.sources import find_model
+from hfkit.models.sources import ModelFiles, find_model
 from hfkit.options import ModelOptions, TaskOptions
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def classify(
     task: TaskOptions,
     text: Annotated[str | None, typer.Argument(help="Text to label; without it, stdin is read.")] = None,
     input: Annotated[
-        Path | None, typer.Option("--input", "-i", help="Many texts: a line each, or a row of .jsonl each.")
+        Path | None,
+        typer.Option("--input", "-i", help="Many texts: a line each, or a row of .jsonl each; - is stdin."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -37,14 +39,22 @@ def classify(
     make_task(task)  # report a wrong template before a model is loaded
     if input:
         check_input(input)
-        find_model(model)
+    _check_labels(find_model(model), task)
+    if input:
         _label_file(input, model, task, json=json)
         return
-    text = read_prompt(text)
-    if not text.strip():
-        raise OptionError("give a text to label")
-    find_model(model)
+    text = read_prompt(text, wanted="text to label")
     _print_label(hfkit.classify(text, model=model, options=task), json)
+
+
+def _check_labels(source: ModelFiles, task: TaskOptions) -> None:
+    """OptionError if a language model clearly has no labels to choose from; before torch is imported."""
+    heads = " ".join(source.config.get("architectures") or [])
+    files = [folder / "tokenizer_config.json" for folder in (source.adapter, source.folder) if folder]
+    has_task = any('"task"' in file.read_text("utf-8", "replace") for file in files if file.is_file())
+    if ("CausalLM" in heads or "LMHead" in heads) and not task.labels and not has_task:
+        example = "--labels positive --labels negative"
+        raise OptionError(f"{source.name} has no labels of its own: give each with --labels, such as {example}")
 
 
 def _label_file(path: Path, model: ModelOptions, task: TaskOptions, *, json: bool) -> None:
@@ -77,19 +87,23 @@ def answer(
     model: ModelOptions,
     context: Annotated[
         Path, typer.Option("--context", help="File with the text that has the answer; - or nothing: stdin.")
-    ] = Path("-"),
+    ] = STDIN,
     no_answer_threshold: Annotated[
         float, typer.Option(help="How much likelier than the best span 'no answer' must be to be given.")
     ] = 0.0,
     json: Json = False,
 ) -> None:
     """Answer a question from a text. If the text has no answer, print nothing and exit with code 1."""
-    if str(context) == "-":
+    find_model(model)  # report a wrong name before anybody types a text
+    if context == STDIN:
+        if sys.stdin.isatty():
+            console.note("type or paste the text that has the answer, then press Ctrl-D on a line of its own")
         text = read_prompt("-")
+    elif " " in str(context) and not context.exists():
+        raise OptionError(f'--context names a file, and there is no {str(context)!r}: echo "..." | hfkit answer ...')
     else:
         check_input(context)
         text = "".join(read_text(context, "strict"))
-    find_model(model)
     result = hfkit.answer(question, text, model=model, no_answer_threshold=no_answer_threshold)
     if json:
         console.write_json(result.to_dict())

@@ -34,7 +34,9 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="Text to continue; without it, stdin is read.")] = None,
     input: Annotated[
         Path | None,
-        typer.Option("--input", "-i", help="Many prompts: a line each, or `prompt` of each .jsonl object."),
+        typer.Option(
+            "--input", "-i", help="Many prompts: a line each, or `prompt` of each .jsonl object; - is stdin."
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON Lines to this file.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an --output that was interrupted.")] = False,

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from hfkit import console, processes
 from hfkit.cli.generation_setup import load_for_generation, with_seed
-from hfkit.cli.prompt_files import Results, read_prompts, to_line
+from hfkit.cli.prompt_files import Results, can_be_read_twice, read_prompts, to_line
 from hfkit.declaration import set_fields
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, OptionError
 from hfkit.models.sources import find_model
 from hfkit.options import GenerateOptions, ModelOptions
 
@@ -40,6 +40,11 @@ def write_results(
     Raises:
         HfkitError: the run cannot begin or be resumed; or, in the end, some prompts could not be run.
     """
+    if resume and not can_be_read_twice(path):
+        raise OptionError("--resume compares the input with what is done: --input must be a file, not a pipe")
+    if resume and not overwrite and output and output.is_file():
+        console.note(f"{output} is complete: there is nothing to resume")
+        return
     settings = _settings_of(model, sampling)
     samples, leads = sampling.num_return_sequences or 1, processes.rank == 0
     file = Results(output, resume=resume, overwrite=overwrite) if output and leads else None
@@ -137,11 +142,11 @@ def _generate_windows(
 
 
 def _open_bar(path: Path, samples: int, done: int) -> Any:
-    """Open a progress bar over the texts, on a terminal only. A pipe's length is not known beforehand."""
+    """Open a progress bar over the texts, on a terminal only. The length of a pipe is not known."""
     from tqdm import tqdm
 
     total = None
-    if not path.is_fifo():
+    if can_be_read_twice(path):
         with path.open("rb") as file:
             total = sum(1 for _ in file) * samples
     hidden = console.state.quiet or not sys.stderr.isatty() or processes.rank != 0

@@ -27,15 +27,18 @@ def load_with_prompt(
     Raises:
         HfkitError: the model cannot generate text, or `prompt` does not fit it.
     """
-    from hfkit.inference import generation
-    from hfkit.inference.prompts import fit_prompt
+    from hfkit.inference import controls, generation
+    from hfkit.inference.prompts import ends_in_space, fit_prompt
     from hfkit.models import architecture, loading
 
+    controls.check_options(sampling)
     source = find_model(model)
     generation.novel_index(sampling)
     tokenizer, config = loading.load_tokenizer(source), loading.load_config(source)
     architecture.check_head(source.name, config, "text")
     request = None if prompt is None else fit_prompt(prompt, sampling, tokenizer, config, source.name)
+    if request and ends_in_space(request, tokenizer):
+        console.note("the prompt ends in a space, but words of this model begin with theirs: leave it out")
     return loading.load_weights(source, model, tokenizer), request
 
 

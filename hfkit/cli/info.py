@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from hfkit import console
 from hfkit.cli.flags import Json, flags
+from hfkit.hub import endpoint
 from hfkit.models.sources import ModelFiles, count_parameters, find_model
 from hfkit.options import ModelOptions
 
@@ -76,7 +77,7 @@ def describe_machine() -> dict[str, dict[str, Any]]:
         },
         "devices": {"gpus": gpus, "cuda": torch.version.cuda, "mps": torch.backends.mps.is_available()},
         "hub": {
-            "endpoint": constants.ENDPOINT,
+            "endpoint": endpoint(),
             "offline": constants.is_offline_mode(),
             "reachable": not constants.is_offline_mode() and _is_reachable(constants.ENDPOINT),
             "cache": str(cache),

@@ -27,7 +27,9 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Show how likely each token of a text is, what would come next, and what attention heads look at."""
-    write_inspection(prompt_files.read_prompt(text), model, options, json=json)
+    check_output(options)  # before torch is imported
+    text = prompt_files.read_prompt(text, wanted="text to inspect")
+    write_inspection(text, model, options, json=json)
 
 
 def write_inspection(text: str, model: ModelOptions, options: InspectOptions, *, json: bool) -> None:

@@ -1,6 +1,7 @@
 """Files of `hfkit generate --input` and `--output`: prompts in; results out, each exactly once after interruptions."""
 
 import codecs
+import contextlib
 import json
 import os
 import sys
@@ -12,17 +13,22 @@ from hfkit import console
 from hfkit.errors import HfkitError, OptionError
 from hfkit.storage import check_regular, lock_file, write_text
 
+STDIN = Path("-")
+
 
 def read_prompts(path: Path) -> Iterator[str | dict[str, Any] | HfkitError]:
     """Yield one prompt for each line of a text file; for each object of a JSON Lines file its `prompt`, or the object.
 
     A line that holds no prompt yields an HfkitError in its place. Raises HfkitError if the file cannot be read.
     """
-    is_json = path.suffix in (".jsonl", ".json", ".ndjson")
+    is_json = path.suffix.lower() in (".jsonl", ".json", ".ndjson")
     with open_input(path) as file:
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
+                if path == STDIN and line.startswith(b'{"'):
+                    console.note("stdin looks like JSON Lines and is read as such")
+                    is_json = True
             try:
                 yield _parse_prompt(line, is_json)
             except HfkitError as error:
@@ -30,13 +36,20 @@ def read_prompts(path: Path) -> Iterator[str | dict[str, Any] | HfkitError]:
 
 
 def check_input(path: Path) -> None:
-    """HfkitError if the file cannot be read. A pipe is left alone: it can be opened only once."""
-    if not path.is_fifo():
-        open_input(path).close()
+    """HfkitError if the file cannot be read. What can be read only once is left alone."""
+    if can_be_read_twice(path):
+        open_input(path).__exit__(None, None, None)
 
 
-def open_input(path: Path) -> IO[bytes]:
-    """Open a file for reading; HfkitError if that fails."""
+def can_be_read_twice(path: Path) -> bool:
+    """Whether `path` is neither stdin nor a named pipe."""
+    return path != STDIN and not path.is_fifo()
+
+
+def open_input(path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """Open a file, or stdin for "-", for reading; HfkitError if that fails."""
+    if path == STDIN:
+        return contextlib.nullcontext(sys.stdin.buffer)
     try:
         return path.open("rb")
     except OSError as error:
@@ -63,17 +76,32 @@ def _parse_prompt(line: bytes, is_json: bool) -> str | dict[str, Any]:
     return text
 
 
-def read_prompt(prompt: str | None) -> str:
-    """Return `prompt`, or stdin's text for "-" and for None. None and a terminal on stdin give an empty text."""
-    if prompt is not None and prompt != "-":
-        return prompt
-    if prompt is None and sys.stdin.isatty():
-        return ""
+def read_prompt(prompt: str | None, *, wanted: str | None = None) -> str:
+    """Return `prompt`, or stdin's text for "-" and for None. A person at a terminal is asked for it.
+
+    wanted: what the text is, if an empty one is an error.
+
+    Raises:
+        OptionError: there is no text, or it is not UTF-8.
+    """
     try:
-        text = sys.stdin.buffer.read().decode("utf-8-sig")
+        if prompt is None and sys.stdin.isatty():
+            prompt = _ask(wanted or "prompt")
+        elif prompt is None or prompt == "-":
+            prompt = sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise OptionError(f"stdin is not UTF-8 text (byte {error.start + 1}): convert it") from error
-    return text.removesuffix("\n").removesuffix("\r")
+    if wanted and not prompt.strip():
+        raise OptionError(f"give a {wanted}, as an argument or on stdin")
+    return prompt
+
+
+def _ask(what: str) -> str:
+    """Ask on stderr, because stdout carries results only, for one line of text."""
+    print(f"{what}: ", end="", file=sys.stderr, flush=True)
+    if not (line := sys.stdin.readline()):  # Ctrl-D
+        raise OptionError(f"give a {what}, as an argument or on stdin")
+    return line.removesuffix("\n")
 
 
 class Results:
@@ -97,8 +125,6 @@ class Results:
             raise HfkitError(f"{path} is a folder: name a file as --output")
         check_regular(path)
         if path.exists() and not overwrite:
-            if resume:
-                raise HfkitError(f"{path} is complete: there is nothing to resume; --overwrite makes it anew")
             raise HfkitError(f"{path} exists: --overwrite replaces it, or name another --output")
         try:
             self._file = self.partial.open("a+b")

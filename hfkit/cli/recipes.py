@@ -18,6 +18,7 @@ def list_recipes(context: typer.Context) -> None:
         recipes = shipped()
         width = max(map(len, recipes), default=0)
         console.write("".join(f"{name:<{width}}  {head_comment(path)[0]}\n" for name, path in recipes.items()))
+        console.note("next: hfkit recipes copy NAME")
 
 
 @app.command(cls=Command)

@@ -1,5 +1,7 @@
 """`hfkit report` and `hfkit export` at a shell."""
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -32,4 +34,12 @@ def export(
     options: ExportOptions,
 ) -> None:
     """Write a model as one folder, with adapters merged or another precision; or push it to the Hub."""
-    console.write(hfkit.export(model, options) + "\n")
+    if not options.output_dir and not options.push_to_hub:
+        options = replace(options, output_dir=f"{Path(model).name}-export")  # printed in the end
+    target = Path(options.output_dir or "")
+    if options.output_dir and target.is_dir() and any(target.iterdir()) and not options.overwrite:
+        raise HfkitError(f"{target} exists: --overwrite replaces it, or name another --output-dir")
+    place = hfkit.export(model, options)
+    console.write(f"{place}\n")
+    if options.output_dir:
+        console.note(f"next: hfkit generate -m {shlex.quote(place)}")

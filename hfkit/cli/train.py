@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -16,12 +17,14 @@ from hfkit import console, processes
 from hfkit.cli.flags import CorpusArgument, Json, flags
 from hfkit.corpus.documents import find_corpus, is_prepared
 from hfkit.errors import HfkitError, OptionError
+from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, LaunchOptions, ModelOptions, SizeOptions, TrainOptions, TuneOptions
 
 if TYPE_CHECKING:
     from hfkit.training.runs import Run
     from hfkit.tuning.search import Search
 
+_Show = Annotated[int, typer.Option(metavar="N", min=0, help="Print the first N sequences as the model sees them.")]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what the run would be and cost, then stop.")]
 
 
@@ -36,10 +39,11 @@ def finetune(
     json: Json = False,
 ) -> None:
     """Continue training a model on a corpus; print its new folder."""
+    _check_inputs(corpus, data, model)
     from hfkit.training import run_folder
 
     inputs = [*(data.eval_file or []), *filter(None, [model.model])]
-    run_folder.check_request(corpus, train, inputs=inputs, dry_run=dry_run)
+    run_folder.check_request("finetune", corpus, train, inputs=inputs, dry_run=dry_run)
     if not launch_processes(launch):
         _print_run(hfkit.finetune(corpus, model=model, data=data, train=train, dry_run=dry_run), json)
 
@@ -56,12 +60,24 @@ def pretrain(
     json: Json = False,
 ) -> None:
     """Train a tokenizer and a GPT-2 from nothing; print the folder."""
+    _check_inputs(corpus, data)
     from hfkit.training import run_folder
 
-    run_folder.check_request(corpus, train, inputs=data.eval_file or [], dry_run=dry_run)
+    run_folder.check_request("pretrain", corpus, train, inputs=data.eval_file or [], dry_run=dry_run)
     if not launch_processes(launch):
         run = hfkit.pretrain(corpus, size=size, data=data, train=train, device=device, dry_run=dry_run)
         _print_run(run, json)
+
+
+def _check_inputs(corpus: list[str], data: DataOptions, model: ModelOptions | None = None) -> None:
+    """HfkitError if a corpus or the model does not exist. Call it before torch is imported."""
+    if processes.count > 1:
+        return  # the launcher has checked them
+    for paths in filter(None, (corpus, data.eval_file)):
+        if not is_prepared(Path(paths[0])):
+            find_corpus(paths)
+    if model:
+        find_model(model)
 
 
 def _print_run(run: Run | None, json: bool) -> None:
@@ -80,15 +96,20 @@ def prepare(
     model: ModelOptions,
     data: DataOptions,
     output: Annotated[Path | None, typer.Option("--output-dir", "-o", help="Folder to keep the tokens in.")] = None,
+    show: _Show = 0,
     json: Json = False,
 ) -> None:
     """Tokenize a corpus; print what is in it and what training costs."""
-    find_corpus(corpus)  # report a wrong path before torch is imported
-    preparation = hfkit.prepare(corpus, model=model, data=data, output_dir=output)
+    _check_inputs(corpus, data, model)
+    preparation = hfkit.prepare(corpus, model=model, data=data, output_dir=output, show=show)
     if json:
         console.write_json(preparation.to_dict())
     else:
         console.write("".join(f"{line}\n" for line in preparation.lines()))
+    chosen = ["-m", model.model] if model.model else []
+    console.note(
+        f"next: hfkit finetune {shlex.join([str(output)] if output else corpus)} {shlex.join(chosen)}".strip()
+    )
 
 
 @flags
@@ -101,8 +122,7 @@ def tune(
     json: Json = False,
 ) -> None:
     """Search for good training options; print trials and best recipe."""
-    if not is_prepared(Path(corpus[0])):
-        find_corpus(corpus)  # report a wrong path before torch is imported
+    _check_inputs(corpus, data, model)
     search = hfkit.tune(corpus, model=model, data=data, train=train, options=options)
     if json:
         values = {name: value for name, value in vars(search).items() if name != "run"}
@@ -110,6 +130,7 @@ def tune(
     else:
         _print_trials(search)
         console.write(f"{search.recipe}\n")
+    console.note(f"next: hfkit finetune --config {shlex.quote(str(search.recipe))}")
 
 
 def _print_trials(search: Search) -> None:

@@ -1,5 +1,6 @@
 """A corpus as tokens: encoded once, kept on disk by content, and found again."""
 
+import hashlib
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from hfkit.errors import HfkitError, first_line
 from hfkit.options import DataOptions
 from hfkit.storage import add_owned, check_owned, lock, make_names_durable, make_writable, write_text
 
-_VERSION = 6  # of the files on disk
+_VERSION = 7  # of the files on disk
 _SAMPLE = 1_000_000  # characters that are examined for their script
 _SCRIPTS = {"Cjk": "Han", "Masculine": "Latin", "Feminine": "Latin", "Micro": "Greek"}  # ª, º and µ
 _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ue000-\uf8ff\ufeff\ufffd]")
@@ -72,8 +73,6 @@ def encode_corpus(
     Raises:
         HfkitError: the corpus cannot be read or is empty, or `folder` holds another one.
     """
-    if corpus.left_out:
-        note(f"{corpus.left_out} files are empty or no text: left out")
     read = (
         *(options.text_column, options.errors, options.dataset_config_name, options.dataset_split),
         *(options.template, options.labels),
@@ -93,7 +92,8 @@ def encode_corpus(
             try:
                 prepared = load_prepared(target)
             except HfkitError:
-                prepared = None  # damaged: make it anew
+                note(f"the tokens are damaged ({target}): making them anew")
+                prepared = None
             if prepared and prepared.report.fingerprint == content and prepared.report.tokenizer == report.tokenizer:
                 return prepared
             if prepared:
@@ -108,11 +108,24 @@ def encode_corpus(
 def load_prepared(folder: Path) -> Prepared:
     """Load the tokens that `hfkit prepare` wrote to `folder`. HfkitError if they are damaged."""
     try:
-        report = Report(**json.loads((folder / PREPARED).read_text("utf-8")))
+        content = json.loads((folder / PREPARED).read_text("utf-8"))
+        digest = content.pop("sha256", None)
+        report = Report(**content)
+        if _digest(folder, report) != digest:  # a flipped bit ends the process, or is trained on
+            raise ValueError("it is not what was written")
         return Prepared(datasets.load_from_disk(str(folder)), report, folder, cached=True)
     except (OSError, ValueError, TypeError, LookupError) as error:
         reason = first_line(error)
         raise HfkitError(f"the prepared corpus cannot be read ({folder}): {reason}; prepare it again") from error
+
+
+def _digest(folder: Path, report: Report) -> str:
+    """SHA-256 of everything that is kept in `folder`."""
+    total = hashlib.sha256(repr(report).encode())
+    for name in (_DATA, _INFO, _STATE):
+        with (folder / name).open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
 
 
 def _measure_records(
@@ -192,7 +205,7 @@ def _write_rows(target: Path, rows: Iterator[dict[str, Any]], report: Report, vo
     state |= {"_format_kwargs": {}, "_output_all_columns": False}
     write_text(target / _STATE, json.dumps(state))
     make_names_durable(target, names)
-    write_text(target / PREPARED, json.dumps(asdict(report), indent=1))
+    write_text(target / PREPARED, json.dumps(asdict(report) | {"sha256": _digest(target, report)}, indent=1))
 
 
 def _make_column(values: list[Any], type_: pa.DataType) -> pa.Array:
@@ -209,6 +222,11 @@ def corpus_lines(report: Report) -> list[str]:
         f"{report.documents:,} {what}, {report.characters:,} characters, {report.tokens:,} tokens "
         f"({report.characters / max(1, report.tokens):.2f} characters a token)",
     ]
+    if report.characters < 0.9 * report.tokens:
+        lines.append(
+            "less than one character a token: the tokenizer spells this text byte by byte; 'hfkit pretrain' makes a "
+            "vocabulary for it (--vocab-size)"
+        )
     if report.kind in ("text", "completion", "messages"):  # rows for a head are not examined
         shares = ", ".join(f"{name} {share:.1%}" for name, share in report.scripts.items())
         lines.append(f"scripts: {shares or 'no letters'}")

@@ -5,13 +5,17 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hfkit.console import note_once
+from hfkit.corpus.examples import Convert, choose_form
+from hfkit.corpus.folders import FolderFiles, describe_output, list_folder
 from hfkit.corpus.formats import kind_of, read_text
-from hfkit.corpus.rows import Row, column_names, read_hub_rows, read_rows
+from hfkit.corpus.rows import Row, column_names, read_hub_rows, read_notebook, read_rows
 from hfkit.corpus.templates import make_task
 from hfkit.errors import HfkitError, first_line
 from hfkit.options import CorpusOptions
@@ -19,8 +23,6 @@ from hfkit.options import CorpusOptions
 END = "<|endoftext|>"  # separates documents in a plain text, as in GPT-2's own corpora
 PREPARED = "prepared.json"  # marks a folder made by `hfkit prepare`
 Corpora = str | Path | Sequence[str | Path]
-_EXAMPLE_COLUMNS = (("messages",), ("prompt", "completion"))
-_TEXT_COLUMNS = ("text", "content", "document", "body")
 _PIECE, _LONGEST = 4000, 16_000  # characters of a piece; _LONGEST where there is no good place to cut
 _SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")  # as in Unicode
 # GPT-2's pre-tokenizer always splits here, so cutting here cannot change the tokens.
@@ -56,6 +58,8 @@ class Corpus:
     kinds: tuple[str, ...]  # of the files, from `kind_of`
     hub: tuple[str, ...] = ()
     left_out: int = 0  # files in folders that are empty or not text
+    from_folder: frozenset[Path] = frozenset()  # files that were not named but lie in a folder
+    splits: Mapping[Path, str] = field(default_factory=dict)  # of files in a DatasetDict
 
     @property
     def size(self) -> int:
@@ -71,33 +75,67 @@ class Corpus:
         return total.hexdigest()
 
 
-def find_corpus(sources: Corpora | Corpus) -> Corpus:
+def find_corpus(sources: Corpora | Corpus, exclude: Path | None = None) -> Corpus:
     """The files that `sources` name: files, folders, globs and `hf://NAME` data sets.
 
     A `Corpus` is returned as it is: finding one reads the start of every file, so find it once and pass it on.
 
+    exclude: a folder that is not read although it is in a source: the output of the run.
+
     Raises:
-        HfkitError: a file does not exist, is empty, or is not text.
+        HfkitError: a file does not exist, is empty, or is not text; or a source is a model.
     """
     if isinstance(sources, Corpus):
         return sources
     files: dict[Path, str] = {}
-    hub, left_out = [], 0
+    splits: dict[Path, str] = {}
+    hub, from_folder, left_out = [], set(), 0
     for source in map(str, [sources] if isinstance(sources, str | Path) else sources):
-        if not source:  # Path("") would be the current folder
-            raise HfkitError("no corpus '': name a file, a folder or hf://NAME")
         if source.startswith("hf://"):
             hub.append(source.removeprefix("hf://"))
             continue
-        paths, chosen = _find_paths(source)
-        kinds = {path: kind for path in paths if (kind := kind_of(path, chosen))}
+        listing = _list_source(source, exclude)
+        is_single = len(listing.files) == 1 and not Path(source).expanduser().is_dir()
+        kinds = {path: kind for path in listing.files if (kind := kind_of(path, is_single))}
         if not kinds:
             raise HfkitError(f"nothing to read ({source}): it has no text, CSV, JSON, Parquet or Arrow files")
-        left_out += len(paths) - len(kinds)
+        unread = len(listing.files) - len(kinds)
+        _note_left_out(source, unread, listing.skipped)
+        left_out += unread
+        from_folder |= set() if is_single else kinds.keys() - files.keys()
         files |= kinds
+        splits |= listing.splits
     if not files and not hub:
         raise HfkitError("no corpus: name a file, a folder or hf://NAME")
-    return Corpus(tuple(files), tuple(files.values()), tuple(hub), left_out)
+    return Corpus(tuple(files), tuple(files.values()), tuple(hub), left_out, frozenset(from_folder), splits)
+
+
+def _list_source(source: str, exclude: Path | None) -> FolderFiles:
+    """The files that a source stands for, whatever they hold."""
+    if not source:  # Path("") would be the current folder
+        raise HfkitError("no corpus '': name a file, a folder or hf://NAME")
+    if re.match("https?://", source):
+        raise HfkitError(f"{source} is a web address: download the file first (curl -LO {source})")
+    try:
+        path = Path(source).expanduser()
+        if is_prepared(path):
+            raise HfkitError(f"{source} was made by prepare: only finetune takes it, alone and without --streaming")
+        if path.is_dir():
+            if output := describe_output(path):
+                raise HfkitError(f"{source} is {output}: did you mean -m {source}?")
+            return list_folder(path, exclude)
+        if path.is_file():
+            return FolderFiles([path])
+        if path.exists():
+            raise HfkitError(f"{source} is not a file or folder: save its output to a file first")
+        paths = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
+        raise HfkitError(f"cannot read the corpus ({source}): {first_line(error)}") from error
+    if not paths:
+        raise HfkitError(f"no corpus {source!r}: no such file or folder")
+    outputs = [folder for folder in {path.parent for path in paths} if folder == exclude or describe_output(folder)]
+    files = [path for path in paths if path.parent not in outputs]
+    return FolderFiles(files, skipped=outputs) if files else FolderFiles(paths)
 
 
 def is_prepared(folder: Path) -> bool:
@@ -108,25 +146,11 @@ def is_prepared(folder: Path) -> bool:
         return False
 
 
-def _find_paths(source: str) -> tuple[list[Path], bool]:
-    """The files that a source stands for, and whether it names a single one."""
-    try:
-        path = Path(source).expanduser()
-        if is_prepared(path):
-            raise HfkitError(f"{source} was made by prepare: only finetune takes it, alone and without --streaming")
-        if path.is_dir():
-            files = (file for file in sorted(path.rglob("*")) if file.is_file())
-            return [file for file in files if not any(p.startswith(".") for p in file.relative_to(path).parts)], False
-        if path.is_file():
-            return [path], True
-        if path.exists():
-            raise HfkitError(f"{source} is not a file or folder: save its output to a file first")
-        paths = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
-        raise HfkitError(f"cannot read the corpus ({source}): {first_line(error)}") from error
-    if not paths:
-        raise HfkitError(f"no corpus {source!r}: no such file or folder")
-    return paths, len(paths) == 1
+def _note_left_out(source: str, files: int, folders: list[Path]) -> None:
+    parts = [f"{files} files that are empty or not text"] if files else []
+    parts += [f"{len(folders)} folders with a run or a model, such as {folders[0]}"] if folders else []
+    if parts:
+        note_once(f"{source}: left out {' and '.join(parts)}")
 
 
 def read_records(corpus: Corpus, options: CorpusOptions) -> Iterator[Piece | Example]:
@@ -146,26 +170,78 @@ def read_records(corpus: Corpus, options: CorpusOptions) -> Iterator[Piece | Exa
 
 
 def _read_sources(corpus: Corpus, options: CorpusOptions) -> Iterator[tuple[str, Iterator[Piece | Example]]]:
-    for path, kind in zip(corpus.files, corpus.kinds, strict=True):
-        if kind == "text" and options.template:
-            raise HfkitError(f"{path} is a plain text: a template takes rows (CSV, JSON Lines, Parquet)")
-        if kind == "text":
-            yield str(path), cut_pieces(read_text(path, options.errors))
+    task = make_task(options)
+    is_empty, unclear = True, []
+    for name, rows in _open_sources(corpus, options, is_table=task is not None):
+        if rows is None:
+            yield name, cut_pieces(_read_plain(Path(name), options.errors))
+        elif task:
+            yield name, (Example(task.example(row, where), where) for row, where in rows)
         else:
-            yield str(path), _make_records(read_rows(path, kind, options.errors), options)
+            try:
+                first = next(rows)
+                convert, description = choose_form(*first, options.text_column)
+            except StopIteration:
+                continue
+            except HfkitError as error:
+                if Path(name) not in corpus.from_folder:
+                    raise
+                unclear.append(error)  # a settings file or the like, which only lies beside the texts
+                continue
+            yield name, _make_records(chain([first], rows), convert, f"{name}: {description}")
+        is_empty = False
+    if unclear and is_empty:
+        raise unclear[0]
+    if unclear:
+        note_once(f"left out {len(unclear)} files of rows without a clear text, such as: {unclear[0]}")
+
+
+def _open_sources(
+    corpus: Corpus, options: CorpusOptions, *, is_table: bool
+) -> Iterator[tuple[str, Iterator[Row] | None]]:
+    """(name, rows) of every file and Hub data set; None instead of rows for a plain text."""
+    split, splits = options.dataset_split, list(dict.fromkeys(corpus.splits.values()))
+    if len(splits) == 1:
+        split = splits[0]
+    elif splits and split not in splits:
+        raise HfkitError(f"no split {split!r} (there are {column_names(splits)}): choose one with --dataset-split")
+    elif splits:
+        note_once(f"{corpus.files[0].parents[1]} has {column_names(splits)}: reading {split!r} (--dataset-split)")
+    has_rows = bool(corpus.hub) or any(kind != "text" for kind in corpus.kinds)
+    for path, kind in zip(corpus.files, corpus.kinds, strict=True):
+        if corpus.splits.get(path, split) != split:
+            continue
+        if kind != "text":
+            yield str(path), read_rows(path, kind, options.errors, options.dataset_split)
+        elif not is_table:
+            yield str(path), None
+        elif path in corpus.from_folder and has_rows:
+            note_once(f"left out plain texts such as {path}: only rows are read here")
+        else:
+            raise HfkitError(f"{path} is a plain text: this takes rows (CSV, JSON Lines, Parquet) with named columns")
     for name in corpus.hub:
-        yield f"hf://{name}", _make_records(read_hub_rows(name, options), options)
+        yield f"hf://{name}", read_hub_rows(name, options)
 
 
 def read_table(corpus: Corpora | Corpus, options: CorpusOptions) -> Iterator[Row]:
     """The rows of a corpus, unchanged, each with where it is. HfkitError if the corpus has plain texts."""
-    corpus = find_corpus(corpus)
-    for path, kind in zip(corpus.files, corpus.kinds, strict=True):
-        if kind == "text":
-            raise HfkitError(f"{path} is a plain text: give rows (CSV, JSON Lines, Parquet) with named columns")
-        yield from read_rows(path, kind, options.errors)
-    for name in corpus.hub:
-        yield from read_hub_rows(name, options)
+    for _, rows in _open_sources(find_corpus(corpus), options, is_table=True):
+        yield from rows or ()
+
+
+def _read_plain(path: Path, errors: str) -> Iterator[str]:
+    is_notebook = path.name.lower().removesuffix(".gz").endswith(".ipynb")
+    return read_notebook(path, errors) if is_notebook else read_text(path, errors)
+
+
+def _make_records(rows: Iterable[Row], convert: Convert, description: str) -> Iterator[Piece | Example]:
+    for row, where in rows:
+        values = convert(row, where)
+        note_once(description)
+        if isinstance(values, str):
+            yield from cut_pieces([values])
+        else:
+            yield Example(values, where)
 
 
 def cut_pieces(chunks: Iterable[str]) -> Iterator[Piece]:
@@ -211,57 +287,6 @@ def _find_cut(text: str, start: int, size: int) -> int:
     if border := _BORDER.search(text, high, min(size, last)):
         return border.end()
     return last if size > last else 0
-
-
-def _make_records(rows: Iterable[Row], options: CorpusOptions) -> Iterator[Piece | Example]:
-    """Rows as records; the first row decides which columns count."""
-    columns: tuple[str, ...] = ()
-    task = make_task(options)
-    for row, where in rows:
-        if task:
-            yield Example(task.example(row, where), where)
-            continue
-        columns = columns or _choose_columns(row, where, options)
-        if missing := [name for name in columns if name not in row]:
-            raise HfkitError(f"no column {missing[0]!r} ({where}): it has {column_names(row)}")
-        values = {name: row[name] for name in columns}
-        if options.text_column or columns not in _EXAMPLE_COLUMNS:
-            text = values[columns[0]]
-            if not isinstance(text, str | None):
-                raise HfkitError(f"column {columns[0]!r} is not text ({where}): fix or delete the row")
-            yield from cut_pieces([text or ""])
-            continue
-        if "messages" in values:
-            _check_messages(values["messages"], where)
-        elif not all(isinstance(text, str) for text in values.values()) or not values["completion"]:
-            raise HfkitError(f"prompt and completion must be texts ({where}): fix or delete the row")
-        yield Example(values, where)
-
-
-def _choose_columns(row: dict[str, Any], where: str, options: CorpusOptions) -> tuple[str, ...]:
-    """The columns that hold what is learned."""
-    if options.text_column:
-        return (options.text_column,)
-    if example := next((columns for columns in _EXAMPLE_COLUMNS if row.keys() >= set(columns)), None):
-        return example
-    named = [name for name in row if str(name).lower() in _TEXT_COLUMNS]
-    candidates = named or [name for name, value in row.items() if isinstance(value, str)]
-    if len(candidates) != 1:
-        raise unclear_text_column(row, where)
-    return (candidates[0],)
-
-
-def unclear_text_column(row: Iterable[str], where: str) -> HfkitError:
-    """The error for a row in which more than one column, or none, may be the text."""
-    return HfkitError(f"which column is the text ({where}: {column_names(row)})? Name it with --text-column")
-
-
-def _check_messages(messages: Any, where: str) -> None:
-    is_valid = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )
-    if not is_valid or not any(m["role"] == "assistant" for m in messages):
-        raise HfkitError(f'messages must be a list of {{"role", "content"}} with an assistant in it ({where})')
 
 
 def name_of(sources: Corpora) -> str:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from hfkit.corpus.chat import CHAT_TEMPLATE, render_chat
+from hfkit.corpus.chat import CHAT_TEMPLATE, RenderedChat, render_chat, text_of
 from hfkit.corpus.documents import Example, Piece
 from hfkit.corpus.splitting import content_of
 from hfkit.errors import HfkitError, OptionError
@@ -40,7 +40,7 @@ def sha256_of(text: str) -> str:
 
 def texts_of(row: dict[str, Any]) -> list[str]:
     """The texts of an example."""
-    return [m["content"] for m in row["messages"]] if "messages" in row else [row["prompt"], row["completion"]]
+    return [text_of(m) for m in row["messages"]] if "messages" in row else [row["prompt"], row["completion"]]
 
 
 def encode_records(records: Iterator[Piece | Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
@@ -84,21 +84,33 @@ def encode_documents(
 
 
 def encode_examples(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
-    """A row for each example: as `encode_documents`, and `labels`, which are IGNORED outside the answers."""
+    """A row for each example: as `encode_documents`, and `labels`, which are IGNORED outside the answers.
+
+    A conversation has several rows if its template needs a text for each answer: see `render_chat`.
+    """
     begin, end = _frame(tokenizer)
     for document, (row, where) in enumerate(examples):
         if "messages" in row:
-            ids, labels = _encode_chat(row["messages"], tokenizer, where)
+            if not tokenizer.is_fast:
+                raise HfkitError(
+                    f"this tokenizer cannot locate tokens in a text ({where}): give prompt and completion"
+                )
+            chats = render_chat(row["messages"], tokenizer, where, row.get("tools"))
+            encoded = [_encode_chat(chat, tokenizer) for chat in chats]
         else:
             prompt = begin + _encode_plain([row["prompt"]], tokenizer)[0]
             answer = encode_answers([row["completion"]], tokenizer)[0] + end
-            ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
-        arrays = {"input_ids": np.array(ids, np.int32), "labels": np.array(labels, np.int32)}
-        yield {**arrays, **_origin(document, texts_of(row))}
+            encoded = [(prompt + answer, [IGNORED] * len(prompt) + answer)]
+        for ids, labels in encoded:
+            if all(label == IGNORED for label in labels):
+                raise HfkitError(f"nothing is learned from this example ({where}): fix or delete it")
+            arrays = {"input_ids": np.array(ids, np.int32), "labels": np.array(labels, np.int32)}
+            yield {**arrays, **_origin(document, texts_of(row), parts=len(encoded))}
 
 
-def _origin(document: int, texts: list[str]) -> dict[str, int]:
-    size = sum(len(text.encode()) for text in texts)
+def _origin(document: int, texts: list[str], parts: int = 1) -> dict[str, int]:
+    """Which document a row is of, its content, and its bytes where these are shared by as many rows as `parts`."""
+    size = sum(len(text.encode()) for text in texts) // parts
     return {"document": document, "content": content_of("\0".join(texts)), "bytes": size}
 
 
@@ -149,16 +161,11 @@ def _encode_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> l
     return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def _encode_chat(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[list[int], list[int]]:
+def _encode_chat(chat: RenderedChat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and their labels: what the assistant says."""
-    if not tokenizer.is_fast:
-        raise HfkitError(f"this tokenizer cannot locate its tokens in a text ({where}): give prompt and completion")
-    text, spans = render_chat(messages, tokenizer, where)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(chat.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     # The token that carries the leading space belongs to the answer, even if its offset starts one character early.
-    inside = [any(a < stop and start < b for a, b in spans) for start, stop in encoded["offset_mapping"]]
+    inside = [any(a < stop and start < b for a, b in chat.answers) for start, stop in encoded["offset_mapping"]]
     ids = encoded["input_ids"]
     return ids, [token if learned else IGNORED for token, learned in zip(ids, inside, strict=True)]
 

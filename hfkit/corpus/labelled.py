@@ -3,23 +3,27 @@
 import copy
 import functools
 import hashlib
+import re
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from hfkit.console import note
+from hfkit.console import note, note_once
 from hfkit.corpus.cache import Report
-from hfkit.corpus.documents import Corpora, Corpus, read_table, unclear_text_column
+from hfkit.corpus.documents import Corpora, Corpus, read_table
 from hfkit.corpus.encoding import encode, fingerprint
+from hfkit.corpus.examples import check_text, choose_text_column
 from hfkit.corpus.rows import column_names
 from hfkit.corpus.sequences import LabelledItem, TrainingData
 from hfkit.corpus.splitting import content_of, hold_out
 from hfkit.errors import HfkitError
 from hfkit.options import CorpusOptions, DataOptions
 
+_DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)")
 STRIDE = 128  # tokens that neighbouring windows of a long context share
 
 
@@ -56,6 +60,9 @@ def gather_labelled_data(
         labels = labels or sorted({label for _, label in rows})
         if len(labels) < 2:
             raise HfkitError("a classification needs rows of at least two labels")
+        counts = Counter(label for _, label in rows).most_common()
+        shown = ", ".join(f"{label!r} {count:,}" for label, count in counts[:20])
+        note(f"{len(counts)} labels: {shown}{' ...' if len(counts) > 20 else ''}")
         encode_rows = functools.partial(encode_labelled, tokenizer=tokenizer, labels=list(labels), length=length)
     else:
         encode_rows = functools.partial(encode_questions, tokenizer=tokenizer, length=length)
@@ -81,28 +88,36 @@ def gather_labelled_data(
 
 
 def classification_rows(corpus: Corpora | Corpus, options: CorpusOptions) -> list[tuple[str, str]]:
-    """(text, label) of every row.
+    """(text, label) of every row. A label is a text or a whole number: 1, "1" and 1.0 are the same.
 
     Raises:
-        HfkitError: a column is missing.
+        HfkitError: a column is missing, or a label is not one; the message has the line.
     """
-    rows = []
+    rows: list[tuple[str, str]] = []
+    name, column = options.label_column, ""
     for row, where in read_table(corpus, options):
-        name = options.label_column
         if name not in row:
             raise HfkitError(f"no column {name!r} ({where}: {column_names(row)}): name it with --label-column")
-        if row[name] is None:
-            raise HfkitError(f"column {name!r} has no label ({where}): fix or delete the row")
-        rows.append((_text_of(row, options, where), str(row[name])))
+        if not column or column not in row:
+            column = choose_text_column(row, where, options.text_column, name)
+            note_once(f"{where}: the text is column {column!r}, the label {name!r}")
+        rows.append((check_text(row[column], column, where), _read_label(row[name], name, where)))
     return rows
 
 
-def _text_of(row: Mapping[str, Any], options: CorpusOptions, where: str) -> str:
-    texts = [name for name, value in row.items() if isinstance(value, str) and name != options.label_column]
-    name = options.text_column or ("text" if "text" in row else texts[0] if len(texts) == 1 else None)
-    if name is None or not isinstance(row.get(name), str):
-        raise unclear_text_column(row, where)
-    return str(row[name])
+def _read_label(value: Any, column: str, where: str) -> str:
+    label = str(value).strip()
+    if isinstance(value, list | dict):
+        reason = "has a list or an object instead of one label"
+    elif value is None or label.lower() in ("", "nan"):
+        reason = "has no label"
+    elif not isinstance(value, float) and not _DECIMAL.fullmatch(label):
+        return label
+    elif float(label).is_integer():
+        return str(int(float(label)))
+    else:
+        reason = f"has the fraction {label}, but a class is a text or a whole number"
+    raise HfkitError(f"column {column!r} {reason} ({where}): fix or delete the row")
 
 
 def question_rows(corpus: Corpora | Corpus, options: CorpusOptions) -> list[Question]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hfkit.console import note
-from hfkit.corpus.documents import Corpora, Example, Piece, find_corpus, read_records
+from hfkit.corpus.documents import Corpora, Corpus, Example, Piece, find_corpus, read_records
 from hfkit.options import CorpusOptions
 
 WORDS = 8  # in a row that count as copied
@@ -91,7 +91,7 @@ def _run_hashes(ids: np.ndarray, length: int) -> np.ndarray:
     return total
 
 
-def index_corpus(corpus: Corpora, options: CorpusOptions | None = None, length: int = WORDS) -> Index:
+def index_corpus(corpus: Corpora | Corpus, options: CorpusOptions | None = None, length: int = WORDS) -> Index:
     """The index of a corpus; of examples, only their answers."""
     index = Index(_pieces(read_records(find_corpus(corpus), options or CorpusOptions())), length)
     if not index.is_whole:

@@ -1,37 +1,41 @@
-"""The rows of tables, JSON, Parquet and Arrow files, and of data sets on the Hub."""
+"""The rows of tables, JSON, Parquet and Arrow files, of data sets on the Hub, and the cells of notebooks."""
 
 import csv
 import json
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from hfkit.corpus.formats import read_text, split_lines, unpacked
+from hfkit.console import note_once
+from hfkit.corpus.formats import LONGEST_LINE, read_lines, read_whole, unpacked
 from hfkit.errors import HfkitError, first_line
-from hfkit.hub import reach_hub
+from hfkit.hub import endpoint, reach_hub
 from hfkit.options import CorpusOptions, DataOptions
 
-csv.field_size_limit(1 << 30)  # a field may be a book
+csv.field_size_limit(LONGEST_LINE)
 _BATCH = 128  # rows
 _SURROGATE = re.compile("[\ud800-\udfff]")  # an unpaired one: JSON can express it, UTF-8 cannot
+_ROW_COLUMNS = {"text", "messages", "conversations", "prompt", "question"}  # in an object that is a row itself
 Row = tuple[dict[str, Any], str]  # columns, and where the row is: "FILE, line N"
 
 
-def read_rows(path: Path, kind: str, errors: str) -> Iterator[Row]:
+def read_rows(path: Path, kind: str, errors: str, split: str = "train") -> Iterator[Row]:
     """Rows of a file of this kind. A JSON array is read at once, all else in small parts.
+
+    split: which of the arrays of a JSON object to read, if it has several.
 
     Raises:
         HfkitError: the file is damaged; the message has the line or the row.
     """
     match kind:
         case "csv" | "tsv":
-            return _read_table(path, split_lines(read_text(path, errors)), kind)
+            return _read_table(path, read_lines(path, errors), kind)
         case "lines":
             return _read_lines(path, errors)
         case "json":
-            return _read_array(path, errors)
+            return _read_array(path, errors, split)
         case _:
             return _read_columnar(path, kind)
 
@@ -42,20 +46,60 @@ def column_names(row: Iterable[Any]) -> str:
 
 
 def _read_lines(path: Path, errors: str) -> Iterator[Row]:
-    for number, line in enumerate(split_lines(read_text(path, errors)), 1):
+    for number, line in enumerate(read_lines(path, errors), 1):
         if line.strip():
             yield _check_object(_parse_json(line, path, number, errors), f"{path}, line {number}")
 
 
-def _read_array(path: Path, errors: str) -> Iterator[Row]:
-    value = _parse_json("".join(read_text(path, errors)), path, 1, errors)
-    if isinstance(value, dict):  # {"data": [...]}, or a single row
-        arrays = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
-        value = arrays[0] if arrays and "messages" not in value else [value]
+def _read_array(path: Path, errors: str, split: str) -> Iterator[Row]:
+    value = _parse_json(read_whole(path, errors), path, 1, errors)
+    if isinstance(value, dict):
+        value = _choose_array(value, path, split)
     if not isinstance(value, list):
         raise HfkitError(f"no rows ({path}): write an array of objects, or an object on each line")
-    for number, row in enumerate(value, 1):
-        yield _check_object(row, f"{path}, row {number}")
+    for number, entry in enumerate(value, 1):
+        row, where = _check_object(entry, f"{path}, row {number}")
+        if "paragraphs" in row:
+            yield from _squad_rows(row, where)
+        else:
+            yield row, where
+
+
+def _choose_array(value: dict[str, Any], path: Path, split: str) -> list[Any]:
+    """The rows in a JSON object such as {"data": [...]}, or the object itself as the only row."""
+    arrays = [name for name, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    if not arrays or value.keys() & _ROW_COLUMNS:
+        return [value]
+    if len(arrays) == 1:
+        return list(value[arrays[0]])
+    if split not in arrays:
+        raise HfkitError(f"several arrays of rows ({path}: {column_names(arrays)}): choose one with --dataset-split")
+    note_once(f"{path} has {column_names(arrays)}: reading {split!r} (--dataset-split)")
+    return list(value[split])
+
+
+def _squad_rows(article: dict[str, Any], where: str) -> Iterator[Row]:
+    """The questions of an article in SQuAD's own format."""
+    try:
+        for paragraph in article["paragraphs"]:
+            for question in paragraph["qas"]:
+                answers = question.get("answers", [])
+                yield {
+                    "title": article.get("title"), "context": paragraph["context"], "question": question["question"],
+                    "answers": {key: [answer[key] for answer in answers] for key in ("text", "answer_start")},
+                }, f"{where}, question {question.get('id')}"  # fmt: skip
+    except (KeyError, TypeError, AttributeError) as error:
+        raise HfkitError(f"paragraphs are not as in SQuAD ({where}): {first_line(error)}") from error
+
+
+def read_notebook(path: Path, errors: str) -> Iterator[str]:
+    """The source of each cell of a Jupyter notebook, without outputs."""
+    try:
+        for cell in _parse_json(read_whole(path, errors), path, 1, errors)["cells"]:
+            if source := "".join(cell["source"]).strip():
+                yield source + "\n\n"
+    except (KeyError, TypeError) as error:
+        raise HfkitError(f"not a Jupyter notebook ({path}): it has no cells") from error
 
 
 def _parse_json(text: str, path: Path, line: int, errors: str) -> Any:
@@ -83,20 +127,45 @@ def _check_object(row: Any, where: str) -> Row:
 
 
 def _read_table(path: Path, lines: Iterator[str], kind: str) -> Iterator[Row]:
-    header = next(lines)
-    delimiter = "\t" if kind == "tsv" else max(",;\t|", key=header.count)
-    reader = csv.reader((line + "\n" for line in chain([header], lines)), delimiter=delimiter, strict=True)
+    head = list(islice(lines, 20))
+    # In a TSV a quote is a character like any other, as there is nothing that it could protect.
+    text = (line + "\n" for line in chain(head, lines))
+    if kind == "tsv":
+        reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+    else:
+        reader = csv.reader(text, delimiter=_find_delimiter(head), strict=True)
     names: list[str] = []
     start = 1  # line of the row, which may have several
     try:
         for row in reader:
-            if names and any(row):  # not an empty line
+            if not names:
+                names = row
+                if twice := next((name for name in names if name and names.count(name) > 1), None):
+                    raise csv.Error(f"two columns are called {twice!r}; rename one")
+            elif any(row):  # not an empty line
+                if kind == "tsv" and any(re.fullmatch(r'".*"', field) for field in row):
+                    note_once(f"{path}: quotes around fields are read as text; if they are not, save it as CSV")
                 if len(row) != len(names):
                     raise csv.Error(f"{len(row)} fields, the header has {len(names)}")
                 yield dict(zip(names, row, strict=True)), f"{path}, line {start}"
-            names, start = names or row, reader.line_num + 1
+            start = reader.line_num + 1
     except csv.Error as error:
         raise HfkitError(f"not a valid table ({path}, line {start}): {error}") from None
+
+
+def _find_delimiter(lines: list[str]) -> str:
+    """The delimiter that divides the first rows into equally many fields, or else the header into the most."""
+
+    def count_fields(delimiter: str) -> tuple[int, int]:
+        try:
+            rows = [row for row in csv.reader((line + "\n" for line in lines), delimiter=delimiter) if any(row)]
+        except csv.Error:
+            return 0, 0
+        widths = {len(row) for row in rows[:-1] or rows}  # the last row may go on after these lines
+        header = len(rows[0]) if rows else 0
+        return header if len(widths) == 1 and header > 1 else 0, header
+
+    return max(",;\t|", key=count_fields)
 
 
 def _read_columnar(path: Path, kind: str) -> Iterator[Row]:
@@ -142,7 +211,7 @@ def read_hub_rows(name: str, options: CorpusOptions) -> Iterator[Row]:
             reach_hub(name)
         except HfkitError as error:
             raise HfkitError(
-                f"the Hub cannot be reached ({constants.ENDPOINT}): go online, set HF_ENDPOINT to a mirror, "
+                f"the Hub cannot be reached ({endpoint()}): go online, set HF_ENDPOINT to a mirror, "
                 f"or HF_HUB_OFFLINE=1 if {name} is cached"
             ) from error
     streaming = isinstance(options, DataOptions) and options.streaming

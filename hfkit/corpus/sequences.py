@@ -1,10 +1,7 @@
 """Rows of tokens as the sequences that a model is trained on, the batches they come in, and what is held out."""
 
-import itertools
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,21 +9,21 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hfkit.console import note
 from hfkit.corpus.cache import Prepared, Report, encode_corpus, load_prepared
 from hfkit.corpus.chat import set_template
-from hfkit.corpus.documents import Corpora, Corpus, find_corpus, is_prepared, read_records
-from hfkit.corpus.encoding import IGNORED, encode_records, fingerprint
+from hfkit.corpus.documents import Corpora, Corpus, Example, find_corpus, is_prepared, read_records
+from hfkit.corpus.encoding import IGNORED, fingerprint
 from hfkit.corpus.splitting import hold_out, hold_out_texts
+from hfkit.corpus.streams import Stream
 from hfkit.errors import HfkitError
 from hfkit.options import DataOptions
 
 Item = dict[str, np.ndarray]  # input_ids and labels, (length,) each
 LabelledItem = dict[str, Any]  # lists of token ids, and a number for each label or place
-_WINDOW = 256  # sequences among which a stream is shuffled
 _NOTHING = "there is nothing to train on: the corpus is empty, or no example fits --block-size"
 
 
@@ -84,58 +81,6 @@ class Examples(Dataset[Item]):
 def _cell(dataset: datasets.Dataset, column: str, row: np.integer) -> np.ndarray:
     """A list of a column as an array. `dataset[row]` takes ten times as long."""
     return cast(np.ndarray, dataset.data.column(column)[int(row)].values.to_numpy())
-
-
-class Stream(IterableDataset[Item]):
-    """Sequences of a corpus that is read again for each pass, without end.
-
-    To Trainer it is a single epoch, so that a resumed run finds its place in any pass.
-    """
-
-    def __init__(
-        self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, options: DataOptions, block_size: int, seed: int
-    ) -> None:
-        self._corpus, self._tokenizer, self._options = corpus, tokenizer, options
-        self._size, self._seed = block_size, seed
-
-    def __iter__(self) -> Iterator[Item]:
-        for number in itertools.count():
-            items = self.read_shuffled(number)
-            if not (first := next(items, None)):  # this worker's share of the corpus is empty
-                return
-            yield first
-            yield from items
-
-    def read_shuffled(self, number: int) -> Iterator[Item]:
-        """Pass `number` over the corpus: this worker's share, shuffled among neighbours by the seed and the number."""
-        items, worker = self.read(), torch.utils.data.get_worker_info()
-        if worker:  # each worker of a DataLoader reads everything and keeps its share
-            items = islice(items, worker.id, None, worker.num_workers)
-        draw = random.Random(f"{self._seed}-{number}")  # noqa: S311, not a secret
-        window: list[Item] = []
-        for item in items:
-            window.append(item)
-            if len(window) > _WINDOW:
-                place = draw.randrange(len(window))
-                window[place], window[-1] = window[-1], window[place]
-                yield window.pop()
-        draw.shuffle(window)
-        yield from window
-
-    def read(self) -> Iterator[Item]:
-        """Blocks of texts, or examples that fit, in the order of the corpus."""
-        rest = np.zeros(0, np.int32)
-        for row in encode_records(read_records(self._corpus, self._options), self._tokenizer):
-            if "labels" in row:
-                if len(row["labels"]) <= self._size:
-                    yield {name: row[name] for name in ("input_ids", "labels")}
-                continue
-            rest = np.concatenate([rest, row["input_ids"]])
-            while len(rest) >= self._size:
-                yield {"input_ids": rest[: self._size], "labels": rest[: self._size]}
-                rest = rest[self._size :]
-        if len(rest):
-            yield {"input_ids": rest, "labels": rest}
 
 
 def lengths(dataset: datasets.Dataset) -> np.ndarray:
@@ -219,7 +164,7 @@ class TrainingData:
 
 
 def gather_training_data(
-    corpus: Corpora, tokenizer: PreTrainedTokenizerBase, data: DataOptions, block_size: int, seed: int
+    corpus: Corpora | Corpus, tokenizer: PreTrainedTokenizerBase, data: DataOptions, block_size: int, seed: int
 ) -> TrainingData:
     """Tokenize a corpus, or find its tokens, and hold a part of it out.
 
@@ -231,6 +176,9 @@ def gather_training_data(
         stream = Stream(find_corpus(corpus), tokenizer, data, block_size, seed)
         if not next(stream.read(), None):
             raise HfkitError(_NOTHING)
+        first = next(read_records(stream.corpus, data))
+        if isinstance(first, Example) and "messages" in first.row:
+            set_template(tokenizer)
         return TrainingData(stream, held or [], 0, block_size, None, _prompt(held or [], tokenizer))
     prepared = _encode(corpus, tokenizer, data)
     if held is not None:
@@ -251,9 +199,9 @@ def gather_training_data(
     )
 
 
-def _encode(corpus: Corpora, tokenizer: PreTrainedTokenizerBase, data: DataOptions) -> Prepared:
+def _encode(corpus: Corpora | Corpus, tokenizer: PreTrainedTokenizerBase, data: DataOptions) -> Prepared:
     """`corpus` as tokens. A tokenizer that encodes conversations gets a chat template, if it has none."""
-    sources = [corpus] if isinstance(corpus, str | Path) else corpus
+    sources = [] if isinstance(corpus, Corpus) else [corpus] if isinstance(corpus, str | Path) else corpus
     if len(sources) == 1 and is_prepared(folder := Path(sources[0]).expanduser()):
         prepared = load_prepared(folder)
         if prepared.report.tokenizer != fingerprint(tokenizer):
@@ -294,6 +242,24 @@ def _split(prepared: Prepared, fraction: float, block_size: int, seed: int) -> t
         Blocks(dataset, kept, block_size, stops=stops[kept]),
         Blocks(dataset, held, block_size, starts=stops[held]),
     )
+
+
+def show_examples(sequences: Blocks | Examples, tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
+    """The first sequences as the model sees them, as text; what is learned stands between ⟦ and ⟧."""
+    return [_show(sequences[number], tokenizer) for number in range(min(count, len(sequences)))]
+
+
+def _show(item: Item, tokenizer: PreTrainedTokenizerBase) -> str:
+    ids, learned = item["input_ids"].tolist(), item["labels"] != IGNORED
+    parts: list[str] = []
+    start = 0
+    for number, border in enumerate([*np.flatnonzero(np.diff(learned, prepend=False)), len(ids)]):
+        # Beginnings are decoded, not parts: some tokenizers drop the space that a text begins with.
+        stop = len(tokenizer.decode(ids[:border]))
+        part = tokenizer.decode(ids)[start:stop]
+        parts.append(f"⟦{part}⟧" if number % 2 else str(part))
+        start = stop
+    return "".join(parts)
 
 
 def _prompt(sequences: Any, tokenizer: PreTrainedTokenizerBase) -> str | None:

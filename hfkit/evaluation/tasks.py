@@ -92,8 +92,7 @@ def find_task(lm: LanguageModel, corpus: Corpus, options: CorpusOptions) -> Task
     if "text" in corpus.kinds and not options.metric and not options.template:
         return None
     task = make_task(options) or task_of(lm.tokenizer)
-    first_file = replace(corpus, files=corpus.files[:1], kinds=corpus.kinds[:1])
-    row, _ = next(read_table(first_file, options), ({}, ""))
+    row, _ = next(read_table(corpus, options), ({}, ""))
     if task and {*task.inputs, task.answer} <= set(row):
         return replace(task, metric=tuple(options.metric or task.metric), labels=tuple(options.labels or task.labels))
     if options.metric and {"prompt", "completion"} <= set(row):

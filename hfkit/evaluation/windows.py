@@ -48,13 +48,14 @@ class WindowReader:
 
     def _answers(self, examples: Iterable[Any]) -> Iterator[Item]:
         for unit, example in enumerate(examples):
-            (row,) = encode_examples([example], self._tokenizer)
+            rows = list(encode_examples([example], self._tokenizer))  # several where each answer has its own text
             self.documents += 1
             self._count(example.answers)
-            self._bar.update(row["bytes"])
-            text = _passage(row["input_ids"], row["labels"], unit)
-            has_no_prompt = len(text[0]) and text[1, 0] != IGNORED
-            yield from slide([text], self._begin if has_no_prompt else [], self._window, self._stride)
+            self._bar.update(sum(row["bytes"] for row in rows))
+            for row in rows:
+                text = _passage(row["input_ids"], row["labels"], unit)
+                has_no_prompt = len(text[0]) and text[1, 0] != IGNORED
+                yield from slide([text], self._begin if has_no_prompt else [], self._window, self._stride)
 
     def _count(self, texts: list[str]) -> None:
         self.words += sum(len(text.split()) for text in texts)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,10 @@ _TOKENS_AT_ONCE = {"cpu": 32_768, "cuda": 262_144}  # prompt and new tokens of a
 # transformers samples with torch's global generator in its loops for beams and speculation, so one of them runs at a
 # time. Assistants are changed by it, too: they are loaded here and belong to nobody else.
 _special_loops = threading.Lock()
+# What transformers says about the way in which it calls an assistant itself is nothing that a user could change.
+logging.getLogger("transformers.generation.utils").addFilter(
+    lambda record: "Passing `generation_config` together" not in record.getMessage()
+)
 
 
 class _NoMemory(HfkitError):
@@ -186,8 +191,9 @@ def _call(
         ids.append(request.ids + padding if right else padding + request.ids)
         mask.append(ones + [0] * gap if right else [0] * gap + ones)
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-    # A copy, so that transformers does not fill what is None in `config` from the model's own one.
-    model: Any = copy.copy(lm.model)
+    # A copy, so that transformers does not fill what is None in `config` from the model's own one. What torch.compile
+    # returns would pass the attribute on.
+    model: Any = copy.copy(getattr(lm.model, "_orig_mod", lm.model))
     model.generation_config = config
     with _errors(lm, options):
         arguments |= {name: tensor.to(lm.model.device) for name, tensor in inputs.items()}

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, TypedDict, cast, overload
 
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from hfkit.console import note
 from hfkit.corpus.encoding import encode, encode_answers
@@ -218,7 +219,8 @@ def _prompt_ids(lm: LanguageModel, prompt: str, labels: list[list[int]]) -> list
 def label_scores(lm: LanguageModel, rows: list[list[int]], labels: list[list[int]]) -> torch.Tensor:
     """Log-likelihood of each label as the answer to each prompt, in nats, (rows, labels); all given as token ids.
 
-    A prompt is computed once, whatever the number of labels: they continue from its keys and values.
+    A prompt is computed once, whatever the number of labels: they continue from its keys and values. Where a model
+    keeps none, or a state besides them, each label is computed with the whole prompt.
     """
     width, longest = max(map(len, rows)), max(map(len, labels))
     ids = torch.tensor([[row[0]] * (width - len(row)) + row for row in rows])
@@ -229,7 +231,9 @@ def label_scores(lm: LanguageModel, rows: list[list[int]], labels: list[list[int
     scores = torch.stack([start[:, label[0]] for label in labels], 1)
     if longest == 1:
         return scores
-    cache = first.cache
+    cache = getattr(first, "cache", None)
+    if not _can_repeat(cache):
+        return _whole_scores(lm, rows, labels)
     cache.batch_repeat_interleave(len(labels))
     padded = torch.tensor([label + [0] * (longest - len(label)) for label in labels]).repeat(len(rows), 1)
     real = torch.tensor([[1] * len(label) + [0] * (longest - len(label)) for label in labels]).repeat(len(rows), 1)
@@ -240,6 +244,28 @@ def label_scores(lm: LanguageModel, rows: list[list[int]], labels: list[list[int
     targets = padded[:, 1:, None].to(logits.device)
     following = (logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)).cpu()
     return scores + (following * real[:, 1:]).sum(1).view(len(rows), len(labels))
+
+
+def _can_repeat(cache: Any) -> bool:
+    """Whether all that a cache holds can be repeated for each label: not so the state of Mamba and its kind."""
+    layers = cache.layers if isinstance(cache, DynamicCache) else []
+    return bool(layers) and all(
+        isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers
+    )
+
+
+def _whole_scores(lm: LanguageModel, rows: list[list[int]], labels: list[list[int]]) -> torch.Tensor:
+    """As `label_scores`, by a pass over each prompt with each label."""
+    pairs = [(row, label) for row in rows for label in labels]
+    width = max(len(row) + len(label) for row, label in pairs)
+    # Padding comes last, where no earlier token sees it.
+    ids = torch.tensor([row + label + [row[0]] * (width - len(row) - len(label)) for row, label in pairs])
+    logs = _forward(lm, input_ids=ids).logits.float().log_softmax(-1).cpu()
+    sums = [
+        sum(logs[number, len(row) + place - 1, token] for place, token in enumerate(label))
+        for number, (row, label) in enumerate(pairs)
+    ]
+    return torch.tensor(sums).view(len(rows), len(labels))
 
 
 def _forward(lm: LanguageModel, **inputs: Any) -> Any:

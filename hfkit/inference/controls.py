@@ -1,11 +1,13 @@
 """From `GenerateOptions` to what `model.generate` takes. Nothing here changes a model, a tokenizer or a config."""
 
 import copy
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, WatermarkingConfig
 
+from hfkit.console import note
 from hfkit.corpus.encoding import language_token
 from hfkit.corpus.templates import Task, task_of
 from hfkit.declaration import set_fields
@@ -155,8 +157,26 @@ def _unescape(text: str) -> str:
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
+def check_options(options: GenerateOptions) -> None:
+    """OptionError for options that have no effect without another one. Needs no model."""
+    for name, needed in (("num_assistant_tokens", "assistant_model"), ("novel_words", "novel")):
+        if getattr(options, name) is not None and not getattr(options, needed):
+            raise OptionError(f"{_flag(name)} has no effect alone: add {_flag(needed)}")
+    if options.temperature == 0 and options.do_sample:
+        raise OptionError("--temperature 0 is greedy, --do-sample is not: leave one of both out")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+@functools.cache  # once for each set of options, not for each batch of a file
+def _note_ignored(names: tuple[str, ...]) -> None:
+    note(f"greedy decoding ignores {', '.join(map(_flag, names))}")
+
+
 def check_controls(lm: LanguageModel, options: GenerateOptions) -> None:
-    """OptionError for what transformers would notice late, or never."""
+    """OptionError for what transformers would notice late, or never; a note about options that change nothing."""
     count, beam_count = options.num_return_sequences or 1, beams(lm, options)
     if count > 1 and not draws(lm, options) and count > beam_count:
         limit = f"it must be at most --num-beams ({beam_count})"
@@ -164,11 +184,20 @@ def check_controls(lm: LanguageModel, options: GenerateOptions) -> None:
         raise OptionError(f"--num-return-sequences is {count}: {way_out}")
     if options.novel and not (draws(lm, options) and is_plain(lm, options)):
         raise OptionError("--novel draws again what copies: sample, without beams and speculation")
+    if options.negative_prompt and (options.guidance_scale or _own_config(lm).guidance_scale or 1) == 1:
+        raise OptionError("--negative-prompt has no effect alone: add --guidance-scale, such as 1.5")
+    for name in ("length_penalty", "early_stopping"):
+        value = getattr(options, name)
+        if value is not None and value is not False and beam_count == 1:
+            raise OptionError(f"{_flag(name)} has no effect without beams: add --num-beams, such as 4")
+    ignored = tuple(name for name in SAMPLING if getattr(options, name)) if not draws(lm, options) else ()
+    if ignored:
+        _note_ignored(ignored)
     size = lm.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     for name in ("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"):
         value = getattr(options, name)
         if any(not 0 <= token < size for token in ([value] if isinstance(value, int) else value or [])):
-            raise OptionError(f"--{name.replace('_', '-')} takes token ids from 0 to {size - 1}")
+            raise OptionError(f"{_flag(name)} takes token ids from 0 to {size - 1}")
 
 
 def _spellings(lm: LanguageModel, text: str) -> list[list[int]]:

@@ -15,7 +15,7 @@ from hfkit.corpus.overlap import WORDS, Index, index_corpus
 from hfkit.corpus.templates import task_of
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inference import batches
-from hfkit.inference.controls import check_controls, draws, is_plain
+from hfkit.inference.controls import check_controls, check_options, draws, is_plain
 from hfkit.inference.decoding import Completion, repeats
 from hfkit.inference.prompts import Prompt, Request, Text, fit_prompt, list_texts
 from hfkit.inference.twins import in_eval_mode
@@ -103,7 +103,8 @@ def generate(
     """
     options = GenerateOptions.make(options, overrides)
     prompts, is_single = list_texts(prompt, "a prompt")
-    novel_index(options)  # before a model is loaded
+    check_options(options)  # before a model is loaded
+    novel_index(options)
     lm = in_eval_mode(loaded(model))
     requests = []  # all of them first: one that does not fit is an error before any is run
     for number, text in enumerate(prompts):
@@ -219,6 +220,7 @@ def stream(
     options = GenerateOptions.make(options, overrides)
     if (options.num_return_sequences or 1) > 1:
         raise OptionError("stream gives one text: leave num_return_sequences out, and change the seed")
+    check_options(options)
     novel_index(options)
     lm = in_eval_mode(loaded(model))
     check_controls(lm, options)
@@ -249,15 +251,16 @@ def _stream(lm: LanguageModel, request: Request, options: GenerateOptions) -> Ge
         worker.join()
 
     worker = threading.Thread(target=work, daemon=True)
-    # Python aborts if a thread is inside torch when it exits, which happens while a reader still holds a stream.
+    # A thread that is inside torch when Python exits would abort it, and a reader may hold a stream until then.
     atexit.register(stop)
+    unregister = atexit.unregister  # the module may be gone when the finally clause runs
     worker.start()
     try:
         while isinstance(piece := pieces.get(), str):
             yield piece
     finally:
         stop()
-        atexit.unregister(stop)
+        unregister(stop)
     if isinstance(piece, BaseException):
         raise piece
     return _generation(lm, options, request, piece)

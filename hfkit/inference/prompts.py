@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from hfkit.corpus.encoding import encode, language_token
 from hfkit.corpus.templates import task_of
 from hfkit.errors import HfkitError, OptionError
+from hfkit.inference.vocabulary import is_byte_level
 from hfkit.models.architecture import context_length
 from hfkit.options import GenerateOptions
 
@@ -119,6 +120,11 @@ def _fit_decoder(
             "shorten the prompt, lower --max-new-tokens, or --truncate"
         )
     return ids, wanted or min(_NEW_TOKENS, room)
+
+
+def ends_in_space(request: Request, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the last token is a lone space. A byte-level model rarely saw that: its words begin with their space."""
+    return is_byte_level(tokenizer) and tokenizer.convert_ids_to_tokens(request.ids[-1:]) == ["Ġ"]
 
 
 def _keep_end(ids: list[int], room: int, bos: int | None) -> list[int]:

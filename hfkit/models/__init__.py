@@ -2,7 +2,9 @@
 
 sources: from a name to a local folder that is safe to load
 architecture: what a configuration says about a model; devices and precisions
-loading: tokenizers and weights
+tokenizers: the tokenizer as it was saved
+loading: models with their tokenizers
+integrity: what a library loads is what was saved; errors in one line
 quantization: int8 and int4 on a CPU
 exporting: write a model to one folder, or push it to the Hub
 """

@@ -12,7 +12,6 @@ from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
-    GPT2Tokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -29,6 +28,7 @@ from hfkit.models.architecture import (
 )
 from hfkit.models.integrity import LOADING, calling_library, check_names, check_numbers, check_report
 from hfkit.models.sources import ModelFiles, find_model
+from hfkit.models.tokenizers import read_tokenizer
 from hfkit.options import ModelOptions
 
 
@@ -47,6 +47,10 @@ class LanguageModel(NamedTuple):
     def context(self) -> int | None:
         """Most tokens of prompt and continuation together; None where the model sets no limit."""
         return context_length(self.model.config)
+
+    def __repr__(self) -> str:
+        size, dtype = self.model.num_parameters(), str(self.model.dtype).removeprefix("torch.")
+        return f"LanguageModel({self.name!r}: {size:,} parameters, {dtype} on {self.model.device})"
 
 
 Model = str | os.PathLike[str] | ModelOptions | LanguageModel | tuple[Any, Any] | None
@@ -118,23 +122,28 @@ def load_config(source: ModelFiles) -> Any:
 
 def load_tokenizer(source: ModelFiles) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, checked. It needs neither torch nor the weights."""
-    from transformers import AutoTokenizer
-
-    extra = {"gguf_file": source.gguf} if source.gguf else {}
-    kind: Any = GPT2Tokenizer if source.config.get("model_type") == "gpt2" else AutoTokenizer
     with calling_library(source):
-        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
-            source.folder, trust_remote_code=source.trust_remote_code, **extra
-        )
+        tokenizer = read_tokenizer(source)
     # GPT2Tokenizer is empty, without an error, where files are missing.
     if len(tokenizer) <= 1:
-        raise HfkitError(f"the tokenizer is empty ({source.folder}): copy tokenizer.json of the model into it")
-    size = source.config.get("vocab_size")
-    if isinstance(size, int) and len(tokenizer) > size:
         raise HfkitError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {size} ({source.folder}): use the model's own"
+            f"the tokenizer is empty ({source.tokenizer_folder}): copy tokenizer.json of the model into it"
         )
+    size = source.config.get("vocab_size")
+    if isinstance(size, int) and not source.adapter:  # an adapter may bring tokens of its own
+        _check_size(source, tokenizer, size)
     return tokenizer
+
+
+def _check_size(source: ModelFiles, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+    if len(tokenizer) > size:
+        where = source.tokenizer_folder
+        raise HfkitError(f"the tokenizer has {len(tokenizer)} tokens, the model {size} ({where}): use the model's own")
+
+
+def _rows_of(model: PreTrainedModel) -> int:
+    embedding: Any = model.get_input_embeddings()
+    return len(embedding.weight)
 
 
 def load_weights(
@@ -165,6 +174,7 @@ def load_weights(
     check_report(source, model, report)
     if source.adapter:
         model = _merge_adapter(model, source, source.adapter)
+        _check_size(source, tokenizer, _rows_of(model))
     check_numbers(source.folder, model)
     model.name_or_path = source.name
     if not placement:
@@ -233,10 +243,16 @@ def _merge_adapter(model: PreTrainedModel, source: ModelFiles, folder: Path) -> 
         raise HfkitError("LoRA adapters need peft: pip install 'hfkit[lora]'") from error
     with calling_library(source), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft only warns of what is an error below
+        with safe_open(folder / "adapter_model.safetensors", framework="np") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        saved = set(shapes)
+        # An adapter that was trained with new tokens has the whole embedding, with more rows than that of its base.
+        embedding = next(name for name, part in model.named_modules() if part is model.get_input_embeddings())
+        rows = shapes.get(f"base_model.model.{embedding}.weight", [0])[0]
+        if rows > _rows_of(model):
+            model.resize_token_embeddings(rows, mean_resizing=False)
         adapted = PeftModel.from_pretrained(model, folder, use_safetensors=True)
         wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        with safe_open(folder / "adapter_model.safetensors", framework="np") as file:
-            saved = set(file.keys())
         check_names(folder, missing=wanted - saved, unexpected={name for name in saved - wanted if "lora_" in name})
         merged: PreTrainedModel = adapted.merge_and_unload()
         return merged

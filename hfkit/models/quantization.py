@@ -34,7 +34,7 @@ class Int8Linear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) < _MANY_ROWS and rows.shape[1] % _STEP == 0:
             # A private operator, but torch has no other 8-bit kernel for a CPU.
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
+            y = torch._weight_int8pack_mm(rows.bfloat16().contiguous(), self.weight, self.scale)
         else:
             y = (rows @ self.weight.to(x.dtype).T) * self.scale.to(x.dtype)
         return _finish(y, self.bias, x)
@@ -66,7 +66,7 @@ class Int4Linear(nn.Module):
         return weight.shape[0] % 16 == 0 and weight.shape[1] % _GROUP == 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        rows = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
         packed = self.weight.view(torch.uint8)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, _GROUP, self.scale_and_zero)
         return _finish(y, self.bias, x)
@@ -96,7 +96,8 @@ def quantize(model: PreTrainedModel, bits: str) -> None:
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if not isinstance(layer, nn.Linear | Conv1D):
+            # Mamba multiplies by the weight of its dt_proj without calling the layer.
+            if not isinstance(layer, nn.Linear | Conv1D) or name == "dt_proj":
                 continue
             weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # Conv1D keeps (in, out)
             small = bits == "int4" and layer is not head and Int4Linear.fits(weight)

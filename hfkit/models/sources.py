@@ -14,7 +14,7 @@ from typing import Any
 import hfkit
 from hfkit.console import detail
 from hfkit.errors import HfkitError
-from hfkit.hub import PROBE_SECONDS, explain_hub_error, reach_hub
+from hfkit.hub import PROBE_SECONDS, endpoint, explain_hub_error, reach_hub
 from hfkit.options import ModelOptions
 
 BUNDLED = Path(hfkit.__file__).parent / "bundled"
@@ -44,6 +44,11 @@ class ModelFiles:
         files = [self.folder / self.gguf] if self.gguf else list(self.folder.glob("*.safetensors"))
         return sum(file.stat().st_size for file in files)
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder with the tokenizer and the task: the adapter's own, if it has them, else the model's."""
+        return self.adapter if self.adapter and _has_tokenizer(self.adapter) else self.folder
+
 
 def find_model(options: ModelOptions | str | None = None) -> ModelFiles:
     """Find the model that `options` name, download it if it is not here, and check its files.
@@ -65,7 +70,7 @@ def find_model(options: ModelOptions | str | None = None) -> ModelFiles:
         path = _from_hub(name, options.revision)
     if (path / "adapter_config.json").is_file():
         return _with_base(name, path, options)
-    config = _read_json(path / "config.json", name)
+    config = read_json(path / "config.json", name)
     source = ModelFiles(name, path, config, trust_remote_code=options.trust_remote_code)
     _check_folder(source)
     return source
@@ -82,7 +87,7 @@ def _local(name: str) -> Path | None:
 
 def _with_base(name: str, path: Path, options: ModelOptions) -> ModelFiles:
     """The LoRA adapter in `path` and its base model."""
-    adapter = _read_json(path / "adapter_config.json", name)
+    adapter = read_json(path / "adapter_config.json", name)
     base, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
     if not isinstance(base, str) or not base:
         raise HfkitError(f"the adapter does not name its base model ({path}): set base_model_name_or_path")
@@ -110,7 +115,12 @@ def _check_gguf(name: str, path: Path) -> ModelFiles:
     return ModelFiles(name, path.parent, {}, gguf=path.name)
 
 
-def _read_json(path: Path, name: str) -> dict[str, Any]:
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file of the model called `name`."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -142,7 +152,7 @@ def _check_folder(source: ModelFiles) -> None:
         if not path.is_file():
             raise HfkitError(f"a part of the weights is missing ({path}): get the model again")
         _check_header(path)
-    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+    if not _has_tokenizer(folder):
         raise HfkitError(f"no tokenizer files ({folder}): copy tokenizer.json of the model into it")
 
 
@@ -151,7 +161,7 @@ def _weights(folder: Path, name: str) -> list[str]:
     index = folder / _INDEX
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return ["model.safetensors"]
-    weight_map = _read_json(index, name).get("weight_map")
+    weight_map = read_json(index, name).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise HfkitError(f"{_INDEX} has no weight_map ({folder}): get the model again")
     return sorted(set(weight_map.values()))
@@ -173,7 +183,7 @@ def _check_code(source: ModelFiles) -> None:
             )
         return
     if (source.folder / "tokenizer_config.json").is_file():
-        auto_map = [auto_map, _read_json(source.folder / "tokenizer_config.json", source.name).get("auto_map")]
+        auto_map = [auto_map, read_json(source.folder / "tokenizer_config.json", source.name).get("auto_map")]
     if "--" in str(auto_map):
         raise HfkitError(f"auto_map names code of another repository ({source.folder}): copy it here and read it")
 
@@ -242,12 +252,11 @@ def _whole(folder: Path) -> bool:
         needed = ["config.json", *_weights(folder, folder.name)]
     except HfkitError:
         return False
-    has_tokenizer = any((folder / file).is_file() for file in _TOKENIZER_FILES)
-    return has_tokenizer and all((folder / file).is_file() for file in needed)
+    return _has_tokenizer(folder) and all((folder / file).is_file() for file in needed)
 
 
 def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
 
     reach_hub(name)
     try:
@@ -259,7 +268,7 @@ def _download(name: str, revision: str | None) -> Path:
         raise HfkitError(f"{name} has no safetensors weights: choose a model that has, or another --revision")
     if not any(file in files for file in ("config.json", "adapter_config.json")):
         raise HfkitError(f"{name} has no config.json: choose a transformers model")
-    detail(f"downloading {name} from {constants.ENDPOINT}")
+    detail(f"downloading {name} from {endpoint()}")
     try:
         # Not snapshot_download: it lists the files without a timeout and hides the Hub's errors. All files are of one
         # commit. Asking for one by the revision's name, once all are there, records the commit in the cache.

@@ -10,13 +10,13 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hfkit import processes
-from hfkit.corpus.documents import Corpora
+from hfkit.corpus.documents import Corpora, Corpus
 from hfkit.corpus.labelled import gather_labelled_data
 from hfkit.corpus.sequences import TrainingData, gather_training_data
 from hfkit.corpus.templates import give_task, make_task
 from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError, first_line
-from hfkit.models.architecture import check_head, choose_device, head_of
+from hfkit.models.architecture import check_head, choose_device, context_length, head_of
 from hfkit.models.loading import load_config, load_tokenizer, load_weights, load_with_head
 from hfkit.models.sources import ModelFiles, count_parameters, find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
@@ -54,19 +54,20 @@ def finetune(
     options: ModelOptions
     options, data, train = divide(overrides, (ModelOptions, model), (DataOptions, data), (TrainOptions, train))
     inputs = [*run_folder.sources_of(corpus), *(data.eval_file or []), *filter(None, [options.model])]
-    with reserve(corpus, train, dry_run, inputs) as (folder, train):
-        source = find_model(options)
+    line = run_folder.command_line("finetune", corpus, options, data, train)
+    with reserve("finetune", corpus, train, dry_run, inputs) as (folder, train):
+        files, source = run_folder.find_files(corpus, folder), find_model(options)
         if train.overwrite:
             run_folder.check_not_input(folder, [source.folder, source.adapter or source.folder])
         tokenizer, config = load_tokenizer(source), load_config(source)
         train = _choose_head(source, config, train)
         _check_model(source, config, options, train, data)
-        block_size = block_size_for(config, data.block_size)
+        block_size = block_size_for(context_length(config), data.block_size)
         with processes.first_one_first():
             if train.head:
-                dataset = _gather_labelled(corpus, config, tokenizer, data, train, block_size)
+                dataset = _gather_labelled(files, config, tokenizer, data, train, block_size)
             else:
-                dataset = gather_training_data(corpus, tokenizer, data, block_size, train.seed)
+                dataset = gather_training_data(files, tokenizer, data, block_size, train.seed)
         if task := make_task(data):
             give_task(tokenizer, task)
         plan = make_plan(
@@ -80,9 +81,11 @@ def finetune(
             Job(
                 command="finetune",
                 name=source.name,
+                files=files,
                 folder=folder,
                 recipe=run_folder.make_recipe(corpus, replace(options, model=source.name), data, plan.options),
-                facts=dataset.fingerprint | {"model_bytes": source.size, "processes": processes.count},
+                facts=dataset.fingerprint
+                | {"model_bytes": source.size, "processes": processes.count, "command": line},
                 tokenizer=tokenizer,
                 make_model=partial(make_trainable, source, options, plan, tokenizer, dataset),
                 dataset=dataset,
@@ -104,13 +107,18 @@ def _choose_head(source: ModelFiles, config: Any, train: TrainOptions) -> TrainO
 
 
 def _gather_labelled(
-    corpus: Corpora, config: Any, tokenizer: PreTrainedTokenizerBase, data: DataOptions, train: TrainOptions, size: int
+    files: Corpora | Corpus,
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataOptions,
+    train: TrainOptions,
+    size: int,
 ) -> TrainingData:
     """Rows for a head; the tokenizer gets a token to pad with if it has none."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     labels = [config.id2label[i] for i in range(config.num_labels)] if head_of(config) == train.head else None
-    return gather_labelled_data(corpus, tokenizer, data, str(train.head), size, train.seed, labels)
+    return gather_labelled_data(files, tokenizer, data, str(train.head), size, train.seed, labels)
 
 
 def _check_model(source: ModelFiles, config: Any, model: ModelOptions, train: TrainOptions, data: DataOptions) -> None:

@@ -36,6 +36,7 @@ from hfkit.corpus.sequences import Collator, Examples, HeadCollator
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.options import TrainOptions
 from hfkit.storage import check_space, folder_size
+from hfkit.training.accuracy import find_answers
 from hfkit.training.arguments import freed_memory_kept, make_optimizer, private_environment, training_arguments
 from hfkit.training.checkpoints import Stop, commit, diverged, find_newest, list_checkpoints, rotate
 from hfkit.training.monitor import HeldOutMonitor, ProgressCallback, best_step, is_measured, is_stale
@@ -97,9 +98,10 @@ def _train(job: Job, stop: Stop, rows: int, accumulation: int, checkpoint: Path 
         set_seed(job.plan.options.seed)  # a new model or adapter begins with random numbers
         collator, padding = _collators(job, rows)
         model = job.make_model()
+        held_out = _sample_held_out(job.dataset.held_out, job.plan)
         monitor = HeldOutMonitor(
-            _sample_held_out(job.dataset.held_out, job.plan), collator=padding, prompt=job.prompt, plan=job.plan,
-            stop=stop, tell=progress.tell,
+            held_out, collator=padding, prompt=job.prompt, plan=job.plan, stop=stop, tell=progress.tell,
+            answers=find_answers(job.dataset, held_out, job.tokenizer),
         )  # fmt: skip
         trainer = _Trainer(
             job, stop, monitor, progress, model=model, args=arguments, data_collator=collator,

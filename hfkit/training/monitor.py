@@ -24,6 +24,7 @@ from hfkit.inference.generation import generate
 from hfkit.inference.likelihood import Scores, ratio_stderr, score_batches, score_items, shift
 from hfkit.models.loading import LanguageModel
 from hfkit.options import GenerateOptions
+from hfkit.training.accuracy import Answers
 from hfkit.training.checkpoints import Stop
 from hfkit.training.plan import Plan
 
@@ -39,9 +40,13 @@ def evaluations(history: History) -> list[dict[str, Any]]:
 
 
 def best_step(history: History) -> int | None:
-    """The step with the lowest held-out loss; None if nothing was measured after training began."""
+    """The step with the highest held-out accuracy, where that is measured, and of these the one with the lowest loss.
+
+    None if nothing was measured after training began.
+    """
     trained = [entry for entry in evaluations(history) if entry["step"]]
-    return int(min(trained, key=lambda entry: entry["eval_loss"])["step"]) if trained else None
+    ranked = sorted(trained, key=lambda entry: (-entry.get("eval_accuracy", 0.0), entry["eval_loss"]))
+    return int(ranked[0]["step"]) if ranked else None
 
 
 def is_stale(history: History, patience: int | None) -> bool:
@@ -55,12 +60,15 @@ def is_measured(history: History, step: int) -> bool:
     return any(entry.get("measured") == step for entry in history)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """Scores of the held-out part, and the continuation of a fixed prompt."""
 
     scores: Scores
     sample: str | None
+    is_head: bool
+    answers: Answers | None
+    accuracy: float | None  # share of the answers that are right
     gain: dict[str, float]  # how much lower the loss is than before the training, and the standard error of that
     seconds: float  # of training until now
 
@@ -72,6 +80,7 @@ class Measurement:
             "eval_loss_stderr": scores.loss_stderr,
             "eval_perplexity": scores.perplexity,
             "eval_token_accuracy": scores.top1.sum() / max(1, scores.count),
+            **({} if self.accuracy is None else {"eval_accuracy": self.accuracy}),
             **self.gain,
         }
         finite = {name: float(value) for name, value in figures.items() if math.isfinite(value)}
@@ -81,7 +90,24 @@ class Measurement:
         entry = {"measured": step, "step": step, "seconds": self.seconds, "sample": self.sample}
         # Keep the loss of each sequence at step 0. Later gains are paired with them, since some sequences are harder
         # than others for every state of the model: the difference has a smaller error than either loss.
-        return entry if step else entry | {"units": self.scores.nll.tolist()}
+        return entry if step else entry | {"units": self.scores.nll.tolist()} | self._baseline()
+
+    def _baseline(self) -> dict[str, Any]:
+        return {"baseline": self.answers.baseline} if self.answers else {}
+
+    def __str__(self) -> str:
+        """The scores in a few words; empty if nothing is held out."""
+        scores = self.scores
+        if not scores.count:
+            return ""
+        if self.answers and self.accuracy is not None:
+            baseline = self.answers.baseline
+            always = f"always {baseline['label']!r}: {baseline['accuracy']:.1%}"
+            return f"held-out loss {scores.loss:.3f}, accuracy {self.accuracy:.1%} ({always})"
+        if self.is_head:
+            return f"held-out loss {scores.loss:.3f}, accuracy {scores.top1.sum() / scores.count:.1%}"
+        error = f" ± {scores.perplexity_stderr:.2f}" if math.isfinite(scores.perplexity_stderr) else ""
+        return f"held-out perplexity {scores.perplexity:.2f}{error}"
 
 
 class HeldOutMonitor:
@@ -96,8 +122,10 @@ class HeldOutMonitor:
         plan: Plan,
         stop: Stop,
         tell: Callable[[str], None],
+        answers: Answers | None = None,
     ) -> None:
-        """held_out: items to score, possibly none. tell: shows a line to the user."""
+        """held_out: items to score, possibly none. tell: shows a line to the user. answers: those of `held_out`."""
+        self._answers, self._is_head = answers, isinstance(collator, HeadCollator)
         self._held_out, self._collator, self._prompt, self._plan = held_out, collator, prompt, plan
         self._stop, self._tell, self._clock = stop, tell, time.monotonic()
 
@@ -110,24 +138,39 @@ class HeldOutMonitor:
                 scores = self._score(model)
                 if self._stop.asked():
                     return None
+                accuracy = self._measure_accuracy(scores, LanguageModel(model, tokenizer))
                 sample = self._sample(model, tokenizer)
         finally:
             model.train(training)
         now = time.monotonic()
         seconds = max((entry.get("seconds", 0.0) for entry in history), default=0.0) + now - self._clock
         self._clock = now
-        measurement = Measurement(scores, sample, _gain(history, scores), seconds)
-        self._report(measurement, step)
+        measurement = Measurement(
+            scores=scores, sample=sample, is_head=self._is_head, answers=self._answers, accuracy=accuracy,
+            gain=_gain(history, scores), seconds=seconds,
+        )  # fmt: skip
+        score = str(measurement)
+        self._tell(f"step {step} of {self._plan.steps}{': ' if score else ''}{score}")
+        if sample:
+            shown = " ".join(console.printable(f"{self._prompt}{sample}").split())
+            self._tell(f"    {shown[:200]}")
         return measurement
 
     def _score(self, model: Any) -> Scores:
         """Score this process's share and add up the shares of all."""
-        heads = isinstance(self._collator, HeadCollator)
-        scores = score_items(model, self._batches()) if heads else score_batches(model, self._targets())
+        scores = score_items(model, self._batches()) if self._is_head else score_batches(model, self._targets())
         total = Scores()
         for part in processes.gather([vars(scores)]):
             total.join(Scores(**part))
         return total
+
+    def _measure_accuracy(self, scores: Scores, lm: LanguageModel) -> float | None:
+        if not self._answers:
+            return None
+        if self._is_head:
+            return float(scores.top1.sum() / scores.count)
+        counts = processes.gather([self._answers.count_right(lm, slice(processes.rank, None, processes.count))])
+        return float(sum(counts) / len(self._answers.right))
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         # No DataLoader: it would draw from the random numbers of the training.
@@ -153,18 +196,6 @@ class HeldOutMonitor:
         with contextlib.suppress(HfkitError):
             return str(generate(self._prompt, model=lm, options=options).completion)
         return None
-
-    def _report(self, measurement: Measurement, step: int) -> None:
-        scores, score = measurement.scores, ""
-        if scores.count and isinstance(self._collator, HeadCollator):
-            score = f": held-out loss {scores.loss:.3f}, accuracy {scores.top1.sum() / scores.count:.1%}"
-        elif scores.count:
-            error = f" ± {scores.perplexity_stderr:.2f}" if math.isfinite(scores.perplexity_stderr) else ""
-            score = f": held-out perplexity {scores.perplexity:.2f}{error}"
-        self._tell(f"step {step} of {self._plan.steps}{score}")
-        if measurement.sample:
-            shown = " ".join(console.printable(f"{self._prompt}{measurement.sample}").split())
-            self._tell(f"    {shown[:200]}")
 
 
 def _gain(history: History, scores: Scores) -> dict[str, float]:

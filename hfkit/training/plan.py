@@ -15,15 +15,19 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from hfkit import console, processes
 from hfkit.console import duration, note
 from hfkit.corpus.cache import Report, corpus_lines
+from hfkit.corpus.documents import Corpora, Corpus
 from hfkit.corpus.sequences import TrainingData
 from hfkit.errors import OptionError
-from hfkit.models.architecture import context_length, has_bfloat16_units
+from hfkit.models.architecture import has_bfloat16_units
 from hfkit.options import DataOptions, TrainOptions
 from hfkit.training import run_folder
 
 _COMPILE_SECONDS = {"cpu": 600, "cuda": 300}  # estimated length of a run from which compiling pays
 _UTILIZATION = {"cpu": 0.35, "cuda": 0.35}  # share of the speed of a matrix product of the model's size
 _CONTEXT = 1024
+# Fine-tuning makes 3 epochs; over a small text as many as make up these tokens, at most 30, since the names and the
+# voice of three pages are learned then, not before. Such a run stops when the held-out part gets worse.
+_TOKENS, _MOST_EPOCHS, _PATIENCE = 60_000, 30.0, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +61,15 @@ class Plan:
         return self.options.eval_steps or self.steps
 
 
-def block_size_for(config: Any, wanted: int | None) -> int:
-    return wanted or min(context_length(config) or _CONTEXT, _CONTEXT)
+def block_size_for(context: int | None, wanted: int | None) -> int:
+    """Tokens of a sequence: as wanted, else the model's context, at most 1,024.
+
+    Raises:
+        OptionError: the model does not take so many.
+    """
+    if wanted and context and wanted > context:
+        raise OptionError(f"--block-size is {wanted}: the model takes at most {context} tokens")
+    return wanted or min(context or _CONTEXT, _CONTEXT)
 
 
 def make_plan(
@@ -122,8 +133,11 @@ def _decide(
         "weight_decay": 0.1 if fresh else 0.01,
     }
     if not options.max_steps:
-        enough = 20 * parameters / max(1, sequences * length)  # 20 tokens for each parameter
-        chosen["num_train_epochs"] = min(20.0, max(3.0, math.ceil(enough))) if fresh else 3.0
+        tokens, most = (20 * parameters, 20.0) if fresh else (_TOKENS, _MOST_EPOCHS)  # a new model: 20 for a parameter
+        epochs = min(most, max(3.0, math.ceil(tokens / max(1, sequences * length))))
+        chosen["num_train_epochs"] = epochs
+        if not fresh and epochs > 3 and options.num_train_epochs is None:
+            chosen["early_stopping_patience"] = _PATIENCE
     if options.lora:
         chosen["lora_alpha"] = 2 * options.lora_r
     return replace(options, **{name: value for name, value in chosen.items() if getattr(options, name) is None})
@@ -206,6 +220,7 @@ class Job:
 
     command: str  # finetune or pretrain
     name: str  # of the model it begins with
+    files: Corpora | Corpus  # that it is trained on
     folder: Path  # of the run
     recipe: dict[str, Any]
     facts: dict[str, Any]  # that a resumed run must share

@@ -78,17 +78,21 @@ def pretrain(
     if (shape.architecture == "bert") != bool(train.head):
         raise OptionError("a new BERT is trained with a --head, and a new GPT-2 without: say --architecture bert")
     inputs = [*run_folder.sources_of(corpus), *(data.eval_file or [])]
-    with reserve(corpus, train, dry_run, inputs) as (folder, train):
+    line = run_folder.command_line("pretrain", corpus, shape, data, train, ModelOptions(device=device))
+    with reserve("pretrain", corpus, train, dry_run, inputs) as (folder, train):
+        files = find_corpus(corpus, folder)
         resumed = train.resume and not train.overwrite and run_folder.is_begun(folder)
-        tokenizer = _load_tokenizer(folder) if resumed else _train_tokenizer_once(corpus, shape, data, train)
+        tokenizer = _load_tokenizer(folder) if resumed else _train_tokenizer_once(files, shape, data, train)
         sizes = shape_of(shape)
-        block_size = min(data.block_size or sizes["n_positions"], sizes["n_positions"])
+        block_size = data.block_size or sizes["n_positions"]
+        if block_size > sizes["n_positions"]:
+            raise OptionError(f"--block-size is {block_size}: raise --n-positions, {sizes['n_positions']}, as well")
         with processes.first_one_first():
             if train.head:
-                dataset = gather_labelled_data(corpus, tokenizer, data, train.head, block_size, train.seed, None)
+                dataset = gather_labelled_data(files, tokenizer, data, train.head, block_size, train.seed, None)
                 config: Any = make_bert(sizes, tokenizer, dataset.labels)
             else:
-                dataset = gather_training_data(corpus, tokenizer, data, block_size, train.seed)
+                dataset = gather_training_data(files, tokenizer, data, block_size, train.seed)
                 config = make_config(sizes, tokenizer)
         with torch.device("meta"):  # counts parameters without memory for them
             parameters = new_model(config, train.head).num_parameters()
@@ -103,9 +107,10 @@ def pretrain(
         job = Job(
             command="pretrain",
             name="a new BERT" if train.head else "a new GPT-2",
+            files=files,
             folder=folder,
             recipe=run_folder.make_recipe(corpus, shape, data, plan.options) | {"device": device},
-            facts=dataset.fingerprint | {"processes": processes.count},
+            facts=dataset.fingerprint | {"processes": processes.count, "command": line},
             tokenizer=tokenizer,
             make_model=partial(_make_trainable, config, plan),
             dataset=dataset,
@@ -139,7 +144,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _train_tokenizer_once(
-    corpus: Corpora, size: SizeOptions, data: DataOptions, train: TrainOptions
+    corpus: Corpus, size: SizeOptions, data: DataOptions, train: TrainOptions
 ) -> PreTrainedTokenizerBase:
     """A new tokenizer, trained in the first process and sent to the others."""
     tokenizer = None
@@ -157,7 +162,9 @@ def _vocabulary(size: SizeOptions, characters: int) -> int:
     return max(512, min(_SIZES[size.size][-1], characters // 300))
 
 
-def train_tokenizer(corpus: Corpora, size: SizeOptions, data: DataOptions, seed: int) -> PreTrainedTokenizerBase:
+def train_tokenizer(
+    corpus: Corpora | Corpus, size: SizeOptions, data: DataOptions, seed: int
+) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer, trained on the part of the corpus that the model will be trained on.
 
     Raises:
@@ -170,8 +177,10 @@ def train_tokenizer(corpus: Corpora, size: SizeOptions, data: DataOptions, seed:
     )
     if not len(rows):
         raise HfkitError("the corpus holds no text: there is nothing to learn")
-    held = np.zeros(len(rows)) if data.eval_file else hold_out_texts(*rows.T, data.eval_fraction, seed)
-    vocabulary = size.vocab_size or _vocabulary(size, int(rows[:, 2].sum()))
+    documents, contents, sizes = rows.T
+    fraction = 0.0 if data.eval_file else data.eval_fraction
+    held = hold_out_texts(documents, contents, sizes, fraction, seed)
+    vocabulary = size.vocab_size or _vocabulary(size, int(sizes.sum()))
     console.note(f"training a tokenizer of {vocabulary:,} tokens")
     texts = (
         piece.text[: round(len(piece.text) * (1 - share))]
@@ -210,7 +219,7 @@ def make_config(shape: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> GP
     return GPT2Config(**shape, vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end)
 
 
-def row_texts(corpus: Corpora, data: DataOptions, head: str) -> Iterable[str]:
+def row_texts(corpus: Corpora | Corpus, data: DataOptions, head: str) -> Iterable[str]:
     """All texts of the rows that a head is trained on."""
     if head == "classification":
         return [text for text, _ in classification_rows(corpus, data)]

@@ -9,11 +9,11 @@ runs/NAME/recipe.yaml     the options in effect; `--config` takes it
 import contextlib
 import glob
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from fnmatch import fnmatch
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from hfkit import processes
-from hfkit.corpus.documents import Corpora, find_corpus, is_prepared, name_of
-from hfkit.declaration import set_fields
-from hfkit.errors import HfkitError
+from hfkit.corpus.documents import Corpora, Corpus, find_corpus, is_prepared, name_of
+from hfkit.declaration import Options, set_fields
+from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.options import TrainOptions
 from hfkit.reporting.pages import METRICS
 from hfkit.storage import (
@@ -41,6 +41,11 @@ from hfkit.storage import (
 
 RECIPE, FACTS, CHECKPOINTS = "recipe.yaml", "run.json", "checkpoints"
 _NOT_IN_RECIPE = ("output_dir", "resume", "overwrite")  # they do not change what is trained
+# What transformers reports to, and the module that it needs for that.
+_TRACKERS = {"azure_ml": "azureml", "clearml": "clearml", "codecarbon": "codecarbon", "comet_ml": "comet_ml",
+             "dagshub": "dagshub", "dvclive": "dvclive", "flyte": "flytekit", "mlflow": "mlflow",
+             "neptune": "neptune", "swanlab": "swanlab", "tensorboard": "tensorboard", "trackio": "trackio",
+             "wandb": "wandb"}  # fmt: skip
 _STAGING = ".staging"
 _TENSORBOARD = "tensorboard"
 # The files of a checkpoint that make up the model; everything else in it is for the training alone.
@@ -49,21 +54,45 @@ _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "gen
                 "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.codes", "chat_template*")  # fmt: skip
 
 
-def check_request(corpus: Sequence[str], train: TrainOptions, *, inputs: Sequence[str], dry_run: bool) -> None:
+def check_request(
+    command: str, corpus: Sequence[str], train: TrainOptions, *, inputs: Sequence[str], dry_run: bool
+) -> None:
     """Check what takes no time to check: that there is a corpus, and that the folder is free."""
     if processes.count > 1:
         return  # the process that started this one has done it
-    if not is_prepared(Path(corpus[0])):
-        find_corpus(corpus)
+    check_trackers(train.report_to or [])
+    folder = folder_for(command, corpus, train)
+    find_files(corpus, folder)
     if not dry_run:
-        folder = folder_for(corpus, train)
         check_free(folder, resume=train.resume, overwrite=train.overwrite, inputs=[*corpus, *inputs])
         with lock(folder):
             pass
 
 
-def folder_for(corpus: Corpora, train: TrainOptions) -> Path:
-    return Path(train.output_dir or Path("runs") / name_of(corpus))
+def find_files(corpus: Corpora, folder: Path) -> Corpora | Corpus:
+    """The files of a corpus, but for the run's own folder; the name of a folder that `prepare` made stays a name."""
+    sources = sources_of(corpus)
+    is_alone = len(sources) == 1
+    return corpus if is_alone and is_prepared(Path(sources[0]).expanduser()) else find_corpus(corpus, folder)
+
+
+def folder_for(command: str, corpus: Corpora, train: TrainOptions) -> Path:
+    """The run's folder. Training a model from nothing has another default than training one further."""
+    return Path(train.output_dir or Path("runs") / (name_of(corpus) + "-pretrained" * (command == "pretrain")))
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """See that the trackers' packages are installed.
+
+    Raises:
+        OptionError: one is not.
+    """
+    for name in names:
+        if name not in (*_TRACKERS, "all", "none"):
+            raise OptionError(f"--report-to {name}: no such tracker; there are {', '.join(_TRACKERS)}")
+        if name in _TRACKERS and not importlib.util.find_spec(module := _TRACKERS[name]):
+            package = "'hfkit[tensorboard]'" if name == "tensorboard" else module.replace("_", "-")
+            raise OptionError(f"--report-to {name} needs a package: pip install {package}")
 
 
 def check_free(folder: Path, *, resume: bool, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
@@ -101,7 +130,7 @@ def is_begun(folder: Path) -> bool:
     try:
         facts = json.loads((folder / FACTS).read_text("utf-8"))
         is_run = isinstance(facts["recipe"], dict) and "hfkit" in facts["versions"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         is_run = False
     return is_run and ((folder / METRICS).is_file() or any((folder / CHECKPOINTS).glob("checkpoint-*")))
 
@@ -137,6 +166,22 @@ def _absolute(corpus: Corpora) -> list[str]:
     return [s if s.startswith("hf://") else os.path.abspath(os.path.expanduser(s)) for s in sources_of(corpus)]
 
 
+def command_line(command: str, corpus: Corpora, *groups: Options) -> str:
+    """What a person types for a run with these options: those that are not the default."""
+    words = ["hfkit", command, *sources_of(corpus)]
+    for group in groups:
+        for option in fields(group):
+            value, flag = getattr(group, option.name), option.name.replace("_", "-")
+            if value == option.default or option.name in ("resume", "overwrite"):
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+                continue
+            for item in value if isinstance(value, list) else [value]:
+                words += [f"--{flag}", str(item)]
+    return shlex.join(words)
+
+
 def begin(folder: Path, command: str, recipe: dict[str, Any], facts: dict[str, Any], keep: Callable[[], Any]) -> None:
     """Write down what was asked for, and what `keep` writes, in a folder that is new or to be overwritten."""
     if is_begun(folder):
@@ -146,7 +191,6 @@ def begin(folder: Path, command: str, recipe: dict[str, Any], facts: dict[str, A
     packages = ("hfkit", "torch", "transformers", "accelerate", "datasets", "tokenizers")
     facts = facts | {
         "recipe": recipe,
-        "command": shlex.join(["hfkit", *sys.argv[1:]]),
         "versions": {package: importlib.metadata.version(package) for package in packages},
     }
     # From here on the folder belongs to this run; what an older run left in it may be deleted.
@@ -176,9 +220,12 @@ def check_same_settings(folder: Path, recipe: dict[str, Any], facts: dict[str, A
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise HfkitError(f"{path} cannot be read: {error}; --overwrite starts over") from error
+        content = json.loads(path.read_text("utf-8"))
+        if not content or not isinstance(content, dict):
+            raise ValueError("hfkit did not write it so")
+        return content
+    except (OSError, ValueError, RecursionError) as error:
+        raise HfkitError(f"{path} cannot be read: {first_line(error)}; --overwrite starts over") from error
 
 
 def read_metrics(folder: Path) -> dict[str, Any] | None:

@@ -6,28 +6,30 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainerState
 
 from hfkit import console, processes
-from hfkit.corpus.documents import Corpora, is_prepared
+from hfkit.corpus.documents import Corpora, Corpus
 from hfkit.corpus.overlap import MOST, WORDS, index_corpus
 from hfkit.corpus.templates import task_of
-from hfkit.errors import HfkitError, StoppedError
+from hfkit.errors import HfkitError, StoppedError, first_line
 from hfkit.inference.generation import generate
 from hfkit.inference.likelihood import jsonable
 from hfkit.options import TrainOptions
-from hfkit.reporting.pages import make_files
+from hfkit.reporting.pages import PAGE, make_files
+from hfkit.reporting.summaries import summarize
 from hfkit.storage import lock
 from hfkit.training import run_folder
 from hfkit.training.checkpoints import Stop, find_newest, step_of
 from hfkit.training.loop import fit, is_done
 from hfkit.training.monitor import best_step, evaluations
-from hfkit.training.plan import Job
+from hfkit.training.plan import Job, Plan
 
 _SAMPLES, _TOKENS = 4, 80
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Run:
 
 @contextlib.contextmanager
 def reserve(
-    corpus: Corpora, train: TrainOptions, dry_run: bool, inputs: Iterable[str | Path]
+    command: str, corpus: Corpora, train: TrainOptions, dry_run: bool, inputs: Iterable[str | Path]
 ) -> Iterator[tuple[Path, TrainOptions]]:
     """Hold the run's folder for this process.
 
@@ -53,7 +55,8 @@ def reserve(
 
     inputs: what the run reads, which overwriting the folder must not delete.
     """
-    folder = run_folder.folder_for(corpus, train)
+    run_folder.check_trackers(train.report_to or [])
+    folder = run_folder.folder_for(command, corpus, train)
     with contextlib.ExitStack() as stack:
         if not dry_run and processes.rank == 0:
             run_folder.check_free(folder, resume=train.resume, overwrite=train.overwrite, inputs=inputs)
@@ -96,11 +99,24 @@ def _finish(job: Job, state: TrainerState) -> Run:
     best = best_step(state.log_history) if job.plan.options.load_best_model_at_end else None
     metrics = None
     if processes.rank == 0:
+        console.note("writing samples and the report")
         if not (kept := find_newest(job.checkpoints, best)):
             raise HfkitError("a callback stopped the training before anything was saved: lower --save-steps")
         metrics = make_metrics(job, state, kept)
-        run_folder.finish(job.folder, kept, make_files(metrics), metrics)
+        pages = _optional("the card", lambda: make_files(metrics)) or {}
+        run_folder.finish(job.folder, kept, pages, metrics)
+        for line in _optional("the last lines", lambda: outcome_lines(metrics, job)) or []:
+            console.note(line)
     return Run(str(job.folder), processes.gather([metrics])[0])
+
+
+def _optional(what: str, make: Callable[[], T]) -> T | None:
+    """The result of `make`, or a note: what only decorates a report must not cost a trained model."""
+    try:
+        return make()
+    except Exception as error:  # a corpus that was moved meanwhile, a sign that no font has ...
+        console.note(f"{what} will be missing from the report: {first_line(error)}")
+        return None
 
 
 def make_metrics(job: Job, state: TrainerState, kept: Path) -> dict[str, Any]:
@@ -112,7 +128,8 @@ def make_metrics(job: Job, state: TrainerState, kept: Path) -> dict[str, Any]:
     task = task_of(job.tokenizer)
     seconds = max((entry.get("seconds", 0.0) for entry in history), default=0.0)
     tokens = int(plan.tokens * state.global_step / plan.steps)
-    samples = _draw_samples(job, kept)
+    samples = _optional("samples", lambda: _draw_samples(job, kept)) or []
+    copied = _optional("the share that is copied", lambda: _find_copied(job, samples)) if not task else None
     return {
         "model": job.name,
         "folder": str(job.folder),
@@ -138,28 +155,68 @@ def make_metrics(job: Job, state: TrainerState, kept: Path) -> dict[str, Any]:
         "command": facts["command"],
         "prompt": job.prompt,
         "samples": samples,
-        "copied": _find_copied(job, samples) if samples and not task else None,
+        "copied": copied,
         "history": history,
     }
 
 
-def held_out_scores(history: list[dict[str, Any]], step: int, head: str | None = None) -> dict[str, float | None]:
-    """Held-out scores at `step` and before the training, and the gain with its error; accuracies for a head."""
+def held_out_scores(history: list[dict[str, Any]], step: int, head: str | None = None) -> dict[str, Any]:
+    """Held-out scores at `step` and before the training, and the gain with its error.
+
+    Accuracies for a head and where a task has labels, beside the accuracy of always giving the most frequent answer.
+    """
     scores = {entry["step"]: entry for entry in evaluations(history)}
     before, after = scores.get(0, {}), scores.get(step, {})
-    accuracy = "accuracy" if head else "token_accuracy"
-    figures = {
+    figures: dict[str, Any] = {
         "loss_before": before.get("eval_loss"),
         "loss": after.get("eval_loss"),
         "loss_stderr": after.get("eval_loss_stderr"),
         "loss_gain": after.get("eval_loss_gain"),
         "loss_gain_stderr": after.get("eval_loss_gain_stderr"),
-        f"{accuracy}_before": before.get("eval_token_accuracy"),
-        accuracy: after.get("eval_token_accuracy"),
     }
+    if head or "eval_accuracy" in after:
+        name = "eval_accuracy" if "eval_accuracy" in after else "eval_token_accuracy"
+        figures |= {"accuracy_before": before.get(name), "accuracy": after.get(name)}
+        figures["baseline"] = next((entry["baseline"] for entry in history if "baseline" in entry), None)
     if not head:
-        figures |= {"perplexity_before": before.get("eval_perplexity"), "perplexity": after.get("eval_perplexity")}
+        for name in ("token_accuracy", "perplexity"):
+            figures |= {f"{name}_before": before.get(f"eval_{name}"), name: after.get(f"eval_{name}")}
     return figures
+
+
+def outcome_lines(metrics: dict[str, Any], job: Job) -> list[str]:
+    """What the run gained, what would bring more, where its report is, and the command to type next."""
+    summary, folder = summarize(metrics), job.folder
+    lines = [summary.headline[:1].lower() + summary.headline[1:]]
+    if metrics.get("perplexity") is not None and metrics.get("accuracy") is None:
+        lines[0] += f" (in blocks of {job.block_size} tokens, as it was trained)"
+    if baseline := metrics.get("baseline"):
+        label, share = repr(baseline["label"]), f"{baseline['accuracy']:.1%}"
+        better = (metrics.get("accuracy") or 0.0) > baseline["accuracy"]
+        lines[0] += f"; always answering {label}: {share}"
+        lines += (
+            [] if better else [f"it is not better than always answering {label}: more rows or more epochs may help"]
+        )
+    lines += advise(metrics, job.plan)
+    lines += [f"report: {folder / PAGE}"] if (folder / PAGE).is_file() else []
+    return [*lines, f"next: {summary.command}"]
+
+
+def advise(metrics: dict[str, Any], plan: Plan) -> list[str]:
+    """What the held-out losses say about training longer."""
+    losses = [(entry["step"], entry["eval_loss"]) for entry in evaluations(metrics["history"])]
+    trained = [(step, loss) for step, loss in losses if step]
+    before, step = metrics.get("loss_before"), metrics["step"]
+    if not trained or before is None or metrics.get("loss") is None:
+        return []
+    if min(loss for _, loss in trained) >= before:
+        rate = f"--learning-rate (it was {plan.options.learning_rate:g})"
+        return [f"it only got worse: the held-out loss rose from {before:.3f}; lower {rate}, or give more text"]
+    if len(trained) > 1 and step == trained[-1][0] == plan.steps and trained[-1][1] < trained[-2][1]:
+        return ["the held-out loss was still falling: more epochs (--num-train-epochs) would bring more"]
+    if len(trained) > 1 and step < trained[-1][0]:
+        return [f"it was best at step {step} of {metrics['steps']}: more text would bring more, more epochs would not"]
+    return []
 
 
 def _draw_samples(job: Job, kept: Path) -> list[str]:
@@ -177,10 +234,9 @@ def _draw_samples(job: Job, kept: Path) -> list[str]:
 
 def _find_copied(job: Job, samples: list[str]) -> dict[str, Any] | None:
     """How much of the samples, without their prompt, stands in the corpus."""
-    corpus = job.recipe["corpus"]
-    if job.data.streaming or any(is_prepared(Path(source)) for source in corpus):  # there is no text to search
+    if not samples or job.data.streaming or not isinstance(job.files, Corpus):  # there is no text to search
         return None
-    index = index_corpus(corpus, job.data)
+    index = index_corpus(job.files, job.data)
     copies = [index.look_up(sample.removeprefix(job.prompt or "")) for sample in samples]
     longest = max(copies, key=lambda copy: copy.words)
     share = sum(copy.share for copy in copies) / len(copies)

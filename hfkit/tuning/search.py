@@ -20,6 +20,7 @@ from hfkit.declaration import divide
 from hfkit.errors import DivergedError, HfkitError, OptionError, StoppedError
 from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions, TuneOptions
+from hfkit.reporting.pages import METRICS, make_files
 from hfkit.reporting.pictures import draw_trials
 from hfkit.storage import lock, make_writable, owned, write_bytes, write_text
 from hfkit.training import run_folder
@@ -93,6 +94,7 @@ def tune(
     chosen: ModelOptions
     groups = ((ModelOptions, model), (DataOptions, data), (TrainOptions, train), (TuneOptions, options))
     chosen, data, train, options = divide(overrides, *groups)
+    run_folder.check_trackers(train.report_to or [])
     space = read_space(options.search, train)
     if not data.eval_file and (data.streaming or not data.eval_fraction):
         raise OptionError("nothing would be held out, so trials could not be compared: add --eval-file")
@@ -155,6 +157,11 @@ class _Watch(TrainerCallback):
             raise optuna.TrialPruned
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not any("eval_loss" in entry for entry in state.log_history):
+            raise HfkitError(
+                "nothing is held out, so trials cannot be compared: raise --eval-fraction, or name another text with "
+                "--eval-file"
+            )
         facts = json.loads((self._folder / run_folder.FACTS).read_text("utf-8"))
         if corpus := facts.get("corpus_sha256"):
             if self._study.user_attrs.get("corpus_sha256", corpus) != corpus:
@@ -181,8 +188,6 @@ def _run_trial(job: _Job, trial: Any, limit: int) -> str:
         run = finetune(job.corpus, model=job.model, data=job.data, train=train, callbacks=[watch])
         metrics = run.metrics if run else {}
         loss = metrics["loss"]
-        if loss is None and metrics["loss_before"] is None:
-            raise HfkitError("nothing is held out, so trials cannot be compared: raise --eval-fraction")
         if loss is None:
             raise DivergedError("the held-out loss is not finite")
         for entry in metrics["history"]:  # a resumed trial that was already trained has reported nothing yet
@@ -215,11 +220,20 @@ def _clear(job: _Job) -> None:
     for trial in trials:
         folder = job.folder / trial["folder"]
         if trial is not best:
-            for name in owned(folder):
-                if name.endswith(".safetensors"):
-                    (folder / name).unlink(missing_ok=True)
+            _drop_weights(folder)
         if trial["loss"] is None:
             shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
+
+
+def _drop_weights(folder: Path) -> None:
+    """Delete the weights of a trial, once its card no longer says how to load them."""
+    weights = [folder / name for name in owned(folder) if name.endswith(".safetensors")]
+    if any(path.is_file() for path in weights) and (metrics := run_folder.read_metrics(folder)):
+        for name, content in make_files(metrics | {"has_weights": False}).items():
+            write_bytes(folder / name, content if isinstance(content, bytes) else content.encode())
+        write_text(folder / METRICS, json.dumps(metrics | {"has_weights": False}, indent=1))
+    for path in weights:
+        path.unlink(missing_ok=True)
 
 
 def _finish(job: _Job, options: TuneOptions) -> Search:
@@ -257,9 +271,11 @@ def _train_best(job: _Job, trial: Path) -> Run | None:
 
 
 def _recipe_of(run: Path) -> dict[str, Any]:
-    """The options in effect of a run; none if it was not begun."""
-    path = run / run_folder.FACTS
-    return dict(json.loads(path.read_text("utf-8"))["recipe"]) if path.is_file() else {}
+    """The options in effect of a run; none if it was not begun, or cannot be read."""
+    try:
+        return dict(json.loads((run / run_folder.FACTS).read_text("utf-8"))["recipe"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def _importances(study: Any, count: int) -> dict[str, float]:

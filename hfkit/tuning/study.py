@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
@@ -61,6 +62,8 @@ def _read_values(text: str, name: str, values: str, train: TrainOptions) -> Any:
         why = "cannot be searched" if name in _NOT_SEARCHED else "is not a training option"
         raise OptionError(f"--search is {text!r}: {name!r} {why}")
     low, dots, high = values.partition("..")
+    if not dots and re.fullmatch(r"[^,]*\d-[\d.][^,]*", values):
+        raise OptionError(f"--search is {text!r}: a range is written with two dots, such as {name}=1e-5..1e-3")
     parsed = [read_value(part) for part in ((low, high) if dots else values.split(","))]
     for value in parsed:  # report a bad value before the first trial
         replace(train, **{name: value})
@@ -113,12 +116,14 @@ def claim(folder: Path, asked: dict[str, Any], *, overwrite: bool) -> None:
 
 
 def _read_search(path: Path) -> dict[str, Any] | None:
-    """What a search wrote down; None where there is none."""
+    """What a search wrote down, nothing if that is damaged; None where there is no search."""
+    if not path.is_file() or path.name not in owned(path.parent):
+        return None
     try:
         known = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return known if isinstance(known, dict) and path.name in owned(path.parent) else None
+        return {**known} if all(isinstance(known.get(name, {}), dict) for name in ("space", "recipe")) else {}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 @contextlib.contextmanager

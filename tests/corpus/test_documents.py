@@ -60,8 +60,8 @@ def fails(sources, **options) -> str:
 def test_read_records_of_every_format(tmp_path, kind, gz):
     """Every format is read whole and in order."""
     ending = {"data": "json", "pretty": "json", "stream": "arrow"}.get(kind, kind) + ".gz" * gz
-    # A table has one line break for all kinds; so has a text.
-    assert documents(write(tmp_path / f"corpus.{ending}", TEXTS, kind, gz=gz)) == TEXTS
+    texts = [text for text in TEXTS if not {"\t", "\n"} & set(text)] if kind == "tsv" else TEXTS
+    assert documents(write(tmp_path / f"corpus.{ending}", texts, kind, gz=gz)) == texts
 
 
 def test_read_records_of_json_with_one_object_or_one_on_each_line(tmp_path):
@@ -358,9 +358,9 @@ DAMAGED = {
     "missing.jsonl": (f'{GOOD}{{"txt": "x"}}\n'.encode(), "no column 'text'", "missing.jsonl, line 2", "'txt'"),
     "number.jsonl": (f'{GOOD}{{"text": 7}}\n'.encode(), "'text' is not text", "number.jsonl, line 2"),
     "prompt.jsonl": (b'{"prompt": 7, "completion": "x"}', "must be texts", "prompt.jsonl, line 1"),
-    "answer.jsonl": (b'{"prompt": "a", "completion": ""}', "must be texts", "answer.jsonl, line 1"),
-    "user.jsonl": ((TALK % ("user", '"hi"')).encode(), "with an assistant", "user.jsonl, line 1"),
-    "null.jsonl": ((TALK % ("assistant", "null")).encode(), "messages must be", "null.jsonl, line 1"),
+    "answer.jsonl": (b'{"prompt": "a", "completion": ""}', "an answer is empty", "answer.jsonl, line 1"),
+    "user.jsonl": ((TALK % ("user", '"hi"')).encode(), "without an assistant", "user.jsonl, line 1"),
+    "null.jsonl": ((TALK % ("assistant", "null")).encode(), "'content' is null", "null.jsonl, line 1, message 1"),
     "talk.jsonl": (b'{"messages": "hello"}', "messages must be", "talk.jsonl, line 1"),
     "spaces.jsonl": (b'{"text": " "}\n{"text": ""}\n{"text": null}', "holds no text"),
 }
@@ -368,10 +368,10 @@ DAMAGED = {
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_prepare_reports_damage_with_its_place(tmp_path, capfdbinary, tiny, name):
-    """The error is one line on stderr, with the place."""
+    """The error is one line on stderr, with the place; -q leaves out the note on which column is read."""
     content, *words = DAMAGED[name]
     (tmp_path / name).write_bytes(content)
-    assert_fails(call(capfdbinary, "prepare", tmp_path / name, "-m", tiny), 1, *words)
+    assert_fails(call(capfdbinary, "prepare", tmp_path / name, "-m", tiny, "-q"), 1, *words)
 
 
 def test_read_rows_of_damaged_parquet_and_arrow(tmp_path):

@@ -7,6 +7,7 @@ from itertools import groupby
 
 import numpy as np
 import pytest
+from support.chats import PARTS, TEMPLATES
 from support.corpora import CHATML, prepare, scrawl, talk, whole
 from support.models import byte_vocabulary
 
@@ -154,29 +155,138 @@ def test_encode_examples_learns_first_token(bundled):
     assert learned(row, bundled) == [" the answer\n"]
 
 
-REWRITING = (
-    "{% for m in messages %}{% if loop.last or m.role == 'user' %}"
-    "{{ m.role }}:{{ m.content }}\n{% endif %}{% endfor %}"
-)
 RAISING = "{{ raise_exception('roles must\nalternate') }}"
 
 
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (REWRITING + "{% if add_generation_prompt %}assistant:{% endif %}", "changes earlier turns"),
-        (CHATML.replace("'<|im_start|>assistant\\n' }}{% endif %}", "'<think>' }}{% endif %}"), "changes earlier"),
+        (PARTS, "leaves out an answer's text"),
         (RAISING, "rejects this conversation"),
+        (RAISING + "{% generation %}{% endgeneration %}", "rejects this conversation"),
         ("{{ nonsense.nonsense.nonsense }}", "rejects this conversation"),
         ("{% for %}", "rejects this conversation"),
     ],
 )
 def test_encode_examples_refuses_templates(bundled, template, words):
-    """A template that fails is an error of one sentence."""
+    """A template that fails, or renders a text as nothing, is an error of one sentence."""
     bundled.chat_template = template
     with pytest.raises(HfkitError, match=words) as error:
         list(encode_examples([talk(*TALKS[1])], bundled))
     assert "a.jsonl, line 7" in str(error.value) and "\n" not in str(error.value)
+
+
+def exchange(*texts) -> list[tuple[str, str]]:
+    """Turns of the user and the assistant, one after another."""
+    return list(zip(("user", "assistant") * len(texts), texts, strict=False))
+
+
+CONVERSATIONS = {
+    "one turn": exchange("What is rain?", "Water from clouds."),
+    "two turns": exchange("One", "The first reply.", "Two", "<ok> the second"),
+    "system": [("system", "Be kind."), *exchange("Hello", "A kind reply")],
+    "three turns": exchange("alpha?", "A of alpha", "beta?", "B of beta", "gamma?", "C of gamma"),
+    "empty question": exchange("", "A reply to nothing"),
+    "unicode": exchange("漢字?", "Zwölf 🎉 漢\n\nja", "é", "oui ça"),
+    "thoughts": exchange("One", "<think>\nhm\n</think>\n\nA", "Two", "<think>\nso\n</think>\n\nB"),
+    "question last": exchange("One", "The reply", "Two"),
+}
+# What is learned of an answer, in addition to its text.
+AROUND = {
+    "llama": "@<|eot|>",
+    "qwen3": "<think>\n\n</think>\n\n@<|im_end|>\n",
+    "r1": "@<|end|>",
+    "phi": "@<|end|>\n<|endoftext|>",
+    "gptoss": "<|channel|>final<|message|>@<|return|>",
+    "marked": "@<|im_end|>",
+    "gemma": "@<end_of_turn>\n",
+}
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_encode_examples_accepts_what_templates_render(bundled, name, turns):
+    """What transformers renders is accepted, and what is learned is the answers and nothing else."""
+    bundled.chat_template, turns = TEMPLATES[name], CONVERSATIONS[turns]
+    example = talk(*turns)
+    try:
+        bundled.apply_chat_template(example.row["messages"], tokenize=False)
+    except Exception:  # noqa: BLE001 - whatever a template raises
+        with pytest.raises(HfkitError, match="rejects this conversation"):
+            list(encode_examples([example], bundled))
+        return
+    answers = [text for role, text in turns if role == "assistant"]
+    if name == "r1" and any("<think>" in text for text in answers):
+        with pytest.raises(HfkitError, match="leaves out an answer's text"):
+            list(encode_examples([example], bundled))
+        return
+    rows = list(encode_examples([example], bundled))
+    texts = [text for row in rows for text in learned(row, bundled)]
+    assert len(texts) == len(answers) and {row["document"] for row in rows} == {0}
+    for text, answer in zip(texts, answers, strict=True):
+        if "<think>" in answer and name == "qwen3":
+            assert text == answer + "<|im_end|>\n"
+        else:
+            last = "<|end|>" if name == "marked" and answer != turns[-1][1] else "<|im_end|>"
+            assert text == AROUND[name].replace("<|im_end|>", last).replace("@", answer)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi", "gptoss"])
+def test_encode_examples_renders_as_at_inference(bundled, name):
+    """Where later turns change earlier ones, each answer follows the prompt that it is asked for with."""
+    bundled.chat_template = TEMPLATES[name]
+    example = talk(*CONVERSATIONS["three turns"])
+    messages = example.row["messages"]
+    rows = list(encode_examples([example], bundled))
+    for row, turn in zip(rows, (1, 3, 5), strict=True):
+        prompt = bundled.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
+        text = bundled.decode(row["input_ids"])
+        assert text == prompt + learned(row, bundled)[0]
+        assert text == bundled.apply_chat_template(messages[: turn + 1], tokenize=False)
+    whole = sum(len(message["content"]) for message in messages)
+    assert whole - 3 < sum(row["bytes"] for row in rows) <= whole and len({row["content"] for row in rows}) == 1
+
+
+def test_encode_examples_does_not_learn_weight_0(bundled):
+    """An answer of weight 0 is context, marked or not; an example without anything to learn is refused."""
+    for template in (None, CHATML, TEMPLATES["qwen3"], TEMPLATES["marked"]):
+        bundled.chat_template = template
+        example = talk(*CONVERSATIONS["two turns"])
+        example.row["messages"][1]["weight"] = 0
+        (row,) = encode_examples([example], bundled)
+        (text,) = learned(row, bundled)
+        assert "the second" in text and "first" not in text and "The first reply." in bundled.decode(row["input_ids"])
+        example.row["messages"][3]["weight"] = 0
+        with pytest.raises(HfkitError, match="nothing is learned .*line 7"):
+            list(encode_examples([example], bundled))
+
+
+def test_encode_examples_gives_tools_to_the_template(bundled):
+    """Tools reach the template, a call without a text is learned, and a template that drops calls is refused."""
+    tool = {"type": "function", "function": {"name": "weather", "description": "?", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}
+    messages = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "content": "yes"}, {"role": "assistant", "content": "It rains."}]  # fmt: skip
+    example = Example({"messages": messages, "tools": [tool]}, "a.jsonl, line 7")
+    bundled.chat_template = (
+        "{% if tools %}{{ tools | tojson + '\\n' }}{% endif %}{% for m in messages %}"
+        "{{ m.role + ':' + (m.content or '') }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    (row,) = encode_examples([example], bundled)
+    assert learned(row, bundled) == ['{"name": "weather", "arguments": {"city": "Ulm"}}\n', "It rains.\n"]
+    assert bundled.decode(row["input_ids"]).startswith('[{"type": "function", "function": {"name": "weather"')
+    bundled.chat_template = bundled.chat_template.replace("c.function | tojson", "''")
+    with pytest.raises(HfkitError, match="leaves out an answer's text"):
+        list(encode_examples([example], bundled))
+
+
+def test_encode_examples_changes_no_tokenizer(bundled):
+    """Encoding a conversation does not turn a model without a chat template into one that has one."""
+    bundled.chat_template = None
+    list(encode_examples([talk(*TALKS[0])], bundled))
+    assert bundled.chat_template is None
 
 
 @pytest.mark.parametrize("prompt", ["Question:", "", "two\nlines 漢 "])

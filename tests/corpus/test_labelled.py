@@ -158,7 +158,7 @@ def test_finetune_keeps_the_labels_of_a_trained_head(labeller, tmp_path, capfdbi
     after = AutoModelForSequenceClassification.from_pretrained(run.output_dir).classifier.weight
     assert 0 < (before - after).abs().max() < 0.02
     corpus = write_rows(tmp_path / "other.jsonl", [*rows, {"text": "wind", "label": "new"}])
-    result = call(capfdbinary, "finetune", corpus, "-m", labeller.output_dir, "-o", tmp_path / "other")
+    result = call(capfdbinary, "finetune", corpus, "-m", labeller.output_dir, "-o", tmp_path / "other", "-q")
     assert_fails(result, 1, "label 'new' is not one of the model's: bad, good, so so")
 
 
@@ -214,12 +214,60 @@ def test_classification_rows_find_text_and_label(tmp_path):
     assert result == [("x", "a"), ("y", "b")]
     for columns, words in (
         ({}, r"no column 'label' .*line 1: 'title', 'text', 'kind'.*--label-column"),
-        ({"label_column": "kind", "text_column": "body"}, "which column is the text .*--text-column"),
+        ({"label_column": "kind", "text_column": "body"}, "no column 'body' .*'title', 'text', 'kind'.*--text-column"),
     ):
         with pytest.raises(HfkitError, match=words):
             rows_of(tmp_path, rows, classification_rows, **columns)
     with pytest.raises(HfkitError, match="which column is the text"):
         rows_of(tmp_path, [{"a": "x", "b": "y", "label": "z"}], classification_rows)
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        (0.0132, "has the fraction 0.0132"),
+        ("0.5", "has the fraction 0.5"),
+        (float("nan"), "has no label"),
+        ("NaN", "has no label"),
+        (" ", "has no label"),
+        (None, "has no label"),
+        ([0, 1], "has a list or an object"),
+        ({"a": 1}, "has a list or an object"),
+    ],
+)
+def test_classification_rows_refuse_what_is_not_a_label(tmp_path, label, words):
+    """The error has the line."""
+    rows = [{"text": "rain", "label": 1}, {"text": "light", "label": label}]
+    with pytest.raises(HfkitError, match=rf"column 'label' {words}.*line 2\): fix or delete"):
+        rows_of(tmp_path, rows, classification_rows)
+
+
+def test_classification_rows_read_one_class_however_it_is_written(tmp_path):
+    """1, "1", 1.0 and " 1.0 " are one class; other texts are only stripped."""
+    labels = [1, "1", 1.0, " 1.0 ", "007", "v1.0", "pos ", "pos", -0.0, True]
+    rows = [{"text": "rain", "label": label} for label in labels]
+    found = [label for _, label in rows_of(tmp_path, rows, classification_rows)]
+    assert found == ["1", "1", "1", "1", "007", "v1.0", "pos", "pos", "0", "True"]
+
+
+def test_classification_rows_report_a_null_text(tmp_path):
+    """The error does not ask for --text-column, which was given."""
+    for options in ({}, {"text_column": "text"}):
+        rows = [{"text": "rain", "label": "a"}, {"text": None, "label": "b"}]
+        with pytest.raises(HfkitError, match=r"column 'text' is not text .*line 2\): fix or delete"):
+            rows_of(tmp_path, rows, classification_rows, **options)
+    with pytest.raises(HfkitError, match="which column is the text"):
+        rows_of(tmp_path, [{"id": "x", "words": ["a"], "label": "b"}], classification_rows)
+
+
+def test_gather_labelled_data_reports_labels_and_counts(tmp_path, tiny_bert, capfd):
+    """The note has the most frequent labels first."""
+    rows = [{"text": "rain", "label": label} for label in ["a", "b", "b ", *map(str, range(30))]]
+    path, tokenizer = write_rows(tmp_path / "rows.jsonl", rows), AutoTokenizer.from_pretrained(tiny_bert)
+    gather_labelled_data(path, tokenizer, DataOptions(), "classification", 64, 0, None)
+    notes = capfd.readouterr().err
+    assert "rows.jsonl, line 1: the text is column 'text', the label 'label'" in notes
+    assert "32 labels: 'b' 2, 'a' 1, '0' 1, " in notes and notes.endswith("'17' 1 ...\n")
 
 
 def test_classification_rows_of_the_hub_have_label_names(monkeypatch):

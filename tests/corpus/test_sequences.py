@@ -11,13 +11,14 @@ import pytest
 import torch
 from support.corpora import CHATML, prepare, talk, whole, write
 
-from hfkit.corpus import sequences
+from hfkit.corpus import streams
 from hfkit.corpus.chat import CHAT_TEMPLATE
 from hfkit.corpus.documents import END, find_corpus
 from hfkit.corpus.encoding import IGNORED, encode_examples
-from hfkit.corpus.sequences import Blocks, Collator, Examples, Stream
+from hfkit.corpus.sequences import Blocks, Collator, Examples, pad_rows, show_examples
 from hfkit.corpus.sequences import cut_sequences as cut
 from hfkit.corpus.sequences import gather_training_data as gather_material
+from hfkit.corpus.streams import Stream
 from hfkit.errors import HfkitError
 from hfkit.models.loading import load_tokenizer
 from hfkit.models.sources import find_model as find
@@ -96,6 +97,18 @@ def test_cut_sequences_leaves_long_examples_out(tmp_path, datasets_cache, bundle
     assert len(cut(prepared, 10_000)) == 3 and note_of(capsys) == ""
 
 
+def test_show_examples_marks_what_is_learned(tmp_path, datasets_cache, bundled):
+    """An example is shown with its special tokens, and what is learned is marked; of texts all is."""
+    talks = [talk(("user", f"q {n}"), ("assistant", "漢 🎉"), ("user", "so?"), ("assistant", "yes")) for n in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(example.row) + "\n" for example in talks))
+    first = "User: q 0\nAssistant:⟦ 漢 🎉<|endoftext|>⟧\nUser: so?\nAssistant:⟦ yes<|endoftext|>⟧"
+    shown = show_examples(cut(prepare(tmp_path / "a.jsonl", bundled), 64), bundled, 2)
+    assert shown == [first, first.replace("0", "1", 1)]
+    texts = cut(prepare(write(tmp_path / "a.txt", ["one", "two"]), bundled), 64)
+    assert show_examples(texts, bundled, 9) == [f"⟦one{END}two{END}⟧"]
+    assert show_examples(texts, bundled, 0) == []
+
+
 # streams
 
 
@@ -115,7 +128,7 @@ def test_stream_gives_every_token(numbers, bundled):
     blocks, orders = Counter(), []
     for start in range(0, len(wanted), 16):
         blocks[tuple(wanted[start : start + 16])] += 1
-    assert blocks.total() > sequences._WINDOW * 2
+    assert blocks.total() > streams._WINDOW * 2
     source = stream(numbers, bundled)
     for epoch in range(3):
         items = [tuple(ids([item])) for item in source.read_shuffled(epoch)]
@@ -181,6 +194,16 @@ def test_collator_pads(shape):
         assert batch["input_ids"][row].tolist() == [*range(size), *[5] * (width - size)]
         assert batch["labels"][row].tolist() == [*range(-100, size - 100), *[IGNORED] * (width - size)]
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_pad_rows(left):
+    """Rows of numbers, lists or arrays, become one tensor, filled up on the side that was asked for."""
+    rows = [[1, 2, 3], np.array([4], np.uint16), []]
+    full = [[1, 2, 3], [9, 9, 4] if left else [4, 9, 9], [9, 9, 9]]
+    assert pad_rows(rows, 9, left=left).tolist() == full
+    wide = pad_rows(rows, 9, shape=(4, 5), left=left).tolist()
+    assert wide == [[9, 9, *row] if left else [*row, 9, 9] for row in [*full, [9, 9, 9]]]
 
 
 # all together

@@ -135,7 +135,7 @@ def test_assess_names_an_unknown_label_and_its_place(tiny, head, tmp_path, capfd
     asked = ["--template", ASKED["template"], *(word for label in LABELS for word in ("--labels", label))]
     result = call(capfdbinary, "evaluate", path, "-m", tiny, *asked)
     assert_fails(result, 1, "label is 'new'", "rows.jsonl, line 2", "the labels are good, bad, so so")
-    result = call(capfdbinary, "evaluate", path, "-m", head)
+    result = call(capfdbinary, "evaluate", path, "-m", head, "-q")
     assert_fails(result, 1, "label 'new' is not one of the model's: good, bad, so so")
 
 

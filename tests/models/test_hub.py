@@ -256,6 +256,18 @@ def test_reach_hub_time(models, tmp_path):
     assert stalling < 6 and max(seconds for *_, seconds in others) < 5
 
 
+@pytest.mark.parametrize("fault", ["404", "500", "html", "stop"])
+def test_endpoint_password(models, tmp_path, fault):
+    """The user and password of HF_ENDPOINT are not in any error."""
+    with serving(models, good=fault) as hub:
+        url = hub.url.replace("://", "://user:s3cr%40et@")
+        if fault == "stop":
+            hub.shutdown()
+            hub.server_close()
+        ((folder, error, _),) = outcomes(start(url, tmp_path, {"model": "fake/good"}))
+    assert folder == "" and hub.url in error and "s3cr" not in error and "user" not in error
+
+
 def test_download_cut(models, tmp_path):
     """A download that is cut continues or says so, and never harms the cache."""
     with serving(models, cut="cut and gone") as hub:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import trials
 from support.models import byte_vocabulary, write_gguf
 from support.shell import assert_fails, call, edit_json
 from torch import nn
@@ -40,14 +41,12 @@ def fails(model, **options) -> str:
     return str(error.value)
 
 
-def edit_weights(folder: Path, change) -> None:
+def edit_weights(folder: Path, change, file: str = "model.safetensors") -> None:
     """Change the tensors of a model's file: `change(tensors)`."""
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / file)
     change(tensors)
-    (folder / "model.safetensors").unlink()  # a loaded model may still map it
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
+    (folder / file).unlink()  # a loaded model may still map it
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
 
 
 # what is loaded
@@ -169,6 +168,46 @@ def test_load_adapter_that_does_not_fit(adapter, tmp_path):
         assert words in fails(folder) and str(folder) in fails(folder)
     save_file({name: tensor * torch.nan for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
     assert "not numbers" in fails(folder)
+
+
+def test_load_adapter_with_its_own_tokens(tiny, tmp_path):
+    """Tokens that were added for an adapter, and their embeddings, come from its folder; an export keeps them."""
+    import peft
+
+    tokenizer, model = GPT2Tokenizer.from_pretrained(tiny), GPT2LMHeadModel.from_pretrained(tiny)
+    tokenizer.add_tokens(["<a>", "<b>"])
+    tokenizer.chat_template = "{{ messages[0].content }}!"
+    set_seed(3)
+    model.resize_token_embeddings(264, mean_resizing=False)
+    config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    ids = tokenizer("x<b>y", return_tensors="pt").input_ids
+    expected = adapted.merge_and_unload()(ids).logits
+    export = hfkit.export(tmp_path / "adapter", output_dir=tmp_path / "whole")
+    for folder in (tmp_path / "adapter", export):
+        lm = hfkit.load(folder)
+        assert lm.tokenizer("x<b>y")["input_ids"] == ids[0].tolist() and lm.tokenizer.chat_template
+        assert torch.allclose(lm.model(ids).logits, expected, atol=1e-5)
+    edit_weights(tmp_path / "adapter", lambda saved: [saved.pop(name) for name in [*saved] if "lora" not in name],
+                 "adapter_model.safetensors")  # fmt: skip
+    assert "the tokenizer has 259 tokens, the model 257" in fails(tmp_path / "adapter")
+
+
+def test_load_adapter_with_its_task(tiny, tmp_path):
+    """A task that an adapter learned is used by whatever uses the adapter."""
+    rows = "".join(f"{word},{word[::-1]}\n" for word in trials.WORDS * 3)
+    (tmp_path / "rows.csv").write_text(f"en,fr\n{rows}")
+    run = hfkit.finetune(
+        tmp_path / "rows.csv", model=tiny, output_dir=tmp_path / "run", template="E: {en}\nF: {fr}", max_steps=1,
+        lora=True, bf16=False,
+    )  # fmt: skip
+    seen = []
+    for model in (run.output_dir, hfkit.export(run.output_dir, output_dir=tmp_path / "whole")):
+        seen.append(hfkit.generate({"en": "rain"}, model=model, seed=1, max_new_tokens=3).completion)
+        assert "exact_match" in hfkit.evaluate(tmp_path / "rows.csv", model=model).metrics
+    assert seen[0] == seen[1]
 
 
 # GGUF

@@ -28,9 +28,11 @@ def write(path, texts=TEXTS, kind=None, column="text", gz=False) -> str:
     match kind or path.name.split(".", 1)[1]:
         case "txt" | "md":
             path.write_text(END.join(texts), newline="")
-        case "csv" | "tsv" as kind:
+        case "tsv":  # without quoting: no text may have a tab or a line break
+            path.write_text("".join(f"{i}\t{text}\n" for i, text in [("number", column), *enumerate(texts)]))
+        case "csv":
             with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, ["number", column], delimiter=",\t"[kind == "tsv"])
+                writer = csv.DictWriter(file, ["number", column])
                 writer.writeheader()
                 writer.writerows(rows)
         case "json":

@@ -65,6 +65,7 @@ def make_brisk(set_attribute: Callable[[str, Any], Any]) -> None:
     collections of garbage that look at all of torch.
     """
     set_attribute("hfkit.training.runs.make_files", lambda *_: {})
+    set_attribute("hfkit.tuning.search.make_files", lambda *_: {})
     set_attribute("hfkit.training.plan._speed", lambda *_: 1e9)
     set_attribute("hfkit.training.monitor.SAMPLE_TOKENS", 6)
     set_attribute("hfkit.training.runs._TOKENS", 2)

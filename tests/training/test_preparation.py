@@ -89,7 +89,7 @@ def test_prepare_answers(tmp_path, bundled, datasets_cache):
 def test_prepare_output(rows, tmp_path, capfdbinary, tiny):
     """`--json` is one object with all figures, and the lines for people have them, too."""
     result = call(capfdbinary, "prepare", rows, "-m", tiny, "--json", "-o", tmp_path / "out")
-    assert (result.returncode, result.stderr) == (0, b"")
+    assert (result.returncode, result.stderr.decode()) == (0, f"hfkit: {rows}: the text is column 'text'\n")
     figures = json.loads(result.stdout)
     python = hfkit.prepare(rows, model=tiny, output_dir=tmp_path / "out").to_dict()
     for timed in (figures, python):
@@ -121,7 +121,7 @@ def test_prepare_left_out_files(tmp_path, capfdbinary, tiny):
     (tmp_path / "a" / "c.txt").touch()
     result = call(capfdbinary, "prepare", tmp_path / "a", "-m", tiny)
     assert result.returncode == 0 and result.stderr.decode().splitlines() == [
-        "hfkit: 2 files are empty or no text: left out"
+        f"hfkit: {tmp_path / 'a'}: left out 2 files that are empty or not text"
     ]
 
 
@@ -174,7 +174,8 @@ def test_prepare_interrupted(rows, tmp_path, capfdbinary, monkeypatch, tiny):
 
     monkeypatch.setattr("hfkit.corpus.cache._make_column", interrupt)
     result = call(capfdbinary, "prepare", rows, "-m", tiny, "-o", tmp_path / "out")
-    assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
+    note = f"hfkit: {rows}: the text is column 'text'\n"
+    assert (result.returncode, result.stdout, result.stderr.decode()) == (130, b"", note)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".hfkit.lock"]
 
 
@@ -236,3 +237,23 @@ def test_prepare_documents(tmp_path, bundled, datasets_cache):
     (tmp_path / "a.txt").write_text(END.join(["one", "two", "", "two", "three\n"]) + END + "\n")
     report = hfkit.prepare(tmp_path / "a.txt").prepared.report
     assert (report.documents, report.empty, report.duplicates) == (4, 1, 1)
+
+
+def test_prepare_show_prints_examples(tmp_path, capfdbinary, tiny):
+    """--show N prints N sequences and marks what is learned, also as JSON."""
+    rows = [{"prompt": f"{number} and", "completion": " more"} for number in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ("prepare", tmp_path / "a.jsonl", "-m", tiny, "--show", 2)
+    result = call(capfdbinary, *line)
+    assert result.returncode == 0 and "0 and⟦ more<|endoftext|>⟧" in result.stdout.decode().splitlines()
+    assert result.stdout.count("⟧\n".encode()) == 2
+    assert json.loads(call(capfdbinary, *line, "--json").stdout)["examples"][1] == "1 and⟦ more<|endoftext|>⟧"
+    assert_fails(call(capfdbinary, *line[:-1], -1), 2, "--show")
+
+
+@pytest.mark.parametrize(("text", "told"), [("漢字とかな", True), ("Привет, мир. ", True), ("hello ", False)])
+def test_prepare_notes_text_without_vocabulary(tmp_path, capfdbinary, tiny, text, told):
+    """A text that the tokenizer spells byte by byte is noted, with the way out."""
+    (tmp_path / "a.txt").write_text(text * 50)
+    result = call(capfdbinary, "prepare", tmp_path / "a.txt", "-m", tiny)
+    assert (b"byte by byte; 'hfkit pretrain' makes a vocabulary" in result.stdout) == told

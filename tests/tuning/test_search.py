@@ -18,6 +18,7 @@ import hfkit
 from hfkit import console, storage
 from hfkit.errors import HfkitError, OptionError, StoppedError
 from hfkit.options import TrainOptions
+from hfkit.reporting.pages import make_files
 from hfkit.storage import lock
 from hfkit.training.monitor import HeldOutMonitor
 from hfkit.tuning import search as search_module
@@ -295,12 +296,15 @@ def test_tune_killed_at_the_end_of_a_trial(tiny, corpus, tmp_path, monkeypatch):
 # what ends a trial
 
 
+MEASURED = {"eval_loss": 10.0, "step": 0}
+
+
 @pytest.fixture
 def instant(monkeypatch):
     """Trials that take no time, in a study that is not kept: with a learning rate of 1e-9 the loss is high."""
 
     def finetune(corpus, *, train, callbacks, **options):
-        folder, state = Path(train.output_dir), SimpleNamespace(max_steps=10, global_step=0, log_history=[])
+        folder, state = Path(train.output_dir), SimpleNamespace(max_steps=10, global_step=0, log_history=[MEASURED])
         (folder / "checkpoints").mkdir(parents=True)
         (folder / "run.json").write_text("{}")
         (folder / "recipe.yaml").write_text("")
@@ -580,3 +584,48 @@ def test_tune_too_small_a_corpus(tiny, tmp_path):
         tune(str(tmp_path / "corpus.txt"), tiny, tmp_path / "run")
     with pytest.raises(OptionError, match="--n-trials is 0"):
         tune(str(tmp_path / "corpus.txt"), tiny, tmp_path / "run", n_trials=0)
+
+
+def test_tune_one_small_text(tiny, tmp_path):
+    """A text of three pages can be searched on: its end is held out."""
+    (tmp_path / "corpus.txt").write_text(" ".join(trials.WORDS * 70))
+    found = tune(str(tmp_path / "corpus.txt"), tiny, tmp_path / "run")
+    assert len(found.trials) == 2 and found.loss == min(trial["loss"] for trial in found.trials)
+
+
+def test_tune_of_nothing_held_out_trains_nothing(tiny, tmp_path, monkeypatch):
+    """It is reported before the first step, with a way out that leads somewhere."""
+    (tmp_path / "corpus.txt").write_text("one line")
+    monkeypatch.setattr("transformers.Trainer.training_step", lambda *_, **__: pytest.fail("it trains"))
+    with pytest.raises(HfkitError, match="raise --eval-fraction, or name another text with --eval-file"):
+        tune(str(tmp_path / "corpus.txt"), tiny, tmp_path / "run")
+    monkeypatch.undo()
+    held = trials.write_corpus(tmp_path / "held.txt", 4)
+    assert tune(str(tmp_path / "corpus.txt"), tiny, tmp_path / "other", eval_file=held).loss
+
+
+def test_card_of_a_trial_without_weights(tiny, corpus, tmp_path, monkeypatch):
+    """It says how to train the trial again, not how to load it."""
+    monkeypatch.setattr("hfkit.training.runs.make_files", make_files)
+    monkeypatch.setattr("hfkit.tuning.search.make_files", make_files)
+    found = tune(corpus, tiny, tmp_path, n_trials=3)
+    for trial in found.trials:
+        folder = tmp_path / trial["folder"]
+        has_weights = (folder / "model.safetensors").is_file()
+        assert has_weights == (trial["params"] == found.best)
+        card, metrics = (folder / "README.md").read_text(), json.loads((folder / "metrics.json").read_text())
+        assert metrics.get("has_weights", True) == has_weights
+        assert (f"hfkit generate -m {folder} " in card) == has_weights
+        assert (f"hfkit finetune --config {folder}/recipe.yaml" in card) != has_weights
+
+
+@pytest.mark.parametrize("shape", ["[]", "null", "[" * 100_000, "{", '{"space": 3}', '{"recipe": []}', "\xff"])
+def test_claim_where_the_file_has_another_shape(tmp_path, shape):
+    """A damaged search is refused, not searched on with other settings; it can be overwritten."""
+    asked = {"space": {"a": [1]}, "recipe": {}}
+    study_module.claim(tmp_path, asked, overwrite=False)
+    (tmp_path / "tuning.json").write_text(shape, encoding="latin-1")
+    with pytest.raises(HfkitError, match="holds a search with other settings .*: --overwrite"):
+        study_module.claim(tmp_path, asked, overwrite=False)
+    study_module.claim(tmp_path, asked, overwrite=True)
+    study_module.claim(tmp_path, asked, overwrite=False)
