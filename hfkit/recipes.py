@@ -1,7 +1,6 @@
 """A recipe is a YAML file: a flat mapping from option names to values."""
 
 import re
-import shutil
 from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
@@ -12,6 +11,7 @@ import yaml
 
 from hfkit.declaration import explain_unknown_name
 from hfkit.errors import HfkitError, OptionError
+from hfkit.storage import write_bytes
 
 _LARGEST = 1_000_000  # bytes: a recipe is written by a person
 
@@ -122,7 +122,7 @@ def copy_recipe(name: str, folder: Path) -> list[Path]:
         raise HfkitError(f"{folder / taken[0]} exists: remove it, or copy to another folder")
     for name in wanted:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(recipe.parent / name, folder / name)
+        write_bytes(folder / name, (recipe.parent / name).read_bytes())
     return [folder / name for name in wanted]
 
 

@@ -96,11 +96,13 @@ def _print_streams(lm: LanguageModel, sampling: GenerateOptions, prompt: str, pr
 
 
 def _print_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: str, prompt_shown: bool) -> None:
+    from hfkit.corpus.templates import task_of
     from hfkit.inference import generation
 
     started, first_token = time.perf_counter(), None
-    if prompt_shown and not lm.model.config.is_encoder_decoder:
-        console.write(prompt)
+    continues = not lm.model.config.is_encoder_decoder and (sampling.raw or not task_of(lm.tokenizer))
+    if prompt_shown and continues:
+        console.write(prompt, dim=True)
     pieces = generation.stream(prompt, model=lm, options=sampling)
     while True:
         try:
@@ -108,7 +110,7 @@ def _print_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: str, pro
         except StopIteration as stop:
             _describe([stop.value], time.perf_counter() - started, first_token)
             return
-        console.write(piece)
+        console.write(piece if continues or first_token else piece.lstrip())  # an answer stands alone
         first_token = first_token or time.perf_counter() - started
 
 

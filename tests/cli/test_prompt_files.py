@@ -247,7 +247,9 @@ def test_resume_after_kills(whole, tmp_path, kills):
     assert [row["line"] for row in expected] == [line for line in range(1, 61) if line not in (8, 41) for _ in "ab"]
 
 
-@pytest.mark.parametrize("fault", ["input", "shorter", "model", "seed", "samples", "greedy", "length", "top_k", "dtype", "unset"])
+@pytest.mark.parametrize(
+    "fault", ["input", "shorter", "model", "seed", "samples", "greedy", "length", "top_k", "dtype", "unset"]
+)
 def test_resume_refuses_other_settings(whole, tiny_llama, tmp_path, capfdbinary, fault):
     """A run is not resumed with another input, model or option."""
     flags, _ = whole
