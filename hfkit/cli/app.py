@@ -122,7 +122,7 @@ def explain(error: BaseException) -> int:
             console.fail(explain_usage(error))
             return int(getattr(error, "exit_code", 2))
         case MemoryError():
-            console.fail("out of memory: use a smaller model, a smaller --batch-size, or --quantize int8")
+            console.fail("out of memory: use a smaller model, smaller batches, or --quantize int8")
         case OSError() if error.strerror:
             where = f" ({error.filename})" if error.filename else ""
             console.fail(f"{error.strerror}{where}: fix that and try again")

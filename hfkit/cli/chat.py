@@ -20,7 +20,7 @@ from hfkit.recipes import read_value
 if TYPE_CHECKING:
     from hfkit.models.loading import LanguageModel
 
-_HELP = '''/set NAME VALUE  change an option, such as /set temperature 0.5; /set alone lists all
+_HELP = '''/set NAME VALUE  change an option: /set temperature 0.5; /set alone lists all
 /reset           forget the conversation
 /save FILE       write the conversation to FILE
 /exit            leave, as exit alone and Ctrl-D do; Ctrl-C ends a reply

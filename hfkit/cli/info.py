@@ -76,7 +76,7 @@ def describe_machine() -> dict[str, dict[str, Any]]:
         },
         "devices": {"gpus": gpus, "cuda": torch.version.cuda, "mps": torch.backends.mps.is_available()},
         "hub": {
-            "endpoint": constants.ENDPOINT,
+            "endpoint": _without_password(constants.ENDPOINT),
             "offline": constants.is_offline_mode(),
             "reachable": not constants.is_offline_mode() and _is_reachable(constants.ENDPOINT),
             "cache": str(cache),
@@ -151,6 +151,12 @@ def _version_problems(versions: dict[str, str | None]) -> list[str]:
             wanted = f"{requirement.name}{requirement.specifier}"
             problems.append(f"{requirement.name} {installed} is not {requirement.specifier}: pip install '{wanted}'")
     return problems
+
+
+def _without_password(endpoint: str) -> str:
+    """Return a URL without `user:password@`: reports are pasted into public issues."""
+    url = urlsplit(endpoint)
+    return url._replace(netloc=url.netloc.rpartition("@")[2]).geturl()
 
 
 def _is_reachable(endpoint: str) -> bool:
