@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +17,11 @@ from transformers import (
 )
 
 from hfkit.console import detail
-from hfkit.errors import HfkitError
+from hfkit.declaration import Options, divide
+from hfkit.errors import HfkitError, OptionError
 from hfkit.models.architecture import (
     check_head,
+    choose_bits,
     choose_device,
     choose_dtype,
     context_length,
@@ -35,6 +37,7 @@ from hfkit.models.integrity import (
     check_numbers,
     check_report,
 )
+from hfkit.models.quantization import bitsandbytes_config, quantize
 from hfkit.models.sources import ModelFiles, find_model
 from hfkit.models.tokenizers import read_tokenizer
 from hfkit.options import ModelOptions
@@ -81,6 +84,22 @@ def load(model: str | os.PathLike[str] | ModelOptions | None = None, **overrides
     options = ModelOptions.make(model, overrides)
     source = find_model(options)
     return load_weights(source, options, load_tokenizer(source))
+
+
+def split_options(model: Model, overrides: Mapping[str, Any], *groups: tuple[type[Options], Any]) -> list[Any]:
+    """For a call that takes `model=` and keywords: the model with its own ones, then the options of each group.
+
+    `model, options = split_options(model, overrides, (GenerateOptions, options))` makes `dtype="bfloat16"` a keyword.
+
+    Raises:
+        OptionError: such a keyword comes with a model that is loaded already.
+    """
+    if not isinstance(model, tuple):
+        return divide(overrides, (ModelOptions, model), *groups)
+    known = {name for group, _ in groups for name in group.names()}
+    if late := [name for name in overrides if name in {*ModelOptions.names()} - known]:
+        raise OptionError(f"{late[0]} is for loading, and the model is loaded: leave it out, or give the model's name")
+    return [model, *divide(overrides, *groups)]
 
 
 _kept: tuple[Any, LanguageModel] | None = None  # the model that `loaded` loaded last, and what it was loaded from
@@ -171,8 +190,9 @@ def load_weights(
         arguments |= _gguf_arguments(source.gguf)
     else:
         arguments["use_safetensors"] = True
-    if options.quantize and device.type == "cuda":
-        arguments["quantization_config"] = _bitsandbytes(options.quantize)
+    bits = choose_bits(options, source, device, dtype)
+    if bits and device.type == "cuda":
+        arguments["quantization_config"] = bitsandbytes_config(bits)
         placement = placement or {"": device}
     if placement:
         arguments["device_map"] = placement
@@ -190,13 +210,11 @@ def load_weights(
     model.name_or_path = source.name
     if not placement:
         model = model.to(device)
-    if options.quantize and device.type != "cuda":
+    if bits and device.type != "cuda":
         if device.type != "cpu":
             raise HfkitError(f"--quantize works on a CPU and with CUDA, not on {device}: add --device cpu")
-        from hfkit.models.quantization import quantize
-
-        quantize(model, options.quantize)
-    precision = options.quantize or str(dtype).removeprefix("torch.")
+        quantize(model, bits)
+    precision = bits or str(dtype).removeprefix("torch.")
     detail(f"{source.name}: {model.num_parameters():,} parameters, {precision} on {placement or device}")
     return LanguageModel(model.eval(), tokenizer)
 
@@ -277,16 +295,3 @@ def _gguf_arguments(file: str) -> dict[str, Any]:
     reader.tqdm = lambda tensors, **_: tensors  # type: ignore[assignment, attr-defined]  # nothing else hides this progress bar
     # Without dequantize=True the model could not be saved.
     return {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)}
-
-
-def _bitsandbytes(bits: str) -> Any:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise HfkitError("--quantize on a GPU needs bitsandbytes: pip install 'hfkit[bitsandbytes]'") from error
-    from transformers import BitsAndBytesConfig
-
-    settings: dict[str, Any] = {"load_in_8bit": True}
-    if bits == "int4":
-        settings = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}
-    return BitsAndBytesConfig(**settings)  # type: ignore[no-untyped-call]

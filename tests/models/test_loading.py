@@ -25,11 +25,11 @@ from transformers.pytorch_utils import Conv1D
 
 import hfkit
 from hfkit import storage
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, OptionError
 from hfkit.models import loading
 from hfkit.models.architecture import choose_dtype
 from hfkit.models.loading import load_weights
-from hfkit.models.quantization import Int4Linear, Int8Linear
+from hfkit.models.quantization import Int4Linear, Int8Linear, bits_of
 from hfkit.options import ModelOptions
 
 pytestmark = pytest.mark.usefixtures("brisk")
@@ -133,6 +133,33 @@ def test_load_in_threads(tiny):
     """The first calls of a process may come from several threads: the model is loaded once, with its tied weights."""
     result = subprocess.run([sys.executable, "-c", THREADS, tiny], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_split_options(tiny, corpus, tmp_path, still):
+    """Every call that takes a model takes the options of loading one; a loaded model cannot be loaded otherwise."""
+    lm, how = hfkit.load(tiny, dtype="bfloat16"), {"dtype": "bfloat16", "device": "cpu"}
+    calls = {
+        "generate": lambda **more: hfkit.generate("a", seed=1, max_new_tokens=3, **more),
+        "stream": lambda **more: list(hfkit.stream("a", seed=1, max_new_tokens=3, **more)),
+        "classify": lambda **more: hfkit.classify("a", labels=["a", "b"], **more),
+        "answer": lambda **more: hfkit.answer("Who?", "Ann.", max_new_tokens=3, **more),
+        "inspect": lambda **more: [token.text for token in hfkit.inspect("ab", **more).tokens],
+        "evaluate": lambda **more: hfkit.evaluate(corpus, **more).perplexity,
+    }
+    for name, use in calls.items():
+        by_name, as_one, as_model = (
+            use(model=tiny, **how), use(model=ModelOptions(model=tiny), **how), use(model=lm)
+        )  # fmt: skip
+        if name in ("stream", "inspect", "evaluate"):
+            assert by_name == as_one == as_model
+        with pytest.raises(OptionError, match="dtype is for loading, and the model is loaded"):
+            use(model=lm, **how)
+        with pytest.raises(TypeError, match="'dtyp': did you mean 'dtype'"):
+            use(model=tiny, dtyp="bfloat16")
+    export = hfkit.export(tiny, output_dir=tmp_path / "out", device="cpu", revision="main", dtype="bfloat16")
+    assert hfkit.load(export, dtype="auto").model.config.dtype == torch.float32
+    with pytest.raises(OptionError, match="an export has whole weights"):
+        hfkit.export(tiny, output_dir=tmp_path / "out", quantize="int8")
 
 
 # adapters
@@ -500,6 +527,17 @@ def test_load_device_map(tiny):
     lm = hfkit.load(tiny, device_map="auto")
     assert hfkit.generate("a", model=lm, seed=1) == hfkit.generate("a", model=tiny, seed=1)
     assert tiny in fails(tiny, device_map="everywhere")
+
+
+def test_quantize_auto(tiny, monkeypatch, capsys):
+    """`auto` chooses int8, and says so, for a model that fills the memory; else whole weights."""
+    assert hfkit.load(tiny, quantize="auto").model.dtype == torch.float32 and not capsys.readouterr().err
+    memory = type("", (), {"available": 200_000})
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    lm = hfkit.load(tiny, quantize="auto")
+    assert bits_of(lm.model) == "int8" and "0.0 GB are free: int8 weights instead" in capsys.readouterr().err
+    memory.available = 10**9
+    assert bits_of(hfkit.load(tiny, quantize="auto").model) is None
 
 
 def test_quantize_other_device(tiny, monkeypatch):
