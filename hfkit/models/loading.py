@@ -34,8 +34,9 @@ from hfkit.models.integrity import (
     check_blocks,
     check_files,
     check_names,
-    check_numbers,
     check_report,
+    check_sizes,
+    check_values,
 )
 from hfkit.models.quantization import bitsandbytes_config, quantize
 from hfkit.models.sources import ModelFiles, find_model
@@ -141,6 +142,7 @@ def load_config(source: ModelFiles) -> Any:
     with calling_library(source):
         extra = {"gguf_file": source.gguf} if source.gguf else {}
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code, **extra)
+    check_sizes(source, config)
     if source.gguf and config.model_type == "gpt2":
         # transformers reads the context of a GGUF GPT-2 into n_ctx, which its model ignores.
         config.n_positions = getattr(config, "n_ctx", None) or config.n_positions
@@ -163,9 +165,10 @@ def load_tokenizer(source: ModelFiles) -> PreTrainedTokenizerBase:
 
 
 def _check_size(source: ModelFiles, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    if len(tokenizer) > size:
+    count = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+    if count > size:
         where = source.tokenizer_folder
-        raise HfkitError(f"the tokenizer has {len(tokenizer)} tokens, the model {size} ({where}): use the model's own")
+        raise HfkitError(f"the tokenizer has {count} tokens, the model {size} ({where}): use the model's own")
 
 
 def _rows_of(model: PreTrainedModel) -> int:
@@ -206,7 +209,7 @@ def load_weights(
     if source.adapter:
         model = _merge_adapter(model, source, source.adapter)
         _check_size(source, tokenizer, _rows_of(model))
-    check_numbers(source.folder, model)
+    check_values(source.folder, model)
     model.name_or_path = source.name
     if not placement:
         model = model.to(device)

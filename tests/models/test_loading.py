@@ -1,5 +1,6 @@
 """Models of every kind are what they were saved as, or one sentence says why not."""
 
+import json
 import math
 import subprocess
 import sys
@@ -401,7 +402,10 @@ def test_load_config_of_another_size(copy, tiny):
         assert str(folder) in fails(folder)
 
 
-@pytest.mark.parametrize("wrong", [{"n_layer": "two"}, {"n_head": 3}, {"n_head": 0}, {"model_type": "nonsense"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"n_layer": "two"}, {"n_head": 3}, {"n_head": 0}, {"n_head": -2}, {"n_layer": -1}, {"model_type": "nonsense"}],
+)
 def test_load_config_without_sense(copy, tiny, wrong):
     """A config that makes no sense is one sentence."""
     folder = copy(tiny)
@@ -422,6 +426,20 @@ def test_check_head_refused(copy, tiny, capfdbinary):
     assert str(folder) in fails(folder)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"eos_token_id": "x"}, {"eos_token_id": [1, "x"]}, {"top_p": [1]}, {"top_k": "many"}],
+)  # fmt: skip
+def test_check_values_of_settings(copy, tiny, wrong):
+    """A setting of another type in generation_config.json is named, before anything is generated."""
+    folder = copy(tiny)
+    edit_json(folder / "generation_config.json", **wrong)
+    assert f"generation_config.json is damaged ({folder}): {list(wrong)[0]} is" in fails(folder)
+    right = {"eos_token_id": [256, 1], "pad_token_id": None, "top_p": 1, "top_k": 5}
+    edit_json(folder / "generation_config.json", **right)
+    assert hfkit.load(folder)
+
+
 # tokenizers
 
 
@@ -432,6 +450,15 @@ def test_load_tokenizer_too_large(copy, tiny):
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(folder)
     assert "258 tokens, the model 257" in fails(folder)
+
+
+def test_load_tokenizer_id_too_large(copy, tiny):
+    """An id for which the model has no embedding is refused, not only when a text has that token."""
+    folder = copy(tiny)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["model"]["vocab"]["q"] = 999
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    assert "1000 tokens, the model 257" in fails(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\x00", '{"model": {}}'])
