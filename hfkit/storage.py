@@ -152,9 +152,9 @@ def write_bytes(path: Path, content: bytes) -> None:
             aside.unlink()
 
 
-def check_regular(path: Path) -> None:
-    """Raise HfkitError if `path` is a device, a pipe or a folder, which a file must not replace."""
-    if path.exists() and not path.is_file():
+def check_regular(path: Path, *, links: bool = True) -> None:
+    """Raise HfkitError if `path` is a device, a pipe or a folder; without `links`, also if it is a link."""
+    if (path.exists() and not path.is_file()) or (path.is_symlink() and not links):
         raise HfkitError(f"{path} is not a regular file: name another file")
 
 
