@@ -33,7 +33,9 @@ class ModelOptions(Options):
     device_map: str | None = option(
         None, "Spread the model over devices with accelerate: auto, balanced, sequential ..."
     )
-    quantize: Literal["int8", "int4"] | None = option(None, "Store the weights in 8 or 4 bits: less memory, faster.")
+    quantize: Literal["auto", "int8", "int4"] | None = option(
+        None, "Store the weights in 8 or 4 bits: less memory, faster. auto: int8 for a model too large otherwise."
+    )
     trust_remote_code: bool = option(False, "Run code that comes with a local model, or one with --revision COMMIT.")
 
 
