@@ -277,5 +277,5 @@ def _cut_document(text: str) -> Iterator[Piece]:
 def name_of(sources: Corpora) -> str:
     """A short name for a corpus, from its first source: `runs/NAME`."""
     first = str(sources if isinstance(sources, str | Path) else next(iter(sources), ""))
-    name = re.sub(r"(\.(txt|md|csv|tsv|jsonl?|ndjson|parquet|arrow))?(\.gz)?$", "", Path(first).name, flags=re.I)
+    name = re.sub(r"(\.(txt|md|csv|tsv|jsonl?|ndjson|parquet|arrow|ipynb))?(\.gz)?$", "", Path(first).name, flags=re.I)
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "corpus"
