@@ -292,7 +292,7 @@ def test_encode_examples_gives_tools_to_the_template(bundled):
     """Tools reach the template, a call without a text is learned, and a template that drops calls is refused."""
     tool = {"type": "function", "function": {"name": "weather", "description": "?", "parameters": {}}}
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}
-    messages = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+    messages = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
                 {"role": "tool", "content": "yes"}, {"role": "assistant", "content": "It rains."}]  # fmt: skip
     example = Example({"messages": messages, "tools": [tool]}, "a.jsonl, line 7")
     bundled.chat_template = (
