@@ -29,16 +29,17 @@ def lm(tiny) -> LanguageModel:
 
 
 @pytest.fixture
-def with_config(tiny):
+def with_config(lm):
     """A function that gives the model with fields in its own generation config."""
 
-    def load(**fields) -> LanguageModel:
-        lm = hfkit.load(tiny)
+    def change(**fields) -> LanguageModel:
+        model = copy.copy(lm.model)
+        model.generation_config = copy.deepcopy(model.generation_config)
         for name, value in fields.items():
-            setattr(lm.model.generation_config, name, value)
-        return lm
+            setattr(model.generation_config, name, value)
+        return LanguageModel(model, lm.tokenizer)
 
-    return load
+    return change
 
 
 # a model's own generation config

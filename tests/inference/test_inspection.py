@@ -348,7 +348,9 @@ def test_check_output(tiny, capfdbinary, monkeypatch, flags, code, words):
 
 def test_inspect_errors(tiny, tiny_t5, capfdbinary, tmp_path):
     """What cannot be inspected is one line."""
-    assert_fails(call(capfdbinary, "inspect", "", "-m", tiny), 1, "nothing to inspect")
+    assert_fails(call(capfdbinary, "inspect", "", "-m", tiny), 2, "give a text to inspect")
+    with pytest.raises(HfkitError, match="nothing to inspect"):
+        hfkit.inspect("", model=tiny)
     assert_fails(call(capfdbinary, "inspect", "a" * 64, "-m", tiny), 1, "65 tokens", "64")
     assert_fails(call(capfdbinary, "inspect", "a\udcff", "-m", tiny), 2, "UTF-8")
     assert_fails(call(capfdbinary, "inspect", "a", "-m", tiny_t5), 1, "encoder")
