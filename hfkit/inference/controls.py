@@ -162,10 +162,14 @@ def _unescape(text: str) -> str:
 
 
 def check_options(options: GenerateOptions) -> None:
-    """OptionError for options that have no effect without another one. Needs no model."""
+    """OptionError for options that have no effect without another one, or beside it. Needs no model."""
     for name, needed in (("num_assistant_tokens", "assistant_model"), ("novel_words", "novel")):
         if getattr(options, name) is not None and not getattr(options, needed):
             raise OptionError(f"{_flag(name)} has no effect alone: add {_flag(needed)}")
+    rivals = (("assistant_model", "prompt_lookup_num_tokens"), ("tgt_lang", "forced_bos_token_id"))
+    for name, other in rivals:
+        if getattr(options, name) is not None and getattr(options, other) is not None:
+            raise OptionError(f"{_flag(name)} and {_flag(other)} exclude each other: leave one of both out")
     if options.temperature == 0 and options.do_sample:
         raise OptionError("--temperature 0 is greedy, --do-sample is not: leave one of both out")
 

@@ -165,6 +165,8 @@ def test_draws_a_model_that_learned_a_task_is_greedy_unless_told(tiny):
         ({"num_assistant_tokens": 3}, "--assistant-model"),
         ({"novel_words": 5}, "--novel"),
         ({"temperature": 0, "do_sample": True}, "--do-sample"),
+        ({"assistant_model": "bundled", "prompt_lookup_num_tokens": 2}, "exclude each other"),
+        ({"tgt_lang": "fra_Latn", "forced_bos_token_id": 0}, "exclude each other"),
     ],
 )
 def test_check_options_refuses_what_has_no_effect_before_a_model_is_loaded(options, words, capfdbinary):
