@@ -1,7 +1,6 @@
 """A recipe is a YAML file: a flat mapping from option names to values."""
 
 import re
-import shutil
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,10 +8,13 @@ from typing import Any
 
 import yaml
 
+from hfkit.console import note
 from hfkit.declaration import Options, divide, explain_unknown_name
 from hfkit.errors import HfkitError, OptionError
+from hfkit.storage import write_bytes
 
 _LARGEST = 1_000_000  # bytes; a person writes a recipe
+_BY_FLAG = ("trust_remote_code", "overwrite")
 
 
 class _Loader(yaml.SafeLoader):
@@ -69,6 +71,9 @@ def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise OptionError(f"not a readable recipe ({where}): {problem}") from error
     values = {key: value for key, value in recipe.items() if value is not None}
+    for name in _BY_FLAG:  # a recipe may be somebody else's: it neither runs code nor replaces files
+        if values.pop(name, False):
+            note(f"{path} sets {name}, which only a flag may: it is ignored, add --{name.replace('_', '-')}")
     return values | {key: _find_data(values[key], path) for key in ("corpus", "eval_file") if key in values}
 
 
@@ -128,7 +133,7 @@ def copy_recipe(name: str, folder: Path) -> list[Path]:
         raise HfkitError(f"{folder / taken[0]} exists: remove it, or copy to another folder")
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(recipe.parent / name, folder / name)
+        write_bytes(folder / name, (recipe.parent / name).read_bytes())
     return [folder / name for name in names]
 
 
