@@ -237,6 +237,15 @@ def test_labels_are_those_of_classify(tiny, reviews, tmp_path):
     assert run.metrics["accuracy"] == right / 5 and run.metrics["baseline"] == {"label": "bad", "accuracy": 0.6}
 
 
+def test_labels_longer_than_the_room(tiny, tmp_path):
+    """A prompt that fits with its own label, but not with a longer one, does not end the run."""
+    rows = [f"{'x' * (40 + number % 8)},{'no' if number % 2 else 'certainly'}" for number in range(40)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    options = {"template": "{text}: {label}", "labels": ["no", "certainly", "x" * 15], "eval_fraction": 0.3}
+    run = train(str(tmp_path / "rows.csv"), tiny, tmp_path / "run", **options)
+    assert 0 <= run.metrics["accuracy"] <= 1
+
+
 def test_labels_choose_the_step(tmp_path):
     """The highest accuracy is the best; of equal ones, the lowest loss."""
     history = [
