@@ -334,8 +334,9 @@ def test_find_newest_where_a_manifest_has_another_shape(tmp_path, shape):
 
 
 @pytest.mark.slow
-def test_finetune_three_pages(tmp_path, capfd):
+def test_finetune_three_pages(tmp_path, monkeypatch, capfd):
     """Without any option, a text of three pages is learned: its names are in the samples, its end is held out."""
+    monkeypatch.setattr("hfkit.training.runs._TOKENS", 80)
     draw = random.Random(0)
     places = "the mill,the harbour,the old bridge,the orchard,the lighthouse,the market,her garden,his workshop".split(
         ","
