@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 import hfkit
 from hfkit.errors import HfkitError, OptionError
 from hfkit.reporting.pages import make_files
+from hfkit.training import run_folder
 from hfkit.training.checkpoints import commit, find_newest
 from hfkit.training.monitor import best_step, is_stale
 from hfkit.training.runs import advise
@@ -287,18 +288,20 @@ def test_block_size_above_the_context_of_a_new_model(corpus, tmp_path):
     ("name", "words"),
     [
         ("tensorboard", "needs a package: pip install 'hfkit[tensorboard]'"),
-        ("comet_ml", "needs a package: pip install comet-ml"),
+        ("comet_ml", "needs a package: pip install not-installed"),
         ("nothing", "no such tracker; there are azure_ml,"),
         ("torch", "no such tracker"),
     ],
 )
-def test_report_to_what_is_not_there(corpus, tmp_path, monkeypatch, capfdbinary, name, words):
-    """It is reported before a model is looked for."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    result = call(capfdbinary, "finetune", corpus, "-m", "/no/such/model", "-o", tmp_path / "run", "--report-to", name)
-    assert_fails(result, 2, f"--report-to {name}", words)
+def test_report_to_what_is_not_there(tiny, corpus, tmp_path, monkeypatch, capfdbinary, name, words):
+    """It is reported before anything is written."""
+    if name in run_folder._TRACKERS:
+        monkeypatch.setitem(run_folder._TRACKERS, name, "not_installed")
+    for command in (["finetune", corpus, "-m", tiny], ["pretrain", corpus], ["tune", corpus, "-m", tiny]):
+        result = call(capfdbinary, *command, "-o", tmp_path / "run", "--report-to", name)
+        assert_fails(result, 2, f"--report-to {name}", words)
     with pytest.raises(OptionError, match=f"--report-to {name}"):
-        hfkit.finetune(corpus, model="/no/such/model", report_to=name, output_dir=tmp_path / "run")
+        hfkit.finetune(corpus, model=tiny, report_to=name, output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
