@@ -175,8 +175,7 @@ def held_out_scores(history: list[dict[str, Any]], step: int, head: str | None =
         "loss_gain_stderr": after.get("eval_loss_gain_stderr"),
     }
     if head or "eval_accuracy" in after:
-        name = "eval_accuracy" if "eval_accuracy" in after else "eval_token_accuracy"
-        figures |= {"accuracy_before": before.get(name), "accuracy": after.get(name)}
+        figures |= {"accuracy_before": before.get("eval_accuracy"), "accuracy": after.get("eval_accuracy")}
         figures["baseline"] = next((entry["baseline"] for entry in history if "baseline" in entry), None)
     if not head:
         for name in ("token_accuracy", "perplexity"):
