@@ -9,10 +9,12 @@ from typing import Any
 
 import yaml
 
+from hfkit.console import note
 from hfkit.declaration import Options, divide, explain_unknown_name
 from hfkit.errors import HfkitError, OptionError
 
 _LARGEST = 1_000_000  # bytes; a person writes a recipe
+_BY_FLAG = ("trust_remote_code", "overwrite")
 
 
 class _Loader(yaml.SafeLoader):
@@ -69,6 +71,9 @@ def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise OptionError(f"not a readable recipe ({where}): {problem}") from error
     values = {key: value for key, value in recipe.items() if value is not None}
+    for name in _BY_FLAG:  # a recipe may be somebody else's: it neither runs code nor replaces files
+        if values.pop(name, False):
+            note(f"{path} sets {name}, which only a flag may: it is ignored, add --{name.replace('_', '-')}")
     return values | {key: _find_data(values[key], path) for key in ("corpus", "eval_file") if key in values}
 
 

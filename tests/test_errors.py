@@ -5,12 +5,22 @@ import pickle
 import pytest
 
 from hfkit import errors
-from hfkit.errors import DivergedError, HfkitError, LockedError, OptionError, StoppedError, first_line, hide_passwords
+from hfkit.errors import (
+    DivergedError,
+    HfkitError,
+    LockedError,
+    NotFiniteError,
+    OptionError,
+    StoppedError,
+    first_line,
+    hide_passwords,
+)
 
 
 def test_stopped_error_pickles():
     """A pool of processes sends an error to its parent as a pickle."""
-    kinds = [HfkitError("a"), OptionError("a"), DivergedError("a"), LockedError("a"), StoppedError("a", 2)]
+    kinds = [StoppedError("a", 2)]
+    kinds += [kind("a") for kind in (HfkitError, OptionError, DivergedError, LockedError, NotFiniteError)]
     assert {type(error) for error in kinds} == {kind for kind in vars(errors).values() if isinstance(kind, type)}
     for error in kinds:
         copy = pickle.loads(pickle.dumps(error))  # noqa: S301

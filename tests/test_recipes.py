@@ -1,13 +1,26 @@
 """A recipe is YAML as people mean it, and can do nothing but set options."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from support.shell import assert_fails, call
 
+from hfkit.declaration import Options, option
 from hfkit.errors import OptionError
 from hfkit.options import GenerateOptions, ModelOptions
 from hfkit.recipes import read_recipe, read_value, read_values
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(Options):
+    """What `generate` takes besides."""
+
+    output: str | None = option(None, "")
+    overwrite: bool = option(False, "")
+
+
+GROUPS = (ModelOptions, GenerateOptions, FileOptions)
 
 
 @pytest.fixture
@@ -108,6 +121,31 @@ def test_read_values_lone_text(capfdbinary, tmp_path, tiny):
     (tmp_path / "recipe.yaml").write_text(f"model: {tiny}\nstop_strings: qz\nsequence_bias: [q=200, z=90]\n")
     result = call(capfdbinary, "generate", "hi", "-c", tmp_path / "recipe.yaml", "-n", 5, "--no-repeat-ngram-size", 2)
     assert result.stdout == b"hiq\n"
+
+
+@pytest.mark.parametrize("value", ["true", "True", "'yes'", "1"])
+def test_read_values_by_flag(tmp_path, capfdbinary, tiny, value):
+    """A recipe that somebody else wrote neither runs a model's code nor replaces a file; a flag can, beside it."""
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "output.jsonl"
+    recipe.write_text(
+        f"model: {tiny}\nmax_new_tokens: 1\noutput: {output}\noverwrite: {value}\ntrust_remote_code: {value}\n"
+    )
+    output.write_text("ten years")
+    result = call(capfdbinary, "generate", "hi", "-c", recipe)
+    assert result.returncode == 1 and b"exists: --overwrite replaces it" in result.stderr
+    for flag in (b"--overwrite", b"--trust-remote-code"):
+        assert b"which only a flag may: it is ignored, add " + flag in result.stderr
+    assert output.read_text() == "ten years"
+    assert call(capfdbinary, "generate", "hi", "-c", recipe, "--overwrite").returncode == 0
+    assert "ten years" not in output.read_text()
+    assert not read_recipe(recipe, *GROUPS)[0].trust_remote_code
+
+
+def test_read_values_flag_off(tmp_path, capfdbinary):
+    """The recipe of a run says false, which needs no word."""
+    (tmp_path / "recipe.yaml").write_text("trust_remote_code: false\ntop_p: 0.5")
+    assert read_recipe(tmp_path / "recipe.yaml", *GROUPS)[1] == GenerateOptions(top_p=0.5)
+    assert capfdbinary.readouterr() == (b"", b"")
 
 
 def test_read_recipe_groups(tmp_path):

@@ -186,7 +186,10 @@ def test_owned_names(tmp_path):
     assert storage.owned(tmp_path / "run") == set()
     storage.remove_owned(tmp_path / "run")
     assert (tmp_path / "thesis.txt").exists()
-    for text in ("", "[", "[]", '{"files": 3}', '{"files": null}'):
+    (tmp_path / "run" / storage.LIST).write_text('{"files": ["old"]}')
+    storage.add_owned(tmp_path / "run", ["new"])
+    assert storage.owned(tmp_path / "run") == {"old", "new"}
+    for text in ("", "[", "[]", '{"files": 3}', '{"files": null}', "[" * 100_000):
         (tmp_path / "run" / storage.LIST).write_text(text)
         assert storage.owned(tmp_path / "run") == set()
 
@@ -259,6 +262,17 @@ def test_lock_file(tmp_path):
         first.close()
         assert storage.lock_file(second)
     assert (tmp_path / "file").read_text() == "text"
+
+
+def test_make_writable_without_home(tmp_path, monkeypatch, corpus, tiny):
+    """A home that nobody knows is one line, and no folder called ~."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "~/.cache/huggingface/datasets")
+    with pytest.raises(HfkitError, match="no home directory"):
+        storage.make_writable(Path("~/runs/a"))
+    with pytest.raises(HfkitError, match="home|cache"):
+        hfkit.finetune(corpus, model=tiny, output_dir=tmp_path / "run", max_steps=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_check_free(tmp_path):

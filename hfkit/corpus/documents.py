@@ -47,7 +47,9 @@ class Example(NamedTuple):
         """The texts that are learned."""
         if "messages" not in self.row:
             return [self.row["completion"]]
-        return [turn["content"] for turn in self.row["messages"] if turn["role"] == "assistant"]
+        turns = [turn for turn in self.row["messages"] if turn["role"] == "assistant" and turn.get("weight", 1)]
+        calls = [[json.dumps(call["function"]) for call in turn.get("tool_calls", [])] for turn in turns]
+        return ["".join([turn["content"], *called]) for turn, called in zip(turns, calls, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,11 @@ _COMMANDS = {"text": "'hfkit generate'", "classification": "'hfkit classify'", "
 
 def context_length(config: Any) -> int | None:
     """Most tokens that a model with this transformers `config` can take; None without a limit."""
-    limit: int | None = getattr(config, "max_position_embeddings", None)
-    return limit - config.pad_token_id - 1 if limit and config.model_type in _SHIFTED else limit
+    text = getattr(config, "text_config", None) or config  # of a model that reads pictures as well
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # the latter is MPT's
+    if not isinstance(limit, int) or limit < 1:  # XLNet says -1
+        return None
+    return limit - (config.pad_token_id or 0) - 1 if config.model_type in _SHIFTED else limit
 
 
 def head_of(config: Any) -> str:

@@ -57,7 +57,7 @@ def export(
         if options.push_to_hub:
             _push(staging, options)
         if options.output_dir:
-            add_owned(staging, [path.name for path in staging.iterdir()])
+            add_owned(staging, [path.name for path in staging.iterdir()], weights=staging)
             publish(staging, target)
             return str(target)
     except (OSError, RuntimeError, SafetensorError) as error:

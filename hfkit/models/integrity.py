@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from hfkit.console import note, quiet_libraries
 from hfkit.errors import HfkitError, first_line
-from hfkit.models.sources import ModelFiles
+from hfkit.models.sources import ModelFiles, needs_code
+from hfkit.storage import check_weights
 
 # Hold it while transformers makes a model. It replaces methods of its classes and torch's default precision for that
 # time, in the whole process: two threads at once would leave the replacements in place for good.
@@ -31,12 +32,20 @@ def calling_library(source: ModelFiles) -> Iterator[None]:
         hint = "pip install 'hfkit[gguf]'" if source.gguf else "install what it names"
         raise HfkitError(f"{source.name} needs a package that is missing: {_short(error)}: {hint}") from error
     except Exception as error:  # everything from KeyError to a bare Exception
+        if source.config.get("auto_map") and not source.trust_remote_code:
+            raise needs_code(source) from error
         where = source.folder / source.gguf if source.gguf else source.adapter or source.folder
         raise HfkitError(f"{source.name} cannot be loaded ({where}): {_short(error)}") from error
 
 
 def _short(error: Exception) -> str:
     return first_line(error)[:300].rstrip(".:")
+
+
+def check_files(source: ModelFiles) -> None:
+    """Raise HfkitError if a weight file that hfkit wrote has changed since."""
+    for folder in {source.folder, source.adapter or source.folder}:
+        check_weights(folder)
 
 
 def check_names(folder: Path, **names: Iterable[object]) -> None:
@@ -65,6 +74,20 @@ def check_report(source: ModelFiles, model: PreTrainedModel, report: dict[str, A
     if left_over:
         example = min(left_over)
         note(f"{source.name}: {len(left_over)} of the weights' tensors are not part of the model, such as {example}")
+
+
+def check_blocks(source: ModelFiles, config: Any) -> None:
+    """Raise HfkitError if a .gguf file has more blocks than it says: transformers would leave the last ones out."""
+    from gguf import GGUFReader
+
+    path = source.folder / str(source.gguf)
+    matches = [re.match(r"blk\.(\d+)\.", tensor.name) for tensor in GGUFReader(path).tensors]
+    blocks = 1 + max((int(match[1]) for match in matches if match), default=-1)
+    if blocks > config.num_hidden_layers:
+        raise HfkitError(
+            f"the weights do not fit the model ({path}): {blocks} blocks, but block_count is "
+            f"{config.num_hidden_layers}; get the model again"
+        )
 
 
 def check_numbers(folder: Path, model: PreTrainedModel) -> None:

@@ -26,7 +26,15 @@ from hfkit.models.architecture import (
     head_of,
     spread_over_devices,
 )
-from hfkit.models.integrity import LOADING, calling_library, check_names, check_numbers, check_report
+from hfkit.models.integrity import (
+    LOADING,
+    calling_library,
+    check_blocks,
+    check_files,
+    check_names,
+    check_numbers,
+    check_report,
+)
 from hfkit.models.sources import ModelFiles, find_model
 from hfkit.models.tokenizers import read_tokenizer
 from hfkit.options import ModelOptions
@@ -153,6 +161,7 @@ def load_weights(
 
     config: what `load_config` returned, if the caller has it already.
     """
+    check_files(source)
     config = config or load_config(source)
     device = choose_device(options)
     dtype = choose_dtype(options.dtype, device)
@@ -168,6 +177,8 @@ def load_weights(
     if placement:
         arguments["device_map"] = placement
     with calling_library(source):
+        if source.gguf:
+            check_blocks(source, config)
         model, report = _class_for(config).from_pretrained(
             source.folder, trust_remote_code=source.trust_remote_code, **arguments
         )
@@ -200,6 +211,7 @@ def load_with_head(
     Raises:
         HfkitError: more than the head is missing.
     """
+    check_files(source)
     config = load_config(source)
     if labels:
         config.id2label = dict(enumerate(labels))

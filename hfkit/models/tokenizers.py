@@ -6,7 +6,8 @@ from typing import Any
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hfkit.console import note
-from hfkit.models.sources import ModelFiles, read_json
+from hfkit.models.folder import read_json
+from hfkit.models.sources import ModelFiles
 
 # It goes through everything in which kinds of tokenizers differ: case, spaces, digits, accents, unknown signs.
 _PROBE = "Hello, World! It's 2024:  the CAT's\n\n\tdéjà-vu 你好 <|endoftext|>"

@@ -250,7 +250,7 @@ def finish(folder: Path, checkpoint: Path, extra: dict[str, str | bytes], metric
     for name, content in extra.items():
         (staging / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     make_durable(staging)
-    add_owned(folder, [path.name for path in staging.iterdir()])
+    add_owned(folder, [path.name for path in staging.iterdir()], weights=staging)
     for path in staging.iterdir():
         os.replace(path, folder / path.name)
     sync_folder(folder)

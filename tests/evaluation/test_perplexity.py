@@ -1,5 +1,6 @@
 """Scores are those of a plain loop over the same windows, whatever is scored together and in what precision."""
 
+import contextlib
 import csv
 import io
 import json
@@ -12,13 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.chats import TEMPLATES
+from support.corpora import talk
 from support.pages import Page
 from support.shell import assert_fails, call
 
 import hfkit
 from hfkit.cli.evaluate import write_evaluation
 from hfkit.corpus.documents import END, Piece
-from hfkit.corpus.encoding import IGNORED
+from hfkit.corpus.encoding import IGNORED, encode_examples
 from hfkit.errors import HfkitError
 from hfkit.evaluation import perplexity, windows
 from hfkit.evaluation.windows import slide
@@ -644,3 +647,37 @@ def test_evaluate_takes_constant_memory(tmp_path):
         result = subprocess.run(command, capture_output=True, check=True, timeout=900)
         peaks.append(int(result.stdout))
     assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+@pytest.mark.parametrize(("template", "texts"), [("phi", 2), ("r1", 1)])
+def test_evaluate_scores_every_answer_once(tiny_llama, tmp_path, template, texts):
+    """Answers of one conversation count once, whether the template needs a text for each of them or not."""
+    lm = hfkit.load(tiny_llama)
+    turns = [("user", "rain?"), ("assistant", "the cat"), ("user", "so"), ("assistant", "a mat."), ("user", "?")]
+    example = talk(*turns)
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(example.row))
+    with patched_template(lm.tokenizer, TEMPLATES[template]):
+        rows = list(encode_examples([example], lm.tokenizer))
+        evaluation = hfkit.evaluate(str(path), model=lm)
+    assert len(rows) == texts and max(len(row["input_ids"]) for row in rows) <= evaluation.window
+    losses = [loop_losses(lm.model, row) for row in rows]
+    assert evaluation.loss == pytest.approx(float(torch.cat(losses).mean()), abs=1e-4)
+    assert evaluation.passages.tolist() == [len("the cat" + "a mat.")] and evaluation.documents == 1
+
+
+def loop_losses(model, row) -> torch.Tensor:
+    """Nats of each token that is learned, by one forward pass over the whole row."""
+    ids, labels = (torch.from_numpy(row[name].astype(np.int64)) for name in ("input_ids", "labels"))
+    with torch.inference_mode():
+        scores = model(ids[None]).logits[0].float().log_softmax(-1)
+    learned = labels[1:] != IGNORED
+    return -scores[:-1][learned].gather(1, labels[1:][learned][:, None])[:, 0]
+
+
+@contextlib.contextmanager
+def patched_template(tokenizer, template: str):
+    before, tokenizer.chat_template = tokenizer.chat_template, template
+    yield
+    tokenizer.chat_template = before
+

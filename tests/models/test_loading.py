@@ -24,6 +24,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import hfkit
+from hfkit import storage
 from hfkit.errors import HfkitError
 from hfkit.models import loading
 from hfkit.models.architecture import choose_dtype
@@ -31,6 +32,7 @@ from hfkit.models.loading import load_weights
 from hfkit.models.quantization import Int4Linear, Int8Linear
 from hfkit.options import ModelOptions
 
+pytestmark = pytest.mark.usefixtures("brisk")
 IDS = torch.tensor([[72, 101, 108, 108, 111, 44, 33]])
 
 
@@ -38,6 +40,12 @@ def fails(model, **options) -> str:
     with pytest.raises(HfkitError) as error:
         hfkit.load(str(model), **options)
     assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def hfkit_fails(act) -> str:
+    with pytest.raises(HfkitError) as error:
+        act()
     return str(error.value)
 
 
@@ -251,6 +259,16 @@ def test_load_gguf_damaged(tiny_llama, tmp_path, damage):
     assert "model.gguf" in fails(path)
 
 
+def test_load_gguf_block_count(tiny_llama, tmp_path):
+    """A file with more blocks, or fewer, than it says is not the model that was saved."""
+    whole = hfkit.load(tiny_llama)
+    path = write_gguf(whole.model, whole.tokenizer, tmp_path / "model.gguf", blocks=1)
+    assert "2 blocks, but block_count is 1" in fails(path)
+    path = write_gguf(whole.model, whole.tokenizer, tmp_path / "model.gguf", blocks=3)
+    assert "missing model.layers.2." in fails(path)
+    assert hfkit.load(write_gguf(whole.model, whole.tokenizer, tmp_path / "model.gguf"))
+
+
 # weights that are not the model's
 
 
@@ -314,6 +332,36 @@ def test_check_report_pooler(tiny_bert, copy, capsys):
     assert "2 of the weights' tensors are not part of the model" in capsys.readouterr().err
     edit_weights(folder, lambda saved: saved.pop("qa_outputs.bias"))
     assert "missing qa_outputs.bias" in fails(folder)
+
+
+@pytest.mark.parametrize("kind", ["run", "adapter", "export", "head"])
+def test_check_files(tiny, corpus, tmp_path, kind):
+    """One bit that flips in the weights of a run or an export is noticed, whatever it changes."""
+    options = {"model": tiny, "max_steps": 1, "bf16": False, "output_dir": tmp_path / "run"}
+    if kind == "export":
+        folder = Path(hfkit.export(tiny, output_dir=tmp_path / "run"))
+    elif kind == "head":
+        (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": "c", "label": "d"}\n' * 9)
+        folder = Path(hfkit.finetune(tmp_path / "rows.jsonl", head="classification", **options).output_dir)
+    else:
+        folder = Path(hfkit.finetune(corpus, lora=kind == "adapter", **options).output_dir)
+    (path,) = folder.glob("*.safetensors")
+    content, name = bytearray(path.read_bytes()), folder.rename(tmp_path / "moved") / path.name
+    assert hfkit.load(tmp_path / "moved")
+    for position in (-1, len(content) // 2, -99):
+        changed = content.copy()
+        changed[position] ^= 1
+        name.unlink()  # a loaded model still maps the file
+        name.write_bytes(changed)
+        assert f"the weights are not those that hfkit wrote ({name})" in fails(tmp_path / "moved")
+    if kind == "head":
+        assert "not those that hfkit wrote" in hfkit_fails(
+            lambda: hfkit.finetune(
+                tmp_path / "rows.jsonl", **options | {"model": tmp_path / "moved", "output_dir": tmp_path / "next"}
+            )
+        )
+    (tmp_path / "moved" / storage.LIST).unlink()
+    assert hfkit.load(tmp_path / "moved")
 
 
 def test_load_config_of_another_size(copy, tiny):

@@ -7,6 +7,7 @@ import random
 import shutil
 import socket
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,6 +125,30 @@ def test_find_model_offline(monkeypatch, tmp_path):
     """Offline and not cached: the error says both."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert "not cached and HF_HUB_OFFLINE is set" in fails(model="owner/name")
+
+
+def test_find_model_missing_folder(monkeypatch, tmp_path):
+    """A folder that is missing is said to be missing, with the one that may be meant; the network comes second."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/corpus", "runs/poems", "gpt-two"):
+        (tmp_path / name).mkdir(parents=True)
+    for offline in (True, False):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+        for name, hint in {"runs/corpsu": " (did you mean runs/corpus?)", "gpt-tw": " (did you mean gpt-two?)",
+                           "runs/nosuch": "", "elsewhere/poems": ""}.items():  # fmt: skip
+            line = fails(model=name)
+            assert line.startswith(f"no folder '{name}' here{hint}, and "), line
+            assert ("HF_HUB_OFFLINE" if offline else "cannot be reached (http://127.0.0.1:9)") in line
+
+
+def test_download_without_home(monkeypatch, tmp_path):
+    """Without a home directory nothing is written into a folder called ~."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    assert "no home directory" in fails(model="owner/name")
+    assert not list(tmp_path.iterdir())
 
 
 # files
@@ -311,6 +336,67 @@ def test_find_link(copy, tiny, tmp_path):
     (tmp_path / "elsewhere.safetensors").rename(blob)
     (snapshot / "model.safetensors").symlink_to("../../blobs/0")
     assert find(ModelOptions(model=str(snapshot))).folder == snapshot
+
+
+@pytest.mark.parametrize("linked", ["blobs", "model", "snapshot"])
+def test_find_link_to_another_disk(copy, tiny, tmp_path, linked):
+    """Parts of the Hub's cache may be links to another disk; a link to anywhere else is refused as ever."""
+    model, disk = tmp_path / "cache" / "models--a", tmp_path / "disk"
+    snapshot, blobs = model / "snapshots" / "0", model / "blobs"
+    snapshot.parent.mkdir(parents=True)
+    copy(tiny).rename(snapshot)
+    blobs.mkdir()
+    (snapshot / "model.safetensors").rename(blobs / "0")
+    (snapshot / "model.safetensors").symlink_to(blobs / "0")
+    moved = {"blobs": blobs, "model": model, "snapshot": snapshot}[linked]
+    moved.rename(disk)
+    moved.symlink_to(disk)
+    assert find(ModelOptions(model=str(snapshot))).folder == snapshot
+    (tmp_path / "0").write_bytes((blobs / "0").read_bytes())
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(tmp_path / "0")
+    assert "outside of the model's folder" in fails(model=str(snapshot))
+
+
+def test_check_header_unreadable(copy, tiny, monkeypatch):
+    """Weights of another user are not damaged."""
+    folder, plain = copy(tiny), Path.open
+
+    def refuse(path, *arguments, **options):
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    line = fails(model=str(folder))
+    assert f"the weights cannot be read ({folder}/model.safetensors): Permission denied" in line
+
+
+@pytest.mark.parametrize("base", ["folder", "owner/name"])
+def test_find_adapter_trusts_no_base(copy, tiny, tmp_path, monkeypatch, base):
+    """--trust-remote-code is about the adapter that was named, not about the base that its author chose."""
+    from hfkit.models.loading import load
+
+    mark, adapter = tmp_path / "mark", tmp_path / "adapter"
+    folder = copy(tiny)
+    (folder / "code.py").write_text(f"open({str(mark)!r}, 'w')")
+    config = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoConfig": "code.Config"}}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
+    if base == "owner/name":
+        monkeypatch.setattr("hfkit.models.sources.from_hub", lambda name, revision: folder)
+    adapter.mkdir()
+    name = base if base == "owner/name" else str(folder)
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name, "revision": "a" * 40}))
+    save_file({"a": np.zeros(1, np.float32)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(HfkitError, match="needs its own Python code"):
+        load(adapter, trust_remote_code=True)
+    assert not mark.exists()
+    config.pop("model_type")
+    (folder / "config.json").write_text(json.dumps(config))
+    line = fails(model=str(adapter), trust_remote_code=True)
+    assert "no base model for the adapter" in line and "which runs for a model that is named itself" in line
+    edit_json(folder / "config.json", auto_map=None, model_type="gpt2")  # a base without code is as good as ever
+    assert not find(ModelOptions(model=str(adapter), trust_remote_code=True)).trust_remote_code
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, []])

@@ -1,4 +1,4 @@
-"""A run records the hfkit command that began it, and nothing of the program around it."""
+"""A run records the hfkit command that begins it again, and nothing of the program around it."""
 
 import json
 import subprocess
@@ -21,8 +21,5 @@ def test_begin_records_command(tmp_path, tiny, corpus, how):
     assert result.returncode == 0, result.stderr
     for name in ("run.json", "metrics.json"):
         command = json.loads((run / name).read_text())["command"]
-        expected = "hfkit finetune --config recipe.yaml"
-        assert command == (
-            expected if how != "-m hfkit" else f"hfkit finetune {corpus} -m {tiny} -o {run} --max-steps 1 --no-bf16"
-        )
+        assert command == f"hfkit finetune {corpus} --model {tiny} --output-dir {run} --max-steps 1 --no-bf16"
     assert not [path for path in run.iterdir() if path.is_file() and b"hunter2" in path.read_bytes()]
