@@ -680,4 +680,3 @@ def patched_template(tokenizer, template: str):
     before, tokenizer.chat_template = tokenizer.chat_template, template
     yield
     tokenizer.chat_template = before
-
