@@ -163,7 +163,7 @@ def test_end_of_a_run(tiny, corpus, tmp_path, monkeypatch, capfd):
     run = train(corpus, tiny, tmp_path / "my run", learning_rate=1e-3)
     lines, figures = told(capfd), run.metrics
     at = lines.index("hfkit: writing samples and the report")
-    gained = f"{figures['perplexity_before']:.2f} → {figures['perplexity']:.2f}"
+    gained = f"{figures['perplexity_before']:,.2f} → {figures['perplexity']:,.2f}"
     assert f"held-out perplexity: {gained} (in blocks of 64 tokens" in lines[at + 1]
     assert lines[-2] == f"hfkit: report: {tmp_path}/my run/report.html"
     assert lines[-1].startswith(f"hfkit: next: hfkit generate -m '{tmp_path}/my run' ")
