@@ -310,7 +310,7 @@ def test_a_bad_option_is_one_line_before_a_model_is_loaded(tiny, capfdbinary, mo
 
 
 def test_what_cannot_be_inspected_is_one_line(tiny, tiny_t5, capfdbinary, tmp_path):
-    assert_fails(call(capfdbinary, "inspect", "", "-m", tiny), 1, "nothing to inspect")
+    assert_fails(call(capfdbinary, "inspect", "", "-m", tiny), 2, "give a text to inspect")
     assert_fails(call(capfdbinary, "inspect", "a" * 64, "-m", tiny), 1, "65 tokens", "64")
     assert_fails(call(capfdbinary, "inspect", "a\udcff", "-m", tiny), 2, "UTF-8")
     assert_fails(call(capfdbinary, "inspect", "a", "-m", tiny_t5), 1, "encoder")

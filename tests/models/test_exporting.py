@@ -38,7 +38,8 @@ def test_a_merged_adapter_says_what_model_and_adapter_say_together(tiny, adapter
     from peft import AutoPeftModelForCausalLM
 
     result = call(capfdbinary, "export", adapter, "-o", tmp_path / "whole")
-    assert (result.returncode, result.stdout.decode(), result.stderr) == (0, f"{tmp_path / 'whole'}\n", b"")
+    assert (result.returncode, result.stdout.decode()) == (0, f"{tmp_path / 'whole'}\n")
+    assert result.stderr.decode() == f"hfkit: next: hfkit generate -m {tmp_path / 'whole'}\n"
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     together = AutoPeftModelForCausalLM.from_pretrained(adapter)
     torch.testing.assert_close(logits(merged), logits(together), rtol=1e-4, atol=1e-4)

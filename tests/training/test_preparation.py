@@ -95,7 +95,7 @@ def test_json_is_one_object_with_all_figures_and_the_lines_for_people_have_them_
     assert figures["training"]["parameters"] > 0 and figures["training"]["memory"] > 0
     result = call(capfdbinary, "prepare", rows, "-m", tiny)
     text = result.stdout.decode()
-    assert (result.returncode, result.stderr) == (0, b"")
+    assert (result.returncode, result.stderr.decode()) == (0, f"hfkit: next: hfkit finetune {rows} -m {tiny}\n")
     for name in ("documents", "characters", "tokens", "blocks", "duplicates", "empty"):
         assert f"{figures[name]:,}" in text
     assert "U+0007 2 times" in text and "Cyrillic" in text and f"{figures['training']['parameters']:,}" in text
@@ -115,7 +115,8 @@ def test_files_that_are_left_out_are_told(tmp_path, capfdbinary, tiny):
     (tmp_path / "a" / "c.txt").touch()
     result = call(capfdbinary, "prepare", tmp_path / "a", "-m", tiny)
     assert result.returncode == 0 and result.stderr.decode().splitlines() == [
-        "hfkit: 2 files are empty or no text: left out"
+        "hfkit: 2 files are empty or no text: left out",
+        f"hfkit: next: hfkit finetune {tmp_path / 'a'} -m {tiny}",
     ]
 
 
