@@ -150,9 +150,9 @@ def _find_answer(context: str, answers: list[str], starts: list[Any]) -> int:
     """Where the first answer starts: where the row says, if that is correct, else its first occurrence, or -1."""
     if not answers:
         return -1
-    start = next(iter(starts), None)
-    if isinstance(start, int) and start >= 0 and context.startswith(answers[0], start):
-        return start
+    start = str(next(iter(starts), None)).strip().removesuffix(".0")  # a table has it as text, pandas as a float
+    if start.isdecimal() and context.startswith(answers[0], int(start)):
+        return int(start)
     return context.find(answers[0])
 
 

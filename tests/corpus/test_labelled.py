@@ -330,9 +330,12 @@ def test_question_rows_of_squad_or_with_a_text(tmp_path):
         base | {"answer": "rain", "answer_start": 30},
         base | {"answer": "rain", "answer_start": 5},  # there it is not
         base | {"answer": "snow"},
+        base | {"answer": "rain", "answer_start": "30"},
+        base | {"answer": "rain", "answer_start": 30.0},
+        base | {"answer": "rain", "answer_start": ""},
     ]
     result = rows_of(tmp_path, rows, question_rows)
-    assert [row.start for row in result] == [30, -1, 4, -1, 16, 30, 4, -1]
+    assert [row.start for row in result] == [30, -1, 4, -1, 16, 30, 4, -1, 30, 30, 4]
     assert [row.answers for row in result][:5] == [["rain", "the rain"], [], ["rain"], [], ["light", "the light"]]
     assert all(row.question == "what" and row.context == context for row in result)
     for row, words in (
