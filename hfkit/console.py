@@ -1,6 +1,7 @@
 """Output for a person at a terminal: results on stdout, notes and progress on stderr, all of it safe to show."""
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -38,10 +39,10 @@ def configure(*, quiet: bool, verbose: bool, debug: bool) -> None:
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        warnings.simplefilter("ignore")  # one library's about another
         logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it reports building its font cache
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def printable(text: str) -> str:
@@ -105,6 +106,12 @@ def note(text: str) -> None:
     """Print a line to stderr, unless `--quiet`."""
     if not state.quiet:
         print(f"hfkit: {printable(text)}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def note_once(text: str) -> None:
+    """A note that is shown once in a process, however often the code gets there."""
+    note(text)
 
 
 def detail(text: str) -> None:
@@ -178,3 +185,29 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(1, math.ceil(seconds))} seconds"
+
+
+def with_error(value: float, error: float | None, form: str) -> str:
+    """`value ± error` in this format; the value alone where the error is not known."""
+    known = error is not None and math.isfinite(error)
+    return f"{value:{form}} ± {error:{form.lstrip('+')}}" if known else f"{value:{form}}"
+
+
+def write_figures(head: Sequence[str], rows: Sequence[Sequence[str]], **options: Any) -> None:
+    """`write_table`, turned where it is too wide for the terminal: each cell on a line, so that none is cut."""
+    import shutil
+
+    from rich.cells import cell_len
+
+    columns = zip(head, *rows, strict=True)
+    width = 1 + sum(
+        3 + max(cell_len(printable(line)) for cell in column for line in cell.split("\n")) for column in columns
+    )
+    if width <= (shutil.get_terminal_size().columns if sys.stdout.isatty() else 120):
+        write_table(head, rows, **options)
+        return
+    names = [" ".join(name.split()) for name in head]
+    longest = max(map(len, names))
+    for row in rows:
+        lines = [f"{name:<{longest}}  {cell}\n" for name, cell in zip(names, row, strict=True) if cell]
+        write("".join([*lines, "\n"]))

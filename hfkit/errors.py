@@ -7,6 +7,9 @@ HfkitError                    exit code 1
 └── StoppedError              128 + the signal: 130 after Ctrl-C, 143 after SIGTERM
 """
 
+import re
+import signal as signals
+
 
 class HfkitError(Exception):
     """Something in the request is wrong. The message says what is wrong, where, and what to do."""
@@ -28,15 +31,28 @@ class LockedError(HfkitError):
     """Another process holds the folder or file."""
 
 
+class NotFiniteError(HfkitError):
+    """A model gives NaN or infinity, as half precision does where a value is too large for it."""
+
+    @classmethod
+    def of(cls, model: str) -> "NotFiniteError":
+        return cls(f"{model} gives values that are not numbers: try --dtype float32")
+
+
 class StoppedError(HfkitError):
     """Ctrl-C or SIGTERM ended a run; its state is saved."""
 
-    def __init__(self, message: str, signal: int) -> None:
+    def __init__(self, message: str, signal: int = signals.SIGTERM) -> None:  # pickle passes the message alone
         super().__init__(message)
         self.exit_code = 128 + signal
 
 
 def first_line(error: Exception) -> str:
     """The first line of a library's error message, or the name of its class if it has none."""
-    text = getattr(error, "strerror", None) or str(error)
+    text = hide_passwords(getattr(error, "strerror", None) or str(error))
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+
+
+def hide_passwords(text: str) -> str:
+    """`text` without the user and password of its URLs: "https://user:secret@host" is "https://host"."""
+    return re.sub(r"(?<=://)[^/\s'\"]*@", "", text)

@@ -75,7 +75,9 @@ class GenerateOptions(Options):
     renormalize_logits: bool | None = option(None, "Renormalise after the last processor.")
     use_cache: bool | None = option(None, "Reuse keys and values of earlier tokens.")
     max_time: float | None = option(None, "Stop after this many seconds.", above=0)
-    stop_strings: list[str] | None = option(None, "End before this text; may be repeated.", short="--stop")
+    stop_strings: list[str] | None = option(
+        None, r"End before this text; \n is a newline; may be repeated.", short="--stop"
+    )
     bad_words: list[str] | None = option(None, "Never produce this text; may be repeated.")
     sequence_bias: list[str] | None = option(None, "TEXT=BIAS: add BIAS to the logit of TEXT; may be repeated.")
     negative_prompt: str | None = option(None, "What --guidance-scale moves away from. [default: the last token]")
@@ -138,7 +140,7 @@ class CorpusOptions(TaskOptions):
     label_column: str = option("label", "Column of the label, for a classification head.")
     errors: Literal["strict", "replace"] = option("strict", "Bytes that are not UTF-8: refuse, or replace and count.")
     dataset_config_name: str | None = option(None, "Configuration of an hf:// data set.")
-    dataset_split: str = option("train", "Split of an hf:// data set.")
+    dataset_split: str = option("train", "Split of an hf:// data set, or of a file or folder with several.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +157,12 @@ class DataOptions(CorpusOptions):
 class TrainOptions(Options):
     """How a model is trained. Names are those of `TrainingArguments` and, for LoRA, of TRL, where these have one."""
 
-    output_dir: str | None = option(None, "Folder of the run. [default: runs/NAME of the corpus]", short="-o")
-    num_train_epochs: float | None = option(None, "Passes over the corpus. [default: 3; new: 3 to 20]", above=0)
+    output_dir: str | None = option(
+        None, "Folder of the run. [default: runs/NAME of the corpus; pretrain: runs/NAME-pretrained]", short="-o"
+    )
+    num_train_epochs: float | None = option(
+        None, "Passes over the corpus. [default: 3, for a small corpus up to 30; new: 3 to 20]", above=0
+    )
     max_steps: int | None = option(None, "Optimizer steps, instead of epochs.", min=1)
     per_device_train_batch_size: int | None = option(None, "Sequences at a time. [default: 8, fewer if short]", min=1)
     per_device_eval_batch_size: int | None = option(None, "Sequences at a time when evaluating. [default: 8]", min=1)
@@ -227,6 +233,7 @@ class ManyModelsOptions(ModelOptions):
 class SizeOptions(Options):
     """A new model and its tokenizer. All but the first two are fields of `transformers.GPT2Config`."""
 
+    named_by: ClassVar[str] = "size"
     architecture: Literal["gpt2", "bert"] = option("gpt2", "gpt2, or bert with a --head.")
     size: Literal["tiny", "mini", "small", "medium", "large", "xl"] = option(
         "mini", "tiny 1 million parameters, mini 9, then GPT-2's: small 124, medium 355, large 774, xl 1558."

@@ -2,31 +2,32 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hfkit.declaration import explain_unknown_name
+from hfkit.console import note
+from hfkit.declaration import Options, divide, explain_unknown_name
 from hfkit.errors import HfkitError, OptionError
 from hfkit.storage import write_bytes
 
-_LARGEST = 1_000_000  # bytes: a recipe is written by a person
+_LARGEST = 1_000_000  # bytes; a person writes a recipe
+_BY_FLAG = ("trust_remote_code", "overwrite")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 5e-5 is a number (YAML 1.1: a text), 010 is ten (it: eight), `no` is a word."""
+    """YAML as people mean it. 5e-5 is a number (text in YAML 1.1), 010 is ten (eight there), `no` is a word."""
 
     yaml_implicit_resolvers = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):  # a few lines of aliases can stand for gigabytes
-            raise yaml.MarkedYAMLError(problem="an alias: write the value out", problem_mark=event.start_mark)
-        if event.tag:
-            raise yaml.MarkedYAMLError(problem=f"a tag ({event.tag}): leave it out", problem_mark=event.start_mark)
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        # A few lines of aliases can stand for gigabytes.
+        fault = "an alias: write the value out" if isinstance(event, yaml.AliasEvent) else None
+        if fault := fault or (event.tag and f"a tag ({event.tag}): leave it out"):
+            raise yaml.MarkedYAMLError(problem=fault, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
 
@@ -41,25 +42,20 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 
 
 def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
-    """The values that the recipe at `path` sets; OptionError where one is not `known` or the file is no recipe."""
+    """The values that a recipe sets, by name. A corpus that is not in the working folder is looked up beside it.
+
+    Raises:
+        OptionError: the recipe cannot be read, or sets an option that is not `known`.
+    """
     path, known = find_recipe(Path(path)), list(known)
     try:
         if path.stat().st_size > _LARGEST:
-            raise OptionError(f"{path} is larger than {_LARGEST:,} bytes: that is no recipe")
+            raise OptionError(f"{path} is larger than {_LARGEST:,} bytes: that is not a recipe")
         loader = _Loader(path.read_text("utf-8"))
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode | None):
-            raise OptionError(f"{path} is no list of options: write lines such as 'temperature: 0.7'")
-        seen: set[str] = set()
-        for key, _ in root.value if root else []:
-            where = f"{path}, line {key.start_mark.line + 1}"
-            name = key.value if isinstance(key, yaml.ScalarNode) else "[...]"
-            if name not in known:
-                hint = explain_unknown_name(name, known) or "see --help for the names"
-                raise OptionError(f"unknown option {name!r} ({where}): {hint}")
-            if name in seen:
-                raise OptionError(f"option {name!r} twice ({where}): leave one of them out")
-            seen.add(name)
+            raise OptionError(f"{path} does not list options: write lines such as 'temperature: 0.7'")
+        _check_names(path, root.value if root else [], known)
         recipe = loader.construct_document(root) if root else {}
     except FileNotFoundError as error:
         raise OptionError(f"no recipe {str(path)!r}: {_similar_recipes(str(path))}") from error
@@ -75,18 +71,34 @@ def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise OptionError(f"not a readable recipe ({where}): {problem}") from error
     values = {key: value for key, value in recipe.items() if value is not None}
+    for name in _BY_FLAG:  # a recipe may be somebody else's: it neither runs code nor replaces files
+        if values.pop(name, False):
+            note(f"{path} sets {name}, which only a flag may: it is ignored, add --{name.replace('_', '-')}")
     return values | {key: _find_data(values[key], path) for key in ("corpus", "eval_file") if key in values}
+
+
+def _check_names(path: Path, pairs: list[tuple[yaml.Node, yaml.Node]], known: list[str]) -> None:
+    names: set[str] = set()
+    for key, _ in pairs:
+        where = f"{path}, line {key.start_mark.line + 1}"
+        name = key.value if isinstance(key, yaml.ScalarNode) else "[...]"
+        if name not in known:
+            hint = explain_unknown_name(name, known) or "see --help for the names"
+            raise OptionError(f"unknown option {name!r} ({where}): {hint}")
+        if name in names:
+            raise OptionError(f"option {name!r} twice ({where}): leave one of them out")
+        names.add(name)
 
 
 def shipped() -> dict[str, Path]:
     """The recipes that come with hfkit, by name."""
-    inside = Path(__file__).parent / "shipped"  # of an installed package; in a checkout they lie beside it
-    folder = inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
+    installed = Path(__file__).parent / "shipped"
+    folder = installed if installed.is_dir() else Path(__file__).parents[1] / "recipes"  # of a checkout
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_recipe(path: Path) -> Path:
-    """A file, or the shipped recipe of that name."""
+    """`path`, or the shipped recipe of that name if there is no such file."""
     return path if path.exists() else shipped().get(path.name.removesuffix(".yaml"), path)
 
 
@@ -98,7 +110,7 @@ def _similar_recipes(name: str) -> str:
 
 
 def head_comment(path: Path) -> list[str]:
-    """The comment that a recipe begins with, line by line: what it is, and the commands to use it."""
+    """Lines of the comment at the top of a recipe: what it does, and the commands to use it."""
     lines = []
     for line in path.read_text("utf-8").splitlines():
         if not line.startswith("#"):
@@ -108,42 +120,39 @@ def head_comment(path: Path) -> list[str]:
 
 
 def copy_recipe(name: str, folder: Path) -> list[Path]:
-    """Copy a shipped recipe, and the data that it names, into `folder`; the files.
+    """Copy a shipped recipe, and the data that it names, into `folder`. Returns the new files.
 
     Raises:
-        HfkitError: there is no such recipe, or a file is there already.
+        HfkitError: there is no such recipe, or a file of that name exists.
     """
     recipe = shipped().get(name)
     if recipe is None:
         raise HfkitError(f"no recipe {name!r}: {_similar_recipes(name)}")
-    data = sorted({*re.findall(r"data/[\w.-]+", recipe.read_text("utf-8"))})
-    wanted = [recipe.name, *data]
-    if taken := [name for name in wanted if (folder / name).exists()]:
+    names = [recipe.name, *sorted({*re.findall(r"data/[\w.-]+", recipe.read_text("utf-8"))})]
+    if taken := [name for name in names if (folder / name).exists()]:
         raise HfkitError(f"{folder / taken[0]} exists: remove it, or copy to another folder")
-    for name in wanted:
+    for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / name, (recipe.parent / name).read_bytes())
-    return [folder / name for name in wanted]
+    return [folder / name for name in names]
 
 
 def _find_data(value: Any, recipe: Path) -> Any:
-    """A corpus that is not in the working folder is looked for beside the recipe that names it."""
     if isinstance(value, list):
-        return [_find_data(one, recipe) for one in value]
+        return [_find_data(item, recipe) for item in value]
     beside = recipe.parent / str(value)
     return str(beside) if not Path(str(value)).exists() and beside.exists() else value
 
 
 def read_value(text: str) -> Any:
-    """`text` as a value in a recipe; OptionError where it is none."""
+    """`text` as a value in a recipe. Raises OptionError if it is not one."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506, a subclass of SafeLoader
     except (yaml.YAMLError, RecursionError) as error:
-        raise OptionError(f"{text!r} is no value: write it as in a recipe") from error
+        raise OptionError(f"{text!r} is not a value: write it as in a recipe") from error
 
 
-def read_recipe(path: str | Path, *groups: type) -> tuple[Any, ...]:
-    """One instance per group: `model, how = read_recipe("recipes/story.yaml", ModelOptions, GenerateOptions)`."""
-    owner = {field.name: group for group in groups for field in fields(group)}
-    recipe = read_values(path, owner)
-    return tuple(group(**{key: value for key, value in recipe.items() if owner[key] is group}) for group in groups)
+def read_recipe(path: str | Path, *groups: type[Options]) -> tuple[Any, ...]:
+    """The options of each group: `model, sampling = read_recipe("story.yaml", ModelOptions, GenerateOptions)`."""
+    values = read_values(path, [name for group in groups for name in group.names()])
+    return tuple(divide(values, *((group, None) for group in groups)))

@@ -1,11 +1,12 @@
 """Files that appear whole or not at all, and folders that one process writes at a time.
 
 hfkit replaces, deletes and changes only what it wrote itself. Each output folder holds a list of those names
-(`.hfkit.json`); everything else in it belongs to someone else.
+(`.hfkit.json`), with the SHA-256 of weights; everything else in it belongs to someone else.
 """
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import re
@@ -29,20 +30,47 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.hfkit")
 
 
+def _read_list(folder: Path) -> dict[str, str | None]:
+    """Name -> SHA-256, or None. Empty without a list."""
+    try:
+        files = json.loads((folder / LIST).read_text("utf-8"))["files"]
+        names = [name for name in files if isinstance(name, str) and Path(name).name == name != ".."]
+        return {name: files[name] if isinstance(files, dict) else None for name in names}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
+
+
 def owned(folder: Path) -> set[str]:
     """Names in `folder` that hfkit wrote, from the list in the folder. Empty without a list."""
-    try:
-        names = json.loads((folder / LIST).read_text("utf-8"))["files"]
-        return {name for name in names if isinstance(name, str) and Path(name).name == name != ".."}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return set()
+    return {*_read_list(folder)}
 
 
-def add_owned(folder: Path, names: Iterable[str]) -> None:
-    """Add `names` to the list of what hfkit writes in `folder`. Call it before they are written."""
-    listed = owned(folder)
-    if not {*names} <= listed:
-        write_text(folder / LIST, json.dumps({"files": sorted({*listed, *names})}))
+def add_owned(folder: Path, names: Iterable[str], weights: Path | None = None) -> None:
+    """Add `names` to the list of what hfkit writes in `folder`. Call it before they are written.
+
+    weights: a folder with the .safetensors files that will be among them; `check_weights` compares with these.
+    """
+    listed = _read_list(folder)
+    files = listed | {name: listed.get(name) for name in names}
+    files |= {path.name: _digest(path) for path in weights.glob("*.safetensors")} if weights else {}
+    if files != listed:
+        write_text(folder / LIST, json.dumps({"files": dict(sorted(files.items()))}))
+
+
+def check_weights(folder: Path) -> None:
+    """Raise HfkitError if weights in `folder` differ from what hfkit wrote there. Others' folders are not checked."""
+    for name, digest in _read_list(folder).items():
+        path = folder / name
+        if digest and path.is_file() and _digest(path) != digest:
+            raise HfkitError(
+                f"the weights are not those that hfkit wrote ({path}): make them again, or, if you changed them on "
+                f"purpose, delete {folder / LIST}"
+            )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_ours(path: Path, listed: set[str]) -> bool:
@@ -196,8 +224,15 @@ def _exchange(staging: Path, target: Path) -> None:
     os.replace(old, staging)
 
 
+def check_home(folder: Path) -> None:
+    """Raise HfkitError for a path that still begins with "~", which would be a new folder of that name here."""
+    if folder.parts[:1] == ("~",):
+        raise HfkitError(f"no home directory ({folder}): set HOME, or HF_HOME to a folder of yours")
+
+
 def make_writable(folder: Path) -> None:
     """Create `folder` and check that files can be written there. Raises HfkitError if they cannot."""
+    check_home(folder)
     probe = temporary(folder / "probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from support.shell import assert_fails, call
 
+from hfkit.declaration import divide
 from hfkit.errors import OptionError
 from hfkit.options import SAMPLING, GenerateOptions, ModelOptions, TrainOptions
 from hfkit.recipes import read_recipe
@@ -45,7 +46,8 @@ CASES = [(name, value) for name, values in BAD.items() for value in values]
 
 
 @pytest.mark.parametrize(("name", "value"), CASES)
-def test_a_value_out_of_range_is_refused_by_flag_recipe_and_python(tmp_path, capfdbinary, name, value):
+def test_range_refused(tmp_path, capfdbinary, name, value):
+    """A value out of range is refused by flag, recipe and Python alike."""
     flag, recipe = "--" + name.replace("_", "-"), tmp_path / "recipe.yaml"
     assert_fails(call(capfdbinary, "generate", "hi", f"{flag}={value}"), 2, flag)
     recipe.write_text(yaml.dump({name: value}))
@@ -67,11 +69,13 @@ GOOD = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in GOOD.items() for value in values])
-def test_the_ends_of_a_range_are_in_it(name, value):
+def test_range_includes_its_ends(name, value):
+    """The ends of a range belong to it."""
     assert getattr(GenerateOptions(**{name: value}), name) == value
 
 
-def test_a_whole_number_is_a_float_where_that_is_wanted():
+def test_type_whole_number_as_float():
+    """A whole number becomes a float where the option is one."""
     options = GenerateOptions(temperature=2, repetition_penalty=2, top_k=2)
     assert [type(value) for value in (options.temperature, options.repetition_penalty, options.top_k)] == [
         float, float, int,
@@ -83,17 +87,20 @@ def test_a_whole_number_is_a_float_where_that_is_wanted():
 @pytest.mark.parametrize(
     ("name", "value"), [("top_k", True), ("do_sample", 1), ("do_sample", "yes"), ("truncate", None), ("seed", "7")]
 )
-def test_a_value_of_another_type_is_refused(name, value):
+def test_type_refused(name, value):
+    """A value of another type is refused."""
     with pytest.raises(OptionError, match=name.replace("_", "-")):
         GenerateOptions(**{name: value})
 
 
-def test_a_lone_value_is_a_list_of_one():
+def test_type_lone_value():
+    """A lone value is a list of one."""
     options = GenerateOptions(stop_strings="END", suppress_tokens=3)
     assert (options.stop_strings, options.suppress_tokens) == (["END"], [3])
 
 
-def test_an_unknown_option_is_a_type_error_that_suggests_the_name(tiny):
+def test_divide_unknown_name(tiny):
+    """An unknown option is a TypeError that suggests the right name."""
     import hfkit
 
     with pytest.raises(TypeError, match="'temprature': did you mean 'temperature'"):
@@ -104,7 +111,8 @@ def test_an_unknown_option_is_a_type_error_that_suggests_the_name(tiny):
         GenerateOptions(temprature=1)
 
 
-def test_overrides_replace_options_which_never_change():
+def test_make_overrides():
+    """Overrides replace options, which never change."""
     options = GenerateOptions(top_p=0.5, seed=1)
     assert GenerateOptions.make(options, {"top_p": 0.9}) == GenerateOptions(top_p=0.9, seed=1)
     assert options.top_p == 0.5
@@ -112,7 +120,16 @@ def test_overrides_replace_options_which_never_change():
         options.top_p = 1
 
 
-def test_an_option_with_transformers_name_exists_there():
+def test_make_from_a_name(tmp_path):
+    """A text or path stands for the options of the model of that name."""
+    assert ModelOptions.make("gpt2") == ModelOptions(model="gpt2") and ModelOptions.make(None) == ModelOptions()
+    assert ModelOptions.make(tmp_path, {"dtype": "bfloat16"}) == ModelOptions(model=str(tmp_path), dtype="bfloat16")
+    model, how = divide({"top_p": 0.5, "device": "cpu"}, (ModelOptions, "gpt2"), (GenerateOptions, None))
+    assert model == ModelOptions(model="gpt2", device="cpu") and how == GenerateOptions(top_p=0.5)
+
+
+def test_generate_options_upstream():
+    """An option with transformers' name exists there."""
     from transformers import GenerationConfig
 
     from hfkit.inference.controls import OWN
@@ -121,7 +138,8 @@ def test_an_option_with_transformers_name_exists_there():
     assert set(GenerateOptions.names()) - set(OWN) <= set(vars(GenerationConfig()))
 
 
-def test_every_option_has_a_help_text_and_nothing_is_set_by_default():
+def test_options_help_and_defaults():
+    """Every option has a help text, and none that generates is set by default."""
     for field in fields(GenerateOptions) + fields(ModelOptions):
         assert field.metadata["help"]
     assert {field.default for field in fields(GenerateOptions)} == {None, False}
@@ -136,10 +154,12 @@ def test_every_option_has_a_help_text_and_nothing_is_set_by_default():
         *({"sequence_bias": bias} for bias in ("rain", "=1", "rain=", "rain=wet", "rain=nan", "rain=inf")),
     ],
 )
-def test_what_cannot_go_together_or_be_read_is_refused_before_a_model_is_loaded(values):
+def test_generate_options_conflicts(values):
+    """Options that exclude each other, or cannot be read, are refused before a model is loaded."""
     with pytest.raises(OptionError, match="--" + list(values)[0].replace("_", "-")):
         GenerateOptions(**values)
 
 
-def test_a_bias_may_be_for_a_text_with_an_equals_sign():
+def test_biases_equals_sign():
+    """The text of a bias may contain an equals sign."""
     assert GenerateOptions(sequence_bias=["a=b=-2.5", " c=1"]).biases() == [("a=b", -2.5), (" c", 1)]

@@ -56,7 +56,8 @@ def lines(result) -> list[str]:
     return result.stderr.decode().splitlines()
 
 
-def test_two_processes_learn_what_one_would_and_one_of_them_speaks(still, corpus, tmp_path, alone):
+def test_finetune_on_two_processes(still, corpus, tmp_path, alone):
+    """Two processes learn what one would, and one of them speaks."""
     folder = tmp_path / "run"
     result = run("finetune", corpus, "-m", still, "-o", folder, *SMALL, "--num-processes", 2)
     assert (result.returncode, result.stdout.decode()) == (0, f"{folder}\n"), result.stderr
@@ -66,7 +67,8 @@ def test_two_processes_learn_what_one_would_and_one_of_them_speaks(still, corpus
 
 
 @pytest.mark.slow
-def test_torchrun_itself_works_as_well(still, corpus, tmp_path, alone):
+def test_torchrun(still, corpus, tmp_path, alone):
+    """torchrun itself works, too."""
     command = [*TORCHRUN, "finetune", corpus, "-m", still, "-o", tmp_path / "run", *SMALL]
     result = subprocess.run(list(map(str, command)), capture_output=True, timeout=120)
     assert (result.returncode, result.stdout.decode()) == (0, f"{tmp_path / 'run'}\n"), result.stderr
@@ -74,7 +76,8 @@ def test_torchrun_itself_works_as_well(still, corpus, tmp_path, alone):
 
 
 @pytest.mark.slow
-def test_accelerate_launch_works_as_well(still, corpus, tmp_path, alone):
+def test_accelerate_launch(still, corpus, tmp_path, alone):
+    """`accelerate launch` works, too."""
     command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "hfkit", "finetune", corpus, "-m", still]
     command = [sys.executable, *command, "-o", tmp_path / "run", *SMALL]
@@ -85,7 +88,8 @@ def test_accelerate_launch_works_as_well(still, corpus, tmp_path, alone):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pretrain", "streaming", "lora", "accumulation"])
-def test_every_kind_of_run_is_shared(tiny, corpus, tmp_path, kind):
+def test_finetune_every_kind_on_two_processes(tiny, corpus, tmp_path, kind):
+    """Every kind of run can be shared."""
     command = ["finetune", corpus, "-m", tiny]
     if kind == "pretrain":
         command = ["pretrain", corpus, "--n-layer", 1, "--n-embd", 16, "--n-head", 2, "--n-positions", 32]
@@ -131,7 +135,8 @@ def workers(process: subprocess.Popen) -> dict[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_all_save_and_one_says_so(tiny, corpus, tmp_path, number):
+def test_stop_two_processes(tiny, corpus, tmp_path, number):
+    """Asked to stop, all processes save and one says so."""
     process = start(corpus, tiny, tmp_path / "run")
     wait_for(tmp_path / "run" / "checkpoints" / "checkpoint-50" / "manifest.json")
     process.send_signal(number)
@@ -144,7 +149,8 @@ def test_asked_to_stop_all_save_and_one_says_so(tiny, corpus, tmp_path, number):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_of_two_is_the_uninterrupted_one_to_the_bit(tiny, corpus, tmp_path):
+def test_resume_two_processes(tiny, corpus, tmp_path):
+    """A resumed run of two processes is bit-identical to the uninterrupted one."""
     steps = ["--max-steps", 120, "--eval-steps", 40, "--save-steps", 10, "--no-bf16"]
     command = ["finetune", corpus, "-m", tiny, *steps, "--num-processes", 2]
     assert run(*command, "-o", tmp_path / "whole").returncode == 0
@@ -160,7 +166,8 @@ def test_a_resumed_run_of_two_is_the_uninterrupted_one_to_the_bit(tiny, corpus, 
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_all_and_is_named(tiny, corpus, tmp_path):
+def test_launch_with_one_process_killed(tiny, corpus, tmp_path):
+    """A process that is killed ends all, and is named."""
     process = start(corpus, tiny, tmp_path / "run")
     wait_for(tmp_path / "run" / "checkpoints" / "checkpoint-50" / "manifest.json")
     started, ranks = time.monotonic(), workers(process)
@@ -178,7 +185,8 @@ def test_a_process_that_is_killed_ends_all_and_is_named(tiny, corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_only_the_processes_can_find_is_one_line(tiny, corpus, tmp_path):
+def test_launch_with_an_error_in_all(tiny, corpus, tmp_path):
+    """An error that only the processes can find is one line."""
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
     (folder / "tokenizer.json").write_text("{")
     result = run("finetune", corpus, "-m", folder, "-o", tmp_path / "run", *SMALL, "--num-processes", 2)
@@ -187,7 +195,8 @@ def test_what_only_the_processes_can_find_is_one_line(tiny, corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_the_first_process_finds_wrong_does_not_leave_the_others_waiting(tiny, corpus, tmp_path):
+def test_launch_with_an_error_in_the_first(tiny, corpus, tmp_path):
+    """An error of the first process does not leave the others waiting."""
     from hfkit.storage import lock
 
     command = [*TORCHRUN, "finetune", corpus, "-m", tiny, "-o", tmp_path / "run", *SMALL]
@@ -219,14 +228,16 @@ def launched(monkeypatch):
     return asked
 
 
-def test_one_machine_starts_all_processes_with_the_same_command(launched):
+def test_launch_on_one_machine(launched):
+    """One machine starts all processes with the same command."""
     assert train.launch_processes(LaunchOptions(num_processes=8)) is True
     asked = launched[0]
     assert (asked.nproc_per_node, asked.standalone, asked.module, asked.training_script) == ("8", True, True, "hfkit")
     assert asked.training_script_args == ["finetune", "corpus.txt", "--num-processes", "8"]
 
 
-def test_one_of_several_machines_starts_its_share(launched):
+def test_launch_on_several_machines(launched):
+    """One of several machines starts its share."""
     machines = {"num_machines": 2, "machine_rank": 1, "main_process_ip": "10.0.0.1", "main_process_port": 29400}
     assert train.launch_processes(LaunchOptions(num_processes=16, **machines))
     asked = launched[0]
@@ -234,20 +245,23 @@ def test_one_of_several_machines_starts_its_share(launched):
     assert (asked.master_addr, asked.master_port) == ("10.0.0.1", 29400)
 
 
-def test_nothing_is_started_for_one_process_or_by_a_process_that_was(launched, monkeypatch):
+def test_launch_nothing(launched, monkeypatch):
+    """Nothing is started for one process, or by a process that was started."""
     assert train.launch_processes(LaunchOptions()) is False
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert train.launch_processes(LaunchOptions(num_processes=2)) is False and not launched
 
 
-def test_machines_that_do_not_fit_together_are_a_usage_error(launched):
+def test_launch_bad_machines(launched):
+    """Machines that do not fit together are a usage error."""
     with pytest.raises(OptionError, match="it must be a multiple of --num-machines"):
         train.launch_processes(LaunchOptions(num_processes=3, num_machines=2, main_process_ip="a"))
     with pytest.raises(OptionError, match="--num-machines needs --main-process-ip"):
         train.launch_processes(LaunchOptions(num_processes=2, num_machines=2))
 
 
-def test_what_became_of_the_processes_is_the_exit_code(launched, monkeypatch):
+def test_launch_exit_code(launched, monkeypatch):
+    """The exit code says what became of the processes."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure

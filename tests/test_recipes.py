@@ -1,14 +1,26 @@
 """A recipe is YAML as people mean it, and can do nothing but set options."""
 
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from support.shell import assert_fails, call
 
+from hfkit.declaration import Options, option
 from hfkit.errors import OptionError
 from hfkit.options import GenerateOptions, ModelOptions
 from hfkit.recipes import read_recipe, read_value, read_values
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(Options):
+    """What `generate` takes besides."""
+
+    output: str | None = option(None, "")
+    overwrite: bool = option(False, "")
+
+
+GROUPS = (ModelOptions, GenerateOptions, FileOptions)
 
 
 @pytest.fixture
@@ -33,14 +45,16 @@ def read(tmp_path):
         *((" rain", "rain"), ("' rain'", " rain"), ("END # of it", "END"), ("9" * 5000, "9" * 5000)),
     ],
 )
-def test_a_value_is_what_a_person_means(read, text, value):
-    found = read(f"temperature: {text}")["temperature"]
-    assert found == value and type(found) is type(value)
+def test_read_values_types(read, text, value):
+    """A value has the type that a person means."""
+    read_back = read(f"temperature: {text}")["temperature"]
+    assert read_back == value and type(read_back) is type(value)
     assert read_value(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "top_p: null", "top_p: ~", "top_p:"])
-def test_null_is_not_set(read, text):
+def test_read_values_null(read, text):
+    """Null means that an option is not set."""
     assert read(text) == {}
 
 
@@ -64,8 +78,8 @@ BOMB = "bad_words: &a [x, x]\n" + "".join(
         ("zzz: 1", "line 1): see --help"),
         ("? [a]\n: 1", "line 1): see --help"),
         ("1: 1", "unknown option '1'"),
-        ("- seed", "no list of options"),
-        ("seed", "no list of options"),
+        ("- seed", "does not list options"),
+        ("seed", "does not list options"),
         ("top_p: [", "line 1): "),
         ("seed: 1\n\ttop_p: 1", "line 2): "),
         ("seed: 1\n---\nseed: 2", "line 2): "),
@@ -76,22 +90,24 @@ BOMB = "bad_words: &a [x, x]\n" + "".join(
     ],
     ids=lambda text: str(text)[:30],
 )
-def test_a_bad_recipe_is_one_sentence_with_its_line(read, text, words, tmp_path, monkeypatch):
+def test_read_values_refused(read, text, words, tmp_path, monkeypatch):
+    """A bad recipe is refused in one sentence that names the line."""
     monkeypatch.chdir(tmp_path)
-    started = time.monotonic()
     with pytest.raises(OptionError) as error:
         read(text)
     assert words in str(error.value) and "recipe.yaml" in str(error.value)
-    assert time.monotonic() - started < 5 and not Path("MARK").exists()
+    assert not Path("MARK").exists()
 
 
-def test_a_recipe_that_is_not_there_is_a_usage_error(capfdbinary, tmp_path):
+def test_read_values_missing_file(capfdbinary, tmp_path):
+    """A recipe that does not exist is a usage error."""
     assert_fails(call(capfdbinary, "generate", "hi", "-c", tmp_path / "none.yaml"), 2, "none.yaml", "No such file")
     assert_fails(call(capfdbinary, "generate", "hi", "-c", tmp_path), 2, "directory")
 
 
 @pytest.mark.parametrize("text", ["model: [a, b]", "temperature: {a: 1}", "seed: 5e-5", "seed: [1]", "truncate: 7"])
-def test_a_value_of_another_shape_is_a_usage_error(capfdbinary, tmp_path, text):
+def test_read_values_shape(capfdbinary, tmp_path, text):
+    """A list or mapping where one value belongs is a usage error."""
     (tmp_path / "recipe.yaml").write_text(text)
     assert_fails(
         call(capfdbinary, "generate", "hi", "-c", tmp_path / "recipe.yaml"), 2, text.split(":")[0].replace("_", "-")
@@ -100,13 +116,40 @@ def test_a_value_of_another_shape_is_a_usage_error(capfdbinary, tmp_path, text):
         read_recipe(tmp_path / "recipe.yaml", ModelOptions, GenerateOptions)
 
 
-def test_a_lone_text_is_a_list_of_one_and_not_of_its_letters(capfdbinary, tmp_path, tiny):
+def test_read_values_lone_text(capfdbinary, tmp_path, tiny):
+    """A lone text is a list of one, not a list of its letters."""
     (tmp_path / "recipe.yaml").write_text(f"model: {tiny}\nstop_strings: qz\nsequence_bias: [q=200, z=90]\n")
     result = call(capfdbinary, "generate", "hi", "-c", tmp_path / "recipe.yaml", "-n", 5, "--no-repeat-ngram-size", 2)
     assert result.stdout == b"hiq\n"
 
 
-def test_a_recipe_becomes_one_instance_for_each_group(tmp_path):
+@pytest.mark.parametrize("value", ["true", "True", "'yes'", "1"])
+def test_read_values_by_flag(tmp_path, capfdbinary, tiny, value):
+    """A recipe that somebody else wrote neither runs a model's code nor replaces a file; a flag can, beside it."""
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "output.jsonl"
+    recipe.write_text(
+        f"model: {tiny}\nmax_new_tokens: 1\noutput: {output}\noverwrite: {value}\ntrust_remote_code: {value}\n"
+    )
+    output.write_text("ten years")
+    result = call(capfdbinary, "generate", "hi", "-c", recipe)
+    assert result.returncode == 1 and b"exists: --overwrite replaces it" in result.stderr
+    for flag in (b"--overwrite", b"--trust-remote-code"):
+        assert b"which only a flag may: it is ignored, add " + flag in result.stderr
+    assert output.read_text() == "ten years"
+    assert call(capfdbinary, "generate", "hi", "-c", recipe, "--overwrite").returncode == 0
+    assert "ten years" not in output.read_text()
+    assert not read_recipe(recipe, *GROUPS)[0].trust_remote_code
+
+
+def test_read_values_flag_off(tmp_path, capfdbinary):
+    """The recipe of a run says false, which needs no word."""
+    (tmp_path / "recipe.yaml").write_text("trust_remote_code: false\ntop_p: 0.5")
+    assert read_recipe(tmp_path / "recipe.yaml", *GROUPS)[1] == GenerateOptions(top_p=0.5)
+    assert capfdbinary.readouterr() == (b"", b"")
+
+
+def test_read_recipe_groups(tmp_path):
+    """A recipe gives one instance for each group of options."""
     (tmp_path / "recipe.yaml").write_text("model: gpt2\ntop_p: 0.5\nstop_strings: END\n")
     model, how = read_recipe(tmp_path / "recipe.yaml", ModelOptions, GenerateOptions)
     assert model == ModelOptions(model="gpt2") and how == GenerateOptions(top_p=0.5, stop_strings=["END"])

@@ -1,9 +1,12 @@
-"""What hfkit did not write it neither deletes nor changes, whatever the folder's files are called."""
+"""hfkit deletes and changes only what it wrote, and one process at a time writes into a folder."""
 
 import json
 import os
 import shutil
+import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from support.shell import assert_fails, call
 
 import hfkit
 from hfkit import storage
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, LockedError
 
 pytestmark = pytest.mark.usefixtures("brisk")
 FAST = ("--max-steps", 1, "--no-bf16")
@@ -72,7 +75,8 @@ STRANGERS = {
 
 @pytest.mark.parametrize("names", STRANGERS.values(), ids=STRANGERS)
 @pytest.mark.parametrize("command", FLAGS)
-def test_a_folder_with_strangers_files_is_refused_and_left(command, names, corpus, tiny, tmp_path, capfdbinary):
+def test_check_owned_strangers_files(command, names, corpus, tiny, tmp_path, capfdbinary):
+    """A folder with someone else's files is refused and left as it was."""
     fill(folder := tmp_path / "folder", tmp_path / "outside", *names)
     before = state(tmp_path)
     for flag in FLAGS[command]:
@@ -82,7 +86,7 @@ def test_a_folder_with_strangers_files_is_refused_and_left(command, names, corpu
 
 
 @pytest.mark.parametrize("command", ["finetune", "pretrain", "prepare", "tune"])
-def test_hidden_files_stay_as_they_are(command, corpus, tiny, tmp_path, capfdbinary):
+def test_check_owned_hidden_files(command, corpus, tiny, tmp_path, capfdbinary):
     """A folder under version control is free to write to; nothing of the versions is lost."""
     fill(folder := tmp_path / "folder", tmp_path / "outside")
     before = state(tmp_path)
@@ -93,7 +97,8 @@ def test_hidden_files_stay_as_they_are(command, corpus, tiny, tmp_path, capfdbin
         assert {path: now.get(path) for path in before} == before
 
 
-def test_export_replaces_a_whole_folder_so_hidden_files_are_refused(tiny, tmp_path, capfdbinary):
+def test_check_owned_hidden_files_of_export(tiny, tmp_path, capfdbinary):
+    """An export replaces a whole folder, so hidden files in it are refused."""
     hfkit.export(tiny, output_dir=tmp_path / "out")
     fill(tmp_path / "out", tmp_path / "outside")
     before = state(tmp_path)
@@ -101,7 +106,8 @@ def test_export_replaces_a_whole_folder_so_hidden_files_are_refused(tiny, tmp_pa
     assert state(tmp_path) == before
 
 
-def test_overwriting_a_run_is_refused_while_it_holds_a_strangers_file(corpus, tiny, tmp_path, capfdbinary):
+def test_remove_owned_strangers_file(corpus, tiny, tmp_path, capfdbinary):
+    """A run that holds someone else's file cannot be overwritten."""
     line = ["finetune", corpus, "-m", tiny, *FAST, "-o", tmp_path / "run"]
     assert call(capfdbinary, *line).returncode == 0
     (tmp_path / "run" / "notes.md").write_text("lessons")
@@ -109,7 +115,8 @@ def test_overwriting_a_run_is_refused_while_it_holds_a_strangers_file(corpus, ti
     assert (tmp_path / "run" / "notes.md").read_text() == "lessons" and hfkit.load(tmp_path / "run")
 
 
-def test_overwriting_a_search_keeps_what_a_trial_was_given_by_hand(corpus, tiny, tmp_path, capfdbinary):
+def test_remove_owned_search(corpus, tiny, tmp_path, capfdbinary):
+    """Overwriting a search keeps the files that a person put into a trial."""
     line = ["tune", corpus, "-m", tiny, *FAST, "-n", 1, "-o", tmp_path / "search", "--overwrite"]
     assert call(capfdbinary, *line).returncode == 0
     (tmp_path / "search" / "trial-0" / "notes.md").write_text("lessons")
@@ -120,7 +127,7 @@ def test_overwriting_a_search_keeps_what_a_trial_was_given_by_hand(corpus, tiny,
 
 
 @pytest.mark.parametrize("how", ["run", "adapter", "base of an adapter", "corpus", "corpus by glob", "eval file"])
-def test_a_run_does_not_overwrite_what_it_reads(how, corpus, tiny, tmp_path, capfdbinary):
+def test_finetune_overwrites_no_input(how, corpus, tiny, tmp_path, capfdbinary):
     """A flag that would destroy the model or the corpus in use is neither suggested nor obeyed."""
     folder = tmp_path / "run"
     hfkit.finetune(corpus, model=tiny, output_dir=folder, max_steps=1, bf16=False, lora=how == "adapter")
@@ -144,7 +151,8 @@ def test_a_run_does_not_overwrite_what_it_reads(how, corpus, tiny, tmp_path, cap
     assert trials.digest(folder) == weights
 
 
-def test_a_search_does_not_overwrite_the_trial_that_it_begins_with(corpus, tiny, tmp_path, capfdbinary):
+def test_tune_overwrites_no_input(corpus, tiny, tmp_path, capfdbinary):
+    """A search does not overwrite the trial that it starts from."""
     search = ["tune", corpus, *FAST, "-n", 1, "-o", tmp_path / "search"]
     assert call(capfdbinary, *search, "-m", tiny).returncode == 0
     result = call(capfdbinary, *search, "-m", tmp_path / "search" / "trial-0", "--overwrite")
@@ -152,7 +160,8 @@ def test_a_search_does_not_overwrite_the_trial_that_it_begins_with(corpus, tiny,
     assert hfkit.load(tmp_path / "search" / "trial-0")
 
 
-def test_links_and_devices_are_not_written_through(corpus, tiny, tmp_path, capfdbinary):
+def test_write_links_and_devices(corpus, tiny, tmp_path, capfdbinary):
+    """Links and devices are not written through."""
     (tmp_path / "precious").write_text("precious")
     for name in OURS:
         (tmp_path / "run").mkdir()
@@ -168,7 +177,8 @@ def test_links_and_devices_are_not_written_through(corpus, tiny, tmp_path, capfd
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
-def test_a_list_names_only_what_is_in_its_own_folder(tmp_path):
+def test_owned_names(tmp_path):
+    """A list names only files of its own folder."""
     (tmp_path / "run").mkdir()
     (tmp_path / "thesis.txt").write_text("ten years")
     listed = ["../thesis.txt", "..", "/etc", "a/b", 5, None]
@@ -176,12 +186,16 @@ def test_a_list_names_only_what_is_in_its_own_folder(tmp_path):
     assert storage.owned(tmp_path / "run") == set()
     storage.remove_owned(tmp_path / "run")
     assert (tmp_path / "thesis.txt").exists()
-    for text in ("", "[", "[]", '{"files": 3}', '{"files": null}'):
+    (tmp_path / "run" / storage.LIST).write_text('{"files": ["old"]}')
+    storage.add_owned(tmp_path / "run", ["new"])
+    assert storage.owned(tmp_path / "run") == {"old", "new"}
+    for text in ("", "[", "[]", '{"files": 3}', '{"files": null}', "[" * 100_000):
         (tmp_path / "run" / storage.LIST).write_text(text)
         assert storage.owned(tmp_path / "run") == set()
 
 
-def test_a_run_is_what_its_run_json_says_not_its_name(corpus, tiny, tmp_path):
+def test_finetune_foreign_run_json(corpus, tiny, tmp_path):
+    """A folder is a run because of what run.json says, not because there is a file of that name."""
     for content in ("{}", "[]", "null", '{"recipe": 1}', '{"recipe": {}, "versions": {}}', "not JSON"):
         (folder := tmp_path / "run").mkdir()
         (folder / "run.json").write_text(content)
@@ -190,3 +204,81 @@ def test_a_run_is_what_its_run_json_says_not_its_name(corpus, tiny, tmp_path):
             hfkit.finetune(corpus, model=tiny, output_dir=folder, overwrite=True, max_steps=1)
         assert (folder / "metrics.json").read_text() == content
         shutil.rmtree(folder)
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from hfkit.storage import lock
+with lock(Path(sys.argv[1])):
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold(folder: Path) -> subprocess.Popen:
+    """Another process that holds `folder` until it is killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"\n", process.communicate()[1]
+    return process
+
+
+def test_lock_names_its_holder(tmp_path):
+    """The error names the process and its host, however often it is asked; the only new file is the lock itself."""
+    process = hold(tmp_path)
+    try:
+        for _ in range(3):
+            with pytest.raises(LockedError, match=f"in use by process {process.pid} on {socket.gethostname()}: wait"):
+                with storage.lock(tmp_path):
+                    pass
+        assert [path.name for path in tmp_path.iterdir()] == [storage.LOCK]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_lock_is_free_when_its_process_dies(tmp_path, capsys):
+    """A killed process leaves the lock file, not the lock; whoever waits for it goes on then."""
+    process = hold(tmp_path)
+    with pytest.raises(LockedError), storage.lock(tmp_path):
+        pass
+    process.kill()
+    with storage.lock(tmp_path, wait=True):
+        assert f"process {os.getpid()} on" in (tmp_path / storage.LOCK).read_text()
+        with pytest.raises(LockedError, match=str(os.getpid())), storage.lock(tmp_path):
+            pass
+    process.communicate()
+    with storage.lock(tmp_path):
+        pass
+
+
+def test_lock_file(tmp_path):
+    """A file is locked until it is closed, and keeps its content."""
+    (tmp_path / "file").write_text("text")
+    with (tmp_path / "file").open("a+b") as first, (tmp_path / "file").open("a+b") as second:
+        assert storage.lock_file(first) and not storage.lock_file(second)
+        first.close()
+        assert storage.lock_file(second)
+    assert (tmp_path / "file").read_text() == "text"
+
+
+def test_make_writable_without_home(tmp_path, monkeypatch, corpus, tiny):
+    """A home that nobody knows is one line, and no folder called ~."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "~/.cache/huggingface/datasets")
+    with pytest.raises(HfkitError, match="no home directory"):
+        storage.make_writable(Path("~/runs/a"))
+    with pytest.raises(HfkitError, match="home|cache"):
+        hfkit.finetune(corpus, model=tiny, output_dir=tmp_path / "run", max_steps=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_check_free(tmp_path):
+    """An existing file is refused with both ways out."""
+    storage.check_free(tmp_path / "file", overwrite=False, flag="--output")
+    (tmp_path / "file").touch()
+    storage.check_free(tmp_path / "file", overwrite=True, flag="--output")
+    with pytest.raises(HfkitError, match="file exists: --overwrite replaces it, or name another --output"):
+        storage.check_free(tmp_path / "file", overwrite=False, flag="--output")

@@ -1,14 +1,14 @@
-"""`hfkit evaluate` at a shell: one model's scores, or several models in one table."""
+"""`hfkit evaluate` at a shell: one model's scores, or several models in one table, and what they say in a sentence."""
 
 from __future__ import annotations
 
 from dataclasses import fields
-from json import dumps
 from math import isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hfkit import console
 from hfkit.cli.flags import CorpusArgument, Json, flags
+from hfkit.console import with_error
 from hfkit.corpus.documents import find_corpus
 from hfkit.models.sources import find_model
 from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ModelOptions
@@ -16,6 +16,8 @@ from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, Mod
 if TYPE_CHECKING:
     from hfkit.evaluation.perplexity import Evaluation
     from hfkit.evaluation.tasks import Assessment
+
+_MAX_LABELS = 10  # a confusion table of more is in --json only
 
 
 @flags
@@ -30,83 +32,84 @@ def evaluate(
 def write_evaluation(
     corpus: list[str], models: ManyModelsOptions, read: CorpusOptions, options: EvaluateOptions, *, json: bool
 ) -> None:
-    """Evaluate every model on the corpus and print what came of it."""
+    """Evaluate every model on the corpus and print the results."""
+    shared: dict[str, Any] = {each.name: getattr(models, each.name) for each in fields(ModelOptions)}
+    names: list[str | None] = [*models.model] if models.model else [None]
+    chosen = [ModelOptions(**shared | {"model": name}) for name in names]
+    sources = find_corpus(corpus)
+    for model in chosen:
+        find_model(model)  # a wrong name fails before torch is imported
+
     from hfkit.evaluation.perplexity import Evaluation, evaluate
     from hfkit.evaluation.tasks import Assessment
 
-    given = {f.name: getattr(models, f.name) for f in fields(ModelOptions)}
-    chosen = [ModelOptions(**given | {"model": name}) for name in models.model or [None]]
-    find_corpus(corpus)
-    for one in chosen:
-        find_model(one)  # a name that is wrong is told before the first model is asked
-    found = [evaluate(corpus, model=one, read=read, options=options) for one in chosen]
+    results = [evaluate(sources, model=model, read=read, options=options) for model in chosen]
     if json:
-        rows = [one.to_dict() for one in found]
-        console.write(dumps(rows if len(rows) > 1 else rows[0], ensure_ascii=False) + "\n")
+        rows = [result.to_dict() for result in results]
+        console.write_json(rows if len(rows) > 1 else rows[0])
         return
-    texts = [one for one in found if isinstance(one, Evaluation)]
-    if len(texts) == 1:
-        console.write("".join(f"{name:<16} {value}\n" for name, value in _readable(texts[0]).items()))
-    elif texts:
-        _write_table(texts)
-    if tasks := [one for one in found if isinstance(one, Assessment)]:
-        _write_assessments(tasks)
+    if evaluations := [result for result in results if isinstance(result, Evaluation)]:
+        _write_evaluations(evaluations)
+    if assessments := [result for result in results if isinstance(result, Assessment)]:
+        _write_assessments(assessments)
 
 
-def _with_error(value: float, error: float | None, form: str) -> str:
-    """A figure and its error in this format; one that is not known is left out."""
-    known = error is not None and isfinite(error)
-    return f"{value:{form}} ± {error:{form}}" if known else f"{value:{form}}"
-
-
-def _readable(one: Evaluation) -> dict[str, str]:
-    return {
-        "model": one.model,
-        "perplexity": _with_error(one.perplexity, one.perplexity_stderr, ".3f"),
-        "loss": _with_error(one.loss, one.loss_stderr, ".4f") + " nats a token",
-        "bits per byte": _with_error(one.bits_per_byte, one.bits_per_byte_stderr, ".4f"),
-        "token accuracy": f"{one.token_accuracy:.2%} (among the five likeliest: {one.top5_accuracy:.2%})",
-        "corpus": f"{one.documents:,} documents, {one.tokens:,} tokens, {one.words:,} words, {one.bytes:,} bytes",
-        "how": f"windows of {one.window:,} tokens, {one.stride:,} new in each, in {one.dtype}",
-    }
-
-
-def _write_table(found: list[Evaluation]) -> None:
-    names = ("model", "perplexity", "bits per byte", "top 1", "top 5", "dtype", f"bits saved over {found[0].model}")
-    rows = [
-        (
-            one.model,
-            _with_error(one.perplexity, one.perplexity_stderr, ".2f"),
-            _with_error(one.bits_per_byte, one.bits_per_byte_stderr, ".4f"),
-            f"{one.token_accuracy:.1%}",
-            f"{one.top5_accuracy:.1%}",
-            one.dtype,
-            _difference(one, found[0]) if one is not found[0] else "",
+def _write_evaluations(evaluations: list[Evaluation]) -> None:
+    first, *others = evaluations
+    if others:
+        head = ("model", "perplexity", "bits per byte", "top 1", "top 5", "dtype", f"bits saved over {first.model}")
+        console.write_figures(head, [_row(evaluation, first) for evaluation in evaluations])
+        console.write(_compare(evaluations) + "\n")
+    else:
+        console.write("".join(f"{name:<16} {value}\n" for name, value in first.describe().items()))
+        sentence = (
+            "On average the model is as unsure as if it chose among {:,.1f} equally likely tokens; lower is better."
         )
-        for one in found
-    ]
-    console.write_table(names, rows)
+        console.write(sentence.format(first.perplexity) + "\n")
+    if not isfinite(first.loss_stderr):
+        console.write("No ± is shown: the corpus is a single passage, and a spread takes two documents or more.\n")
 
 
-def _difference(one: Evaluation, base: Evaluation) -> str:
-    gain, error = one.gain_over(base)
-    sure = "beyond the error" if abs(gain) > 2 * error else "within the error"
-    return _with_error(gain, error, "+.4f").replace("± +", "± ") + (f", {sure}" if isfinite(error) else "")
+def _row(evaluation: Evaluation, first: Evaluation) -> tuple[str, ...]:
+    return (
+        evaluation.model,
+        with_error(evaluation.perplexity, evaluation.perplexity_stderr, ".2f"),
+        with_error(evaluation.bits_per_byte, evaluation.bits_per_byte_stderr, ".4f"),
+        f"{evaluation.token_accuracy:.1%}",
+        f"{evaluation.top5_accuracy:.1%}",
+        evaluation.dtype,
+        _gain(evaluation, first) if evaluation is not first else "",
+    )
 
 
-def _write_assessments(found: list[Assessment]) -> None:
-    """A row for each model and for each baseline, a column for each figure."""
-    names = [name for name, value in found[0].metrics.items() if isinstance(value, float) and "stderr" not in name]
-    rows = [(one.model, one.metrics) for one in found]
-    rows += [(f"({name})", figures) for name, figures in found[0].baselines.items()]
-    cells = [
-        (
-            label,
-            *(
-                _with_error(v, figures.get(f"{name}_stderr"), ".3g") if (v := figures.get(name)) is not None else ""
-                for name in names
-            ),
-        )
-        for label, figures in rows
-    ]
-    console.write_table((f"{found[0].examples:,} examples", *names), cells)
+def _gain(evaluation: Evaluation, other: Evaluation) -> str:
+    gain, error = evaluation.gain_over(other)
+    verdict = "beyond the error" if abs(gain) > 2 * error else "within the error"
+    return with_error(gain, error, "+.4f") + (f", {verdict}" if isfinite(error) else "")
+
+
+def _compare(evaluations: list[Evaluation]) -> str:
+    """Which model predicts best, compared with the second best."""
+    best, second, *_ = sorted(evaluations, key=lambda evaluation: evaluation.bits_per_byte)
+    gain, error = best.gain_over(second)
+    if isfinite(error) and gain <= 2 * error:
+        return f"{best.model} and {second.model} predict the corpus equally well, as far as this corpus can tell."
+    by = with_error(gain, error, ".4f")
+    return f"{best.model} predicts the corpus best: {by} bits per byte fewer than {second.model}."
+
+
+def _write_assessments(assessments: list[Assessment]) -> None:
+    """A row for each model and each baseline, a column for each figure; then which answers were taken for which."""
+    from hfkit.evaluation.tasks import table
+
+    console.write_figures(*table(assessments))
+    for assessment in assessments:
+        confusion = assessment.metrics.get("confusion")
+        if confusion and len(confusion["labels"]) <= _MAX_LABELS:
+            counts = [
+                (label, *(f"{count:,}" for count in row))
+                for label, row in zip(confusion["labels"], confusion["matrix"], strict=True)
+            ]
+            head = ("right ↓  answered →", *confusion["labels"])
+            console.write_figures(head, counts, title=assessment.model if len(assessments) > 1 else None)
+        console.write(assessment.verdict() + "\n")

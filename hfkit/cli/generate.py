@@ -14,7 +14,7 @@ import typer
 from hfkit import console
 from hfkit.cli import generate_file, prompt_files
 from hfkit.cli.flags import Json, flags
-from hfkit.cli.generation_setup import load_for_generation, with_seed
+from hfkit.cli.generation_setup import load_with_prompt, with_seed
 from hfkit.cli.prompt_files import Results, to_line
 from hfkit.errors import OptionError
 from hfkit.models.sources import find_model
@@ -23,6 +23,7 @@ from hfkit.recipes import read_value
 
 if TYPE_CHECKING:
     from hfkit.inference.generation import Generation
+    from hfkit.inference.prompts import Request
     from hfkit.models.loading import LanguageModel
 
 
@@ -71,12 +72,13 @@ def generate(
         _print_sweep(model, sampling, prompt, sweep, json=json)
         return
     file = Results(output, overwrite=overwrite) if output else None
-    lm = load_for_generation(model, sampling, prompt)
+    lm, request = load_with_prompt(model, sampling, prompt)
+    assert request  # noqa: S101, there is a prompt
     sampling = with_seed(lm, sampling)
     if not (json or file) and sys.stdout.isatty() and _streams(lm, sampling):
-        _print_streams(lm, sampling, prompt, prompt_shown)
+        _print_streams(lm, sampling, request, prompt_shown)
     else:
-        _print_at_once(lm, sampling, prompt, file, prompt_shown=prompt_shown, json=json)
+        _print_at_once(lm, sampling, request, file, prompt_shown=prompt_shown, json=json)
 
 
 def _streams(lm: LanguageModel, sampling: GenerateOptions) -> bool:
@@ -86,7 +88,7 @@ def _streams(lm: LanguageModel, sampling: GenerateOptions) -> bool:
     return (sampling.num_return_sequences or 1) == 1 or draws(lm, sampling)
 
 
-def _print_streams(lm: LanguageModel, sampling: GenerateOptions, prompt: str, prompt_shown: bool) -> None:
+def _print_streams(lm: LanguageModel, sampling: GenerateOptions, prompt: Request, prompt_shown: bool) -> None:
     """Print each sample while it is generated."""
     samples = sampling.num_return_sequences or 1
     for k in range(samples):
@@ -95,14 +97,14 @@ def _print_streams(lm: LanguageModel, sampling: GenerateOptions, prompt: str, pr
         console.write("\n" if k == samples - 1 else "\n----\n")
 
 
-def _print_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: str, prompt_shown: bool) -> None:
+def _print_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: Request, prompt_shown: bool) -> None:
     from hfkit.corpus.templates import task_of
     from hfkit.inference import generation
 
     started, first_token = time.perf_counter(), None
     continues = not lm.model.config.is_encoder_decoder and (sampling.raw or not task_of(lm.tokenizer))
     if prompt_shown and continues:
-        console.write(prompt, dim=True)
+        console.write(str(prompt.prompt), dim=True)
     pieces = generation.stream(prompt, model=lm, options=sampling)
     while True:
         try:
@@ -117,7 +119,7 @@ def _print_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: str, pro
 def _print_at_once(
     lm: LanguageModel,
     sampling: GenerateOptions,
-    prompt: str,
+    prompt: Request,
     file: Results | None,
     *,
     prompt_shown: bool,
@@ -127,8 +129,8 @@ def _print_at_once(
     from hfkit.inference import generation
 
     started = time.perf_counter()
-    options = replace(sampling, num_return_sequences=sampling.num_return_sequences or 1)
-    samples = generation.generate(prompt, model=lm, options=options)
+    count = sampling.num_return_sequences or 1
+    samples = generation.generate(prompt, model=lm, options=sampling, num_return_sequences=count)
     if file:
         file.add(sample.to_dict() | {"line": 1} for sample in samples)
         file.finish()
@@ -160,14 +162,14 @@ def _print_sweep(model: ModelOptions, sampling: GenerateOptions, prompt: str, sw
         raise OptionError(f"--sweep is {sweep!r}: write an option and its values, such as temperature=0.3,0.7,1.0")
     values = [read_value(value) for value in listed.split(",")]
     variants = [replace(sampling, **{name: value}) for value in values]
-    lm = load_for_generation(model, sampling, prompt)
+    lm, _ = load_with_prompt(model, sampling, prompt)
     if name != "seed":
         seed = with_seed(lm, sampling).seed
         variants = [replace(variant, seed=seed) for variant in variants]
     columns: dict[str, list[Generation]] = {}
     for value, variant in zip(values, variants, strict=True):
-        options = replace(variant, num_return_sequences=variant.num_return_sequences or 1)
-        samples = generation.generate(prompt, model=lm, options=options)
+        count = variant.num_return_sequences or 1
+        samples = generation.generate(prompt, model=lm, options=variant, num_return_sequences=count)
         if json:
             console.write("".join(to_line(sample.to_dict() | {name: value}) for sample in samples))
         columns[f"{name} {value}"] = samples

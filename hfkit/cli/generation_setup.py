@@ -14,28 +14,38 @@ from hfkit.models.sources import BUNDLED, find_model
 from hfkit.options import GenerateOptions, ModelOptions
 
 if TYPE_CHECKING:
+    from hfkit.inference.prompts import Request
     from hfkit.models.loading import LanguageModel
 
 
-def load_for_generation(model: ModelOptions, sampling: GenerateOptions, prompt: str | None = None) -> LanguageModel:
-    """Load a model, after every check that does not need its weights.
+def load_for_generation(model: ModelOptions, sampling: GenerateOptions) -> LanguageModel:
+    """`load_with_prompt` where the prompts come later."""
+    return load_with_prompt(model, sampling, None)[0]
+
+
+def load_with_prompt(
+    model: ModelOptions, sampling: GenerateOptions, prompt: str | None
+) -> tuple[LanguageModel, Request | None]:
+    """Load a model, after every check that does not need its weights, and encode `prompt` for it.
 
     Raises:
         HfkitError: the model cannot generate text, or `prompt` does not fit it.
     """
-    from hfkit.inference import generation
-    from hfkit.inference.batches import fit_prompt
+    from hfkit.inference import controls, generation
+    from hfkit.inference.prompts import ends_in_space, fit_prompt
     from hfkit.models import architecture, loading
 
+    controls.check_options(sampling)
     source = find_model(model)
     if source.folder == BUNDLED and sys.stdout.isatty():
         _introduce_bundled_model()
     generation.novel_index(sampling)
     tokenizer, config = loading.load_tokenizer(source), loading.load_config(source)
     architecture.check_head(source.name, config, "text")
-    if prompt is not None:
-        fit_prompt(prompt, sampling, tokenizer, config, source.name)
-    return loading.load_weights(source, model, tokenizer)
+    request = None if prompt is None else fit_prompt(prompt, sampling, tokenizer, config, source.name)
+    if request and ends_in_space(request, tokenizer):
+        console.note("the prompt ends in a space, but words of this model begin with theirs: leave it out")
+    return loading.load_weights(source, model, tokenizer), request
 
 
 def _introduce_bundled_model() -> None:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from hfkit import console
 from hfkit.cli.flags import Json, flags
+from hfkit.hub import endpoint
 from hfkit.models.sources import ModelFiles, count_parameters, find_model
 from hfkit.options import ModelOptions
 
@@ -77,7 +78,7 @@ def describe_machine() -> dict[str, dict[str, Any]]:
         },
         "devices": {"gpus": gpus, "cuda": torch.version.cuda, "mps": torch.backends.mps.is_available()},
         "hub": {
-            "endpoint": _without_password(constants.ENDPOINT),
+            "endpoint": endpoint(),
             "offline": constants.is_offline_mode(),
             "reachable": not constants.is_offline_mode() and _is_reachable(constants.ENDPOINT),
             "cache": str(cache),
@@ -154,12 +155,6 @@ def _version_problems(versions: dict[str, str | None]) -> list[str]:
             wanted = f"{requirement.name}{requirement.specifier}"
             problems.append(f"{requirement.name} {installed} is not {requirement.specifier}: pip install '{wanted}'")
     return problems
-
-
-def _without_password(endpoint: str) -> str:
-    """Return a URL without `user:password@`: reports are pasted into public issues."""
-    url = urlsplit(endpoint)
-    return url._replace(netloc=url.netloc.rpartition("@")[2]).geturl()
 
 
 def _is_reachable(endpoint: str) -> bool:

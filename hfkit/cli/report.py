@@ -1,7 +1,4 @@
-"""The command line: one short function per command, which calls the Python API and prints.
-
-Commands import what is heavy in their bodies, so that `--help` and usage errors are instant.
-"""
+"""`hfkit report` and `hfkit export` at a shell."""
 
 import os
 import shlex
@@ -20,25 +17,24 @@ from hfkit.options import ExportOptions
 
 @flags
 def report(
-    run: Annotated[list[str], typer.Argument(help="Folders of finished runs.")],
+    run: Annotated[list[str], typer.Argument(help="Folders of finished runs, or of one search.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Page to write.")] = Path("runs.html"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it exists.")] = False,
 ) -> None:
-    """Compare training runs on one page: losses, settings, samples."""
-    from hfkit.reporting import pages
+    """Show training runs side by side on one page, or the trials of a search: results, curves, settings, samples."""
+    from hfkit.reporting.pages import write_report
 
     if output.exists() and not overwrite:
         raise HfkitError(f"{output} exists: --overwrite replaces it, or name another --output")
-
-    console.write(f"{pages.compare_runs(list(run), output)}\n")
+    console.write(f"{write_report(run, output)}\n")
 
 
 @flags
 def export(
-    model: Annotated[str, typer.Argument(help="A run of finetune, an adapter, any model.")],
+    model: Annotated[str, typer.Argument(help="A run of finetune, an adapter, or any model.")],
     options: ExportOptions,
 ) -> None:
-    """Write a model as one folder: adapter merged, precision changed; or push it to the Hub."""
+    """Write a model as one folder, with adapters merged or another precision; or push it to the Hub."""
     if not options.output_dir and not options.push_to_hub:
         options = replace(options, output_dir=f"{Path(model).name}-export")  # printed in the end
     target = options.output_dir

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hfkit.training.runs import Run
     from hfkit.tuning.search import Search
 
+_Show = Annotated[int, typer.Option(metavar="N", min=0, help="Print the first N sequences as the model sees them.")]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what the run would be and cost, then stop.")]
 
 
@@ -42,7 +43,7 @@ def finetune(
     from hfkit.training import run_folder
 
     inputs = [*(data.eval_file or []), *filter(None, [model.model])]
-    run_folder.check_request(corpus, train, inputs=inputs, dry_run=dry_run)
+    run_folder.check_request("finetune", corpus, train, inputs=inputs, dry_run=dry_run)
     if not launch_processes(launch):
         _print_run(hfkit.finetune(corpus, model=model, data=data, train=train, dry_run=dry_run), json)
 
@@ -62,7 +63,7 @@ def pretrain(
     _check_inputs(corpus, data)
     from hfkit.training import run_folder
 
-    run_folder.check_request(corpus, train, inputs=data.eval_file or [], dry_run=dry_run)
+    run_folder.check_request("pretrain", corpus, train, inputs=data.eval_file or [], dry_run=dry_run)
     if not launch_processes(launch):
         run = hfkit.pretrain(corpus, size=size, data=data, train=train, device=device, dry_run=dry_run)
         _print_run(run, json)
@@ -95,11 +96,12 @@ def prepare(
     model: ModelOptions,
     data: DataOptions,
     output: Annotated[Path | None, typer.Option("--output-dir", "-o", help="Folder to keep the tokens in.")] = None,
+    show: _Show = 0,
     json: Json = False,
 ) -> None:
     """Tokenize a corpus; print what is in it and what training costs."""
     _check_inputs(corpus, data, model)
-    preparation = hfkit.prepare(corpus, model=model, data=data, output_dir=output)
+    preparation = hfkit.prepare(corpus, model=model, data=data, output_dir=output, show=show)
     if json:
         console.write_json(preparation.to_dict())
         return

@@ -1,5 +1,6 @@
-"""A corpus as tokens: encoded once, kept on disk by content, found again."""
+"""A corpus as tokens: encoded once, kept on disk by content, and found again."""
 
+import hashlib
 import json
 import os
 import re
@@ -24,27 +25,29 @@ from hfkit.errors import HfkitError, first_line
 from hfkit.options import DataOptions
 from hfkit.storage import add_owned, check_owned, lock, make_names_durable, make_writable, write_text
 
-_VERSION = 4  # of what is kept on disk
-_SAMPLE = 1_000_000  # characters that are looked at for their script
+_VERSION = 7  # of the files on disk
+_SAMPLE = 1_000_000  # characters that are examined for their script
 _SCRIPTS = {"Cjk": "Han", "Masculine": "Latin", "Feminine": "Latin", "Micro": "Greek"}  # ª, º and µ
-_DATA = "data-00000-of-00001.arrow"  # as `datasets` names it
 _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ue000-\uf8ff\ufeff\ufffd]")
+# As `datasets` names them; `datasets.load_from_disk` reads the folder.
+_DATA, _INFO, _STATE = "data-00000-of-00001.arrow", "dataset_info.json", "state.json"
+_ASIDE = ".tokens"  # _DATA while it is written
 
 
 @dataclass
 class Report:
-    """What was found in a corpus."""
+    """What is in a corpus."""
 
     kind: str = "text"  # or completion, messages: rows whose answer alone is learned
     documents: int = 0
-    duplicates: int = 0  # documents that came before, to the letter
-    empty: int = 0  # documents that were left out
+    duplicates: int = 0  # documents that are equal to an earlier one
+    empty: int = 0  # documents without text, which are left out
     characters: int = 0
     bytes: int = 0  # as UTF-8
     tokens: int = 0
     longest: int = 0  # tokens of the longest row
     scripts: dict[str, float] = field(default_factory=dict)  # share of the letters, in a sample
-    odd: dict[str, int] = field(default_factory=dict)  # control characters and the like
+    odd: dict[str, int] = field(default_factory=dict)  # counts of control characters and the like, by code point
     fingerprint: str = ""  # of the corpus and how it was read
     tokenizer: str = ""  # fingerprint
 
@@ -53,27 +56,27 @@ class Report:
 class Prepared:
     """A corpus as tokens, a row for each piece of a document or each example."""
 
-    dataset: datasets.Dataset  # input_ids, labels (of examples), document, bytes
+    dataset: datasets.Dataset  # input_ids, labels (of examples), document, content, bytes
     report: Report
     folder: Path
-    cached: bool = False  # it had been prepared before
+    cached: bool = False  # it was found, not made
 
 
 def encode_corpus(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, options: DataOptions, folder: Path | None = None
 ) -> Prepared:
-    """Tokenize `corpus`, or find it tokenized; into `folder`, else into the cache of `datasets`.
+    """Tokenize `corpus` into `folder`, or into the cache of `datasets`; or find it there.
 
-    Memory does not grow with the corpus. What is kept is found again by the contents of the files, the tokenizer and
-    the options that matter. Of several processes that want the same, one makes it and the others wait for that.
+    Memory does not grow with the corpus. Tokens are found again by the contents of the files, the tokenizer and the
+    options that matter. Of several processes that want the same tokens, one makes them and the others wait.
 
     Raises:
-        HfkitError: the corpus cannot be read or has nothing in it, or `folder` holds another one.
+        HfkitError: the corpus cannot be read or is empty, or `folder` holds another one.
     """
-    if corpus.left_out:
-        note(f"{corpus.left_out} files are empty or no text: left out")
-    read = (options.text_column, options.errors, options.dataset_config_name, options.dataset_split)
-    read += (options.template, options.labels)
+    read = (
+        *(options.text_column, options.errors, options.dataset_config_name, options.dataset_split),
+        *(options.template, options.labels),
+    )
     content = sha256_of(repr((corpus.fingerprint(), *read, _VERSION)))
     report = Report(fingerprint=content, tokenizer=fingerprint(tokenizer))
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "hfkit"
@@ -85,39 +88,55 @@ def encode_corpus(
             raise
         raise HfkitError(f"cannot write to the cache ({target.parent}): set HF_DATASETS_CACHE") from error
     with lock(target, wait=True):
-        if is_prepared(target) and (folder or not corpus.hub):  # on the Hub it may be another one by now
+        if is_prepared(target) and (folder or not corpus.hub):  # a data set on the Hub may have changed since
             try:
-                found = load_prepared(target)
+                prepared = load_prepared(target)
             except HfkitError:
-                found = None  # damaged: make it anew
-            if found and (found.report.fingerprint, found.report.tokenizer) == (report.fingerprint, report.tokenizer):
-                return found
-            if found:
+                note(f"the tokens are damaged ({target}): making them anew")
+                prepared = None
+            if prepared and prepared.report.fingerprint == content and prepared.report.tokenizer == report.tokenizer:
+                return prepared
+            if prepared:
                 raise HfkitError(f"{folder} holds another corpus, or this for another model: name a new folder")
         check_owned(target)
         with progress(corpus.size, "B", f"tokenizing {corpus.files[0].name if corpus.files else ''}") as bar:
             records = _measure_records(read_records(corpus, options), report, corpus.size, bar)
-            _write(target, encode_records(records, tokenizer), report, 1 + max(tokenizer.get_vocab().values()))
+            _write_rows(target, encode_records(records, tokenizer), report, 1 + max(tokenizer.get_vocab().values()))
         return Prepared(datasets.load_from_disk(str(target)), report, target)
 
 
 def load_prepared(folder: Path) -> Prepared:
-    """What `hfkit prepare` left in `folder`."""
+    """Load the tokens that `hfkit prepare` wrote to `folder`. HfkitError if they are damaged."""
     try:
-        report = Report(**json.loads((folder / PREPARED).read_text("utf-8")))
+        content = json.loads((folder / PREPARED).read_text("utf-8"))
+        digest = content.pop("sha256", None)
+        report = Report(**content)
+        if _digest(folder, report) != digest:  # a flipped bit ends the process, or is trained on
+            raise ValueError("it is not what was written")
         return Prepared(datasets.load_from_disk(str(folder)), report, folder, cached=True)
     except (OSError, ValueError, TypeError, LookupError) as error:
         reason = first_line(error)
         raise HfkitError(f"the prepared corpus cannot be read ({folder}): {reason}; prepare it again") from error
 
 
+def _digest(folder: Path, report: Report) -> str:
+    """SHA-256 of everything that is kept in `folder`."""
+    total = hashlib.sha256(repr(report).encode())
+    for name in (_DATA, _INFO, _STATE):
+        with (folder / name).open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
 def _measure_records(
     records: Iterable[Piece | Example], report: Report, size: int, bar: Any
 ) -> Iterator[Piece | Example]:
-    """The records as they come; what is seen of them is in `report` when all have come."""
+    """Pass the records on; `report` is complete when all have passed. size: bytes of the corpus, if it is known."""
     stride = 1 + (size or 100 * _SAMPLE) // _SAMPLE
-    seen, sample, odd = array("q"), Counter(), Counter()
-    document, skip = 0, 0
+    sample: Counter[str] = Counter()
+    odd: Counter[str] = Counter()
+    seen = array("q")  # a hash of each document
+    document, skip = 0, 0  # hash of the document so far; characters until the next one of the sample
     for record in records:
         if isinstance(record, Example) and report.kind != "messages":
             report.kind = "messages" if "messages" in record.row else "completion"
@@ -139,22 +158,31 @@ def _measure_records(
         yield record
     report.duplicates = len(seen) - len(np.unique(seen))
     report.odd = {f"U+{ord(character):04X}": count for character, count in odd.most_common()}
+    report.scripts = _scripts_of(sample)
+
+
+def _scripts_of(characters: Counter[str]) -> dict[str, float]:
+    """The four most frequent scripts of the letters among `characters`, and their shares."""
     scripts: Counter[str] = Counter()
-    for character in filter(str.isalpha, sample):
+    for character in filter(str.isalpha, characters):
         script = unicodedata.name(character, "?").split()[0].capitalize()
-        scripts[_SCRIPTS.get(script, script)] += sample[character]
-    report.scripts = {script: count / scripts.total() for script, count in scripts.most_common(4)}
+        scripts[_SCRIPTS.get(script, script)] += characters[character]
+    return {script: count / scripts.total() for script, count in scripts.most_common(4)}
 
 
-def _write(target: Path, rows: Iterator[dict[str, Any]], report: Report, vocabulary: int) -> None:
-    """Rows of tokens as `datasets` keeps them; PREPARED comes last: with it they are whole."""
+def _write_rows(target: Path, rows: Iterator[dict[str, Any]], report: Report, vocabulary: int) -> None:
+    """Write rows of tokens to `target` as `datasets` keeps them. PREPARED is written last: with it they are complete.
+
+    vocabulary: how many different tokens there can be.
+    """
     batches = iter(lambda: list(islice(rows, BATCH)), [])
     if not (first := next(batches, None)):
         raise HfkitError("the corpus holds no text: there is nothing to learn")
-    number, ids = datasets.Value("int64"), datasets.Value("uint16" if vocabulary <= 1 << 16 else "int32")
-    types = {"input_ids": datasets.List(ids), "labels": datasets.List(datasets.Value("int32"))}
+    number, token = datasets.Value("int64"), datasets.Value("uint16" if vocabulary <= 1 << 16 else "int32")
+    types = {"input_ids": datasets.List(token), "labels": datasets.List(datasets.Value("int32"))}
     features = datasets.Features({name: types.get(name, number) for name in first[0]})
-    schema, aside = features.arrow_schema, target / ".tokens"
+    schema, aside = features.arrow_schema, target / _ASIDE
+    names = (PREPARED, _DATA, _INFO, _STATE)
     try:
         with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             for batch in chain([first], batches):
@@ -162,51 +190,48 @@ def _write(target: Path, rows: Iterator[dict[str, Any]], report: Report, vocabul
                 report.documents = batch[-1]["document"] + 1
                 report.tokens += sum(lengths)
                 report.longest = max(report.longest, *lengths)
-                columns = [_column([row[part.name] for row in batch], part.type) for part in schema]
+                columns = [_make_column([row[part.name] for row in batch], part.type) for part in schema]
                 writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-        add_owned(target, names := (PREPARED, _DATA, "dataset_info.json", "state.json", ".tokens"))
-        for name in (PREPARED, _DATA):
-            (target / name).unlink(missing_ok=True)
-        _save_one(first[0], features, target)
+        add_owned(target, (*names, _ASIDE))
+        (target / PREPARED).unlink(missing_ok=True)
         os.replace(aside, target / _DATA)
+        datasets.DatasetInfo(features=features).write_to_directory(str(target))
     except OSError as error:
         raise HfkitError(f"cannot write the tokens ({target}): {first_line(error)}; make room there") from error
     finally:
         aside.unlink(missing_ok=True)
+    unused = dict.fromkeys(("_split", "_format_type", "_format_columns"))
+    state: dict[str, Any] = {"_data_files": [{"filename": _DATA}], "_fingerprint": report.fingerprint[:16], **unused}
+    state |= {"_format_kwargs": {}, "_output_all_columns": False}
+    write_text(target / _STATE, json.dumps(state))
     make_names_durable(target, names)
-    write_text(target / PREPARED, json.dumps(asdict(report), indent=1))
+    write_text(target / PREPARED, json.dumps(asdict(report) | {"sha256": _digest(target, report)}, indent=1))
 
 
-def _column(values: list[Any], type_: pa.DataType) -> pa.Array:
+def _make_column(values: list[Any], type_: pa.DataType) -> pa.Array:
     if not pa.types.is_list(type_):
         return pa.array(values, type_)
     ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
     return pa.ListArray.from_arrays(ends, pa.array(np.concatenate(values), type_.value_type))
 
 
-def _save_one(row: dict[str, Any], features: datasets.Features, folder: Path) -> None:
-    """A data set of one row: all that `datasets` keeps beside the rows is the same for any number of them."""
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        datasets.Dataset.from_list([row], features).save_to_disk(str(folder))
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
 def corpus_lines(report: Report) -> list[str]:
-    """What was found in a corpus, a line each."""
+    """What is in a corpus, for people; a line each."""
     what = "documents" if report.kind == "text" else "examples"
     lines = [
         f"{report.documents:,} {what}, {report.characters:,} characters, {report.tokens:,} tokens "
         f"({report.characters / max(1, report.tokens):.2f} characters a token)",
     ]
-    if report.kind in ("text", "completion", "messages"):  # the rows of a head are not looked at so closely
+    if report.characters < 0.9 * report.tokens:
+        lines.append(
+            "less than one character a token: the tokenizer spells this text byte by byte; 'hfkit pretrain' makes a "
+            "vocabulary for it (--vocab-size)"
+        )
+    if report.kind in ("text", "completion", "messages"):  # rows for a head are not examined
         shares = ", ".join(f"{name} {share:.1%}" for name, share in report.scripts.items())
         lines.append(f"scripts: {shares or 'no letters'}")
     if report.duplicates:
-        lines.append(f"{report.duplicates:,} {what} came before, to the letter: they count twice")
+        lines.append(f"{report.duplicates:,} {what} are copies of earlier ones and count twice")
     if report.empty:
         lines.append(f"{report.empty:,} empty {what} are left out")
     if report.odd:

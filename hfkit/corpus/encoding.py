@@ -1,36 +1,37 @@
-"""A corpus as tokens: encoded once, kept on disk by content, found again."""
+"""Text to token ids: documents, examples with labels, and prompts."""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from hfkit.corpus.chat import CHAT_TEMPLATE, RenderedChat, render_chat, text_of
 from hfkit.corpus.documents import Example, Piece
-from hfkit.errors import HfkitError, OptionError, first_line
+from hfkit.corpus.splitting import content_of
+from hfkit.errors import HfkitError, OptionError
 
-IGNORED = -100  # label of a token that is neither learned nor counted
-# For conversations with a tokenizer that has no template of its own.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
-    "{{ message['role'] | capitalize }}: {{ message['content'] | trim }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\\nAssistant:' }}{% endif %}"
-)
-BATCH = 512  # pieces that are encoded together
-_PROCESS = os.getpid()
+IGNORED = -100  # label of a token that is not learned and does not count in a score
+BATCH = 512  # records that are encoded together
+
+# The threads of `tokenizers` do not survive a fork. A forked process that expects them, such as a DataLoader worker,
+# would wait for ever.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of all that decides which tokens a text becomes."""
-    vocabulary = (
-        _clean_backend(tokenizer).to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab().items()))
-    )
-    return sha256_of(f"{vocabulary}{tokenizer.chat_template or CHAT_TEMPLATE}")
+    """SHA-256 of everything that decides which tokens a text becomes."""
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state["truncation"] = state["padding"] = None  # left there by the last call
+    else:
+        state = sorted(tokenizer.get_vocab().items())
+    return sha256_of(f"{json.dumps(state)}{tokenizer.chat_template or CHAT_TEMPLATE}")
 
 
 def sha256_of(text: str) -> str:
@@ -38,18 +39,19 @@ def sha256_of(text: str) -> str:
 
 
 def texts_of(row: dict[str, Any]) -> list[str]:
-    return [m["content"] for m in row["messages"]] if "messages" in row else [row["prompt"], row["completion"]]
+    """The texts of an example."""
+    return [text_of(m) for m in row["messages"]] if "messages" in row else [row["prompt"], row["completion"]]
 
 
 def encode_records(records: Iterator[Piece | Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
-    """`encode_documents` or `encode_examples`, whichever these records are for."""
+    """`encode_examples` or `encode_documents`, by the kind of the first record."""
     first = next(records, None)
     encode: Any = encode_examples if isinstance(first, Example) else encode_documents
-    return encode(chain([first] if first else [], records), tokenizer)
+    yield from encode(chain([first] if first else [], records), tokenizer)
 
 
 def number_documents(pieces: Iterable[Piece]) -> Iterator[tuple[int, bool, Piece]]:
-    """Each piece with the number of its document and whether it begins it; empty documents are left out."""
+    """Each piece with the number of its document and whether it begins it. Empty documents are left out."""
     document, first = 0, True
     for piece in pieces:
         if is_empty(piece, first):
@@ -59,119 +61,113 @@ def number_documents(pieces: Iterable[Piece]) -> Iterator[tuple[int, bool, Piece
 
 
 def is_empty(piece: Piece, first: bool) -> bool:
+    """Whether a piece is a whole document without text."""
     return first and piece.last and not piece.text.strip()
 
 
 def encode_documents(
     pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, *, close: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """Token ids of each piece; a document begins as the tokenizer begins a text, and ends with EOS if it is closed."""
-    begin, end = frame_tokens(tokenizer)
+    """A row for each piece: `input_ids`, `document` (its number), `content` (a hash) and `bytes`.
+
+    A document begins as the tokenizer begins a text, and ends with EOS if `close`.
+    """
+    begin, end = _frame(tokenizer)
     space = _space(tokenizer)
     numbered = number_documents(pieces)
     while batch := list(islice(numbered, BATCH)):
-        texts = [piece.text if first or not space else piece.text.removeprefix(" ") for _, first, piece in batch]
-        for (document, first, piece), text, ids in zip(batch, texts, _ids(tokenizer, texts), strict=True):
-            if not first and text == piece.text and ids[:1] == space:
-                ids = ids[1:]
+        texts, follows = [piece.text for *_, piece in batch], [not first for _, first, _ in batch]
+        rows = _encode_parts(texts, follows, tokenizer, space)
+        for (document, first, piece), ids in zip(batch, rows, strict=True):
             ids = (begin if first else []) + ids + (end if piece.last and close else [])
-            yield {"input_ids": np.array(ids, np.int32), "document": document, "bytes": len(piece.text.encode())}
+            yield {"input_ids": np.array(ids, np.int32), **_origin(document, [piece.text])}
 
 
-def frame_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What the tokenizer begins a text with, and the token that ends one."""
-    whole, bare = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
-    begin = whole[: whole.index(bare[0])] if bare else []
-    return begin, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def encode_examples(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
+    """A row for each example: as `encode_documents`, and `labels`, which are IGNORED outside the answers.
+
+    A conversation has several rows if its template needs a text for each answer: see `render_chat`.
+    """
+    begin, end = _frame(tokenizer)
+    for document, (row, where) in enumerate(examples):
+        if "messages" in row:
+            if not tokenizer.is_fast:
+                raise HfkitError(
+                    f"this tokenizer cannot locate tokens in a text ({where}): give prompt and completion"
+                )
+            chats = render_chat(row["messages"], tokenizer, where, row.get("tools"))
+            encoded = [_encode_chat(chat, tokenizer) for chat in chats]
+        else:
+            prompt = begin + _encode_plain([row["prompt"]], tokenizer)[0]
+            answer = encode_answers([row["completion"]], tokenizer)[0] + end
+            encoded = [(prompt + answer, [IGNORED] * len(prompt) + answer)]
+        for ids, labels in encoded:
+            if all(label == IGNORED for label in labels):
+                raise HfkitError(f"nothing is learned from this example ({where}): fix or delete it")
+            arrays = {"input_ids": np.array(ids, np.int32), "labels": np.array(labels, np.int32)}
+            yield {**arrays, **_origin(document, texts_of(row), parts=len(encoded))}
 
 
-def _space(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """The token of a space, if the tokenizer writes one before each text: within a document it is one too many."""
-    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[:1]
-    return [tokenizer.convert_tokens_to_ids("▁")] if first and first[0].startswith("▁") else None
-
-
-def _clean_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The `tokenizers.Tokenizer`, without what an earlier call may have left in it."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """What tokenizer(texts) gives, without the offsets and masks that nobody needs here; on all cores."""
-    if not tokenizer.is_fast:
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    # Its threads do not live on in a process that was forked off, such as a DataLoader's: that would wait for ever.
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if os.getpid() == _PROCESS else "false"
-    try:
-        encodings = _clean_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-    finally:
-        del os.environ["TOKENIZERS_PARALLELISM"]
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
+def _origin(document: int, texts: list[str], parts: int = 1) -> dict[str, int]:
+    """Which document a row is of, its content, and its bytes where these are shared by as many rows as `parts`."""
+    size = sum(len(text.encode()) for text in texts) // parts
+    return {"document": document, "content": content_of("\0".join(texts)), "bytes": size}
 
 
 def encode_answers(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of texts that follow a prompt, without the space that some tokenizers write before any text."""
-    space = _space(tokenizer)
-    rows = zip(texts, _ids(tokenizer, [text.removeprefix(" ") if space else text for text in texts]), strict=True)
-    return [ids[ids[:1] == space and text[:1] != " " :] for text, ids in rows]
+    return _encode_parts(texts, [True] * len(texts), tokenizer, _space(tokenizer))
 
 
-def encode_examples(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
-    """Token ids of each example, with the labels IGNORED outside of its answers."""
-    begin, end = frame_tokens(tokenizer)
-    for document, (row, where) in enumerate(examples):
-        if "messages" in row:
-            ids, labels = _encode_chat(row["messages"], tokenizer, where)
-        else:
-            prompt = begin + _ids(tokenizer, [row["prompt"]])[0]
-            answer = encode_answers([row["completion"]], tokenizer)[0] + end
-            ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
-        size = sum(len(text.encode()) for text in texts_of(row))
-        arrays = {"input_ids": np.array(ids, np.int32), "labels": np.array(labels, np.int32)}
-        yield {**arrays, "document": document, "bytes": size}
+def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer begins a text with, and the token that ends a document."""
+    whole, bare = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    begin = whole[: whole.index(bare[0])] if bare else []
+    return begin, [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
 
 
-def set_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer the CHAT_TEMPLATE if it has none, so that it is saved with the model that learns it."""
-    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+def _space(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token of a space, if the tokenizer writes one before each text: within a text it is one too many."""
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
+    return cast(int, tokenizer.convert_tokens_to_ids("▁")) if tokens and tokens[0].startswith("▁") else None
 
 
-def _encode_chat(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], list[int]]:
-    """A conversation in the tokenizer's chat template; labels are what the assistant says."""
-    set_template(tokenizer)
+def _encode_parts(
+    texts: Sequence[str], follows: Sequence[bool], tokenizer: PreTrainedTokenizerBase, space: int | None
+) -> list[list[int]]:
+    """Token ids of texts, some of which follow another text. space: as `_space` returns it."""
+    if space is None:
+        return _encode_plain(texts, tokenizer)
+    # The space that the tokenizer writes stands for the one that a text begins with; without one it must go.
+    bare = [text.removeprefix(" ") if after else text for text, after in zip(texts, follows, strict=True)]
+    rows = _encode_plain(bare, tokenizer)
+    return [
+        ids[1:] if after and not text.startswith(" ") and ids[:1] == [space] else ids
+        for text, after, ids in zip(texts, follows, rows, strict=True)
+    ]
+
+
+def _encode_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each text without special tokens, on all cores."""
     if not tokenizer.is_fast:
-        raise HfkitError(f"this tokenizer does not say where its tokens stand ({where}): give prompt and completion")
+        return cast(list[list[int]], tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
+    backend = tokenizer.backend_tokenizer
+    # Only where a caller's own truncating call left them: a change fails while another thread encodes.
+    if backend.truncation:
+        backend.no_truncation()
+    if backend.padding:
+        backend.no_padding()
+    # Unlike tokenizer(texts), this makes no offsets and no masks.
+    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def render(turns: list[Any], **kwargs: Any) -> str:
-        try:
-            return tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)
-        except Exception as error:  # whatever a template raises
-            raise HfkitError(
-                f"the chat template does not take this conversation ({where}): {first_line(error)}"
-            ) from error
 
-    text, spans = render(messages), []
-    prompt = render(messages, add_generation_prompt=True).removeprefix(text).lstrip()
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            after = render(messages[: turn + 1])
-            before = after.partition(prompt)[0] + prompt
-            if turn:  # of no turns there is nothing to render
-                before = render(messages[:turn], add_generation_prompt=True)
-            if not (after.startswith(before) and text.startswith(after)):
-                raise HfkitError(f"the chat template changes earlier turns ({where}): give prompt and completion")
-            spans.append((len(before), len(after)))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    # A token with the space before an answer is the first of the answer, whichever part of it counts the space.
-    inside = [any(a < stop and start < b for a, b in spans) for start, stop in encoded["offset_mapping"]]
+def _encode_chat(chat: RenderedChat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation, and their labels: what the assistant says."""
+    encoded = tokenizer(chat.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    # The token that carries the leading space belongs to the answer, even if its offset starts one character early.
+    inside = [any(a < stop and start < b for a, b in chat.answers) for start, stop in encoded["offset_mapping"]]
     ids = encoded["input_ids"]
-    return ids, [i if learned else IGNORED for i, learned in zip(ids, inside, strict=True)]
+    return ids, [token if learned else IGNORED for token, learned in zip(ids, inside, strict=True)]
 
 
 def language_token(tokenizer: PreTrainedTokenizerBase, code: str) -> int:
@@ -183,20 +179,18 @@ def language_token(tokenizer: PreTrainedTokenizerBase, code: str) -> int:
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
-    """Token ids of a prompt; of an empty one the token that begins a text."""
+    """Token ids of a prompt; of an empty prompt the token that begins a text. name: the model's, for messages."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise OptionError(f"the prompt is not UTF-8 text (character {error.start + 1}): convert it") from error
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    if ids:
-        return ids
-    if not (begin := first_tokens(tokenizer)):
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"] or first_tokens(tokenizer)
+    if not ids:
         raise HfkitError(f"{name} has no token that begins a text: give a prompt")
-    return begin
+    return ids
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What stands before the first token of a text: BOS, or the EOS of another; empty if there is neither."""
+    """What stands before the first token of a text: BOS, or else the EOS of the text before; empty without both."""
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return [] if begin is None else [begin]
+    return [] if begin is None else [cast(int, begin)]

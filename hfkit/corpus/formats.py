@@ -1,8 +1,7 @@
-"""What a file of a corpus holds, and its text: encodings, compression, and where a bad byte stands."""
+"""What a file of a corpus holds, and its text: formats, encodings, compression, and where an invalid byte is."""
 
 import codecs
 import contextlib
-import csv
 import gzip
 import io
 import json
@@ -10,81 +9,127 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from hfkit.errors import HfkitError, first_line
-from hfkit.hub import reach_hub
-from hfkit.options import CorpusOptions, DataOptions
+from hfkit.errors import HfkitError
 
+LONGEST_LINE = 1 << 28  # characters of a line or a field: a small compressed file may hold gigabytes of zeros
+_LONGEST_VALUE = 1 << 27  # characters of a JSON object that holds all rows
 _CHUNK = 1 << 20  # bytes
 _MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "stream"}
+_SUFFIXES = {
+    **dict.fromkeys((".txt", ".md"), "text"), ".csv": "csv", ".tsv": "tsv", ".ipynb": "text",
+    **dict.fromkeys((".jsonl", ".ndjson"), "lines"),
+}  # fmt: skip
 _BOMS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
          codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
-_DAMAGE = (OSError, EOFError, zlib.error)  # of a file, or of what is compressed in it
-# What `datasets` writes beside the rows.
-_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_DAMAGE = (OSError, EOFError, zlib.error)  # what reading a damaged file raises, compressed or not
+# What hfkit cannot read, by its first bytes, and what to do instead.
+_FOREIGN = {
+    b"%PDF-": ("a PDF", "convert it to text (pdftotext FILE)"),
+    b"PK\x03\x04": ("a zip archive", "unpack it (unzip FILE) and give the folder"),
+    b"BZh": ("compressed with bzip2", "unpack it first (bunzip2 FILE)"),
+    b"\xfd7zXZ\0": ("compressed with xz", "unpack it first (unxz FILE)"),
+    b"\x28\xb5\x2f\xfd": ("compressed with Zstandard", "unpack it first (unzstd FILE)"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7-Zip archive", "unpack it (7z x FILE) and give the folder"),
+    b"Rar!": ("a RAR archive", "unpack it (unrar x FILE) and give the folder"),
+    b"\xd0\xcf\x11\xe0": ("an old Office document", "save it as text or CSV"),
+    b"{\\rtf": ("a rich text document", "save it as plain text"),
+    b"SQLite format 3": ("an SQLite database", "export a table as CSV"),
+    b"GGUF": ("a model", "did you mean -m FILE?"),
+}
+# Documents that are zip archives, by a name that each of them has in it.
+_ZIPPED = {
+    b"word/document.xml": ("a Word document", "save it as plain text"),
+    b"xl/workbook.xml": ("an Excel workbook", "save it as CSV"),
+    b"ppt/presentation.xml": ("a PowerPoint file", "save it as plain text"),
+    b"mimetypeapplication/epub": ("an e-book", "convert it to text (pandoc FILE -o FILE.txt)"),
+    b"mimetypeapplication/vnd.oasis": ("an OpenDocument file", "save it as plain text or CSV"),
+}  # fmt: skip
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # written by `datasets`
 
 
 def kind_of(path: Path, chosen: bool) -> str | None:
-    """What a file holds, by its content and then by its name; None for what is no text.
+    """What a file holds, decided by its content first and its name second; None if it holds no text.
 
-    The kinds are text, csv, tsv, json (one array), lines (a JSON object in each), parquet, arrow and stream (Arrow's
-    two formats). Unless the file was `chosen`, but stood in a folder, JSON that has no rows in it is a text.
+    The kinds are text, csv, tsv, json (one array), lines (a JSON object on each line), parquet, arrow and stream (the
+    two formats of Arrow). A file that was not `chosen` by name but found in a folder is rows only where that is
+    certain: a JSON file without an array of objects is read as text there.
+
+    Raises:
+        HfkitError: the file cannot be read, or was chosen and is empty or of a format that hfkit does not read.
     """
     try:
         with _open(path) as file:
             head = file.read(_CHUNK)
     except _DAMAGE as error:
-        raise _unreadable(path, error) from error
-    if kind := next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None):
-        return kind
+        raise _read_error(path, error) from error
+    for magic, kind in _MAGIC.items():
+        if head.startswith(magic):
+            return kind
+    if foreign := _foreign_format(path, head):
+        if not chosen:
+            return None
+        name, remedy = foreign
+        raise HfkitError(f"{path} is {name}, which is not read as a corpus: {remedy.replace('FILE', str(path))}")
     start = head.decode(_encoding(head), "replace").lstrip()
     if not start and chosen:
         raise HfkitError(f"the corpus is empty ({path}): it holds no text")
-    if not start or (not chosen and ("\0" in start[:8192] or path.name in _ABOUT)):
+    if not start or (not chosen and ("\0" in start[:8192] or path.name in _METADATA)):
         return None
     name = path.name.lower().removesuffix(".gz")
-    kinds = {".txt": "text", ".md": "text", ".csv": "csv", ".tsv": "tsv", ".jsonl": "lines", ".ndjson": "lines"}
-    return kinds.get(Path(name).suffix) or _json_kind(start, name.endswith(".json"), chosen)
+    return _SUFFIXES.get(Path(name).suffix) or _json_kind(start, name.endswith(".json"), chosen)
+
+
+def _foreign_format(path: Path, head: bytes) -> tuple[str, str] | None:
+    """What a file is that hfkit does not read, and what to do; None for others."""
+    if head[257:262] == b"ustar":
+        return "a tar archive", "unpack it (tar xf FILE) and give the folder"
+    if path.suffix == ".safetensors":
+        return _FOREIGN[b"GGUF"]
+    if head.startswith(b"PK\x03\x04"):
+        for name, foreign in _ZIPPED.items():
+            if name in head:
+                return foreign
+    return next((foreign for magic, foreign in _FOREIGN.items() if head.startswith(magic)), None)
 
 
 def _json_kind(start: str, named: bool, chosen: bool) -> str:
-    """Whether a file is JSON, and of which kind; named: its name says that it is."""
+    """The kind of a file that may be JSON, by how it starts; `named`: its name ends with .json."""
     line, _, rest = start.partition("\n")
     try:
-        whole = isinstance(json.loads(line), dict)
+        is_object = isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
-        whole = False
-    if whole and rest.lstrip()[:1] == "{":
+        is_object = False
+    if is_object and rest.lstrip()[:1] == "{":
         return "lines"
     if named and (chosen or re.match(r'(\{\s*"[^{}]*)?\[\s*\{', start)):
         return "json"
-    return "lines" if whole and chosen else "text"
+    return "lines" if is_object and chosen else "text"
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
     with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if packed else path.open("rb")  # type: ignore[return-value]
+        compressed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if compressed else path.open("rb")
 
 
 def _encoding(head: bytes) -> str:
     return next((encoding for mark, encoding in _BOMS.items() if head.startswith(mark)), "utf-8-sig")
 
 
-def _unreadable(path: Path, error: Exception) -> HfkitError:
+def _read_error(path: Path, error: Exception) -> HfkitError:
     return HfkitError(f"cannot read the corpus ({path}): {getattr(error, 'strerror', None) or error}")
 
 
 @contextlib.contextmanager
 def unpacked(path: Path) -> Iterator[Path]:
-    """`path` itself, or a file for the time being with what is compressed in it.
+    """`path` itself, or a temporary file with its decompressed content.
 
     Raises:
-        HfkitError: what is compressed is damaged.
+        HfkitError: the compressed data is damaged.
     """
     try:
         with _open(path) as file, contextlib.ExitStack() as stack:
@@ -95,16 +140,16 @@ def unpacked(path: Path) -> Iterator[Path]:
                 path = Path(copy.name)
             yield path
     except _DAMAGE as error:
-        raise _unreadable(path, error) from error
+        raise _read_error(path, error) from error
 
 
 def read_text(path: Path, errors: str) -> Iterator[str]:
-    """The text of a file, newlines as \\n, without its byte-order mark.
+    r"""The text of a file in chunks: every line ends with \n, and the byte-order mark is left out.
 
-    errors: of bytes that are no text: "strict" or "replace". So is NUL: it may be valid, but what has it is a binary.
+    errors: what to do with invalid bytes, "strict" or "replace". NUL counts as invalid: a file that has it is binary.
 
     Raises:
-        HfkitError: it is damaged, or has such a byte; the message has the line and the byte, counted from 1.
+        HfkitError: the file is damaged or has an invalid byte; the message has the line and the byte, from 1.
     """
     position, line, decoder, encoding = 0, 1, None, ""
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
@@ -123,167 +168,46 @@ def read_text(path: Path, errors: str) -> Iterator[str]:
                 if not data:
                     return
     except UnicodeDecodeError as error:
+        # error.object is what the decoder held back from the previous chunk, followed by this chunk.
         byte = position + len(data) - len(error.object) + error.start + 1
-        before: Any = error.object[: error.start].decode(error.encoding, "ignore")
-        line += newlines.decode(before, True).count("\n")
+        valid = error.object[: error.start].decode(error.encoding, "ignore")
+        line += newlines.decode(valid, True).count("\n")
         name = encoding.removesuffix("-sig").upper()
         raise HfkitError(
             f"not {name} text ({path}, line {line}, byte {byte}): convert it, or --errors replace"
         ) from None
     except _DAMAGE as error:
-        raise _unreadable(path, error) from error
+        raise _read_error(path, error) from error
 
 
-csv.field_size_limit(1 << 30)  # a field may be a book
-_ROWS = 128  # that are unpacked together
-_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can say it, UTF-8 cannot
-Row = tuple[dict[str, Any], str]
+def read_whole(path: Path, errors: str) -> str:
+    """The text of a file at once. HfkitError as from `read_text`, or if it is too long for that."""
+    parts, size = [], 0
+    for text in read_text(path, errors):
+        parts.append(text)
+        size += len(text)
+        if size > _LONGEST_VALUE:
+            limit = f"{_LONGEST_VALUE >> 20} million characters"
+            raise HfkitError(f"a JSON object of more than {limit} ({path}): write each row on a line (JSON Lines)")
+    return "".join(parts)
 
 
-def read_rows(path: Path, kind: str, errors: str) -> Iterator[Row]:
-    """Rows of a file of this kind, each with where it stands. An array in JSON is read whole, the rest bit by bit.
+def read_lines(path: Path, errors: str) -> Iterator[str]:
+    r"""Lines of a file. Only \n ends one: str.splitlines would also split at U+2028 and the like.
 
     Raises:
-        HfkitError: the file is damaged; the message has the line, or the row.
+        HfkitError: as from `read_text`, or a line is too long to be read at once.
     """
-    match kind:
-        case "csv" | "tsv":
-            return _table_rows(path, _lines(read_text(path, errors)), kind)
-        case "lines":
-            return _line_rows(path, errors)
-        case "json":
-            return _array_rows(path, errors)
-        case _:
-            return _columnar_rows(path, kind)
-
-
-def _lines(chunks: Iterable[str]) -> Iterator[str]:
-    """Lines as they are in a text file: not at U+2028 and the like, where str.splitlines would end them."""
     parts: list[str] = []
-    for chunk in chunks:
-        first, *others = chunk.split("\n")
+    size, number = 0, 1
+    for text in read_text(path, errors):
+        first, *others = text.split("\n")
         parts.append(first)
+        size += len(first)
+        if size > LONGEST_LINE:
+            limit = f"{LONGEST_LINE >> 20} million characters"
+            raise HfkitError(f"a line of more than {limit} ({path}, line {number}): split it, or give a plain text")
         for line in others:
             yield "".join(parts)
-            parts = [line]
+            parts, size, number = [line], len(line), number + 1
     yield "".join(parts)
-
-
-def _line_rows(path: Path, errors: str) -> Iterator[Row]:
-    for number, line in enumerate(_lines(read_text(path, errors)), 1):
-        if line.strip():
-            yield _object(_parse_json(line, path, number, errors), f"{path}, line {number}")
-
-
-def _array_rows(path: Path, errors: str) -> Iterator[Row]:
-    value = _parse_json("".join(read_text(path, errors)), path, 1, errors)
-    if isinstance(value, dict):  # {"data": [...]}, or one row
-        lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
-        value = lists[0] if lists and "messages" not in value else [value]
-    if not isinstance(value, list):
-        raise HfkitError(f"no rows ({path}): write an array of objects, or an object in each line")
-    for number, row in enumerate(value, 1):
-        yield _object(row, f"{path}, row {number}")
-
-
-def _parse_json(text: str, path: Path, line: int, errors: str) -> Any:
-    """JSON that begins at `line`."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
-        raise HfkitError(f"not JSON ({where}): {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise HfkitError(f"not JSON ({path}, line {line}): {first_line(error)}") from None
-    if "\\ud" in text or "\\uD" in text:
-        plain = json.dumps(value, ensure_ascii=False)
-        if _HALF.search(plain):
-            if errors == "strict":
-                raise HfkitError(f"half a surrogate pair ({path}, line {line}): mend it, or --errors replace")
-            value = json.loads(_HALF.sub("\ufffd", plain))
-    return value
-
-
-def _object(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise HfkitError(f'not an object ({where}): write rows such as {{"text": ...}}')
-    return row, where
-
-
-def _table_rows(path: Path, lines: Iterator[str], kind: str) -> Iterator[Row]:
-    header = next(lines)
-    delimiter = "\t" if kind == "tsv" else max(",;\t|", key=header.count)
-    reader = csv.reader((line + "\n" for line in chain([header], lines)), delimiter=delimiter, strict=True)
-    names: list[str] = []
-    begin = 1
-    try:
-        for row in reader:
-            if names and any(row):  # not an empty line
-                if len(row) != len(names):
-                    raise csv.Error(f"{len(row)} fields, the header has {len(names)}")
-                yield dict(zip(names, row, strict=True)), f"{path}, line {begin}"
-            names, begin = names or row, reader.line_num + 1
-    except csv.Error as error:
-        raise HfkitError(f"not a table ({path}, line {begin}): {error}") from None
-
-
-def _columnar_rows(path: Path, kind: str) -> Iterator[Row]:
-    import pyarrow as pa
-
-    number = 0
-    try:
-        with unpacked(path) as plain, pa.memory_map(str(plain)) as source:
-            for batch in _batches(source, kind):
-                for start in range(0, batch.num_rows, _ROWS):
-                    for row in batch.slice(start, _ROWS).to_pylist():
-                        number += 1
-                        yield row, f"{path}, row {number}"
-    except (pa.ArrowException, ValueError, OSError) as error:  # ValueError: also bytes that are not UTF-8
-        raise HfkitError(f"cannot read the corpus ({path}, after row {number}): {first_line(error)}") from error
-
-
-def _batches(source: Any, kind: str) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    match kind:
-        case "parquet":
-            yield from pq.ParquetFile(source).iter_batches(batch_size=_ROWS)
-        case "arrow":
-            reader = pa.ipc.open_file(source)
-            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-        case _:
-            yield from pa.ipc.open_stream(source)
-
-
-def read_hub_rows(name: str, options: CorpusOptions) -> Iterator[Row]:
-    """Rows of a data set of the Hub.
-
-    Raises:
-        HfkitError: it cannot be reached within seconds, or read.
-    """
-    from datasets import ClassLabel, load_dataset
-    from huggingface_hub import constants
-
-    if not constants.is_offline_mode():
-        try:
-            reach_hub(name)
-        except HfkitError as error:
-            raise HfkitError(
-                f"the Hub cannot be reached ({constants.ENDPOINT}): go online, set HF_ENDPOINT to a mirror, "
-                f"or HF_HUB_OFFLINE=1 if {name} is cached"
-            ) from error
-    streaming = isinstance(options, DataOptions) and options.streaming
-    number = 0
-    try:
-        # With this prefix never a folder here that has the same name.
-        whole = f"hf://datasets/{name}"
-        rows = load_dataset(whole, options.dataset_config_name, split=options.dataset_split, streaming=streaming)
-        kinds = getattr(rows, "features", None) or {}
-        named = {column: dict(enumerate(kind.names)) for column, kind in kinds.items() if isinstance(kind, ClassLabel)}
-        for number, row in enumerate(rows, 1):
-            # Labels are kept as numbers there, of which -1 is none.
-            row |= {column: names.get(row[column]) for column, names in named.items()}
-            yield row, f"hf://{name}, row {number}"
-    except Exception as error:  # the Hub's and the format's own errors, of many classes
-        raise HfkitError(f"cannot read hf://{name} (after row {number}): {first_line(error)}") from error

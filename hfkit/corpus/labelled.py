@@ -1,35 +1,43 @@
-"""Models with a head that labels a text or finds an answer in it, BERT's above all: their rows, batches and scores."""
+"""Rows for models with a head, which label a text or find an answer in it: read, encoded, and cut into windows."""
 
+import copy
 import functools
 import hashlib
+import re
+import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from hfkit.console import note
+from hfkit.console import note, note_once
 from hfkit.corpus.cache import Report
-from hfkit.corpus.documents import Corpora, find_corpus, read_table
+from hfkit.corpus.documents import Corpora, Corpus, read_table
 from hfkit.corpus.encoding import encode, fingerprint
-from hfkit.corpus.sequences import LabelledItem, TrainingData, hold_out
+from hfkit.corpus.examples import check_text, choose_text_column
+from hfkit.corpus.rows import column_names
+from hfkit.corpus.sequences import LabelledItem, TrainingData
+from hfkit.corpus.splitting import content_of, hold_out
 from hfkit.errors import HfkitError
-from hfkit.options import DataOptions
+from hfkit.options import CorpusOptions, DataOptions
 
-STRIDE = 128  # tokens that windows of a long context share
+_DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)")
+STRIDE = 128  # tokens that neighbouring windows of a long context share
 
 
 class Question(NamedTuple):
-    """A question to a text."""
+    """A question about a text."""
 
     question: str
     context: str
-    answers: list[str]  # all that are right; none if the context has none
-    start: int  # of the first one, in characters of the context; -1 if it is not there
+    answers: list[str]  # all correct ones; none if the context does not answer it
+    start: int  # of the first answer, in characters of the context; -1 if it is not there
 
 
 def gather_labelled_data(
-    corpus: Corpora,
+    corpus: Corpora | Corpus,
     tokenizer: PreTrainedTokenizerBase,
     data: DataOptions,
     head: str,
@@ -40,7 +48,7 @@ def gather_labelled_data(
     """Rows to train a head on, and those that are held out.
 
     Args:
-        labels: of the model, if its head is trained further; else those of the rows.
+        labels: those of the model whose head is trained further; without them, those of the rows.
 
     Raises:
         HfkitError: a column is missing, or there are too few rows or labels.
@@ -49,141 +57,174 @@ def gather_labelled_data(
     rows: list[Any] = read(corpus, data)
     held: list[Any] = read(data.eval_file, data) if data.eval_file else []
     if head == "classification":
-        labels = labels or sorted({row[-1] for row in rows})
+        labels = labels or sorted({label for _, label in rows})
         if len(labels) < 2:
-            raise HfkitError("a classification needs rows of two labels at least")
-        encode = functools.partial(encode_labelled, tokenizer=tokenizer, labels=list(labels), length=length)
+            raise HfkitError("a classification needs rows of at least two labels")
+        counts = Counter(label for _, label in rows).most_common()
+        shown = ", ".join(f"{label!r} {count:,}" for label, count in counts[:20])
+        note(f"{len(counts)} labels: {shown}{' ...' if len(counts) > 20 else ''}")
+        encode_rows = functools.partial(encode_labelled, tokenizer=tokenizer, labels=list(labels), length=length)
     else:
-        encode = functools.partial(encode_questions, tokenizer=tokenizer, length=length)
+        encode_rows = functools.partial(encode_questions, tokenizer=tokenizer, length=length)
+    texts = 1 if labels else 2  # a row begins with its text, or with its question and context
     if not held:
         sizes = np.array([len(row[0]) for row in rows])
-        kept, out = hold_out(np.arange(len(rows)), sizes, data.eval_fraction, seed)
+        contents = np.array([content_of("\0".join(row[:texts])) for row in rows])
+        kept, out = hold_out(contents, sizes, data.eval_fraction, seed)
         rows, held = [rows[i] for i in kept], [rows[i] for i in out]
-    train_set, held_out = encode(rows), encode(held)
+    train_set, held_out = encode_rows(rows), encode_rows(held)
     if not train_set:
         raise HfkitError("there is nothing to train on: the corpus is too small")
     tokens = sum(len(item["input_ids"]) for item in train_set)
-    characters = sum(len(text) for row in rows for text in row[: 1 if labels else 2])  # a question with its context
     report = Report(
-        kind=head, documents=len(rows) + len(held), tokens=tokens, characters=characters,
+        kind=head, documents=len(rows) + len(held), tokens=tokens,
+        characters=sum(len(text) for row in rows for text in row[:texts]),
         fingerprint=hashlib.sha256(repr((rows, held)).encode()).hexdigest(), tokenizer=fingerprint(tokenizer),
     )  # fmt: skip
-    count = len(train_set)
-    return TrainingData(train_set, held_out, count, tokens / count, report, head=head, labels=tuple(labels or ()))
+    return TrainingData(
+        train_set, held_out, sequences=len(train_set), length=tokens / len(train_set), report=report, head=head,
+        labels=tuple(labels or ()),
+    )  # fmt: skip
 
 
-def classification_rows(corpus: Corpora, options: DataOptions) -> list[tuple[str, str]]:
-    """(text, label) of every row.
+def classification_rows(corpus: Corpora | Corpus, options: CorpusOptions) -> list[tuple[str, str]]:
+    """(text, label) of every row. A label is a text or a whole number: 1, "1" and 1.0 are the same.
 
     Raises:
-        HfkitError: a column is missing.
+        HfkitError: a column is missing, or a label is not one; the message has the line.
     """
-    rows = []
-    for row, where in read_table(find_corpus(corpus), options):
-        label = row.get(options.label_column)
-        if label is None and options.label_column in row:
-            raise HfkitError(f"column {options.label_column!r} holds no label ({where}): mend or delete the row")
-        if label is None:
-            names = ", ".join(map(repr, row))
-            raise HfkitError(f"no column {options.label_column!r} ({where}: {names}): say so with --label-column")
-        rows.append((_text_of(row, options, where), str(label)))
+    rows: list[tuple[str, str]] = []
+    name, column = options.label_column, ""
+    for row, where in read_table(corpus, options):
+        if name not in row:
+            raise HfkitError(f"no column {name!r} ({where}: {column_names(row)}): name it with --label-column")
+        if not column or column not in row:
+            column = choose_text_column(row, where, options.text_column, name)
+            note_once(f"{where}: the text is column {column!r}, the label {name!r}")
+        rows.append((check_text(row[column], column, where), _read_label(row[name], name, where)))
     return rows
 
 
-def _text_of(row: Mapping[str, Any], options: DataOptions, where: str) -> str:
-    texts = [name for name, value in row.items() if isinstance(value, str) and name != options.label_column]
-    name = options.text_column or ("text" if "text" in row else texts[0] if len(texts) == 1 else None)
-    if name is None or not isinstance(row.get(name), str):
-        names = ", ".join(map(repr, row))
-        raise HfkitError(f"which column is the text ({where}: {names})? Say so with --text-column")
-    return row[name]
+def _read_label(value: Any, column: str, where: str) -> str:
+    label = str(value).strip()
+    if isinstance(value, list | dict):
+        reason = "has a list or an object instead of one label"
+    elif value is None or label.lower() in ("", "nan"):
+        reason = "has no label"
+    elif not isinstance(value, float) and not _DECIMAL.fullmatch(label):
+        return label
+    elif float(label).is_integer():
+        return str(int(float(label)))
+    else:
+        reason = f"has the fraction {label}, but a class is a text or a whole number"
+    raise HfkitError(f"column {column!r} {reason} ({where}): fix or delete the row")
 
 
-def question_rows(corpus: Corpora, options: DataOptions) -> list[Question]:
-    """Every row as a Question; no answers where the context has none.
+def question_rows(corpus: Corpora | Corpus, options: CorpusOptions) -> list[Question]:
+    """Every row as a Question, without answers where the context has none.
 
-    Rows are as in SQuAD, or have a text in `answer` or `answers`.
+    Rows are those of SQuAD, or have texts in `answer` or `answers`.
 
     Raises:
         HfkitError: a column is missing.
     """
     rows = []
-    for row, where in read_table(find_corpus(corpus), options):
-        answers, starts = row.get("answers", row.get("answer")), [row.get("answer_start")]
+    for row, where in read_table(corpus, options):
+        question, context = row.get("question"), row.get("context")
+        answers: Any = row.get("answers", row.get("answer"))
+        starts = [row.get("answer_start")]
         if isinstance(answers, Mapping):  # SQuAD's {"text": [...], "answer_start": [...]}
             answers, starts = answers.get("text"), list(answers.get("answer_start") or [])
-        if not isinstance(row.get("question"), str) or not isinstance(row.get("context"), str) or answers is None:
-            names = ", ".join(map(repr, row))
-            raise HfkitError(f"rows must have question, context and answer ({where}: {names})")
+        if not isinstance(question, str) or not isinstance(context, str) or answers is None:
+            raise HfkitError(f"rows must have question, context and answer ({where}: {column_names(row)})")
         answers = [answer for answer in ([answers] if isinstance(answers, str) else answers) if answer]
         if not all(isinstance(answer, str) for answer in answers):
-            raise HfkitError(f"an answer is no text ({where}): mend or delete the row")
-        rows.append(Question(row["question"], row["context"], answers, _place(row["context"], answers, starts)))
+            raise HfkitError(f"an answer is not text ({where}): fix or delete the row")
+        rows.append(Question(question, context, answers, _find_answer(context, answers, starts)))
     return rows
 
 
-def _place(context: str, answers: list[str], starts: list[Any]) -> int:
-    """Where the first answer stands: as the row says, if it does and is right, else where it comes first; or -1."""
+def _find_answer(context: str, answers: list[str], starts: list[Any]) -> int:
+    """Where the first answer starts: where the row says, if that is correct, else its first occurrence, or -1."""
     if not answers:
         return -1
-    said = isinstance(start := next(iter(starts), None), int) and start >= 0
-    return start if said and context.startswith(answers[0], start) else context.find(answers[0])
+    start = next(iter(starts), None)
+    if isinstance(start, int) and start >= 0 and context.startswith(answers[0], start):
+        return start
+    return context.find(answers[0])
 
 
 def encode_labelled(
     rows: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, labels: list[str], length: int
 ) -> list[LabelledItem]:
-    """A text's token ids, cut at `length`, and the number of its label."""
-    number = {label: index for index, label in enumerate(labels)}
+    """Token ids of each text, cut at `length`, and the number of its label."""
+    numbers = {label: number for number, label in enumerate(labels)}
     items = []
     for text, label in rows:
-        if label not in number:
-            raise HfkitError(f"label {label!r} is none of the model's: {', '.join(labels)}")
-        items.append({"input_ids": encode_text(text, tokenizer, length), "labels": number[label]})
+        if label not in numbers:
+            raise HfkitError(f"label {label!r} is not one of the model's: {', '.join(labels)}")
+        items.append({"input_ids": encode_text(text, tokenizer, length), "labels": numbers[label]})
     return items
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[int]:
-    """Token ids of a text; of one that is too long those of its beginning, closed as the tokenizer closes a text."""
+    """Token ids of a text, cut at `length`; the tokens that close a text are kept."""
     ids = encode(text, tokenizer, "the model")
-    return ids if len(ids) <= length else tokenizer(text, truncation=True, max_length=length)["input_ids"]
+    if len(ids) <= length:
+        return ids
+    return list(_truncate(tokenizer, text, truncation=True, max_length=length)["input_ids"])
+
+
+_truncating = threading.Lock()
+
+
+def _truncate(tokenizer: PreTrainedTokenizerBase, *texts: str, **options: Any) -> Any:
+    """`tokenizer(*texts, **options)` with truncation, which is a state of the tokenizer: a copy of it has it."""
+    with _truncating:
+        return _copy(tokenizer, len(tokenizer))(*texts, **options)
+
+
+@functools.lru_cache(maxsize=1)
+def _copy(tokenizer: PreTrainedTokenizerBase, size: int) -> PreTrainedTokenizerBase:
+    return copy.deepcopy(tokenizer)
 
 
 def encode_questions(rows: Iterable[Question], tokenizer: PreTrainedTokenizerBase, length: int) -> list[LabelledItem]:
-    """Windows over each context, with the places of its first answer's tokens; place 0 where a window has none."""
+    """Windows over each context, with the positions of the first answer's tokens; 0 where a window has no answer."""
     items = []
     for question, context, answers, start in rows:
         if answers and start < 0:
-            note(f"an answer is not in its context, so it is left out: {answers[0][:60]!r}")
+            note(f"an answer is not in its context, so the row is left out: {answers[0][:60]!r}")
             continue
-        span = (start, start + len(answers[0])) if answers else None
+        stop = start + len(answers[0]) if answers else start
         for window in windows(question, context, tokenizer, length):
-            places = [
-                at
-                for at, place in enumerate(window["offsets"])
-                if place and span and place[1] > span[0] and place[0] < span[1]
-            ]
-            inside = (
-                places and window["offsets"][places[0]][0] <= span[0] and window["offsets"][places[-1]][1] >= span[1]
-            )
-            first, last = (places[0], places[-1]) if inside else (0, 0)
+            offsets = window["offsets"]
+            inside = [i for i, span in enumerate(offsets) if span and span[0] < stop and start < span[1]]
+            first, last = (inside[0], inside[-1]) if inside else (0, 0)
+            if inside and not (offsets[first][0] <= start and stop <= offsets[last][1]):  # the window cuts the answer
+                first, last = 0, 0
             items.append({**window["inputs"], "start_positions": first, "end_positions": last})
     return items
 
 
 def windows(question: str, context: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[dict[str, Any]]:
-    """Overlapping windows of question and context: `inputs`, and `offsets`, the characters of each context token."""
+    """Overlapping windows of a question and its context, of at most `length` tokens.
+
+    Each has its `inputs`, and `offsets`: (start, stop) in characters of the context of each token; None outside it.
+    """
     if not tokenizer.is_fast:
-        raise HfkitError("finding answers needs a tokenizer that knows where its tokens stand: use a fast one")
+        raise HfkitError("finding answers needs the place of each token in the text: use a fast tokenizer")
     try:
-        encoded = tokenizer(
-            question, context, truncation="only_second", max_length=length, stride=min(STRIDE, length // 4),
+        encoded = _truncate(
+            tokenizer, question, context, truncation="only_second", max_length=length, stride=min(STRIDE, length // 4),
             return_overflowing_tokens=True, return_offsets_mapping=True, verbose=False,
         )  # fmt: skip
-    except Exception as error:  # tokenizers': the question alone is too long
+    except Exception as error:  # tokenizers raises it where the question alone is too long
         raise HfkitError(f"the question is too long for {length} tokens: shorten it") from error
     names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
-    for number in range(len(encoded["input_ids"])):
-        of = encoded.sequence_ids(number)
-        offsets = [place if of[at] == 1 else None for at, place in enumerate(encoded["offset_mapping"][number])]
-        yield {"inputs": {name: encoded[name][number] for name in names}, "offsets": offsets}
+    for number, offsets in enumerate(encoded["offset_mapping"]):
+        parts = encoded.sequence_ids(number)  # 1 for tokens of the context
+        yield {
+            "inputs": {name: encoded[name][number] for name in names},
+            "offsets": [span if part == 1 else None for part, span in zip(parts, offsets, strict=True)],
+        }

@@ -1,38 +1,48 @@
-"""Rows of tokens as the sequences that a model is trained on, and the batches they come in."""
+"""Rows of tokens as the sequences that a model is trained on, the batches they come in, and what is held out."""
 
-import itertools
-import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hfkit.console import note
 from hfkit.corpus.cache import Prepared, Report, encode_corpus, load_prepared
-from hfkit.corpus.documents import Corpora, Corpus, find_corpus, is_prepared, read_records
-from hfkit.corpus.encoding import IGNORED, encode_records, fingerprint, set_template
+from hfkit.corpus.chat import set_template
+from hfkit.corpus.documents import Corpora, Corpus, Example, find_corpus, is_prepared, read_records
+from hfkit.corpus.encoding import IGNORED, fingerprint
+from hfkit.corpus.splitting import hold_out, hold_out_texts
+from hfkit.corpus.streams import Stream
 from hfkit.errors import HfkitError
 from hfkit.options import DataOptions
 
-Item = dict[str, np.ndarray]
-_WINDOW = 256  # sequences that a stream is shuffled within
+Item = dict[str, np.ndarray]  # input_ids and labels, (length,) each
+LabelledItem = dict[str, Any]  # lists of token ids, and a number for each label or place
 _NOTHING = "there is nothing to train on: the corpus is empty, or no example fits --block-size"
 
 
-class Blocks(torch.utils.data.Dataset):
-    """Rows of tokens one after another, cut into blocks; the last one is shorter, and no token is lost."""
+class Blocks(Dataset[Item]):
+    """Rows of tokens, joined and cut into blocks. The last block is shorter, so that no token is lost."""
 
-    def __init__(self, dataset: datasets.Dataset, rows: np.ndarray, block_size: int) -> None:
-        """rows: which of them, in which order."""
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        rows: np.ndarray,
+        block_size: int,
+        starts: np.ndarray | None = None,
+        stops: np.ndarray | None = None,
+    ) -> None:
+        """rows: which rows of `dataset`, in their order. starts, stops: which tokens of each; all without these."""
         self._dataset, self._rows, self._size = dataset, rows, block_size
-        self._ends = np.cumsum(lengths(dataset)[rows])
+        self._starts = np.zeros(len(rows), np.int64) if starts is None else starts
+        self._stops = lengths(dataset)[rows] if stops is None else stops
+        self._ends = np.cumsum(self._stops - self._starts)  # of each row, in the joined tokens
 
     @property
     def tokens(self) -> int:
@@ -46,14 +56,15 @@ class Blocks(torch.utils.data.Dataset):
             raise IndexError(index)
         start, stop = index * self._size, (index + 1) * self._size
         first, last = np.searchsorted(self._ends, [start, stop - 1], "right")
-        ids = np.concatenate([_values(self._dataset, "input_ids", row) for row in self._rows[first : last + 1]])
+        spans = [array[first : last + 1] for array in (self._rows, self._starts, self._stops)]
+        ids = np.concatenate([_cell(self._dataset, "input_ids", row)[a:b] for row, a, b in zip(*spans, strict=True)])
         skipped = start - (int(self._ends[first - 1]) if first else 0)
         ids = ids[skipped : skipped + self._size].astype(np.int64)
         return {"input_ids": ids, "labels": ids}
 
 
-class Examples(torch.utils.data.Dataset):
-    """Rows with labels of their own."""
+class Examples(Dataset[Item]):
+    """Rows that have labels: a sequence each."""
 
     def __init__(self, dataset: datasets.Dataset, rows: np.ndarray) -> None:
         self._dataset, self._rows = dataset, rows
@@ -64,81 +75,21 @@ class Examples(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Item:
         row = self._rows[index]
-        return {name: _values(self._dataset, name, row).astype(np.int64) for name in ("input_ids", "labels")}
+        return {name: _cell(self._dataset, name, row).astype(np.int64) for name in ("input_ids", "labels")}
 
 
-def _values(dataset: datasets.Dataset, column: str, row: np.integer) -> np.ndarray:
-    """A cell; dataset[row] takes ten times as long."""
-    return dataset.data.column(column)[int(row)].values.to_numpy()
-
-
-class Stream(torch.utils.data.IterableDataset):
-    """Sequences of a corpus that is read anew for each epoch, shuffled by `seed` within a window."""
-
-    def __init__(
-        self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, options: DataOptions, block_size: int, seed: int
-    ) -> None:
-        self._corpus, self._tokenizer, self._options = corpus, tokenizer, options
-        self._size, self._seed, self._epoch = block_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __iter__(self) -> Iterator[Item]:
-        items, worker = self.read(), torch.utils.data.get_worker_info()
-        if worker:  # each process of a DataLoader reads all and keeps its share
-            items = islice(items, worker.id, None, worker.num_workers)
-        draw, window = random.Random(f"{self._seed}-{self._epoch}"), []  # noqa: S311, no secret
-        for item in items:
-            window.append(item)
-            if len(window) > _WINDOW:
-                at = draw.randrange(len(window))
-                window[at], window[-1] = window[-1], window[at]
-                yield window.pop()
-        draw.shuffle(window)
-        yield from window
-
-    def read(self) -> Iterator[Item]:
-        """Blocks of texts, or examples that fit, in the order of the corpus."""
-        rest = np.zeros(0, np.int32)
-        for row in encode_records(read_records(self._corpus, self._options), self._tokenizer):
-            if "labels" in row:
-                if len(row["labels"]) <= self._size:
-                    yield {name: row[name] for name in ("input_ids", "labels")}
-                continue
-            rest = np.concatenate([rest, row["input_ids"]])
-            while len(rest) >= self._size:
-                yield {"input_ids": rest[: self._size], "labels": rest[: self._size]}
-                rest = rest[self._size :]
-        if len(rest):
-            yield {"input_ids": rest, "labels": rest}
+def _cell(dataset: datasets.Dataset, column: str, row: np.integer) -> np.ndarray:
+    """A list of a column as an array. `dataset[row]` takes ten times as long."""
+    return cast(np.ndarray, dataset.data.column(column)[int(row)].values.to_numpy())
 
 
 def lengths(dataset: datasets.Dataset) -> np.ndarray:
     """Tokens of each row, (rows,)."""
-    return pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64)
-
-
-def hold_out(documents: np.ndarray, sizes: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and rows to hold out: whole documents, drawn by `seed`; single rows where documents are few.
-
-    documents: number of each row's document, (rows,). sizes: bytes of each row, (rows,). About `fraction` of the bytes
-    are held out, at most a megabyte; at least one document, but none where there are too few.
-    """
-    units = documents if len(documents) and documents[-1] >= 19 else np.arange(len(documents))
-    bulk = np.bincount(units, sizes)
-    if fraction == 0 or len(bulk) < 4:
-        return np.arange(len(units)), np.zeros(0, np.int64)
-    wanted = min(fraction * bulk.sum(), 1e6)
-    order = np.random.default_rng(seed).permutation(len(bulk))
-    order = order[bulk[order] <= max(wanted, np.median(bulk))]  # a large document may be most of the corpus
-    count = 1 + int(np.abs(np.cumsum(bulk[order]) - wanted).argmin())
-    held = np.isin(units, order[: min(count, len(bulk) // 2)])
-    return np.flatnonzero(~held), np.flatnonzero(held)
+    return cast(np.ndarray, pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64))
 
 
 def group(items: Iterable[Item], tokens: int) -> Iterator[list[Item]]:
-    """Items in their order, as many together as have at most `tokens` when they are padded to the longest."""
+    """Batches of items in their order, each of at most `tokens` once it is padded to its longest item."""
     batch: list[Item] = []
     longest = 0
     for item in items:
@@ -151,20 +102,44 @@ def group(items: Iterable[Item], tokens: int) -> Iterator[list[Item]]:
         yield batch
 
 
+def pad_rows(
+    rows: Sequence[Any], fill: int, *, shape: tuple[int, int] | None = None, left: bool = False
+) -> torch.Tensor:
+    """Rows of numbers as one int64 tensor, (rows, length of the longest) or of a larger `shape`.
+
+    fill: what stands where a row has nothing: after it, or before it if `left`.
+    """
+    count, width = shape or (len(rows), max(map(len, rows)))
+    padded = torch.full((count, width), fill)
+    for line, row in zip(padded, rows, strict=False):
+        line[width - len(row) if left else 0 :][: len(row)] = torch.as_tensor(np.asarray(row, np.int64))
+    return padded
+
+
 @dataclass(frozen=True)
 class Collator:
-    """Items to a batch of tensors, padded on the right (a causal model does not look there) and not learned."""
+    """Items to a batch padded on the right, where a causal model does not look. Padding is not learned."""
 
     pad: int  # token id
     shape: tuple[int, int] | None = None  # rows and tokens of every batch, so that a compiled model sees one shape
 
     def __call__(self, items: list[Item]) -> dict[str, torch.Tensor]:
-        longest = max(len(item["input_ids"]) for item in items)
-        shape = self.shape or (len(items), longest)
-        batch = {"input_ids": torch.full(shape, self.pad), "labels": torch.full(shape, IGNORED)}
-        for number, item in enumerate(items):
-            for name, tensor in batch.items():
-                tensor[number, : len(item[name])] = torch.from_numpy(item[name].astype(np.int64))
+        fills = {"input_ids": self.pad, "labels": IGNORED}
+        return {name: pad_rows([item[name] for item in items], fill, shape=self.shape) for name, fill in fills.items()}
+
+
+@dataclass(frozen=True)
+class HeadCollator:
+    """Items to a batch padded on the right, with its attention mask."""
+
+    pad: int  # token id
+
+    def __call__(self, items: list[LabelledItem]) -> dict[str, torch.Tensor]:
+        batch = {"attention_mask": pad_rows([[1] * len(item["input_ids"]) for item in items], 0)}
+        for name, example in items[0].items():
+            values = [item[name] for item in items]
+            fill = self.pad if name == "input_ids" else 0
+            batch[name] = pad_rows(values, fill) if isinstance(example, list) else torch.tensor(values)
         return batch
 
 
@@ -175,25 +150,23 @@ class TrainingData:
     train_set: Any  # a torch Dataset
     held_out: Any  # likewise; empty where nothing is held out
     sequences: int  # in an epoch; 0 if a stream's are not known
-    length: float  # tokens of one, on average
+    length: float  # tokens of a sequence, on average
     report: Report | None  # None for a stream
     prompt: str | None = None  # to sample from
-    head: str | None = None  # of a model that does not write text: see `heads`
+    head: str | None = None  # of a model that does not write text: see `labelled`
     labels: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        return (
-            {"corpus_sha256": self.report.fingerprint, "tokenizer_sha256": self.report.tokenizer}
-            if self.report
-            else {}
-        )
+        if not self.report:
+            return {}
+        return {"corpus_sha256": self.report.fingerprint, "tokenizer_sha256": self.report.tokenizer}
 
 
 def gather_training_data(
-    corpus: Corpora, tokenizer: PreTrainedTokenizerBase, data: DataOptions, block_size: int, seed: int
+    corpus: Corpora | Corpus, tokenizer: PreTrainedTokenizerBase, data: DataOptions, block_size: int, seed: int
 ) -> TrainingData:
-    """Tokenize a corpus, or find it tokenized, and set a part of it aside.
+    """Tokenize a corpus, or find its tokens, and hold a part of it out.
 
     Raises:
         HfkitError: there is nothing to train on.
@@ -203,25 +176,32 @@ def gather_training_data(
         stream = Stream(find_corpus(corpus), tokenizer, data, block_size, seed)
         if not next(stream.read(), None):
             raise HfkitError(_NOTHING)
+        first = next(read_records(stream.corpus, data))
+        if isinstance(first, Example) and "messages" in first.row:
+            set_template(tokenizer)
         return TrainingData(stream, held or [], 0, block_size, None, _prompt(held or [], tokenizer))
     prepared = _encode(corpus, tokenizer, data)
     if held is not None:
         train_set, held_out = cut_sequences(prepared, block_size), held
     else:
-        columns = [prepared.dataset.data.column(name).to_numpy() for name in ("document", "bytes")]
-        rows = hold_out(*columns, data.eval_fraction, seed)
-        train_set, held_out = (cut_sequences(prepared, block_size, part) for part in rows)
+        train_set, held_out = _split(prepared, data.eval_fraction, block_size, seed)
         if not len(held_out):
             note("nothing is held out: the corpus is too small, or --eval-fraction is 0")
     if not len(train_set):
         raise HfkitError(_NOTHING)
-    prompt = _prompt(held_out or train_set, tokenizer)
-    length = train_set.tokens / len(train_set)
-    return TrainingData(train_set, held_out, len(train_set), length, prepared.report, prompt)
+    return TrainingData(
+        train_set=train_set,
+        held_out=held_out,
+        sequences=len(train_set),
+        length=train_set.tokens / len(train_set),
+        report=prepared.report,
+        prompt=_prompt(held_out or train_set, tokenizer),
+    )
 
 
-def _encode(corpus: Corpora, tokenizer: PreTrainedTokenizerBase, data: DataOptions) -> Prepared:
-    sources = [corpus] if isinstance(corpus, str | Path) else corpus
+def _encode(corpus: Corpora | Corpus, tokenizer: PreTrainedTokenizerBase, data: DataOptions) -> Prepared:
+    """`corpus` as tokens. A tokenizer that encodes conversations gets a chat template, if it has none."""
+    sources = [] if isinstance(corpus, Corpus) else [corpus] if isinstance(corpus, str | Path) else corpus
     if len(sources) == 1 and is_prepared(folder := Path(sources[0]).expanduser()):
         prepared = load_prepared(folder)
         if prepared.report.tokenizer != fingerprint(tokenizer):
@@ -233,63 +213,65 @@ def _encode(corpus: Corpora, tokenizer: PreTrainedTokenizerBase, data: DataOptio
     return prepared
 
 
-def cut_sequences(prepared: Prepared, block_size: int, rows: np.ndarray | None = None) -> "Blocks | Examples":
-    """All rows of a corpus, or these, as sequences of at most `block_size` tokens."""
-    rows = np.arange(len(prepared.dataset)) if rows is None else rows
+def cut_sequences(prepared: Prepared, block_size: int) -> Blocks | Examples:
+    """A corpus as sequences of at most `block_size` tokens."""
     if prepared.report.kind == "text":
-        return Blocks(prepared.dataset, rows, block_size)
-    fit = rows[lengths(prepared.dataset)[rows] <= block_size]
-    if len(fit) < len(rows):
-        note(f"{len(rows) - len(fit)} of {len(rows)} examples are longer than {block_size} tokens: left out")
-    return Examples(prepared.dataset, fit)
+        return Blocks(prepared.dataset, np.arange(len(prepared.dataset)), block_size)
+    return Examples(prepared.dataset, _rows_that_fit(prepared, block_size))
+
+
+def _rows_that_fit(prepared: Prepared, block_size: int) -> np.ndarray:
+    fits = lengths(prepared.dataset) <= block_size
+    if not fits.all():
+        note(f"{(~fits).sum()} of {len(fits)} examples are longer than {block_size} tokens: left out")
+    return np.flatnonzero(fits)
+
+
+def _split(prepared: Prepared, fraction: float, block_size: int, seed: int) -> tuple[Any, Any]:
+    """A corpus as sequences to train on and sequences to measure on."""
+    dataset = prepared.dataset
+    documents, contents, sizes = (dataset.data.column(name).to_numpy() for name in ("document", "content", "bytes"))
+    if prepared.report.kind != "text":
+        fit = _rows_that_fit(prepared, block_size)
+        kept, held = hold_out(contents[fit], sizes[fit], fraction, seed)
+        return Examples(dataset, fit[kept]), Examples(dataset, fit[held])
+    shares = hold_out_texts(documents, contents, sizes, fraction, seed)
+    stops = np.round(lengths(dataset) * (1 - shares)).astype(np.int64)  # of what is trained on
+    kept, held = np.flatnonzero(shares < 1), np.flatnonzero(shares > 0)
+    return (
+        Blocks(dataset, kept, block_size, stops=stops[kept]),
+        Blocks(dataset, held, block_size, starts=stops[held]),
+    )
+
+
+def show_examples(sequences: Blocks | Examples, tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
+    """The first sequences as the model sees them, as text; what is learned stands between ⟦ and ⟧."""
+    return [_show(sequences[number], tokenizer) for number in range(min(count, len(sequences)))]
+
+
+def _show(item: Item, tokenizer: PreTrainedTokenizerBase) -> str:
+    ids, learned = item["input_ids"].tolist(), item["labels"] != IGNORED
+    parts: list[str] = []
+    start = 0
+    for number, border in enumerate([*np.flatnonzero(np.diff(learned, prepend=False)), len(ids)]):
+        # Beginnings are decoded, not parts: some tokenizers drop the space that a text begins with.
+        stop = len(tokenizer.decode(ids[:border]))
+        part = tokenizer.decode(ids)[start:stop]
+        parts.append(f"⟦{part}⟧" if number % 2 else str(part))
+        start = stop
+    return "".join(parts)
 
 
 def _prompt(sequences: Any, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Where a sample begins: some words of a text, the question of an example."""
+    """A prompt to sample from: the first words of a text, or the question of an example."""
     if not len(sequences):
         return None
-    ids, labels = (sequences[0][name] for name in ("input_ids", "labels"))
-    if known := int((labels == IGNORED).argmin()):  # tokens before the answer
-        return tokenizer.decode(ids[:known].tolist())
-    ids = ids[:12].tolist()
-    if tokenizer.eos_token_id in ids[1:]:  # of the first document alone
+    ids, labels = (sequences[0][name].tolist() for name in ("input_ids", "labels"))
+    if labels[0] == IGNORED:
+        known = next(place for place, label in enumerate(labels) if label != IGNORED)
+        return cast(str, tokenizer.decode(ids[:known]))
+    ids = ids[:12]
+    if tokenizer.eos_token_id in ids[1:]:  # keep to the first document
         ids = ids[: ids.index(tokenizer.eos_token_id, 1)]
-    text = tokenizer.decode(ids, skip_special_tokens=True).strip().rstrip("\ufffd")
+    text = cast(str, tokenizer.decode(ids, skip_special_tokens=True)).strip().rstrip("\ufffd")
     return text.rpartition(" ")[0] or text or None
-
-
-LabelledItem = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class HeadCollator:
-    """Items to a padded batch with its attention mask."""
-
-    pad: int  # token id
-
-    def __call__(self, items: list[LabelledItem]) -> dict[str, torch.Tensor]:
-        longest = max(len(item["input_ids"]) for item in items)
-        batch: dict[str, Any] = {
-            "attention_mask": [[1] * len(i["input_ids"]) + [0] * (longest - len(i["input_ids"])) for i in items]
-        }
-        for name in items[0]:
-            values = [item[name] for item in items]
-            fill = self.pad if name == "input_ids" else 0
-            batch[name] = [v + [fill] * (longest - len(v)) for v in values] if isinstance(values[0], list) else values
-        return {name: torch.tensor(values) for name, values in batch.items()}
-
-
-class Endless(torch.utils.data.IterableDataset):
-    """A stream, pass after pass: to Trainer it is one epoch, so that a resumed run finds its place in any of them."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[Any]:
-        item: Any = True
-        for epoch in itertools.count():
-            self._stream.set_epoch(epoch)
-            for item in self._stream:
-                yield item
-            if item is True:  # the share of this process is empty
-                return

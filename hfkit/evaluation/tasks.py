@@ -1,55 +1,98 @@
 """How well a model does a task: its answers or labels against the right ones, beside baselines that know nothing."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from hfkit.console import progress
-from hfkit.corpus.documents import Corpora, find_corpus, read_table
-from hfkit.corpus.formats import Row
+from hfkit.console import progress, with_error
+from hfkit.corpus.documents import Corpus, read_table
 from hfkit.corpus.labelled import classification_rows, question_rows
+from hfkit.corpus.rows import Row
 from hfkit.corpus.templates import Task, make_task, task_of
 from hfkit.errors import HfkitError
-from hfkit.evaluation.metrics import load_metric
+from hfkit.evaluation.metrics import METRICS, find_metric, mean_figures
 from hfkit.inference.answering import find_answers
-from hfkit.inference.classification import calibration_error, classify_each, label_names
+from hfkit.inference.classification import Classification, calibration_error, classify_each, label_names
 from hfkit.inference.generation import generate_each
 from hfkit.inference.likelihood import jsonable
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel
 from hfkit.options import CorpusOptions, GenerateOptions, TaskOptions
+from hfkit.reporting.templates import render
 
-_PAIRS = Task("{prompt}{completion}")  # rows that have no template
-_NOTHING = "there is nothing to score: the corpus holds no rows"
+T = TypeVar("T")
+_PAIRS = Task("{prompt}{completion}")  # for rows without a template
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Assessment:
-    """Scores of a model at a task."""
+    """How well a model did a task."""
 
     model: str
     examples: int
-    metrics: dict[str, Any]  # figures, their standard errors beside them
-    baselines: dict[str, dict[str, float]]  # what one gets without a model
+    metrics: dict[str, Any]  # figures by name, with their standard errors
+    baselines: dict[str, dict[str, float]]  # the same figures of guesses that need no model
+
+    def __str__(self) -> str:
+        figures = ", ".join(f"{name} {self.format(name)}" for name in self.names)
+        return f"{self.model}: {figures} ({self.examples:,} examples)"
+
+    __repr__ = __str__
+
+    @property
+    def names(self) -> list[str]:
+        """The figures that are single numbers, without their errors."""
+        return [name for name, value in self.metrics.items() if isinstance(value, float) and "stderr" not in name]
+
+    def format(self, name: str, baseline: str | None = None) -> str:
+        """A figure of the model, or of a baseline, with its error; empty where there is none."""
+        figures = self.baselines[baseline] if baseline else self.metrics
+        return with_error(figures[name], figures.get(f"{name}_stderr"), ".3g") if name in figures else ""
+
+    def verdict(self) -> str:
+        """The first figure against the best baseline's, as a sentence."""
+        name = self.names[0]
+        rivals = {baseline: figures[name] for baseline, figures in self.baselines.items() if name in figures}
+        if name not in METRICS or not rivals:  # of a metric from the Hub, less may be better
+            return f"{self.model} has {name} {self.format(name)}."
+        rival = max(rivals, key=rivals.__getitem__)
+        gain, error = self.metrics[name] - rivals[rival], self.metrics.get(f"{name}_stderr", 0.0)
+        better = "better" if gain > 2 * error else "no better"
+        return f"{self.model} is {better} than the baseline ({rival}): {name} {self.format(name)} against " + (
+            f"{rivals[rival]:.3g}."
+        )
+
+    def _repr_html_(self) -> str:
+        head, rows = table([self])
+        return render("figures.html.jinja", head=head, rows=rows, sentence=self.verdict())
 
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
-        figures = {**self.metrics, "baselines": self.baselines}
-        return jsonable({"model": self.model, "examples": self.examples, **figures})
+        values = {"model": self.model, "examples": self.examples, **self.metrics, "baselines": self.baselines}
+        return cast(dict[str, Any], jsonable(values))
 
 
-def find_task(lm: LanguageModel, corpus: Corpora, options: CorpusOptions) -> Task | None:
-    """The task that the rows of `corpus` are for; None if they are a text to be predicted."""
-    found = find_corpus(corpus)
-    if "text" in found.kinds and not options.metric and not options.template:  # those are for rows: say so below
+def table(assessments: Sequence[Assessment]) -> tuple[list[str], list[list[str]]]:
+    """A head, and a row for each model and for each baseline, with a column for each figure."""
+    first = assessments[0]
+    rows = [[each.model, *(each.format(name) for name in first.names)] for each in assessments]
+    rows += [[f"({name})", *(first.format(figure, name) for figure in first.names)] for name in first.baselines]
+    return [f"{first.examples:,} examples", *first.names], rows
+
+
+def find_task(lm: LanguageModel, corpus: Corpus, options: CorpusOptions) -> Task | None:
+    """The task that the rows of `corpus` are for; None if they are a text to predict.
+
+    Raises:
+        HfkitError: a template or a metric was given, and the rows lack the columns that it needs.
+    """
+    if "text" in corpus.kinds and not options.metric and not options.template:
         return None
     task = make_task(options) or task_of(lm.tokenizer)
-    row, _ = next(read_table(replace(found, files=found.files[:1], kinds=found.kinds[:1]), options), ({}, ""))
+    row, _ = next(read_table(corpus, options), ({}, ""))
     if task and {*task.inputs, task.answer} <= set(row):
         return replace(task, metric=tuple(options.metric or task.metric), labels=tuple(options.labels or task.labels))
     if options.metric and {"prompt", "completion"} <= set(row):
@@ -60,103 +103,104 @@ def find_task(lm: LanguageModel, corpus: Corpora, options: CorpusOptions) -> Tas
     return None
 
 
-def assess(lm: LanguageModel, corpus: Corpora, options: CorpusOptions, task: Task | None) -> Assessment:
-    """Let a model answer every row of `corpus`, and score that.
+def assess(lm: LanguageModel, corpus: Corpus, options: CorpusOptions, task: Task | None) -> Assessment:
+    """Let a model answer or label every row of `corpus`, and score that.
 
     Args:
-        task: of a model that writes text; a head is its own task.
+        task: required for a model that writes text; a model with another head has its own task.
 
     Raises:
-        HfkitError: the rows are not as the task wants them.
+        HfkitError: a row lacks what the task needs, or there are no rows.
     """
-    head = head_of(lm.model.config)
+    head, metrics = head_of(lm.model.config), options.metric or ()
     if head == "question-answering":
-        rows = question_rows(corpus, options)
-        found = find_answers(lm, [(row.question, row.context) for row in rows], 0.0)
-        guesses = [one.answer for one in _watched(found, len(rows))]
-        return _score(lm, guesses, [row.answers or [""] for row in rows], options.metric or ("squad",), {})
+        questions = question_rows(corpus, options)
+        answers = find_answers(lm, [(row.question, row.context) for row in questions], 0.0)
+        guesses = [answer.answer for answer in _with_progress(answers, len(questions))]
+        return _measure(lm, guesses, [row.answers or [""] for row in questions], metrics or ("squad",))
     if head == "classification":
         pairs = classification_rows(corpus, options)
-        _check_labels({label for _, label in pairs}, label_names(lm.model))
+        known = label_names(lm.model)
+        if unknown := {label for _, label in pairs} - set(known):
+            raise HfkitError(f"label {sorted(unknown)[0]!r} is not one of the model's: {', '.join(known)}")
         texts, labels = [text for text, _ in pairs], [label for _, label in pairs]
-        return _label(lm, texts, labels, TaskOptions(), options.metric or ())
-    assert task is not None  # noqa: S101, the caller has found it
-    table = [(row, where) for row, where in read_table(find_corpus(corpus), options)]
-    right = [task.example(row, where) and str(row[task.answer]).strip() for row, where in table]
+        return _measure_labels(lm, texts, labels, TaskOptions(), metrics)
+    assert task is not None  # noqa: S101, a model that writes text comes here with a task only
+    table = list(read_table(corpus, options))
+    for row, where in table:
+        task.example(row, where)  # raises where a field is missing
+    right = [str(row[task.answer]).strip() for row, _ in table]
     if task.labels:
-        asked = TaskOptions(template=task.template, labels=list(task.labels))
-        return _label(lm, [row for row, _ in table], right, asked, task.metric)
-    guesses = list(_watched(_write(lm, table, task), len(table)))
-    copied = {"copying": [str(row[task.inputs[-1]]).strip() for row, _ in table]} if len(task.inputs) == 1 else {}
-    return _score(lm, guesses, right, task.metric or ("squad",), copied)
+        labelling = TaskOptions(template=task.template, labels=list(task.labels))
+        return _measure_labels(lm, [row for row, _ in table], right, labelling, task.metric)
+    guesses = list(_with_progress(_write_answers(lm, table, task), len(table)))
+    baselines = {}
+    if len(task.inputs) == 1:  # of several inputs there is none to copy
+        baselines["copying"] = [str(row[task.inputs[0]]).strip() for row, _ in table]
+    return _measure(lm, guesses, right, task.metric or ("squad",), baselines)
 
 
-def _check_labels(found: set[str], known: Sequence[str]) -> None:
-    if unknown := found - set(known):
-        raise HfkitError(f"label {sorted(unknown)[0]!r} is none of the model's: {', '.join(known)}")
-
-
-def _watched(found: Iterable[Any], rows: int) -> Iterator[Any]:
-    """What is found, with a bar that shows how much of it is."""
+def _with_progress(results: Iterable[T], rows: int) -> Iterator[T]:
     with progress(rows, "row", "evaluating") as bar:
-        for one in found:
-            yield one
+        for result in results:
+            yield result
             bar.update()
 
 
-def _write(lm: LanguageModel, table: Sequence[Row], task: Task) -> Iterator[str]:
-    """The likeliest answer of each row."""
+def _write_answers(lm: LanguageModel, table: Sequence[Row], task: Task) -> Iterator[str]:
+    """The likeliest answer to each row."""
     options = GenerateOptions(temperature=0, stop_strings=[task.end], raw=True)
     prompts = enumerate(task.prompt(row, where) for row, where in table)
-    for number, found in generate_each(prompts, model=lm, options=options):
-        if isinstance(found, HfkitError):
-            raise type(found)(f"{table[number][1]}: {found}") from found
-        yield found[0].completion.strip()
+    for number, generations in generate_each(prompts, model=lm, options=options):
+        if isinstance(generations, HfkitError):
+            raise type(generations)(f"{table[number][1]}: {generations}") from generations
+        yield generations[0].completion.strip()
 
 
-def _label(
-    lm: LanguageModel, texts: Sequence[Any], right: Sequence[str], options: TaskOptions, metric: Sequence[str]
+def _measure_labels(
+    lm: LanguageModel, texts: Sequence[Any], right: Sequence[str], options: TaskOptions, metrics: Sequence[str]
 ) -> Assessment:
-    if not texts:
-        raise HfkitError(_NOTHING)
-    found = []
-    for one in _watched(classify_each(texts, lm, options), len(texts)):
-        if isinstance(one, HfkitError):
-            raise type(one)(f"row {len(found) + 1}: {one}") from one
-        found.append(one)
-    # The F1 of labels is not that of the words in them.
-    names = ["classification" if name == "f1" else name for name in metric or ("accuracy",)]
-    result = _score(lm, [one.label for one in found], right, names, {})
-    claimed = [one.probabilities[one.label] for one in found]
-    hits = [one.label == label for one, label in zip(found, right, strict=True)]
-    nll = [-np.log(max(one.probabilities.get(label, 0.0), 1e-300)) for one, label in zip(found, right, strict=True)]
-    error = float(np.std(nll, ddof=1) / np.sqrt(len(nll))) if len(nll) > 1 else math.nan
-    figures = {
-        "loss": float(np.mean(nll)),
-        "loss_stderr": error,
-        "calibration_error": calibration_error(claimed, hits),
-    }
-    return replace(result, metrics={**result.metrics, **figures})
+    """Label the texts; measure the labels and how far their probabilities can be trusted."""
+    results: list[Classification] = []
+    for result in _with_progress(classify_each(texts, lm, options), len(texts)):
+        if isinstance(result, HfkitError):
+            raise type(result)(f"row {len(results) + 1}: {result}") from result
+        results.append(result)
+    labels = [result.label for result in results]
+    # By "f1" a user who has labels means that of the classes, not SQuAD's F1 of words.
+    names = ["classification" if name == "f1" else name for name in metrics or ("accuracy",)]
+    assessment = _measure(lm, labels, right, names)
+    pairs = list(zip(results, right, strict=True))
+    nll = [-float(np.log(max(result.probabilities.get(label, 0.0), 1e-300))) for result, label in pairs]
+    confidence = [result.probabilities[result.label] for result in results]
+    hits = [result.label == label for result, label in pairs]
+    figures = mean_figures("loss", nll) | {"calibration_error": calibration_error(confidence, hits)}
+    return replace(assessment, metrics={**assessment.metrics, **figures})
 
 
-def _score(
-    lm: LanguageModel, guesses: Sequence[str], right: Sequence[Any], names: Sequence[str], others: dict[str, list[str]]
+def _measure(
+    lm: LanguageModel,
+    guesses: Sequence[str],
+    right: Sequence[str | Sequence[str]],
+    names: Sequence[str],
+    baselines: dict[str, list[str]] | None = None,
 ) -> Assessment:
-    """Metrics of the guesses, and of guessing the most frequent answer and whatever `others` guess."""
+    """Metrics of the guesses, of always guessing the most frequent answer, and of what `baselines` guess."""
     if not right:
-        raise HfkitError(_NOTHING)
-    singles = [one if isinstance(one, str) else one[0] for one in right]
-    others = {"most frequent answer": [Counter(singles).most_common(1)[0][0]] * len(right), **others}
+        raise HfkitError("there is nothing to score: the corpus holds no rows")
+    first = [answers if isinstance(answers, str) else answers[0] for answers in right]
+    frequent, _ = Counter(first).most_common(1)[0]
+    metrics = list(dict.fromkeys(map(find_metric, names)))
 
     def compute(predictions: Sequence[str]) -> dict[str, Any]:
-        metrics = {type(metric): metric for metric in map(load_metric, names)}
-        results = [
-            metric.compute(predictions=list(predictions), references=list(right)) for metric in metrics.values()
-        ]
-        return dict(chain.from_iterable(result.items() for result in results))
+        figures: dict[str, Any] = {}
+        for metric in metrics:
+            figures |= metric(predictions, right)
+        return figures
 
-    baselines = {
+    others = {"most frequent answer": [frequent] * len(right), **(baselines or {})}
+    figures = {
         name: {key: value for key, value in compute(predictions).items() if isinstance(value, float)}
         for name, predictions in others.items()
     }
-    return Assessment(lm.name, len(right), compute(guesses), baselines)
+    return Assessment(model=lm.name, examples=len(right), metrics=compute(guesses), baselines=figures)

@@ -1,4 +1,4 @@
-"""`answer`: find the answer to a question in a text with a model of BERT's type, or let a causal model write it."""
+"""`answer`: find the answer to a question in a text with a model of BERT's kind, or let a causal model write it."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -12,11 +12,12 @@ import torch
 from hfkit.corpus.labelled import windows
 from hfkit.corpus.sequences import HeadCollator
 from hfkit.corpus.templates import Task, task_of
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, NotFiniteError
 from hfkit.inference.generation import generate
+from hfkit.inference.twins import in_eval_mode
 from hfkit.models.architecture import head_of
-from hfkit.models.loading import LanguageModel, loaded
-from hfkit.options import GenerateOptions, ModelOptions
+from hfkit.models.loading import LanguageModel, Model, loaded
+from hfkit.options import GenerateOptions
 
 _LONGEST = 30  # tokens of an answer
 _BATCH = 16  # texts, and windows, at a time
@@ -25,12 +26,12 @@ _GENERATIVE = Task("{context}\n\nQuestion: {question}\nAnswer: {answer}")
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer; `str()` is its text, which is empty where there is none."""
+    """An answer; `str()` is its text, which is empty where the context has none."""
 
     answer: str
     score: float  # probability among all spans; of a written answer that of its tokens
-    start: int | None  # character of the context; None for a written answer, or for none
-    end: int | None
+    start: int | None  # first character in the context; None for a written answer, or where there is none
+    end: int | None  # one past the last character
     question: str
     model: str
 
@@ -46,70 +47,75 @@ def answer(
     question: str,
     context: str,
     *,
-    model: str | ModelOptions | LanguageModel | None = None,
+    model: Model = None,
     no_answer_threshold: float = 0.0,
     **overrides: Any,
 ) -> Answer:
     """Answer a question from a text.
 
-    A model with a question-answering head points at a part of the text, by overlapping windows if it is long. A causal
-    model writes the answer, after its own template if it has one.
+    A model with a question-answering head points at a part of the text, in overlapping windows if the text is long. A
+    causal model writes the answer, with its own template if it has one.
 
     Args:
-        question, context: what is asked, and the text that has the answer.
+        question, context: the question, and the text that has the answer.
         model: what `load` returned or takes.
         no_answer_threshold: how much likelier (difference of logits) "no answer" must be than the best span to be
-            given; raise it to get more answers.
+            returned; raise it to get more answers.
         overrides: options of `generate`, for a causal model.
 
     Raises:
         HfkitError: the texts are empty or do not fit, or the model cannot be loaded.
     """
+    for text in (question, context):
+        if not isinstance(text, str):
+            raise HfkitError(f"question and context are a str, not {type(text).__name__} ({text!r:.60}): convert it")
     if not question.strip() or not context.strip():
         raise HfkitError("give a question, and a text to answer it from")
     lm = loaded(model, "question-answering", "text")
     if head_of(lm.model.config) == "question-answering":
-        GenerateOptions.make(None, overrides)  # they change nothing here, but must exist
+        GenerateOptions.make(None, overrides)  # a head does not use them, but a wrong name is an error all the same
         return next(find_answers(lm, [(question, context)], no_answer_threshold))
     return _write(lm, question, context, overrides)
 
 
-def _write(lm: LanguageModel, question: str, context: str, options: dict[str, Any]) -> Answer:
+def _write(lm: LanguageModel, question: str, context: str, overrides: dict[str, Any]) -> Answer:
     task = task_of(lm.tokenizer) or _GENERATIVE
     if not {*task.inputs} <= {"question", "context"}:
         raise HfkitError(f"{lm.name} learned another task, from {', '.join(task.inputs)}: use 'hfkit generate'")
-    given = {"max_new_tokens": 40, "temperature": 0, "stop_strings": [task.end], "raw": True} | options
-    found = generate(task.prompt({"question": question, "context": context}), model=lm, **given)
-    score = math.exp(found.logprob)
-    return Answer(found.completion.strip(), score, None, None, question, lm.name)
+    options = {"max_new_tokens": 40, "temperature": 0, "stop_strings": [task.end], "raw": True} | overrides
+    prompt = task.prompt({"question": question, "context": context})
+    generation = generate(prompt, model=lm, options=GenerateOptions.make(None, options))
+    score = math.exp(generation.logprob)
+    return Answer(generation.completion.strip(), score, start=None, end=None, question=question, model=lm.name)
 
 
 @torch.inference_mode()
 def find_answers(lm: LanguageModel, pairs: Iterable[tuple[str, str]], threshold: float) -> Iterator[Answer]:
     """The likeliest span of each (question, context), or none, in order."""
+    lm = in_eval_mode(lm)
     length = min(lm.context or 512, 512)
     collate = HeadCollator(lm.tokenizer.pad_token_id or 0)
     pairs = iter(pairs)
-    while some := list(islice(pairs, _BATCH)):
-        parts = [(i, part) for i, pair in enumerate(some) for part in windows(*pair, lm.tokenizer, length)]
-        spans: list[list[np.ndarray]] = [[] for _ in some]
-        nothing = [math.inf] * len(some)  # the least score of "no answer" of its windows
-        for at in range(0, len(parts), _BATCH):
-            batch = parts[at : at + _BATCH]
-            inputs = collate([part["inputs"] for _, part in batch])
+    while batch := list(islice(pairs, _BATCH)):
+        parts = [(number, part) for number, pair in enumerate(batch) for part in windows(*pair, lm.tokenizer, length)]
+        spans: list[list[np.ndarray]] = [[] for _ in batch]
+        no_answer = [math.inf] * len(batch)  # the lowest score of "no answer" among a context's windows
+        for first in range(0, len(parts), _BATCH):
+            group = parts[first : first + _BATCH]
+            inputs = collate([part["inputs"] for _, part in group])
             output = lm.model(**{name: tensor.to(lm.model.device) for name, tensor in inputs.items()})
             logits = torch.stack([output.start_logits, output.end_logits], 1).double().cpu().numpy()
             if np.isnan(logits).any():
-                raise HfkitError(f"{lm.name} gives values that are not numbers: try --dtype float32")
-            for (number, part), (start, end) in zip(batch, logits, strict=True):
-                nothing[number] = min(nothing[number], start[0] + end[0])
+                raise NotFiniteError.of(lm.name)
+            for (number, part), (start, end) in zip(group, logits, strict=True):
+                no_answer[number] = min(no_answer[number], start[0] + end[0])
                 spans[number].append(_spans(part["offsets"], start, end))
-        for (question, context), found, none in zip(some, spans, nothing, strict=True):
-            yield _choose(lm.name, question, context, np.concatenate(found, 1), none, threshold)
+        for (question, context), candidates, none in zip(batch, spans, no_answer, strict=True):
+            yield _choose(lm.name, question, context, np.concatenate(candidates, 1), none, threshold)
 
 
 def _spans(offsets: list[Any], start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """All spans of one window that an answer may be: score, first character, the one behind the last; (3, spans)."""
+    """All spans of one window that may be an answer: score, first character, one past the last; (3, spans)."""
     inside = np.array([bool(place and place[0] < place[1]) for place in offsets])
     size = len(offsets)
     near = np.tri(size, size, _LONGEST - 1, dtype=bool) & ~np.tri(size, size, -1, dtype=bool)
@@ -120,18 +126,19 @@ def _spans(offsets: list[Any], start: np.ndarray, end: np.ndarray) -> np.ndarray
 
 def _choose(name: str, question: str, context: str, spans: np.ndarray, none: float, threshold: float) -> Answer:
     """The likeliest of `spans`, (3, spans), or no answer where that is likelier by more than `threshold`."""
-    # Windows overlap: of a span that two of them have, the better score counts.
+    # Windows overlap: of a span that is in two of them, the better score counts.
     order = np.lexsort((-spans[0], spans[2], spans[1]))
     spans = spans[:, order]
-    new = np.ones(len(order), bool)
-    new[1:] = (spans[1:, 1:] != spans[1:, :-1]).any(0)
-    spans = spans[:, new]
+    is_first = np.ones(len(order), bool)
+    is_first[1:] = (spans[1:, 1:] != spans[1:, :-1]).any(0)
+    spans = spans[:, is_first]
     best = int(spans[0].argmax()) if spans.size else None
     score = -math.inf if best is None else float(spans[0, best])
     total = np.logaddexp.reduce([none, *spans[0]])
     if best is None or none - score > threshold:
-        return Answer("", float(np.exp(none - total)), None, None, question, name)
+        return Answer("", float(np.exp(none - total)), start=None, end=None, question=question, model=name)
     first, last = map(int, spans[1:, best])
     text = context[first:last]
     first, last = last - len(text.lstrip()), first + len(text.rstrip())
-    return Answer(context[first:last], float(np.exp(score - total)), first, last, question, name)
+    probability = float(np.exp(score - total))
+    return Answer(context[first:last], probability, start=first, end=last, question=question, model=name)

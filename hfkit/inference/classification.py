@@ -2,27 +2,35 @@
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypedDict, cast, overload
 
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from hfkit.console import note
 from hfkit.corpus.encoding import encode, encode_answers
 from hfkit.corpus.labelled import encode_text
 from hfkit.corpus.sequences import HeadCollator, group
 from hfkit.corpus.templates import Task, make_task, task_of
-from hfkit.errors import HfkitError, OptionError
-from hfkit.models.architecture import head_of
-from hfkit.models.loading import LanguageModel, loaded
-from hfkit.options import ModelOptions, TaskOptions
+from hfkit.errors import HfkitError, NotFiniteError, OptionError
+from hfkit.inference.prompts import Text, check_text, list_texts
+from hfkit.inference.twins import in_eval_mode
+from hfkit.models.architecture import check_causal, head_of
+from hfkit.models.loading import LanguageModel, Model, loaded
+from hfkit.options import TaskOptions
 
 _WINDOW = 128  # texts that are sorted by length together
-_TOKENS = {"cpu": 16_384, "cuda": 131_072}  # at a time, of texts with the labels behind each
-_SCORED = {"cpu": 2048, "cuda": 16_384}  # likewise, of the labels alone: their logits are what takes memory
+_TOKENS = {"cpu": 16_384, "cuda": 131_072}  # at a time, of texts with their labels
+_SCORED = {"cpu": 2048, "cuda": 16_384}  # likewise, of the labels alone: their logits take the memory
 _ZERO_SHOT = "{text}\nThis is about: {label}"  # for labels without a template
+
+
+class _Item(TypedDict):
+    number: int  # of the text in its window
+    input_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -42,13 +50,20 @@ class Classification:
         return dict(vars(self))
 
 
+# A str is a Sequence[str], too: the overload for one text comes first.
+@overload
 def classify(
-    text: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
-    *,
-    model: str | ModelOptions | LanguageModel | None = None,
-    options: TaskOptions | None = None,
-    **overrides: Any,
-) -> Any:
+    text: Text, *, model: Model = None, options: TaskOptions | None = None, **overrides: Any
+) -> Classification: ...
+@overload
+def classify(
+    text: Sequence[Text], *, model: Model = None, options: TaskOptions | None = None, **overrides: Any
+) -> list[Classification]: ...
+
+
+def classify(
+    text: Text | Sequence[Text], *, model: Model = None, options: TaskOptions | None = None, **overrides: Any
+) -> Classification | list[Classification]:
     """Label one text, or many.
 
     Args:
@@ -63,84 +78,93 @@ def classify(
         HfkitError: there are no labels, a text does not fit, or the model cannot be loaded.
     """
     options = TaskOptions.make(options, overrides)
+    texts, is_single = list_texts(text, "a text")
     lm = loaded(model, "text", "classification")
-    many = [text] if isinstance(text, str | Mapping) else list(text)
-    found = []
-    for one in classify_each(many, lm, options):
-        if isinstance(one, HfkitError):
-            raise one if len(many) == 1 else type(one)(f"text {len(found)}: {one}") from one
-        found.append(one)
-    return found[0] if isinstance(text, str | Mapping) else found
+    results: list[Classification] = []
+    for result in classify_each(texts, lm, options):
+        if isinstance(result, HfkitError):
+            raise result if len(texts) == 1 else type(result)(f"text {len(results)}: {result}") from result
+        results.append(result)
+    return results[0] if is_single else results
 
 
 def classify_each(
-    texts: Iterable[str | Mapping[str, Any] | HfkitError], lm: LanguageModel, options: TaskOptions
+    texts: Iterable[Text | HfkitError], lm: LanguageModel, options: TaskOptions
 ) -> Iterator[Classification | HfkitError]:
     """As `classify`, in order; in place of a text that cannot be labelled, or was not read, an HfkitError."""
+    lm = in_eval_mode(lm)
     task = None if head_of(lm.model.config) == "classification" else labelling_task(lm, options)
     if not task and (options.labels or options.template):
         raise OptionError(f"{lm.name} has labels of its own: leave --labels and --template out")
     names = list(task.labels) if task else label_names(lm.model)
     labels = _label_ids(lm, task) if task else []
-    device = lm.model.device.type
-    tokens = _TOKENS.get(device, _TOKENS["cpu"]) // (len(labels) or 1)
-    most = _SCORED.get(device, _SCORED["cpu"]) // sum(map(len, labels)) if task else _WINDOW
-    # Without a token for it, a head does not see where the padding begins.
-    tokens = 1 if not task and lm.model.config.pad_token_id is None else tokens
-    texts, long = iter(texts), 0
+    tokens, most = _batch_size(lm, labels)
+    texts, cut = iter(texts), 0
     while window := list(islice(texts, _WINDOW)):
-        found: dict[int, Any] = {}
-        items = []
-        for number, given in enumerate(window):
+        results: dict[int, Classification | HfkitError] = {}
+        shown: dict[int, str] = {}
+        items: list[_Item] = []
+        for number, text in enumerate(window):
             try:
-                if isinstance(given, HfkitError):
-                    raise given
-                found[number] = _shown(given, task)
-                ids = _prompt_ids(lm, task.fill(given), labels) if task else _text_ids(lm, found[number])
-                long += not task and len(ids) == lm.context
-                items.append({"input_ids": ids, "number": number})
+                if isinstance(text, HfkitError):
+                    raise text
+                check_text(text, "a text")
+                shown[number] = _shown(text, task)
+                ids = _prompt_ids(lm, task.fill(text), labels) if task else _text_ids(lm, shown[number])
+                if not task and len(ids) == lm.context:
+                    cut += 1
+                items.append({"number": number, "input_ids": ids})
             except HfkitError as error:
-                found[number] = error
-        for some in _batches(items, tokens, max(1, most)):
-            rows = [item["input_ids"] for item in some]
-            scores = label_scores(lm, rows, labels).softmax(-1) if task else _head_probabilities(lm, rows)
-            if scores.isnan().any():
-                raise HfkitError(f"{lm.name} gives values that are not numbers: try --dtype float32")
-            for item, row in zip(some, scores.tolist(), strict=True):
-                order = sorted(range(len(names)), key=lambda index, row=row: -row[index])
-                shares = {names[index]: row[index] for index in order}
-                found[item["number"]] = Classification(found[item["number"]], names[order[0]], shares, lm.name)
-        yield from (found[number] for number in range(len(window)))
-    if long:
-        note(f"{long} texts have {lm.context} tokens or more, which {lm.name} takes: their ends are left out")
+                results[number] = error
+        for batch in _batches(items, tokens, most):
+            rows = [item["input_ids"] for item in batch]
+            shares = label_scores(lm, rows, labels).softmax(-1) if task else _head_probabilities(lm, rows)
+            if shares.isnan().any():
+                raise NotFiniteError.of(lm.name)
+            for item, row in zip(batch, shares.tolist(), strict=True):
+                ranked = dict(sorted(zip(names, row, strict=True), key=lambda pair: -pair[1]))
+                results[item["number"]] = Classification(shown[item["number"]], next(iter(ranked)), ranked, lm.name)
+        yield from (results[number] for number in range(len(window)))
+    if cut:
+        note(f"{cut} texts have {lm.context} tokens or more, which {lm.name} takes: their ends are left out")
 
 
-def _batches(items: list[dict[str, Any]], tokens: int, most: int) -> Iterator[list[dict[str, Any]]]:
+def _batch_size(lm: LanguageModel, labels: list[list[int]]) -> tuple[int, int]:
+    """Most tokens of texts, and most texts, at a time."""
+    device = lm.model.device.type
+    tokens = _TOKENS.get(device, _TOKENS["cpu"])
+    if labels:
+        return tokens // len(labels), max(1, _SCORED.get(device, _SCORED["cpu"]) // sum(map(len, labels)))
+    # Without a padding token a head does not see where a text ends: one text at a time.
+    return 1 if lm.model.config.pad_token_id is None else tokens, _WINDOW
+
+
+def _batches(items: list[_Item], tokens: int, most: int) -> Iterator[list[_Item]]:
     """Items of like length, at most so many tokens and items together."""
-    for some in group(sorted(items, key=lambda item: len(item["input_ids"])), tokens):
-        yield from (some[at : at + most] for at in range(0, len(some), most))
+    alike: list[Any] = sorted(items, key=lambda item: len(item["input_ids"]))
+    for batch in group(alike, tokens):
+        yield from (cast(list[_Item], batch[first : first + most]) for first in range(0, len(batch), most))
 
 
-def _shown(given: str | Mapping[str, Any], task: Task | None) -> str:
-    """The text of a row: its columns that are looked at."""
-    if isinstance(given, str):
-        return given
-    if not task and not isinstance(given.get("text"), str):
+def _shown(text: Text, task: Task | None) -> str:
+    """The text of a row: the columns that decide its label."""
+    if isinstance(text, str):
+        return text
+    if not task and not isinstance(text.get("text"), str):
         raise HfkitError("a model with a head labels the column 'text': rename the column")
-    return " ".join(str(given[name]) for name in (task.inputs if task else ["text"]) if name in given)
+    return " ".join(str(text[name]) for name in (task.inputs if task else ["text"]) if name in text)
 
 
 def labelling_task(lm: LanguageModel, options: TaskOptions) -> Task:
-    """The task to label texts with: as asked for, else the model's own.
+    """The task to label texts with: that of the options, else the model's own.
 
     Raises:
-        HfkitError: there are no labels to choose from, or the model is none that goes on with a text.
+        HfkitError: there are no labels to choose from, or the model does not continue a text.
     """
-    if lm.model.config.is_encoder_decoder:
-        raise HfkitError(f"{lm.name} has an encoder: use 'hfkit generate', or choose a causal model")
-    own = task_of(lm.tokenizer)
-    task = make_task(options) or own or Task(_ZERO_SHOT)
-    labels = tuple(options.labels or task.labels or (own.labels if own else ()))
+    check_causal(lm.name, lm.model.config, "use 'hfkit generate', or choose a causal model")
+    learned = task_of(lm.tokenizer)
+    task = make_task(options) or learned or Task(_ZERO_SHOT)
+    labels = tuple(options.labels or task.labels or (learned.labels if learned else ()))
     if len(labels) < 2:
         raise OptionError(f"{lm.name} has no labels of its own: give --labels, once for each")
     if len(set(labels)) < len(labels) or not all(label.strip() for label in labels):
@@ -152,7 +176,7 @@ def label_names(model: Any) -> list[str]:
     """The labels of a model with a head, in the order of its outputs.
 
     Raises:
-        HfkitError: it gives a number instead.
+        HfkitError: its output is a number instead.
     """
     if model.config.num_labels < 2:
         raise HfkitError(f"{model.name_or_path} gives a number, not labels: use its own library")
@@ -165,18 +189,19 @@ def _text_ids(lm: LanguageModel, text: str) -> list[int]:
 
 @torch.inference_mode()
 def _head_probabilities(lm: LanguageModel, rows: list[list[int]]) -> torch.Tensor:
-    """What a classification head makes of texts, (texts, labels); where several labels may hold, of each alone."""
+    """Probabilities by a classification head, (texts, labels); where several labels may hold, of each by itself."""
     inputs = HeadCollator(lm.model.config.pad_token_id or 0)([{"input_ids": row} for row in rows])
-    logits = lm.model(**{name: tensor.to(lm.model.device) for name, tensor in inputs.items()}).logits.float().cpu()
+    output = lm.model(**{name: tensor.to(lm.model.device) for name, tensor in inputs.items()})
+    logits: torch.Tensor = output.logits.float().cpu()
     several = lm.model.config.problem_type == "multi_label_classification"
     return logits.sigmoid() if several else logits.softmax(-1)
 
 
 def _label_ids(lm: LanguageModel, task: Task) -> list[list[int]]:
-    """The tokens of each label as an answer; with what ends it only where one label begins another."""
+    """The tokens of each label as an answer; with its end only where one label is the beginning of another."""
     whole = [task.complete(label) for label in task.labels]
     bare = encode_answers([text.removesuffix(task.end) for text in whole], lm.tokenizer)
-    nested = any(one is not other and other[: len(one)] == one for one in bare for other in bare)
+    nested = any(short is not long and long[: len(short)] == short for short in bare for long in bare)
     return encode_answers(whole, lm.tokenizer) if nested else bare
 
 
@@ -194,31 +219,57 @@ def _prompt_ids(lm: LanguageModel, prompt: str, labels: list[list[int]]) -> list
 def label_scores(lm: LanguageModel, rows: list[list[int]], labels: list[list[int]]) -> torch.Tensor:
     """Log-likelihood of each label as the answer to each prompt, in nats, (rows, labels); all given as token ids.
 
-    A prompt is computed once, whatever the number of labels: these go on from its keys and values.
+    A prompt is computed once, whatever the number of labels: they continue from its keys and values. Where a model
+    keeps none, or a state besides them, each label is computed with the whole prompt.
     """
     width, longest = max(map(len, rows)), max(map(len, labels))
     ids = torch.tensor([[row[0]] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     places = (mask.cumsum(1) - 1).clamp(min=0)
     first = _forward(lm, input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1)
-    start = first.logits[:, -1].float().log_softmax(-1).cpu()
+    start: torch.Tensor = first.logits[:, -1].float().log_softmax(-1).cpu()
     scores = torch.stack([start[:, label[0]] for label in labels], 1)
     if longest == 1:
         return scores
-    cache = first.cache
+    cache: Any = getattr(first, "cache", None)
+    if not _can_repeat(cache):
+        return _whole_scores(lm, rows, labels)
     cache.batch_repeat_interleave(len(labels))
     padded = torch.tensor([label + [0] * (longest - len(label)) for label in labels]).repeat(len(rows), 1)
     real = torch.tensor([[1] * len(label) + [0] * (longest - len(label)) for label in labels]).repeat(len(rows), 1)
     places = mask.sum(1).repeat_interleave(len(labels))[:, None] + torch.arange(longest - 1)
     seen = torch.cat([mask.repeat_interleave(len(labels), 0), real[:, :-1]], 1)
     output = _forward(lm, input_ids=padded[:, :-1], attention_mask=seen, position_ids=places, cache=cache)
-    logits, targets = output.logits.float(), padded[:, 1:, None].to(output.logits.device)
+    logits: torch.Tensor = output.logits.float()
+    targets = padded[:, 1:, None].to(logits.device)
     following = (logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)).cpu()
     return scores + (following * real[:, 1:]).sum(1).view(len(rows), len(labels))
 
 
+def _can_repeat(cache: Any) -> bool:
+    """Whether all that a cache holds can be repeated for each label: not so the state of Mamba and its kind."""
+    layers = cache.layers if isinstance(cache, DynamicCache) else []
+    return bool(layers) and all(
+        isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers
+    )
+
+
+def _whole_scores(lm: LanguageModel, rows: list[list[int]], labels: list[list[int]]) -> torch.Tensor:
+    """As `label_scores`, by a pass over each prompt with each label."""
+    pairs = [(row, label) for row in rows for label in labels]
+    width = max(len(row) + len(label) for row, label in pairs)
+    # Padding comes last, where no earlier token sees it.
+    ids = torch.tensor([row + label + [row[0]] * (width - len(row) - len(label)) for row, label in pairs])
+    logs = _forward(lm, input_ids=ids).logits.float().log_softmax(-1).cpu()
+    sums = [
+        sum(logs[number, len(row) + place - 1, token] for place, token in enumerate(label))
+        for number, (row, label) in enumerate(pairs)
+    ]
+    return torch.tensor(sums).view(len(rows), len(labels))
+
+
 def _forward(lm: LanguageModel, **inputs: Any) -> Any:
-    """The model's outputs; not all models know of positions, or of logits that are not wanted."""
+    """The model's outputs. Not all models take positions, or compute only the logits that are wanted."""
     known = inspect.signature(lm.model.forward).parameters
     device = lm.model.device
     return lm.model(**{
@@ -229,7 +280,7 @@ def _forward(lm: LanguageModel, **inputs: Any) -> Any:
 
 
 def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> float:
-    """Expected calibration error: how far the accuracy is from the probability that was claimed, on average."""
+    """Expected calibration error: how far the accuracy is from the predicted probability, on average."""
     if not confidence:
         return math.nan
     error = 0.0

@@ -1,44 +1,61 @@
-"""From `GenerateOptions` to what `model.generate` takes."""
+"""From `GenerateOptions` to what `model.generate` takes. Nothing here changes a model, a tokenizer or a config."""
 
 import copy
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, WatermarkingConfig
+from transformers import GenerationConfig, LogitsProcessorList, WatermarkingConfig
 
+from hfkit.console import note
 from hfkit.corpus.encoding import language_token
-from hfkit.corpus.templates import task_of
+from hfkit.corpus.templates import Task, task_of
 from hfkit.declaration import set_fields
 from hfkit.errors import OptionError
-from hfkit.models.loading import LanguageModel, load
+from hfkit.inference.vocabulary import BannedTexts, special_tokens
+from hfkit.models.loading import LanguageModel
 from hfkit.options import SAMPLING, GenerateOptions
 
 # Options that GenerationConfig has by another name, in another form, or not at all.
 OWN = ("stop_strings", "bad_words", "sequence_bias", "negative_prompt", "watermark", "assistant_model",
        "novel", "novel_words", "src_lang", "tgt_lang", "raw", "truncate", "seed", "num_return_sequences")  # fmt: skip
+# Fields of a model's own generation_config.json that hfkit decides itself: the length, what comes back, and which of
+# transformers' decoding loops runs. Options that are set are applied after these.
+_RESET = {
+    **dict.fromkeys(("max_length", "stop_strings", "use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit")),
+    **dict.fromkeys(("assistant_ensemble_weight", "speculation_type", "penalty_alpha", "dola_layers", "constraints")),
+    **dict.fromkeys(("force_words_ids", "num_beam_groups", "diversity_penalty", "is_assistant")),
+    **dict.fromkeys(("token_healing", "return_dict_in_generate", "output_scores", "output_logits"), False),
+    **dict.fromkeys(("output_attentions", "output_hidden_states"), False),
+    "num_return_sequences": 1,
+}
 
 
 def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: int) -> GenerationConfig:
-    """The model's own generation config with `options` on top."""
-    config = copy.deepcopy(lm.model.generation_config)
+    """The model's own generation config with `options` on top.
+
+    Where a field is None it is off: run `generate` on a copy of the model whose own config this is, else transformers
+    fills the field from the model's.
+    """
+    config = copy.deepcopy(_own_config(lm))
+    for name, value in _RESET.items():
+        setattr(config, name, value)
     for name, value in set_fields(options).items():
         if name not in OWN:
             setattr(config, name, value)
-    config.max_length, config.max_new_tokens, config.stop_strings = None, new_tokens, None
-    config.num_return_sequences = 1
+    config.max_new_tokens = new_tokens
     config.do_sample = draws(lm, options)
     if not config.do_sample:
-        for name in SAMPLING:  # transformers warns of each of them
+        for name in SAMPLING:  # transformers warns about each of them
             setattr(config, name, None)
-    ends = sorted(end_tokens(lm))
+    ends = sorted(endings(lm, options).tokens)
     config.eos_token_id = ends or None
     if config.pad_token_id is None:
         config.pad_token_id = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else (ends or [0])[0]
-    if options.bad_words:
-        config.bad_words_ids = [ids for word in options.bad_words for ids in _spellings(lm, word)]
     if options.sequence_bias:
-        config.sequence_bias = {tuple(ids): bias for text, bias in options.biases() for ids in _spellings(lm, text)}
+        config.sequence_bias = {
+            tuple(ids): bias for text, bias in options.biases() for ids in _spellings(lm, _unescape(text))
+        }
     if options.tgt_lang:
         config.forced_bos_token_id = language_token(lm.tokenizer, options.tgt_lang)
     if options.watermark:
@@ -46,48 +63,58 @@ def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: i
     return config
 
 
-def generate_arguments(lm: LanguageModel, options: GenerateOptions, rows: int, length: int) -> dict[str, Any]:
-    """What `generate` takes beside its config; for `rows` that come to be `length` tokens long."""
+def _own_config(lm: LanguageModel) -> GenerationConfig:
+    config: GenerationConfig = lm.model.generation_config
+    return config
+
+
+def generate_arguments(lm: LanguageModel, options: GenerateOptions, rows: int, start: int) -> dict[str, Any]:
+    """What `generate` takes in addition to its config, for `rows` whose first new token is at position `start`."""
     arguments: dict[str, Any] = {}
     if options.negative_prompt:
         ids = torch.tensor([lm.tokenizer(options.negative_prompt)["input_ids"]] * rows, device=lm.model.device)
         arguments["negative_prompt_ids"] = ids
-    if options.assistant_model:
-        assistant = _assistant(options.assistant_model, str(lm.model.device), str(lm.model.dtype))
-        if assistant.context and assistant.context < length:
-            raise IndexError  # as it would be in the middle of it
-        # transformers looks for it here, not in the config of the model that is assisted.
-        if options.num_assistant_tokens:
-            assistant.model.generation_config.num_assistant_tokens = options.num_assistant_tokens
-        arguments["assistant_model"] = assistant.model
-        if assistant.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
-            arguments["assistant_tokenizer"] = assistant.tokenizer
+    if options.bad_words:
+        texts = tuple(_unescape(text) for text in options.bad_words)
+        arguments["logits_processor"] = LogitsProcessorList([BannedTexts(lm.tokenizer, texts, start)])
     return arguments
 
 
-@functools.lru_cache(maxsize=1)
-def _assistant(name: str, device: str, dtype: str) -> LanguageModel:
-    return load(name, device=device, dtype=dtype.removeprefix("torch."))
-
-
 def beams(lm: LanguageModel, options: GenerateOptions) -> int:
-    """How many beams there are; translators often bring a number of their own."""
-    return options.num_beams or lm.model.generation_config.num_beams or 1
+    """The number of beams. Translators often bring one of their own."""
+    return options.num_beams or _own_config(lm).num_beams or 1
 
 
 def is_plain(lm: LanguageModel, options: GenerateOptions) -> bool:
-    """Whether the plain loop does it, token by token; beams and speculation run in loops of their own."""
+    """Whether the plain loop does it, token by token. Beams and speculation run in loops of their own."""
     return beams(lm, options) == 1 and not options.prompt_lookup_num_tokens and not options.assistant_model
 
 
-def counts_ngrams(lm: LanguageModel, options: GenerateOptions) -> bool:
-    """Whether padding could be taken for a repetition. (A penalty is blind to it: rows are padded with their own.)"""
-    size = options.no_repeat_ngram_size
-    return bool(lm.model.generation_config.no_repeat_ngram_size if size is None else size)
+def needs_equal_lengths(lm: LanguageModel, options: GenerateOptions) -> bool:
+    """Whether a control would see padding: then only prompts of one length may share a batch.
+
+    Rows are padded with their own first token, to which controls that look at single tokens are blind.
+    """
+    config = generation_config(lm, options, 1)
+    if lm.model.config.is_encoder_decoder:  # only the encoder's input is padded
+        return bool(config.encoder_no_repeat_ngram_size)
+    phrases = [*(config.sequence_bias or {}), *(config.bad_words_ids or [])]
+    watermark_width = getattr(config.watermarking_config, "context_width", 2) if config.watermarking_config else 1
+    return bool(
+        config.no_repeat_ngram_size
+        or config.min_length
+        or config.forced_bos_token_id is not None
+        or watermark_width > 1
+        # A model's own config holds biases as [[ids, bias], ...].
+        or any(len(phrase[0] if isinstance(phrase[0], list | tuple) else phrase) > 1 for phrase in phrases)
+    )
 
 
 def draws(lm: LanguageModel, options: GenerateOptions) -> bool:
-    """Whether tokens are drawn at random: by default yes, but a model with an encoder follows its own config."""
+    """Whether tokens are chosen at random.
+
+    By default they are. A model with an encoder follows its own config, and one that learned a task is greedy.
+    """
     if options.temperature == 0:
         return False
     if options.do_sample is not None:
@@ -95,44 +122,87 @@ def draws(lm: LanguageModel, options: GenerateOptions) -> bool:
     if any(getattr(options, name) is not None for name in SAMPLING):
         return True
     if lm.model.config.is_encoder_decoder:
-        return bool(lm.model.generation_config.do_sample)
-    return beams(lm, options) == 1
+        return bool(_own_config(lm).do_sample)
+    return beams(lm, options) == 1 and not _task_of(lm, options)
 
 
-def end_tokens(lm: LanguageModel) -> set[int]:
-    """The tokens that end a text."""
-    for eos in (lm.model.generation_config.eos_token_id, lm.tokenizer.eos_token_id):
-        if eos is not None:
-            return set(eos) if isinstance(eos, list) else {eos}
-    return set()
+def _task_of(lm: LanguageModel, options: GenerateOptions) -> Task | None:
+    return None if options.raw else task_of(lm.tokenizer)
 
 
-def stops(lm: LanguageModel, options: GenerateOptions) -> list[str]:
-    """The strings that end a text."""
-    given = options.stop_strings or lm.model.generation_config.stop_strings or []
-    if not given and not options.raw and (task := task_of(lm.tokenizer)):
-        return [task.end]
-    return [given] if isinstance(given, str) else list(given)
+class Endings(NamedTuple):
+    """What ends a text: the tokens, and the strings, which are left out of it."""
+
+    tokens: set[int]
+    strings: list[str]
+
+
+def endings(lm: LanguageModel, options: GenerateOptions) -> Endings:
+    """What ends a text: of the options, else of the model, else of its tokenizer and its task."""
+    eos = _own_config(lm).eos_token_id
+    eos = lm.tokenizer.eos_token_id if eos is None else eos
+    tokens = set() if eos is None else set(eos) if isinstance(eos, list) else {eos}
+    wanted = options.stop_strings or _own_config(lm).stop_strings or []
+    if not wanted and (task := _task_of(lm, options)):
+        return Endings(tokens, [task.end])
+    strings = [_unescape(text) for text in ([wanted] if isinstance(wanted, str) else wanted)]
+    # A special token is left out of the text, so a string that has one in it ends the text at that token.
+    special = special_tokens(lm.tokenizer) if strings else {}
+    tokens |= {token for name, token in special.items() if any(name in text for text in strings)}
+    return Endings(tokens, [text for text in strings if not any(name in text for name in special)])
+
+
+def _unescape(text: str) -> str:
+    r"""A text as it is typed at a shell, where \n and \t are two characters each."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def check_options(options: GenerateOptions) -> None:
+    """OptionError for options that have no effect without another one. Needs no model."""
+    for name, needed in (("num_assistant_tokens", "assistant_model"), ("novel_words", "novel")):
+        if getattr(options, name) is not None and not getattr(options, needed):
+            raise OptionError(f"{_flag(name)} has no effect alone: add {_flag(needed)}")
+    if options.temperature == 0 and options.do_sample:
+        raise OptionError("--temperature 0 is greedy, --do-sample is not: leave one of both out")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+@functools.cache  # once for each set of options, not for each batch of a file
+def _note_ignored(names: tuple[str, ...]) -> None:
+    note(f"greedy decoding ignores {', '.join(map(_flag, names))}")
 
 
 def check_controls(lm: LanguageModel, options: GenerateOptions) -> None:
-    """Refuse what transformers would notice late, or never."""
-    samples, most = options.num_return_sequences or 1, beams(lm, options)
-    if samples > 1 and not draws(lm, options) and samples > most:
-        way = f"it must be at most --num-beams ({most})" if most > 1 else "greedy decoding has one result, so sample"
-        raise OptionError(f"--num-return-sequences is {samples}: {way}")
+    """OptionError for what transformers would notice late, or never; a note about options that change nothing."""
+    count, beam_count = options.num_return_sequences or 1, beams(lm, options)
+    if count > 1 and not draws(lm, options) and count > beam_count:
+        limit = f"it must be at most --num-beams ({beam_count})"
+        way_out = limit if beam_count > 1 else "greedy decoding has one result, so sample"
+        raise OptionError(f"--num-return-sequences is {count}: {way_out}")
     if options.novel and not (draws(lm, options) and is_plain(lm, options)):
         raise OptionError("--novel draws again what copies: sample, without beams and speculation")
-    size = lm.model.get_input_embeddings().weight.shape[0]
+    if options.negative_prompt and (options.guidance_scale or _own_config(lm).guidance_scale or 1) == 1:
+        raise OptionError("--negative-prompt has no effect alone: add --guidance-scale, such as 1.5")
+    for name in ("length_penalty", "early_stopping"):
+        value = getattr(options, name)
+        if value is not None and value is not False and beam_count == 1:
+            raise OptionError(f"{_flag(name)} has no effect without beams: add --num-beams, such as 4")
+    ignored = tuple(name for name in SAMPLING if getattr(options, name)) if not draws(lm, options) else ()
+    if ignored:
+        _note_ignored(ignored)
+    size = lm.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     for name in ("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"):
         value = getattr(options, name)
         if any(not 0 <= token < size for token in ([value] if isinstance(value, int) else value or [])):
-            raise OptionError(f"--{name.replace('_', '-')} takes token ids from 0 to {size - 1}")
+            raise OptionError(f"{_flag(name)} takes token ids from 0 to {size - 1}")
 
 
 def _spellings(lm: LanguageModel, text: str) -> list[list[int]]:
-    """Token ids of `text` as it stands and after a space: to a byte-level tokenizer these are different words."""
-    spellings = []
+    """Token ids of `text` as it is and after a space: to a byte-level tokenizer these are different words."""
+    spellings: list[list[int]] = []
     for variant in (text, " " + text.lstrip(" ")):
         ids = lm.tokenizer(variant, add_special_tokens=False)["input_ids"]
         if ids and ids not in spellings:

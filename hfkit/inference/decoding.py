@@ -1,19 +1,20 @@
-"""The state of the texts that are being generated: tokens back to text, each row's own random numbers, stops.
+"""The state of the texts that are being generated: tokens to text, random numbers of each row, stop strings.
 
-transformers' own loop does the decoding. What it lacks is added through its `custom_generate` hook: random numbers of
-each row's own, so that a text does not depend on what else is in the batch and comes again from its seed alone;
-log-probabilities without every step's logits; stop strings that neither match the prompt nor stay in the text.
+transformers' own loop does the decoding. hfkit adds what it lacks through its `custom_generate` hook:
+
+- Each row has random numbers of its own. A text does not depend on its batch, and its seed alone gives it again.
+- Log-probabilities do not need the logits of every step.
+- Stop strings neither match the prompt nor stay in the text.
 """
 
 import threading
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -21,12 +22,13 @@ from transformers import (
 
 
 class Detokenizer:
-    """Token ids to text piece by piece: the pieces joined are the text of all, and no piece is ever taken back."""
+    """Token ids to text piece by piece. The pieces joined are the text of all, and no piece is ever taken back."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] = ()) -> None:
-        """context: the tokens before the first that is pushed; they decide how it is written.
+        """context: the tokens before the first one that is pushed.
 
-        SentencePiece drops the space of a text's first word, and reads a run of byte tokens as one.
+        They decide how it is written: SentencePiece drops the space of a text's first word, and reads a run of byte
+        tokens as one.
         """
         self._tokenizer = tokenizer
         self._ids = list(context)
@@ -38,7 +40,7 @@ class Detokenizer:
         return self._advance(final=False)
 
     def finish(self) -> str:
-        """What is left: the bytes of a character that never ended, as U+FFFD."""
+        """What is left: the bytes of an unfinished character, as U+FFFD."""
         return self._advance(final=True)
 
     def _advance(self, final: bool) -> str:
@@ -49,15 +51,15 @@ class Detokenizer:
         return now[len(before) :]
 
     def _decode(self, start: int, end: int) -> str:
-        return self._tokenizer.decode(
-            self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        ids = self._ids[start:end]
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return cast(str, text)  # of a flat list
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     """`text` up to the first stop string in it, and whether there was one."""
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return (text[: min(found)], True) if found else (text, False)
+    starts = [start for stop in stops if (start := text.find(stop)) >= 0]
+    return (text[: min(starts)], True) if starts else (text, False)
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:
@@ -70,7 +72,10 @@ def held_back(text: str, stops: Sequence[str]) -> int:
 
 
 class Rows(StoppingCriteria):
-    """The rows of one batch while they grow. Called once a step, as logits processors and as stopping criterion."""
+    """The rows of one batch while they grow.
+
+    Once a step transformers calls `record` and `pick` as logits processors, then the object as a stopping criterion.
+    """
 
     def __init__(
         self,
@@ -96,7 +101,7 @@ class Rows(StoppingCriteria):
         self._stopped: set[int] = set()
 
     def record(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """First logits processor: keep what the model itself says. scores: (rows, vocabulary)."""
+        """First logits processor: keep the model's own log-probabilities. scores: (rows, vocabulary)."""
         self._raw = scores.log_softmax(-1)
         return scores
 
@@ -121,7 +126,7 @@ class Rows(StoppingCriteria):
         return scores.scatter(1, chosen, torch.inf)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Which rows are to end. Token ids leave the device only where the text is looked at."""
+        """Which rows end here, (rows,). Token ids leave the device only where the text matters."""
         if self._stops or self._on_text:
             for row, token in enumerate(self._chosen[-1].tolist()):
                 if row not in self._stopped:
@@ -141,7 +146,7 @@ class Rows(StoppingCriteria):
                 self._shown = end
 
     def results(self) -> list["Completion"]:
-        """What each row has come to; call once, when the loop has ended."""
+        """Each row's result. Call once, after the loop has ended."""
         steps = torch.stack(self._chosen, 1).tolist()
         logprobs = torch.stack(self._logprobs, 1).double().cpu()
         completions = [
@@ -175,9 +180,9 @@ def complete(
 
     logprobs: (at least as many as tokens,), in nats.
     """
-    count = next((at + 1 for at, token in enumerate(tokens) if token in eos), len(tokens))
+    count = next((number for number, token in enumerate(tokens, 1) if token in eos), len(tokens))
     text, stopped = "".join(_pieces(tokenizer, context, [tokens[:count]])), False
-    # One by one where it matters: which token completes a stop string, and how a stream shows bytes that are no text.
+    # Token by token where it matters: which one completes a stop string, and how a stream shows incomplete characters.
     if "\ufffd" in text or any(stop in text for stop in stops):
         pieces = _pieces(tokenizer, context, [[token] for token in tokens[:count]])
         text, stopped = cut_at_stop("".join(pieces), stops)
@@ -187,17 +192,17 @@ def complete(
     return Completion(text, reason, list(tokens[:count]), logprobs[:count].sum().item())
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, context: Sequence[int], chunks: list[Sequence[int]]) -> list[str]:
+def _pieces(tokenizer: PreTrainedTokenizerBase, context: Sequence[int], chunks: Sequence[Sequence[int]]) -> list[str]:
     """What a stream shows after `context` when it is given the tokens in these chunks."""
     detokenizer = Detokenizer(tokenizer, context)
     return [*(detokenizer.push(*chunk) for chunk in chunks), detokenizer.finish()]
 
 
 class StopTexts(StoppingCriteria):
-    """Ends the rows whose new text has a stop string in it; transformers' own criterion looks at the prompt, too."""
+    """Ends rows whose new text has a stop string in it. transformers' own criterion looks at the prompt, too."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int], start: int, stops: Sequence[str]):
-        """context: the tokens that all rows go on from; start: the first new token's place in a row."""
+        """context: the tokens that all rows continue. start: position of a row's first new token."""
         self._tokenizer, self._context, self._start, self._stops = tokenizer, context, start, stops
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
@@ -207,7 +212,7 @@ class StopTexts(StoppingCriteria):
 
 
 def decode(
-    model: PreTrainedModel,
+    model: Any,
     input_ids: torch.Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
@@ -216,12 +221,12 @@ def decode(
     **kwargs: Any,
 ) -> torch.Tensor:
     """`model.generate(custom_generate=decode, rows=Rows(...))`: transformers' loop around `rows`."""
-    generation_config.do_sample = False  # rows.pick has drawn by then; generate() works on a copy of its own
+    generation_config.do_sample = False  # generate() works on a copy of its own, and rows.pick samples
     processors = LogitsProcessorList([rows.record, *logits_processor, rows.pick])
     criteria = StoppingCriteriaList([*stopping_criteria, rows])
-    # The loop that generate() would have run. Private, but a custom_generate function is called in its place, with
-    # its arguments; a loop of our own would copy it.
-    return model._sample(input_ids, processors, criteria, generation_config, **kwargs)
+    # The loop that generate() would have run. It is private, but generate() calls a custom_generate function in its
+    # place and with its arguments; a loop of our own would be a copy of it.
+    return cast(torch.Tensor, model._sample(input_ids, processors, criteria, generation_config, **kwargs))
 
 
 def repeats(tokens: Sequence[int], longest: int = 40, least: int = 24) -> bool:

@@ -1,42 +1,44 @@
 """Continue prompts: `generate` for one or many, `stream` for text as it comes."""
 
+import atexit
 import functools
 import queue
 import secrets
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, overload
 
 from hfkit.corpus.documents import find_corpus
 from hfkit.corpus.overlap import WORDS, Index, index_corpus
 from hfkit.corpus.templates import task_of
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inference import batches
-from hfkit.inference.batches import Prompt, Request, fit_prompt
-from hfkit.inference.controls import check_controls, draws, is_plain
+from hfkit.inference.controls import check_controls, check_options, draws, is_plain
 from hfkit.inference.decoding import Completion, repeats
+from hfkit.inference.prompts import Prompt, Request, Text, fit_prompt, list_texts
+from hfkit.inference.twins import in_eval_mode
 from hfkit.models.loading import LanguageModel, Model, loaded
 from hfkit.options import GenerateOptions
 
 _WINDOW = 8  # batches that are sorted by length together
-_ATTEMPTS = 10  # at a text that copies too much
-# Between their seeds: they are no other prompt's, and the first one can be told from them. A CPU draws by the lower 32
-# bits of a seed alone.
-FAR = 2**40 + 1_000_003
+_ATTEMPTS = 10  # samples of one text until one copies little enough
+# Added to the seed for each redraw. It is larger than any number of prompts, so no redraw has another prompt's seed,
+# and `seed % REDRAW_STRIDE` gives the first one back. The low 32 bits change, too: a CPU's generator ignores the rest.
+REDRAW_STRIDE = 2**40 + 1_000_003
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One generated text; `str()` gives prompt and continuation; of a translator or a task the output alone."""
+    """One generated text; `str()` gives prompt and continuation, of a translator or a task the output alone."""
 
-    prompt: str | Mapping[str, Any]
+    prompt: Text
     completion: str
     finish_reason: str  # "stop": end-of-text token or stop string; "length": max_new_tokens or max_time
     tokens: int  # generated, an end-of-text token included
     logprob: float  # of the completion under the model, in nats (natural logarithm), before any sampling control
-    seed: int | None  # gives the same text again; None where nothing was drawn
+    seed: int | None  # gives the same text again; None where nothing was random
     model: str
     echo: bool = field(default=True, repr=False)
     loops: bool = field(default=False, repr=False)  # the text ends in a repetition
@@ -50,8 +52,31 @@ class Generation:
         return {name: getattr(self, name) for name in names}
 
 
+# A str is a Sequence[str], too: the overloads for one prompt come first.
+@overload
 def generate(
-    prompt: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
+    prompt: Text | Request, *, model: Model = None, options: GenerateOptions | None = None,
+    batch_size: int | None = None, num_return_sequences: None = None, **overrides: Any,
+) -> Generation: ...  # fmt: skip
+@overload
+def generate(
+    prompt: Text | Request, *, model: Model = None, options: GenerateOptions | None = None,
+    batch_size: int | None = None, num_return_sequences: int, **overrides: Any,
+) -> list[Generation]: ...  # fmt: skip
+@overload
+def generate(
+    prompt: Sequence[Text | Request], *, model: Model = None, options: GenerateOptions | None = None,
+    batch_size: int | None = None, num_return_sequences: None = None, **overrides: Any,
+) -> list[Generation]: ...  # fmt: skip
+@overload
+def generate(
+    prompt: Sequence[Text | Request], *, model: Model = None, options: GenerateOptions | None = None,
+    batch_size: int | None = None, num_return_sequences: int, **overrides: Any,
+) -> list[list[Generation]]: ...  # fmt: skip
+
+
+def generate(
+    prompt: Text | Request | Sequence[Text | Request],
     *,
     model: Model = None,
     options: GenerateOptions | None = None,
@@ -61,8 +86,8 @@ def generate(
     """Continue one prompt, or many in batches.
 
     Args:
-        prompt: a text, or a list of texts. An empty text lets the model begin. A model that learned a task puts it
-            into its template; where that has several fields, a mapping gives them.
+        prompt: a text, or a list of texts. With an empty text the model begins by itself. A model that learned a task
+            puts the text into its template; where that has several fields, a mapping gives them.
         model: what `load` returned or takes. A model given by name stays loaded for the next call.
         options: how to generate. Every field of `GenerateOptions` is a keyword, too: `generate(..., top_p=0.9)`.
         batch_size: most rows at a time; by default as many as the device is good for.
@@ -77,25 +102,26 @@ def generate(
     The seed of prompt `i`, sample `k` is `seed + i * num_return_sequences + k`; it alone gives the same text again.
     """
     options = GenerateOptions.make(options, overrides)
-    novel_index(options)  # before a model is loaded
-    lm = loaded(model)
-    is_one = isinstance(prompt, str | Mapping)
-    requests = []  # all of them first, so that one that does not fit is told before any is run
-    for number, text in enumerate([prompt] if is_one else prompt):
+    prompts, is_single = list_texts(prompt, "a prompt")
+    check_options(options)  # before a model is loaded
+    novel_index(options)
+    lm = in_eval_mode(loaded(model))
+    requests = []  # all of them first: one that does not fit is an error before any is run
+    for number, text in enumerate(prompts):
         try:
             requests.append(_prepare(lm, text, options))
         except HfkitError as error:
-            raise error if is_one else type(error)(f"prompt {number}: {error}") from error
-    results = []
+            raise error if is_single else type(error)(f"prompt {number}: {error}") from error
+    results: list[Any] = []
     for _, result in generate_each(enumerate(requests), model=lm, options=options, batch_size=batch_size):
         if isinstance(result, HfkitError):
             raise result
         results.append(result if options.num_return_sequences else result[0])
-    return results[0] if is_one else results
+    return results[0] if is_single else results
 
 
 def generate_each(
-    prompts: Iterable[tuple[int, Prompt | Request | HfkitError]],
+    prompts: Iterable[tuple[int, Prompt | HfkitError]],
     *,
     model: Model = None,
     options: GenerateOptions | None = None,
@@ -106,14 +132,13 @@ def generate_each(
 
     Prompts are read some batches ahead, so that rows of like length can share one. A prompt may be a list of token
     ids. An HfkitError among the prompts is passed through. The number goes into the seed, see `generate`.
-    `on_done` is told how many texts more are done.
+    `on_done` is called with the number of texts that were just finished.
     """
-    lm, options = loaded(model), options or GenerateOptions()
-    if options.seed is None:
-        options = replace(options, seed=draw_seed())
+    lm, options = in_eval_mode(loaded(model)), options or GenerateOptions()
+    first_seed = draw_seed() if options.seed is None else options.seed
     check_controls(lm, options)
     samples, size = options.num_return_sequences or 1, batch_size or batches.default_size(lm)
-    prompts = iter(prompts)
+    plain, prompts = is_plain(lm, options), iter(prompts)
     while window := list(islice(prompts, window_size(lm, options, batch_size))):
         results: dict[int, list[Any] | HfkitError] = {}
         rows: list[tuple[int, int, Request]] = []
@@ -121,40 +146,38 @@ def generate_each(
             try:
                 if isinstance(prompt, HfkitError):
                     raise prompt
-                request = prompt if isinstance(prompt, Request) else _prepare(lm, prompt, options)
-                seed = options.seed + number * samples
-                if is_plain(lm, options):
+                request, seed = _prepare(lm, prompt, options), first_seed + number * samples
+                if plain:
                     results[number] = [None] * samples
                     rows += [(number, k, replace(request, seed=seed + k)) for k in range(samples)]
                 else:
-                    results[number] = _special(lm, replace(request, seed=seed), options)
+                    results[number] = _run_special(lm, replace(request, seed=seed), options)
                     on_done(samples)
             except HfkitError as error:
                 results[number] = error
                 on_done(samples)
         completions = batches.run_all(lm, [request for *_, request in rows], options, size, on_done)
         for (number, k, request), completion in zip(rows, completions, strict=True):
-            if isinstance(found := results[number], HfkitError):
+            if isinstance(generations := results[number], HfkitError):
                 continue
             try:
-                found[k] = _redraw(lm, options, request, _generation(lm, options, request, completion))
+                generations[k] = _redraw(lm, options, request, _generation(lm, options, request, completion))
             except HfkitError as error:
                 results[number] = error
         yield from results.items()
 
 
-def _redraw(lm: LanguageModel, options: GenerateOptions, request: Request, found: Generation) -> Generation:
-    """`found`, or where it copies more than `novel` allows the first of other seeds that does not."""
-    if not options.novel:
-        return found
-    most, index, request = options.novel_words or WORDS, novel_index(options), replace(request, seed=found.seed)
+def _redraw(lm: LanguageModel, options: GenerateOptions, request: Request, generation: Generation) -> Generation:
+    """`generation`, or where it copies more than `novel` allows the first of other seeds that does not."""
+    if (index := novel_index(options)) is None:
+        return generation
     for _ in range(_ATTEMPTS):
-        if not (copied := index.look_up(found.completion)).words:
-            return found
-        request = replace(request, seed=(request.seed + FAR) % 2**63)  # type: ignore[operator]
-        found = _generation(lm, options, request, batches.run_batch(lm, [request], options)[0])
+        if not (copied := index.look_up(generation.completion)).words:
+            return generation
+        request = replace(request, seed=((request.seed or 0) + REDRAW_STRIDE) % 2**63)
+        generation = _run_single(lm, request, options)
     raise HfkitError(
-        f"every one of {_ATTEMPTS} samples copies more than {most} words, such as "
+        f"every one of {_ATTEMPTS} samples copies more than {options.novel_words or WORDS} words, such as "
         f"{copied.longest!r}: raise --novel-words or --temperature"
     )
 
@@ -172,8 +195,12 @@ def _index(corpus: tuple[str, ...], length: int, stamps: tuple[tuple[str, int], 
     return index_corpus(list(corpus), length=length)
 
 
-def _special(lm: LanguageModel, request: Request, options: GenerateOptions) -> list[Generation]:
-    return [_generation(lm, options, request, found) for found in batches.run_special(lm, request, options)]
+def _run_single(lm: LanguageModel, request: Request, options: GenerateOptions) -> Generation:
+    return _generation(lm, options, request, batches.run_batch(lm, [request], options)[0])
+
+
+def _run_special(lm: LanguageModel, request: Request, options: GenerateOptions) -> list[Generation]:
+    return [_generation(lm, options, request, completion) for completion in batches.run_special(lm, request, options)]
 
 
 def window_size(lm: LanguageModel, options: GenerateOptions, batch_size: int | None) -> int:
@@ -193,8 +220,9 @@ def stream(
     options = GenerateOptions.make(options, overrides)
     if (options.num_return_sequences or 1) > 1:
         raise OptionError("stream gives one text: leave num_return_sequences out, and change the seed")
+    check_options(options)
     novel_index(options)
-    lm = loaded(model)
+    lm = in_eval_mode(loaded(model))
     check_controls(lm, options)
     request = _prepare(lm, prompt, options)
     request = replace(request, seed=draw_seed() if options.seed is None else options.seed)
@@ -202,17 +230,14 @@ def stream(
 
 
 def _stream(lm: LanguageModel, request: Request, options: GenerateOptions) -> Generator[str, None, Generation]:
-    if options.novel:
-        generation = _redraw(
-            lm, options, request, _generation(lm, options, request, batches.run_batch(lm, [request], options)[0])
-        )
+    if options.novel or not is_plain(lm, options):  # what may be taken back is not shown before the end
+        if options.novel:
+            generation = _redraw(lm, options, request, _run_single(lm, request, options))
+        else:
+            generation = _run_special(lm, request, options)[0]
         yield generation.completion
         return generation
-    if not is_plain(lm, options):  # beams and guesses are taken back: there is nothing to show before the end
-        generation = _special(lm, request, options)[0]
-        yield generation.completion
-        return generation
-    pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    pieces: queue.SimpleQueue[str | Completion | BaseException] = queue.SimpleQueue()
     rows = batches.new_rows(lm, [request], options, on_text=pieces.put)
 
     def work() -> None:
@@ -221,21 +246,28 @@ def _stream(lm: LanguageModel, request: Request, options: GenerateOptions) -> Ge
         except BaseException as error:  # noqa: BLE001, raised again by the reader
             pieces.put(error)
 
+    def stop() -> None:
+        rows.cancelled.set()
+        worker.join()
+
     worker = threading.Thread(target=work, daemon=True)
+    # A thread that is inside torch when Python exits would abort it, and a reader may hold a stream until then.
+    atexit.register(stop)
+    unregister = atexit.unregister  # the module may be gone when the finally clause runs
     worker.start()
     try:
         while isinstance(piece := pieces.get(), str):
             yield piece
     finally:
-        rows.cancelled.set()
-        worker.join()
+        stop()
+        unregister(stop)
     if isinstance(piece, BaseException):
         raise piece
     return _generation(lm, options, request, piece)
 
 
 def draw_seed() -> int:
-    """A seed for who gave none; small enough to type again."""
+    """A random seed, for callers that gave none; small enough to type again."""
     return secrets.randbelow(2**31)
 
 

@@ -1,116 +1,153 @@
 """`inspect`: how likely each token of a text is, what would come next, and what each sampling control leaves of it."""
 
+import base64
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import (
+    LogitsProcessor,
     MinPLogitsWarper,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hfkit.corpus.encoding import encode, first_tokens
 from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError
 from hfkit.inference.likelihood import score
-from hfkit.models.loading import LanguageModel, loaded
-from hfkit.options import InspectOptions, ModelOptions
-from hfkit.reporting import pages
+from hfkit.inference.twins import in_eval_mode, share_weights
+from hfkit.inference.vocabulary import token_writer
+from hfkit.models.architecture import check_causal
+from hfkit.models.loading import LanguageModel, Model, loaded
+from hfkit.options import InspectOptions
+from hfkit.reporting.templates import render
 
-_WARPERS = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper,
-            "min_p": MinPLogitsWarper}  # fmt: skip
-_SHOWN = {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.05}  # where none is asked for
+_WARPERS: dict[str, type[LogitsProcessor]] = {
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+}
+_EXAMPLE: dict[str, Any] = {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.05}  # where no control is given
+_MOST_WEIGHTS = 30_000_000  # bytes of attention on a page, before base64
+_PART = re.compile("⟨(?:[0-9a-f]{2} ?)+⟩")  # as `readable` writes what is not a whole character
 _FULL = 12.0  # bits of surprise that get the strongest colour
 _SIGNS = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
-_BYTES = {sign: byte for byte, sign in bytes_to_unicode().items()}
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token of the text, and what the model made of it."""
+    """One token of the text, and how likely the model found it."""
 
-    text: str  # to be read: a space as ·, a newline as ↵, a part of a character as its bytes
+    text: str  # readable: a space as ·, a newline as ↵, a part of a character as its bytes
     id: int
     bits: float | None  # of surprise; None where nothing comes before
     rank: int | None  # 0: it was the likeliest
 
 
+class Characters(NamedTuple):
+    """A token, or the tokens whose bytes make up a character only together."""
+
+    text: str
+    tokens: list[Token]
+
+    @property
+    def bits(self) -> float:
+        return sum(token.bits or 0.0 for token in self.tokens)
+
+
 @dataclass(frozen=True)
 class Inspection:
-    """A text as a model sees it. A notebook shows it in colours."""
+    """A text as a model sees it. `print` shows it as a table, a notebook in colours."""
 
     model: str
     tokens: list[Token]
     following: list[dict[str, Any]]  # likeliest next tokens: text, id, probability, and one under each control
     left: dict[str, int]  # tokens that each control leaves
-    words: list[str]  # of the tokens with the one that begins the text, if it was put before them
-    attention: torch.Tensor | None = None  # (layers, heads, words, words); a row's word looks at each column's
+    words: list[str] = field(repr=False)  # of the tokens, with the one that begins a text
+    # (layers, heads, words, words); a row's word looks at each column's
+    attention: torch.Tensor | None = field(default=None, repr=False)
 
     @property
     def bits(self) -> float:
         """Surprise of the whole text."""
         return sum(token.bits or 0.0 for token in self.tokens)
 
+    @property
+    def characters(self) -> list[Characters]:
+        """The tokens, those joined that are parts of one character."""
+        joined: list[Characters] = []
+        waiting: list[Token] = []  # bytes that are not a character yet
+        for token in [*self.tokens, Token("", -1, None, None)]:
+            part = _PART.fullmatch(token.text)
+            waiting += [token] if part else []
+            raw = bytes.fromhex("".join(word.text[1:-1] for word in waiting))
+            if part and is_cut_off(raw):
+                continue
+            text = raw.decode(errors="ignore")
+            whole = text.encode() == raw
+            joined += [Characters(text, waiting)] if whole and waiting else [Characters(t.text, [t]) for t in waiting]
+            joined += [] if part else [Characters(token.text, [token])]
+            waiting = []
+        return joined[:-1]
+
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
         tokens = [vars(token) for token in self.tokens]
         return {"model": self.model, "bits": self.bits, "tokens": tokens, "next": self.following, "left": self.left}
 
+    def lines(self) -> list[str]:
+        """A head, and a line for each token; the last part of a character shows it whole."""
+        lines = [f"{'bits':>7} {'rank':>6}  token"]
+        for text, tokens in self.characters:
+            for token in tokens:
+                bits, rank = ("-", "-") if token.bits is None else (f"{token.bits:.2f}", str(token.rank))
+                whole = f"  {text}" if len(tokens) > 1 and token is tokens[-1] else ""
+                lines.append(f"{bits:>7} {rank:>6}  {token.text}{whole}")
+        return lines
+
+    def __str__(self) -> str:
+        lines = [*self.lines(), f"{self.bits:.1f} bits in {len(self.tokens)} tokens under {self.model}", "next:"]
+        return "\n".join([*lines, *(f"{cell(row['probability']):>7} {row['text']:>9}" for row in self.following)])
+
     def _repr_html_(self) -> str:
-        words = "".join(
-            f'<span title="{pages.escape(_told(token))}" style="background:rgba(220,90,20,{_strength(token):.2f})">'
-            f"{pages.escape(token.text)}</span>" + ("<br>" if "↵" in token.text else "")
-            for token in self.tokens
-        )
-        names = ["text", "probability", *self.left]
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{pages.escape(cell(row[name]))}</td>" for name in names) + "</tr>"
-            for row in self.following
-        )
-        heads = "".join(f"<th>{pages.escape(name)}</th>" for name in ["next token", "alone", *_headings(self.left)])
-        return (
-            f'<div class="tokens">{words}</div>'
-            f"<p>{self.bits:.1f} bits in {len(self.tokens)} tokens; the stronger the colour, the more surprising</p>"
-            f"<table><tr>{heads}</tr>{rows}</table>"
-        )
+        return render("inspection.html.jinja", view=_view(self), is_page=False, attention=None)
 
 
-def _told(token: Token) -> str:
+def _describe(token: Token) -> str:
     return f"token {token.id}" + ("" if token.bits is None else f": {token.bits:.2f} bits, rank {token.rank}")
 
 
-def _strength(token: Token) -> float:
-    """Of its colour, from 0 to 0.8."""
-    return 0.8 * min(1.0, (token.bits or 0.0) / _FULL)
-
-
-def _headings(left: dict[str, int]) -> list[str]:
-    return [f"{name}: {count:,} left" for name, count in left.items()]
+def is_cut_off(raw: bytes) -> bool:
+    """Whether `raw` is the beginning of a character in UTF-8, or whole ones and a beginning."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
+    return False
 
 
 def cell(value: str | float) -> str:
-    """A text, or a share; nothing where nothing is left."""
+    """A text, or a share in percent; empty for a share of 0."""
     return value if isinstance(value, str) else f"{value:.2%}" if value else ""
 
 
 def inspect(
     text: str,
     *,
-    model: str | ModelOptions | LanguageModel | None = None,
+    model: Model = None,
     options: InspectOptions | None = None,
     **overrides: Any,
 ) -> Inspection:
     """Look at a text through a model.
 
     Args:
-        text: what is read; its first token is seen after the one that begins a text, if the tokenizer has such.
+        text: what the model reads. Its first token is read after the token that begins a text, if there is one.
         model: what `load` returned or takes.
         options: every field of `InspectOptions` is a keyword, too.
 
@@ -118,91 +155,129 @@ def inspect(
         HfkitError: the text is empty or does not fit the model, or the model cannot be loaded.
     """
     options = InspectOptions.make(options, overrides)
-    lm = loaded(model)
-    if lm.model.config.is_encoder_decoder:
-        raise HfkitError(f"{lm.name} has an encoder: inspect a causal model")
+    if not isinstance(text, str):
+        raise HfkitError(f"a text is a str, not {type(text).__name__} ({text!r:.60}): convert it")
+    lm = in_eval_mode(loaded(model))
+    check_causal(lm.name, lm.model.config, "inspect a causal model")
     if not text:
         raise HfkitError("there is nothing to inspect: give a text")
-    own = encode(text, lm.tokenizer, lm.name)
+    text_ids = encode(text, lm.tokenizer, lm.name)
     begin = first_tokens(lm.tokenizer)
-    ids = own if own[: len(begin)] == begin else begin + own
+    ids = text_ids if text_ids[: len(begin)] == begin else begin + text_ids
     if len(ids) > (lm.context or len(ids)):
         raise HfkitError(f"the text has {len(ids)} tokens, {lm.name} takes {lm.context}: shorten it")
     output = _run(lm, ids, options.attention)
     targets = torch.tensor([[*ids[1:], ids[-1]]], device=output.logits.device)
     nll, rank = (values[0].tolist() for values in score(output.logits, targets))
-    tokens = [
-        Token(readable(lm.tokenizer, one), one, *((nll[at - 1] / math.log(2), rank[at - 1]) if at else (None, None)))
-        for at, one in enumerate(ids)
-    ]
-    skipped = len(ids) - len(own)
+    surprises = [(None, None), *((nats / math.log(2), place) for nats, place in zip(nll, rank, strict=True))]
+    tokens = [Token(readable(lm.tokenizer, token), token, *surprises[place]) for place, token in enumerate(ids)]
     following, left = _next(lm, output.logits[:, -1].float(), options)
     attention = None
     if options.attention:
         if not (layers := getattr(output, "attentions", None)) or any(layer is None for layer in layers):
             raise HfkitError(f"{lm.name} does not give its attention: leave it out")
         attention = torch.cat(layers).float().cpu()
+    skipped = len(ids) - len(text_ids)
     return Inspection(lm.name, tokens[skipped:], following, left, [token.text for token in tokens], attention)
 
 
 def _run(lm: LanguageModel, ids: list[int], attention: bool) -> Any:
-    """One forward pass; only eager attention gives its weights away."""
-    before = lm.model.config._attn_implementation
+    """One forward pass; for attention weights through a copy, because only eager attention gives them."""
+    model: Any = lm.model
     if attention:
-        lm.model.set_attn_implementation("eager")
-    try:
-        with torch.inference_mode():
-            inputs = torch.tensor([ids], device=lm.model.device)
-            return lm.model(input_ids=inputs, use_cache=False, output_attentions=attention)
-    finally:
-        if attention:
-            lm.model.set_attn_implementation(before)
+        model = share_weights(model)
+        model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        inputs = torch.tensor([ids], device=model.device)
+        return model(input_ids=inputs, use_cache=False, output_attentions=attention)
 
 
 def _next(
     lm: LanguageModel, logits: torch.Tensor, options: InspectOptions
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The likeliest next tokens, alone and under each control and all of them together; logits: (1, vocabulary)."""
-    asked = {name: value for name, value in set_fields(options).items() if name in _WARPERS}
-    controls = asked or _SHOWN
-    warped = {f"{name} {value:g}": _WARPERS[name](value)(None, logits.clone()) for name, value in controls.items()}
-    if len(asked) > 1:
-        together = logits.clone()
-        for name, value in asked.items():
-            together = _WARPERS[name](value)(None, together)
+
+    def warp(logits: torch.Tensor, name: str, value: Any) -> torch.Tensor:
+        warper: Any = _WARPERS[name](value)  # type: ignore[call-arg]
+        return cast(torch.Tensor, warper(None, logits.clone()))
+
+    chosen = {name: value for name, value in set_fields(options).items() if name in _WARPERS}
+    warped = {f"{name} {value:g}": warp(logits, name, value) for name, value in (chosen or _EXAMPLE).items()}
+    if len(chosen) > 1:
+        together = logits
+        for name, value in chosen.items():
+            together = warp(together, name, value)
         warped["together"] = together
     plain = logits.softmax(-1)[0]
     under = {name: values.softmax(-1)[0] for name, values in warped.items()}
     likeliest = plain.topk(min(options.top, len(plain))).indices.tolist()
     rows = [
-        {"text": readable(lm.tokenizer, one), "id": one, "probability": plain[one].item()}
-        | {name: values[one].item() for name, values in under.items()}
-        for one in likeliest
+        {"text": readable(lm.tokenizer, token), "id": token, "probability": plain[token].item()}
+        | {name: values[token].item() for name, values in under.items()}
+        for token in likeliest
     ]
     return rows, {name: int(values.isfinite().sum()) for name, values in warped.items()}
 
 
 def readable(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """A token as a reader can read it: spaces and newlines as signs, a part of a character as its bytes."""
-    word = tokenizer.convert_ids_to_tokens(token)
+    """A token for a reader: spaces and newlines as signs, a part of a character as its bytes."""
+    word = cast(str | None, tokenizer.convert_ids_to_tokens(token))
     if word is None:  # some models have more outputs than their tokenizer has tokens
         return f"⟨token {token}⟩"
     if token in tokenizer.all_special_ids:
         return word
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend and "ByteLevel" in str(backend.decoder) and all(sign in _BYTES for sign in word):
-        raw = bytes(_BYTES[sign] for sign in word)
-    elif byte := re.fullmatch("<0x([0-9A-F]{2})>", word):  # SentencePiece's
-        raw = bytes.fromhex(byte[1])
-    else:
-        raw = word.replace("▁", " ").encode()
+    raw = token_writer(tokenizer)(word)
     try:
         return raw.decode().translate(_SIGNS)
     except UnicodeDecodeError:
         return "⟨" + raw.hex(" ") + "⟩"
 
 
-def to_page(found: Inspection, pictures: Mapping[int, bytes]) -> str:
-    """A page of its own, which needs no network; the pictures are of these layers."""
-    drawn = [pages.image(png, f"attention of layer {layer}", wide=True) for layer, png in pictures.items()]
-    return pages.page(found.model, found._repr_html_(), *drawn)
+def _view(inspection: Inspection) -> dict[str, Any]:
+    """What a page shows of an inspection."""
+    names = ["probability", *inspection.left]
+    title = "".join(part.text for part in inspection.characters).replace("·", " ").replace("↵", " ").strip()
+    return {
+        "model": inspection.model,
+        "title": title if len(title) <= 60 else f"{title[:60]}…",
+        "sentence": f"{inspection.bits:.1f} bits in {len(inspection.tokens)} tokens",
+        "tokens": [
+            {
+                "text": part.text,
+                "title": "\n".join(map(_describe, part.tokens)),
+                "strength": 0.8 * min(1.0, part.bits / _FULL),
+                "ends_line": "↵" in part.text,
+            }
+            for part in inspection.characters
+        ],
+        "head": ["next token", "alone", *(f"{name}: {count:,} left" for name, count in inspection.left.items())],
+        "rows": [
+            [{"text": row["text"]}, *({"text": cell(row[name]), "share": round(100 * row[name])} for name in names)]
+            for row in inspection.following
+        ],
+    }
+
+
+def to_page(inspection: Inspection, layer: int | None = None) -> str:
+    """A page on its own, which fetches nothing. Its attention, if there is any, can be explored; of one layer, or all.
+
+    Raises:
+        HfkitError: the weights are more than a page can hold.
+    """
+    attention = None
+    if inspection.attention is not None:
+        layers = range(len(inspection.attention)) if layer is None else [layer]
+        rows, columns = torch.tril_indices(len(inspection.words), len(inspection.words))
+        weights = inspection.attention[list(layers)][..., rows, columns]
+        if weights.numel() > _MOST_WEIGHTS:
+            raise HfkitError(
+                f"{len(inspection.words)} tokens have {weights.numel():,} attention weights, too many for a page: "
+                "choose one --layer, or a shorter text"
+            )
+        attention = {
+            "words": inspection.words,
+            "layers": " ".join(map(str, layers)),
+            "heads": weights.shape[1],
+            "weights": base64.b64encode((255 * weights.sqrt()).round().to(torch.uint8).numpy().tobytes()).decode(),
+        }
+    return render("inspection.html.jinja", view=_view(inspection), is_page=True, attention=attention)

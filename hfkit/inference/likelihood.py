@@ -1,8 +1,7 @@
-"""What a model says of the tokens that came: negative log-likelihood, accuracy, and their errors."""
+"""How likely a model finds the tokens of a text: negative log-likelihood, accuracy, and their standard errors."""
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from hfkit.corpus.encoding import IGNORED
 
-_AT_ONCE = {False: 1 << 22, True: 1 << 28}  # logits that are looked at together: on a CPU, what its caches nearly hold
+_LOGITS_AT_ONCE = {False: 1 << 22, True: 1 << 28}  # by is_cuda; on a CPU, about what its caches hold
 
 
 def _none() -> np.ndarray:
@@ -24,8 +23,8 @@ class Scores:
 
     nll: np.ndarray = field(default_factory=_none)  # nats
     tokens: np.ndarray = field(default_factory=_none)
-    top1: np.ndarray = field(default_factory=_none)  # tokens that were the likeliest
-    top5: np.ndarray = field(default_factory=_none)  # tokens among the five likeliest
+    top1: np.ndarray = field(default_factory=_none)  # tokens that the model found likeliest
+    top5: np.ndarray = field(default_factory=_none)  # tokens among its five likeliest
 
     def add(self, units: np.ndarray, nll: np.ndarray, rank: np.ndarray) -> None:
         """Add tokens. All arrays: (tokens,); units: number of the unit of each; rank: 0 for the likeliest."""
@@ -33,11 +32,11 @@ class Scores:
         self.merge(Scores(*(np.bincount(units, weight).astype(float) for weight in weights)))
 
     def merge(self, other: "Scores") -> None:
-        """Add what `other` has of the same units."""
+        """Add the sums that `other` has of the same units."""
         size = max(len(self.nll), len(other.nll))
         for name, values in vars(other).items():
-            own = getattr(self, name)
-            setattr(self, name, np.pad(own, (0, size - len(own))) + np.pad(values, (0, size - len(values))))
+            sums = getattr(self, name)
+            setattr(self, name, np.pad(sums, (0, size - len(sums))) + np.pad(values, (0, size - len(values))))
 
     def join(self, other: "Scores") -> None:
         """Append the units of `other`."""
@@ -56,7 +55,7 @@ class Scores:
 
     @property
     def loss_stderr(self) -> float:
-        """Standard error of `loss`, the units being a sample."""
+        """Standard error of `loss`, with the units as a sample."""
         return ratio_stderr(self.nll, self.tokens)
 
     @property
@@ -69,7 +68,7 @@ class Scores:
 
 
 def exp(loss: float) -> float:
-    """e to the `loss`; the largest float where it is more."""
+    """e to the power of `loss`, capped at the largest float."""
     return math.exp(min(loss, 709.0))
 
 
@@ -83,82 +82,52 @@ def ratio_stderr(above: np.ndarray, below: np.ndarray) -> float:
 
 
 def score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihood in nats, and rank, of the tokens that came; 0 where they do not count.
+    """Negative log-likelihood in nats, and rank, of each token that follows; 0 where it is IGNORED.
 
     Args:
         logits: (rows, length, vocabulary).
-        targets: (rows, length); the token that came after each position, or IGNORED.
+        targets: (rows, length); the token that follows each position, or IGNORED.
 
     Returns:
         Two tensors (rows, length).
     """
     flat, goals = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    rows = max(1, _AT_ONCE[logits.is_cuda] // flat.shape[1])
+    rows = max(1, _LOGITS_AT_ONCE[logits.is_cuda] // flat.shape[1])
     nll, rank = [], []
-    for some, goal in zip(flat.split(rows), goals.split(rows), strict=True):
-        some = some.float()
-        own = some.gather(-1, goal.clamp(min=0)[:, None])
-        # Several times as fast as logsumexp on a CPU; 0 where they do not count.
-        nll.append(torch.nn.functional.cross_entropy(some, goal, reduction="none", ignore_index=IGNORED))
-        rank.append((some > own).sum(-1, dtype=torch.int32) * (goal != IGNORED))
+    for part, goal in zip(torch.split(flat, rows), torch.split(goals, rows), strict=True):
+        values = part.float()
+        # On a CPU cross_entropy is several times as fast as logsumexp. It gives 0 where a target is IGNORED.
+        nll.append(torch.nn.functional.cross_entropy(values, goal, reduction="none", ignore_index=IGNORED))
+        target = values.gather(-1, goal.clamp(min=0)[:, None])
+        rank.append((values > target).sum(-1, dtype=torch.int32) * (goal != IGNORED))
     return torch.cat(nll).view_as(targets), torch.cat(rank).view_as(targets)
 
 
 def shift(labels: torch.Tensor) -> torch.Tensor:
-    """`targets` from labels as transformers has them, (rows, length): those of the tokens themselves."""
+    """Targets, (rows, length), from labels of the same shape, which transformers keeps at the tokens themselves."""
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 @torch.inference_mode()
 def score_batches(model: Any, batches: Iterable[tuple[torch.Tensor, torch.Tensor, np.ndarray]]) -> Scores:
-    """Score batches of input ids, targets and the unit of each target, all (rows, length); logits go with a batch."""
-    found = Scores()
+    """Score batches of input ids, targets and the unit of each target, all (rows, length).
+
+    Only one batch's logits are in memory at a time.
+    """
+    scores = Scores()
     for ids, targets, units in batches:
         nll, rank = score(model(input_ids=ids.to(model.device), use_cache=False).logits, targets.to(model.device))
         counts = (targets != IGNORED).numpy()
-        found.add(units[counts], nll.double().cpu().numpy()[counts], rank.cpu().numpy()[counts])
-    return found
-
-
-@contextlib.contextmanager
-def precise_head(model: Any) -> Iterator[None]:
-    """Compute logits in float32, whatever the rest is in: GPT-2's are near -100, where bfloat16 has steps of 0.5."""
-    head = model.get_output_embeddings()
-    if head is None or hasattr(head, "_hf_hook"):  # its weights may be elsewhere until accelerate brings them
-        yield
-        return
-    before = head.forward
-
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            if not head.weight.is_floating_point():  # quantised: it knows its scale itself
-                return before(hidden.float())
-            bias = None if head.bias is None else head.bias.float()
-            return _linear(hidden.float(), head.weight.float(), bias)
-
-    head.forward = forward
-    try:
-        yield
-    finally:
-        head.forward = before
-
-
-def _linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """torch's `linear`. MKL, which does it in torch, takes twice as long on AMD's processors as oneDNN."""
-    if hidden.device.type == "cpu" and torch.backends.mkldnn.is_available() and not torch.is_grad_enabled():
-        # A private operator, which may go: the one that torch.compile puts in.
-        product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-        if product and torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-            return product(hidden, weight, bias, "none", [], "")
-    return torch.nn.functional.linear(hidden, weight, bias)
+        scores.add(units[counts], nll.double().cpu().numpy()[counts], rank.cpu().numpy()[counts])
+    return scores
 
 
 def jsonable(value: Any) -> Any:
-    """`value` as JSON can say it: Python's numbers for numpy's, None for what is not finite."""
+    """`value` in JSON's types: Python's numbers for numpy's, None for what is not finite."""
     if isinstance(value, dict):
-        return {name: jsonable(one) for name, one in value.items()}
+        return {name: jsonable(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [jsonable(one) for one in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, np.ndarray | np.generic):
         return jsonable(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -166,23 +135,26 @@ def jsonable(value: Any) -> Any:
 
 @torch.inference_mode()
 def score_items(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> Scores:
-    """Loss and accuracy, each item a unit and a token: of its label, or of the two places of its answer."""
-    found = Scores()
+    """Loss and accuracy of a model with a head; each item is a unit of one token.
+
+    That token is its label, or stands for the first and last place of its answer.
+    """
+    scores = Scores()
     for batch in batches:
         output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
         if "labels" in batch:
             pairs = [(output.logits, batch["labels"])]
         else:
             pairs = [(output.start_logits, batch["start_positions"]), (output.end_logits, batch["end_positions"])]
-            padding = batch["attention_mask"] == 0  # no answer is there, in whichever batch it is looked for
+            padding = batch["attention_mask"] == 0  # no answer is there, in whichever batch the item is
             pairs = [(logits.float().cpu().masked_fill(padding, -torch.inf), target) for logits, target in pairs]
-        nll, right = 0.0, True
+        count = len(batch["input_ids"])
+        nll, is_right = torch.zeros(count), torch.ones(count, dtype=torch.bool)
         for logits, target in pairs:
             logits = logits.float().cpu()
-            nll = nll - logits.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
-            right = right & (logits.argmax(-1) == target)
-        count = len(batch["input_ids"])
+            nll -= logits.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
+            is_right &= logits.argmax(-1) == target
         part = Scores()
-        part.add(np.arange(count), nll.double().numpy() / len(pairs), (~right).numpy().astype(int))
-        found.join(part)
-    return found
+        part.add(np.arange(count), nll.double().numpy() / len(pairs), (~is_right).numpy().astype(int))
+        scores.join(part)
+    return scores

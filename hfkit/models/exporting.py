@@ -1,6 +1,10 @@
-"""`export`: a model as one folder that anything reads: adapter merged, precision changed; or on the Hub."""
+"""`export`: write a model to one folder or to the Hub, with its adapter merged and its precision changed."""
 
+import os
+import re
+import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -11,50 +15,55 @@ from hfkit.hub import reach_hub
 from hfkit.models.loading import LanguageModel, load_tokenizer, load_weights
 from hfkit.models.sources import ModelFiles, find_model
 from hfkit.options import ExportOptions, ModelOptions
-from hfkit.storage import add_owned, check_owned, check_space, make_writable, publish, temporary
+from hfkit.storage import add_owned, check_free, check_owned, check_space, make_writable, publish, temporary
 
-_KEPT = ("README.md", "loss.png", "report.html", "metrics.json")  # of a training run
+_KEPT = ("README.md", "loss.png", "report.html", "metrics.json")  # files of a training run to copy
 
 
-def export(model: str | ModelOptions, options: ExportOptions | None = None, **overrides: object) -> str:
-    """Write a model, with its adapter merged into it, to a folder of its own, to the Hub, or to both.
+def export(
+    model: str | os.PathLike[str] | ModelOptions, options: ExportOptions | None = None, **overrides: object
+) -> str:
+    """Write a model, with its adapter merged into it, to a folder, to the Hub, or to both.
 
     Args:
         model: what `load` takes: a run of `finetune`, an adapter, a .gguf file ...
-        options: every field of `ExportOptions` is a keyword, too.
+        options: where and how to write it. Every field of `ExportOptions` is a keyword, too.
 
     Returns:
         The folder, or the address on the Hub if there is no folder.
 
     Raises:
-        HfkitError: the model cannot be loaded, or what it is written to is not free or cannot be reached.
+        HfkitError: the model cannot be loaded, the folder is not free, or the Hub cannot be reached.
     """
     options = ExportOptions.make(options, overrides)
     if not options.output_dir and not options.push_to_hub:
         raise OptionError("export needs a place: give --output-dir or --push-to-hub OWNER/NAME")
-    chosen = model if isinstance(model, ModelOptions) else ModelOptions(model=model)
+    chosen = ModelOptions.make(model)
     target = Path(options.output_dir or f".hfkit-export-{Path(str(options.push_to_hub)).name}")
     source = find_model(chosen)
     _check_target(target, source, options.overwrite)
     check_space(target.parent, source.size)
     if options.push_to_hub:
         reach_hub(options.push_to_hub)
-    kept = source.config.get("dtype") or source.config.get("torch_dtype")
-    dtype = options.dtype if options.dtype != "auto" else kept if kept in ("bfloat16", "float16") else "float32"
-    lm = load_weights(source, ModelOptions(device="cpu", dtype=dtype, trust_remote_code=chosen.trust_remote_code),
-                      load_tokenizer(source))  # fmt: skip
-    # A name of its own: another export into a folder that is called alike may be under way.
+    saved = source.config.get("dtype") or source.config.get("torch_dtype")
+    dtype = options.dtype if options.dtype != "auto" else saved if saved in ("bfloat16", "float16") else "float32"
+    whole = replace(chosen, device="cpu", dtype=dtype, device_map=None, quantize=None)
+    lm = load_weights(source, whole, load_tokenizer(source))
+    # A name that only this process uses: another export into this folder may be under way.
     staging = temporary(target.with_name(target.name[:40]))
     try:
-        _write(lm, source.adapter or source.folder, staging)
+        name = options.push_to_hub or str(target)
+        _write(lm, source.adapter or source.folder, staging, name)
         if options.push_to_hub:
             _push(staging, options)
         if options.output_dir:
-            add_owned(staging, [path.name for path in staging.iterdir()])
+            add_owned(staging, [path.name for path in staging.iterdir()], weights=staging)
             publish(staging, target)
             return str(target)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise HfkitError(f"cannot write {target}: {first_line(error)}; mend that, or name another one") from error
+        raise HfkitError(
+            f"cannot write {target}: {first_line(error)}; fix that, or name another --output-dir"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return f"https://huggingface.co/{options.push_to_hub}"
@@ -66,10 +75,10 @@ def _check_target(target: Path, source: ModelFiles, overwrite: bool) -> None:
         target.lstat()
     except FileNotFoundError:
         return
-    except (OSError, ValueError) as error:  # no name that a folder could have
+    except (OSError, ValueError) as error:  # a folder cannot have this name
         raise HfkitError(f"cannot write to {target}: {first_line(error)}; name another --output-dir") from error
     if target.is_symlink() or not target.is_dir():
-        raise HfkitError(f"{target} is no folder: name another --output-dir")
+        raise HfkitError(f"{target} is not a folder: name another --output-dir")
     if not any(target.iterdir()):
         return
     for folder in (source.folder, source.adapter or source.folder):
@@ -77,21 +86,23 @@ def _check_target(target: Path, source: ModelFiles, overwrite: bool) -> None:
             raise HfkitError(f"{target} holds the model itself: name another --output-dir")
     check_owned(target, hidden=True)  # the whole folder is replaced
     if not (target / "config.json").is_file():
-        raise HfkitError(f"{target} holds something that is no model: name another --output-dir")
-    if not overwrite:
-        raise HfkitError(f"{target} exists: --overwrite replaces it, or name another --output-dir")
+        raise HfkitError(f"{target} does not hold a model: name another --output-dir")
+    check_free(target, overwrite=overwrite, flag="--output-dir")
 
 
-def _write(lm: LanguageModel, source: Path, folder: Path) -> None:
+def _write(lm: LanguageModel, source: Path, folder: Path, name: str) -> None:
+    """Write the model, and what its run left, to `folder`; its card calls it `name`."""
     with console.quiet_libraries():
         lm.model.save_pretrained(folder)
         lm.tokenizer.save_pretrained(folder)
-    for name in _KEPT:
-        if (source / name).is_file():
-            shutil.copy(source / name, folder)
-    if (card := folder / "README.md").is_file():  # what was an adapter is merged
-        card.write_text(card.read_text("utf-8").replace("library_name: peft", "library_name: transformers"), "utf-8")
-    find_model(ModelOptions(model=str(folder)))  # what was written can be read
+    for kept in _KEPT:
+        if (source / kept).is_file():
+            shutil.copy(source / kept, folder)
+    if (card := folder / "README.md").is_file():
+        text = card.read_text("utf-8").replace("library_name: peft", "library_name: transformers")  # merged
+        own_name = re.compile(r"^(    hfkit \w+ -m )(?:'[^']*'|[^\s'])+", re.MULTILINE)
+        card.write_text(own_name.sub(lambda command: command[1] + shlex.quote(name), text), "utf-8")
+    find_model(str(folder))  # raises if it cannot be read
 
 
 def _push(folder: Path, options: ExportOptions) -> None:
@@ -102,6 +113,6 @@ def _push(folder: Path, options: ExportOptions) -> None:
         api = HfApi()
         api.create_repo(name, private=options.private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export from hfkit")
-    except Exception as error:  # what answers may not be a Hub
+    except Exception as error:  # whatever answers may not be a Hub
         why = f"cannot push to {name}: {first_line(error)}"
         raise HfkitError(f"{why}; 'hf auth login' gives the right to write") from error

@@ -1,9 +1,8 @@
 """Load a model and its tokenizer: `model, tokenizer = load("gpt2")`."""
 
-import contextlib
-import functools
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +12,11 @@ from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
-    GPT2Tokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from hfkit.console import detail, quiet_libraries
+from hfkit.console import detail
 from hfkit.errors import HfkitError
 from hfkit.models.architecture import (
     check_head,
@@ -28,7 +26,17 @@ from hfkit.models.architecture import (
     head_of,
     spread_over_devices,
 )
+from hfkit.models.integrity import (
+    LOADING,
+    calling_library,
+    check_blocks,
+    check_files,
+    check_names,
+    check_numbers,
+    check_report,
+)
 from hfkit.models.sources import ModelFiles, find_model
+from hfkit.models.tokenizers import read_tokenizer
 from hfkit.options import ModelOptions
 
 
@@ -40,104 +48,145 @@ class LanguageModel(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the user called it."""
-        return self.model.name_or_path
+        """The name that the user gave."""
+        return str(self.model.name_or_path)
 
     @property
     def context(self) -> int | None:
         """Most tokens of prompt and continuation together; None where the model sets no limit."""
         return context_length(self.model.config)
 
+    def __repr__(self) -> str:
+        size, dtype = self.model.num_parameters(), str(self.model.dtype).removeprefix("torch.")
+        return f"LanguageModel({self.name!r}: {size:,} parameters, {dtype} on {self.model.device})"
 
-def load(model: str | ModelOptions | None = None, **overrides: Any) -> LanguageModel:
+
+Model = str | os.PathLike[str] | ModelOptions | LanguageModel | tuple[Any, Any] | None
+
+
+def load(model: str | os.PathLike[str] | ModelOptions | None = None, **overrides: Any) -> LanguageModel:
     """Load a model and its tokenizer.
 
     Args:
-        model: "bundled", a Hub name, a folder, a .gguf file; or `ModelOptions`. Default: $HFKIT_MODEL, else "bundled".
+        model: "bundled", a Hub name, a folder, a .gguf file, or `ModelOptions`. Default: $HFKIT_MODEL, else "bundled".
         overrides: fields of `ModelOptions`, e.g. `dtype="bfloat16"`, `device="cuda:1"`, `quantize="int8"`.
 
     Returns:
-        `(model, tokenizer)`. GPT-2 is a `GPT2LMHeadModel` with a `GPT2Tokenizer`; other models come from
-        `AutoModelForCausalLM` or, where they have an encoder, `AutoModelForSeq2SeqLM`; one with a head for labels or
-        for answers from the class that has it.
+        `(model, tokenizer)`. GPT-2 is a `GPT2LMHeadModel` with a `GPT2Tokenizer`. Other models come from
+        `AutoModelForCausalLM`, from `AutoModelForSeq2SeqLM` if they have an encoder, or from the class of their head.
 
     Raises:
         HfkitError: the model cannot be found, is damaged or unsafe.
     """
-    if not isinstance(model, ModelOptions):
-        overrides |= {"model": model}
-        model = None
     options = ModelOptions.make(model, overrides)
     source = find_model(options)
-    tokenizer = load_tokenizer(source)
-    return load_weights(source, options, tokenizer)
+    return load_weights(source, options, load_tokenizer(source))
+
+
+_kept: tuple[Any, LanguageModel] | None = None  # the model that `loaded` loaded last, and what it was loaded from
+
+
+def loaded(model: Model, *heads: str) -> LanguageModel:
+    """`model` as a LanguageModel. A name is loaded once, as long as its files stay the same, by any number of threads.
+
+    heads: what the model must be for, see `architecture.head_of`. Default: "text".
+    """
+    global _kept
+    heads = heads or ("text",)
+    if isinstance(model, tuple):
+        lm = LanguageModel(*model)
+        check_head(lm.name, lm.model.config, *heads)
+        return lm
+    options = ModelOptions.make(model)
+    with LOADING:
+        source = find_model(options)
+        key = options, _state_of(source)
+        if _kept and _kept[0] == key:
+            check_head(source.name, _kept[1].model.config, *heads)
+            return _kept[1]
+        config = load_config(source)
+        check_head(source.name, config, *heads)
+        _kept = None  # memory may not hold two models
+        _kept = key, load_weights(source, options, load_tokenizer(source), config)
+        return _kept[1]
+
+
+def _state_of(source: ModelFiles) -> list[tuple[str, int]]:
+    files = [source.folder / source.gguf] if source.gguf else [*source.folder.iterdir()]
+    files += source.adapter.iterdir() if source.adapter else []
+    return sorted((str(file), file.stat().st_mtime_ns) for file in files)
 
 
 def load_config(source: ModelFiles) -> Any:
-    """The `PreTrainedConfig` of a model."""
-    with _errors(source), quiet_libraries():
+    """The transformers configuration of a model."""
+    with calling_library(source):
         extra = {"gguf_file": source.gguf} if source.gguf else {}
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code, **extra)
     if source.gguf and config.model_type == "gpt2":
-        # transformers reads the length of a GGUF GPT-2 into n_ctx, which its model does not look at
+        # transformers reads the context of a GGUF GPT-2 into n_ctx, which its model ignores.
         config.n_positions = getattr(config, "n_ctx", None) or config.n_positions
     return config
 
 
 def load_tokenizer(source: ModelFiles) -> PreTrainedTokenizerBase:
-    """The tokenizer of `source`, checked; needs neither torch nor the weights."""
-    from transformers import AutoTokenizer
-
-    if source.gguf:
-        loader, extra = AutoTokenizer, {"gguf_file": source.gguf}
-    else:
-        loader, extra = (GPT2Tokenizer if source.config.get("model_type") == "gpt2" else AutoTokenizer), {}
-    with _errors(source), quiet_libraries():
-        tokenizer = loader.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code, **extra)
-    # GPT2Tokenizer gives an empty tokenizer, and no error, where files are missing.
+    """The tokenizer of a model, checked. It needs neither torch nor the weights."""
+    with calling_library(source):
+        tokenizer = read_tokenizer(source)
+    # GPT2Tokenizer is empty, without an error, where files are missing.
     if len(tokenizer) <= 1:
-        raise HfkitError(f"the tokenizer is empty ({source.folder}): copy tokenizer.json of the model into it")
-    size = source.config.get("vocab_size")
-    if isinstance(size, int) and len(tokenizer) > size:
         raise HfkitError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {size} ({source.folder}): use the model's own"
+            f"the tokenizer is empty ({source.tokenizer_folder}): copy tokenizer.json of the model into it"
         )
+    size = source.config.get("vocab_size")
+    if isinstance(size, int) and not source.adapter:  # an adapter may bring tokens of its own
+        _check_size(source, tokenizer, size)
     return tokenizer
 
 
-def load_weights(source: ModelFiles, options: ModelOptions, tokenizer: PreTrainedTokenizerBase) -> LanguageModel:
-    """The model of `source`, placed and in the precision that `options` ask for."""
-    config = load_config(source)
-    device = choose_device(options, source)
-    dtype = choose_dtype(options.dtype, device)
-    placement = options.device_map or spread_over_devices(device, source)
-    arguments: dict[str, Any] = {
-        "config": config,
-        "dtype": dtype,
-        "use_safetensors": True,
-        "output_loading_info": True,
-    }
-    if source.gguf:
-        from transformers import GgufConfig
-        from transformers import modeling_gguf_pytorch_utils as reader
+def _check_size(source: ModelFiles, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+    if len(tokenizer) > size:
+        where = source.tokenizer_folder
+        raise HfkitError(f"the tokenizer has {len(tokenizer)} tokens, the model {size} ({where}): use the model's own")
 
-        reader.tqdm = lambda tensors, **_: tensors  # a bar that nothing else turns off
-        arguments["gguf_file"] = source.gguf
-        arguments["quantization_config"] = GgufConfig(dequantize=True)  # without this it could not be saved
-        del arguments["use_safetensors"]
+
+def _rows_of(model: PreTrainedModel) -> int:
+    embedding: Any = model.get_input_embeddings()
+    return len(embedding.weight)
+
+
+def load_weights(
+    source: ModelFiles, options: ModelOptions, tokenizer: PreTrainedTokenizerBase, config: Any = None
+) -> LanguageModel:
+    """The model of `source`, on the device and in the precision that `options` ask for.
+
+    config: what `load_config` returned, if the caller has it already.
+    """
+    check_files(source)
+    config = config or load_config(source)
+    device = choose_device(options)
+    dtype = choose_dtype(options.dtype, device)
+    placement: Any = options.device_map or spread_over_devices(device, source)
+    arguments: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    if source.gguf:
+        arguments |= _gguf_arguments(source.gguf)
+    else:
+        arguments["use_safetensors"] = True
     if options.quantize and device.type == "cuda":
         arguments["quantization_config"] = _bitsandbytes(options.quantize)
         placement = placement or {"": device}
     if placement:
         arguments["device_map"] = placement
-    with _errors(source), quiet_libraries():
+    with calling_library(source):
+        if source.gguf:
+            check_blocks(source, config)
         model, report = _class_for(config).from_pretrained(
             source.folder, trust_remote_code=source.trust_remote_code, **arguments
         )
-    _check_names(source.folder, report)
+    check_report(source, model, report)
     if source.adapter:
-        model = _merge_adapter(model, source)
-    _check_numbers(source, model)
+        model = _merge_adapter(model, source, source.adapter)
+        _check_size(source, tokenizer, _rows_of(model))
+    check_numbers(source.folder, model)
     model.name_or_path = source.name
     if not placement:
         model = model.to(device)
@@ -155,10 +204,14 @@ def load_weights(source: ModelFiles, options: ModelOptions, tokenizer: PreTraine
 def load_with_head(
     source: ModelFiles, options: ModelOptions, tokenizer: PreTrainedTokenizerBase, head: str, labels: Sequence[str]
 ) -> PreTrainedModel:
-    """The model of `source`, in float32, with a head of its own or a new one, to be trained.
+    """The model of `source` in float32, with its own head or a new one, to be trained.
 
-    head: "classification", with these labels, or "question-answering". HfkitError if more than the head is missing.
+    head: "classification", with these labels, or "question-answering".
+
+    Raises:
+        HfkitError: more than the head is missing.
     """
+    check_files(source)
     config = load_config(source)
     if labels:
         config.id2label = dict(enumerate(labels))
@@ -167,7 +220,7 @@ def load_with_head(
         config.num_labels = 2  # where an answer begins, and where it ends
     config.pad_token_id = tokenizer.pad_token_id
     kind = AutoModelForSequenceClassification if labels else AutoModelForQuestionAnswering
-    with _errors(source), quiet_libraries():
+    with calling_library(source):
         model, report = kind.from_pretrained(
             source.folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
             trust_remote_code=source.trust_remote_code, ignore_mismatched_sizes=head_of(config) != head,
@@ -175,8 +228,9 @@ def load_with_head(
     body = f"{model.base_model_prefix}."
     # A pooler belongs to the head: a masked language model has none.
     missing = [key for key in report["missing_keys"] if key.startswith(body) and ".pooler." not in key]
-    _check_names(source.folder, {"missing_keys": missing})
-    return model.to(choose_device(options, source))
+    check_names(source.folder, missing=missing)
+    trainable: PreTrainedModel = model.to(choose_device(options))
+    return trainable
 
 
 def _class_for(config: Any) -> Any:
@@ -194,42 +248,35 @@ def _class_for(config: Any) -> Any:
     return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
 
 
-def _check_names(folder: Path, report: dict[str, Any]) -> None:
-    """The libraries fill what is missing with random numbers and drop what is left over: neither is the model."""
-    for what in ("missing", "unexpected", "mismatched"):
-        keys = sorted(str(key) for key in report.get(f"{what}_keys", ()))
-        if keys:
-            shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise HfkitError(f"the weights do not fit the model ({folder}): {what} {shown}; get the model again")
-
-
-def _check_numbers(source: ModelFiles, model: PreTrainedModel) -> None:
-    for name, tensor in model.named_parameters():
-        # A sum is one pass over the memory that the first forward would have read in anyway.
-        if (
-            tensor.device.type == "cpu"
-            and tensor.is_floating_point()
-            and not tensor.sum(dtype=torch.float32).isfinite()
-        ):
-            raise HfkitError(
-                f"the weights hold values that are not numbers ({source.folder}: {name}): get the model again"
-            )
-
-
-def _merge_adapter(model: PreTrainedModel, source: ModelFiles) -> PreTrainedModel:
+def _merge_adapter(model: PreTrainedModel, source: ModelFiles, folder: Path) -> PreTrainedModel:
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise HfkitError("LoRA adapters need peft: pip install 'hfkit[lora]'") from error
-    with _errors(source), quiet_libraries(), warnings.catch_warnings():
+    with calling_library(source), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft only warns of what is an error below
-        adapted = PeftModel.from_pretrained(model, source.adapter, use_safetensors=True)
+        with safe_open(folder / "adapter_model.safetensors", framework="np") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        saved = set(shapes)
+        # An adapter that was trained with new tokens has the whole embedding, with more rows than that of its base.
+        embedding = next(name for name, part in model.named_modules() if part is model.get_input_embeddings())
+        rows = shapes.get(f"base_model.model.{embedding}.weight", [0])[0]
+        if rows > _rows_of(model):
+            model.resize_token_embeddings(rows, mean_resizing=False)
+        adapted = PeftModel.from_pretrained(model, folder, use_safetensors=True)
         wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        with safe_open(source.adapter / "adapter_model.safetensors", framework="np") as file:
-            found = set(file.keys())
-        extra = {name for name in found - wanted if "lora_" in name}
-        _check_names(source.adapter, {"missing_keys": wanted - found, "unexpected_keys": extra})
-        return adapted.merge_and_unload()
+        check_names(folder, missing=wanted - saved, unexpected={name for name in saved - wanted if "lora_" in name})
+        merged: PreTrainedModel = adapted.merge_and_unload()
+        return merged
+
+
+def _gguf_arguments(file: str) -> dict[str, Any]:
+    from transformers import GgufConfig
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    reader.tqdm = lambda tensors, **_: tensors  # type: ignore[assignment, attr-defined]  # nothing else hides this progress bar
+    # Without dequantize=True the model could not be saved.
+    return {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)}
 
 
 def _bitsandbytes(bits: str) -> Any:
@@ -239,53 +286,7 @@ def _bitsandbytes(bits: str) -> Any:
         raise HfkitError("--quantize on a GPU needs bitsandbytes: pip install 'hfkit[bitsandbytes]'") from error
     from transformers import BitsAndBytesConfig
 
-    if bits == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-
-
-@contextlib.contextmanager
-def _errors(source: ModelFiles) -> Iterator[None]:
-    """Whatever a library raises over a model's files becomes one sentence that names the folder."""
-    try:
-        yield
-    except (HfkitError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
-        raise
-    except ImportError as error:
-        extra = "gguf" if source.gguf else None
-        hint = f"pip install 'hfkit[{extra}]'" if extra else "install what it names"
-        raise HfkitError(f"{source.name} needs a package that is missing: {_first_sentence(error)}: {hint}") from error
-    except Exception as error:  # the libraries raise everything from KeyError to a bare Exception here
-        where = source.folder / source.gguf if source.gguf else source.adapter or source.folder
-        raise HfkitError(f"{source.name} cannot be loaded ({where}): {_first_sentence(error)}") from error
-
-
-def _first_sentence(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".:")
-
-
-Model = str | ModelOptions | LanguageModel | tuple[Any, Any] | None
-
-
-def loaded(model: Model, *heads: str) -> LanguageModel:
-    """`model` as a LanguageModel, loaded if it is a name; once, as long as its files stay the same.
-
-    heads: what it must be for, see `models.head_of`; by default for text.
-    """
-    heads = heads or ("text",)
-    if isinstance(model, tuple):
-        lm = LanguageModel(*model)
-        check_head(lm.name, lm.model.config, *heads)
-        return lm
-    options = model if isinstance(model, ModelOptions) else ModelOptions(model=model)
-    source = find_model(options)
-    check_head(source.name, load_config(source), *heads)
-    files = [source.folder / source.gguf] if source.gguf else [*source.folder.iterdir()]
-    files += source.adapter.iterdir() if source.adapter else []
-    return _load(options, tuple(sorted((str(file), file.stat().st_mtime_ns) for file in files)))
-
-
-@functools.lru_cache(maxsize=1)
-def _load(options: ModelOptions, files: tuple[tuple[str, int], ...]) -> LanguageModel:
-    return load(options)
+    settings: dict[str, Any] = {"load_in_8bit": True}
+    if bits == "int4":
+        settings = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+    return BitsAndBytesConfig(**settings)  # type: ignore[no-untyped-call]

@@ -1,25 +1,29 @@
 """Weights in 8 or 4 bits on a CPU: `nn.Linear` and GPT-2's `Conv1D` become integer matrices.
 
-torch's own integer kernels do the arithmetic. They take bfloat16 activations, and are several times faster with them
-than with float32 ones even where the processor has no bfloat16 units. On a GPU bitsandbytes does this (`models`).
+torch's own integer kernels do the arithmetic. They are several times faster with bfloat16 activations than with
+float32, even on a processor without bfloat16 units. On a GPU bitsandbytes does this (`loading`).
 """
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-_GROUP = 32  # input features that share a scale, in 4 bits
-_STEP = 32  # input features that the 8-bit kernel takes at a time; it reads past the end of a row that has others
-_MANY_ROWS = 48  # from so many rows on a dequantised matrix product is faster than the integer kernel
+_GROUP = 32  # input features that share a scale in 4 bits
+_STEP = 32  # the 8-bit kernel reads past the end of a row unless its input features are a multiple of this
+_MANY_ROWS = 48  # for this many rows or more, a dequantised matrix product is faster than the integer kernel
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + b with W as symmetric int8, one scale for each output feature."""
+    """y = x W^T + b with W as symmetric int8 and one scale for each output feature."""
+
+    weight: torch.Tensor  # (out_features, in_features), int8
+    scale: torch.Tensor  # (out_features,), bfloat16
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """weight: (out_features, in_features), floating point; bias: (out_features,)."""
         super().__init__()
-        # The kernel takes the scale in bfloat16, so the weights are divided by what it will multiply them with.
+        # The kernel multiplies with the scale in bfloat16, so divide by the same number.
         scale = (weight.float().abs().amax(1).clamp(min=1e-12) / 127).bfloat16()
         levels = (weight.float() / scale.float()[:, None]).round().clamp(-128, 127)
         self.register_buffer("weight", levels.to(torch.int8).contiguous())
@@ -29,25 +33,28 @@ class Int8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) < _MANY_ROWS and rows.shape[1] % _STEP == 0:
-            # A private operator, but the only 8-bit CPU kernel that torch has; torchao calls it, too.
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
+            # A private operator, but torch has no other 8-bit kernel for a CPU.
+            y = torch._weight_int8pack_mm(rows.bfloat16().contiguous(), self.weight, self.scale)
         else:
             y = (rows @ self.weight.to(x.dtype).T) * self.scale.to(x.dtype)
         return _finish(y, self.bias, x)
 
 
 class Int4Linear(nn.Module):
-    """y = x W^T + b with W in 4 bits, one scale for each output feature and 32 input features."""
+    """y = x W^T + b with W in 4 bits and one scale for each output feature and 32 input features."""
+
+    weight: torch.Tensor  # packed in the layout of torch's kernel
+    scale_and_zero: torch.Tensor  # (in_features / 32, out_features, 2), bfloat16
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """weight: (out_features, in_features), both as `fits` wants them; bias: (out_features,)."""
+        """weight: (out_features, in_features) that `fits`; bias: (out_features,)."""
         super().__init__()
         groups = weight.float().view(len(weight), -1, _GROUP)
         scale = (groups.abs().amax(-1) / 7).clamp(min=1e-12)
         levels = ((groups / scale[..., None]).round().clamp(-8, 7) + 8).to(torch.int32).view_as(weight)
-        # Private operators again; the last dimension of the second holds scale and zero point.
+        # Private operators again. The last dimension of scale_and_zero holds the scale and the zero point.
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.contiguous(), 1)
-        # Called int8, because T5 casts what it multiplies to the type of the weight unless it is that.
+        # Viewed as int8, the only type to which T5 does not cast its activations.
         self.register_buffer("weight", packed.view(torch.int8))
         pairs = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1)
         self.register_buffer("scale_and_zero", pairs.bfloat16().contiguous())
@@ -55,10 +62,11 @@ class Int4Linear(nn.Module):
 
     @staticmethod
     def fits(weight: torch.Tensor) -> bool:
+        """Whether the kernel takes a weight of this shape."""
         return weight.shape[0] % 16 == 0 and weight.shape[1] % _GROUP == 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        rows = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
         packed = self.weight.view(torch.uint8)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, _GROUP, self.scale_and_zero)
         return _finish(y, self.bias, x)
@@ -66,12 +74,12 @@ class Int4Linear(nn.Module):
 
 def _finish(y: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     """Add the bias, and give y the precision and the leading dimensions of x."""
-    y = y.to(x.dtype) if bias is None else torch.add(bias, y)  # a float32 bias makes the sum float32 in one go
+    y = y.to(x.dtype) if bias is None else torch.add(bias, y)  # a float32 bias makes the sum float32 in one pass
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def bits_of(model: nn.Module) -> str | None:
-    """ "int8" or "int4" where the weights are in 8 or 4 bits, here or by bitsandbytes; else None."""
+    """The bits of the weights, "int8" or "int4", whether from here or from bitsandbytes; None for whole weights."""
     kinds = {type(layer) for layer in model.modules()}
     if Int4Linear in kinds or getattr(model, "is_loaded_in_4bit", False):
         return "int4"
@@ -79,16 +87,17 @@ def bits_of(model: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def quantize(model: nn.Module, bits: str) -> None:
-    """Replace every linear layer of `model` in place; embeddings and norms keep their precision.
+def quantize(model: PreTrainedModel, bits: str) -> None:
+    """Replace every linear layer of `model` in place. Embeddings and norms keep their precision.
 
-    bits: "int8" or "int4". The head (and, in 4 bits, a layer of a shape that the kernel lacks) gets 8 bits: an error
-    there goes straight into the probabilities.
+    bits: "int8" or "int4". The head always gets 8 bits, because its errors go straight into the probabilities; so does
+    a layer whose shape the 4-bit kernel does not take.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if not isinstance(layer, nn.Linear | Conv1D):
+            # Mamba multiplies by the weight of its dt_proj without calling the layer.
+            if not isinstance(layer, nn.Linear | Conv1D) or name == "dt_proj":
                 continue
             weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # Conv1D keeps (in, out)
             small = bits == "int4" and layer is not head and Int4Linear.fits(weight)

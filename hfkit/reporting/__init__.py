@@ -1,5 +1,8 @@
-"""What a run leaves for people.
+"""What a run leaves for people to read. Python computes the values; the `.jinja` files next to it hold the text.
 
-pages: model cards and report pages
-pictures: curves, attention maps and searches as PNG files
+summaries: what a run's metrics say, as texts
+cards: the model card
+pages: report pages of one run, of several runs and of a search
+pictures: loss curves, attention maps and searches, drawn with matplotlib
+templates: renders the `.jinja` files, and escapes what they show
 """

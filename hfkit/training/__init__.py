@@ -1,11 +1,11 @@
 """Train a model.
 
 finetuning, pretraining, preparation: the public calls
-plan: what `auto` chooses and what a run will cost
 runs: a run from begin to end
-loop: the training loop
-callbacks: checkpoints, held-out scores and the progress bar
-checkpoints: complete and verified, or not used
+loop: the training loop; its docstring lists the events of a step in order
+monitor: what is watched while a model trains
+checkpoints: complete and verified, or not used; signals that stop a run
 arguments: options as Trainer takes them
-run_folder: who may write there and what is left in the end
+plan: what a run will be and cost on this machine, and the job that comes of it
+run_folder: who may write there, and what is left in the end
 """

@@ -1,4 +1,4 @@
-"""Muon for the matrices of a transformer, AdamW for everything else, as one optimizer for Trainer."""
+"""A job's options as Trainer takes them, and what holds for the process only while it trains."""
 
 import contextlib
 import ctypes
@@ -16,10 +16,9 @@ from hfkit import processes
 from hfkit.declaration import set_fields
 from hfkit.errors import OptionError
 from hfkit.options import TrainOptions
-from hfkit.training import run_folder
 from hfkit.training.plan import Job, Plan
 
-# Options of ours that mean something else to Trainer, or that it gets in another form.
+# Options that mean something else to Trainer, or that it gets in another form.
 OWN = ("output_dir", "resume", "overwrite", "num_train_epochs", "max_steps", "optim", "eval_steps", "save_steps",
         "save_total_limit", "bf16", "fp16", "torch_compile", "load_best_model_at_end", "lr_scheduler_kwargs",
         "fsdp_config", "head", "dropout")  # fmt: skip
@@ -27,12 +26,12 @@ OWN = ("output_dir", "resume", "overwrite", "num_train_epochs", "max_steps", "op
 
 @contextlib.contextmanager
 def freed_memory_kept(plan: Plan) -> Iterator[None]:
-    """On a CPU, keep what a step frees for the next step.
+    """On a CPU, keep the memory that a step frees for the next step.
 
-    The C library would give large blocks back to the system at once and get them anew, page by page; on a virtual
-    machine that is a third of a step. Its other settings, and libraries without mallopt(3), are left alone.
+    By default the C library returns large blocks to the system at once and gets them again page by page, which takes
+    a third of a step on a virtual machine. C libraries without mallopt(3) are left alone.
     """
-    libc = ctypes.CDLL(None) if plan.device.type == "cpu" and os.name == "posix" else None
+    libc: Any = ctypes.CDLL(None) if plan.device.type == "cpu" and os.name == "posix" else None
     if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
         yield
         return
@@ -42,44 +41,46 @@ def freed_memory_kept(plan: Plan) -> Iterator[None]:
     try:
         yield
     finally:
-        libc.mallopt(trim_threshold, 128 * 1024)  # as glibc begins
+        libc.mallopt(trim_threshold, 128 * 1024)  # glibc's defaults
         libc.mallopt(mmap_max, 65536)
         libc.malloc_trim(0)
 
 
 @contextlib.contextmanager
-def own_environment(job: Job) -> Iterator[None]:
-    """Variables that TrainingArguments sets for accelerate, and ours, are not for the next trainer of this process."""
+def private_environment(job: Job) -> Iterator[None]:
+    """Keep the variables that TrainingArguments sets for accelerate, and hfkit's own, from the next trainer."""
     before = dict(os.environ)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # peft would ask for the base model at each save
+    os.environ["HF_HUB_OFFLINE"] = "1"  # peft would ask the Hub for the base model at each save
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(job.folder / "tensorboard"))  # not into the checkpoints
     try:
         yield
     finally:
-        for name in {*os.environ, *before}:
-            if name in before:
-                os.environ[name] = before[name]
-            else:
-                del os.environ[name]
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def training_arguments(job: Job, rows: int, accumulation: int) -> TrainingArguments:
+    """rows: sequences at a time. accumulation: batches that make a step."""
     plan, options = job.plan, job.plan.options
+    if plan.device.type == "cuda" and processes.count == 1 and (number := plan.device.index):
+        raise OptionError(f"--device cuda:{number}: Trainer takes the first GPU, so set CUDA_VISIBLE_DEVICES={number}")
     shared = {f.name for f in fields(TrainingArguments)} - set(OWN)
-    given = {name: value for name, value in set_fields(options).items() if name in shared}
+    values = {name: value for name, value in set_fields(options).items() if name in shared}
     if options.optim != "muon":
-        given["optim"] = options.optim
+        values["optim"] = options.optim
     if options.lr_scheduler_kwargs:
         try:
-            given["lr_scheduler_kwargs"] = json.loads(options.lr_scheduler_kwargs)
+            values["lr_scheduler_kwargs"] = json.loads(options.lr_scheduler_kwargs)
         except ValueError as error:
-            raise OptionError(f"--lr-scheduler-kwargs is no JSON: {error}") from error
+            raise OptionError(f"--lr-scheduler-kwargs is not valid JSON: {error}") from error
     if options.fsdp_config:
-        given |= {"fsdp": True, "fsdp_config": options.fsdp_config}
+        values |= {"fsdp": True, "fsdp_config": options.fsdp_config}
     if processes.count > 1:
-        given["ddp_find_unused_parameters"] = False
-    own = {
-        "output_dir": str(job.folder / run_folder.CHECKPOINTS),
+        values["ddp_find_unused_parameters"] = False
+    answers = job.dataset.head == "question-answering"
+    values |= plan.autocast | {
+        "output_dir": str(job.checkpoints),
         "max_steps": plan.steps,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": accumulation,
@@ -88,24 +89,19 @@ def training_arguments(job: Job, rows: int, accumulation: int) -> TrainingArgume
         "torch_compile": plan.compile,
         "dataloader_pin_memory": plan.device.type == "cuda",
         "remove_unused_columns": False,
-        "label_names": ["start_positions", "end_positions"]
-        if job.material.head == "question-answering"
-        else ["labels"],
+        "label_names": ["start_positions", "end_positions"] if answers else ["labels"],
         "disable_tqdm": True,
-        # When to save and to measure is for `Saving` to say; what a NaN means, for `_Trainer`.
-        "save_strategy": "no",
-        "logging_nan_inf_filter": False,
+        "save_strategy": "no",  # StepCallback decides
+        "logging_nan_inf_filter": False,  # a NaN ends the run
     }
-    if plan.device.type == "cuda" and processes.count == 1 and plan.device.index:
-        number = plan.device.index
-        raise OptionError(f"--device cuda:{number}: Trainer takes the first GPU, so set CUDA_VISIBLE_DEVICES={number}")
-    arguments = TrainingArguments(**{**given, **plan.autocast, **own})
-    if arguments.n_gpu > 1:  # one process drives one GPU; for several there are several processes
+    arguments = TrainingArguments(**values)
+    if arguments.n_gpu > 1:  # one process drives one GPU; several GPUs take several processes
         arguments._n_gpu = 1
     return arguments
 
 
 def make_optimizer(options: TrainOptions) -> tuple[Any, dict[str, Any]] | None:
+    """What Trainer's `optimizer_cls_and_kwargs` takes; None leaves the choice to `optim`."""
     if options.optim != "muon":
         return None
     betas = (options.adam_beta1 or 0.9, options.adam_beta2 or 0.95)
@@ -114,7 +110,10 @@ def make_optimizer(options: TrainOptions) -> tuple[Any, dict[str, Any]] | None:
 
 
 class Muon(torch.optim.Optimizer):
-    """torch's Muon and AdamW side by side; one learning rate serves both, since Muon's step is scaled to AdamW's."""
+    """torch's Muon for the matrices of the hidden layers and AdamW for everything else, as one optimizer.
+
+    One learning rate serves both: Muon's step is scaled to the size of AdamW's.
+    """
 
     def __init__(self, matrices: Iterable[nn.Parameter], groups: list[dict[str, Any]], **options: Any) -> None:
         """matrices: (in, out) or (out, in) weights of hidden layers. groups: AdamW's parameter groups."""
@@ -122,14 +121,14 @@ class Muon(torch.optim.Optimizer):
         muon = torch.optim.Muon(list(matrices), lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         self._parts = [muon, torch.optim.AdamW(groups, lr=lr, betas=options["betas"], eps=options["eps"], fused=True)]
         super().__init__([group for part in self._parts for group in part.param_groups], {"lr": lr})
-        self._share()
+        self._share_groups()
 
-    def _share(self) -> None:
-        """A scheduler sets the learning rate in these groups, so they are the parts' own."""
+    def _share_groups(self) -> None:
+        """Expose the parts' own groups, so that a scheduler sets the learning rate of both."""
         self.param_groups = [group for part in self._parts for group in part.param_groups]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # overloads
         loss = None if closure is None else closure()
         for part in self._parts:
             part.step()
@@ -139,13 +138,13 @@ class Muon(torch.optim.Optimizer):
         return {"parts": [part.state_dict() for part in self._parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for part, own in zip(self._parts, state["parts"], strict=True):
-            part.load_state_dict(own)
-        self._share()
+        for part, part_state in zip(self._parts, state["parts"], strict=True):
+            part.load_state_dict(part_state)
+        self._share_groups()
 
 
 class MuonFactory:
-    """What Trainer's `optimizer_cls_and_kwargs` takes for an optimizer that must see the model."""
+    """Makes a Muon from a model: Trainer passes it one instead of a list of parameters."""
 
     def __call__(self, model: nn.Module, **options: Any) -> Muon:
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

@@ -1,13 +1,13 @@
-"""Checkpoints that survive: complete and verified, or not used; and a run that stops when it is asked to.
+"""Checkpoints that survive a crash, and signals that stop a run at the end of a step.
 
-Trainer writes a checkpoint's files in place, one after another, and takes the highest number for the newest. Here a
-manifest with every file's size and SHA-256, written last, is what makes a checkpoint one.
+Trainer writes the files of a checkpoint in place, one after another, and takes the highest number for the newest.
+hfkit writes a manifest with the size and the SHA-256 of every file, last of all: a folder without a manifest that
+matches is not a checkpoint.
 """
 
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import signal
 import threading
@@ -22,41 +22,40 @@ from hfkit.storage import make_durable, sync_folder, write_text
 
 _MANIFEST = "manifest.json"
 _UNFINISHED = "it was not finished"
-_ASIDE = "damaged-"  # put before the name of a checkpoint that is not whole
-_PICKLES = ("training_args.bin",)  # nobody needs it
+_PICKLE = "training_args.bin"  # written by Trainer, read by nothing here
 
 
 def commit(checkpoint: Path) -> None:
-    """Make what Trainer wrote into `checkpoint` durable and verifiable."""
-    for name in _PICKLES:
-        (checkpoint / name).unlink(missing_ok=True)
+    """Make the files that Trainer wrote into `checkpoint` durable and verifiable."""
+    (checkpoint / _PICKLE).unlink(missing_ok=True)
     make_durable(checkpoint)
     sync_folder(checkpoint.parent)
     write_text(checkpoint / _MANIFEST, json.dumps({"files": _digests(checkpoint)}, indent=1))
 
 
 def _digests(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    found = {}
+    """Size and SHA-256 of every file, by its path in the checkpoint."""
+    digests = {}
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.name != _MANIFEST:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found[str(path.relative_to(checkpoint))] = {"size": path.stat().st_size, "sha256": digest}
-    return found
+            digests[str(path.relative_to(checkpoint))] = {"size": path.stat().st_size, "sha256": digest}
+    return digests
 
 
 def find_fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole."""
+    """What is wrong with a checkpoint; None if every file is as it was written."""
     try:
-        expected = json.loads((checkpoint / _MANIFEST).read_text())["files"]
+        expected = dict(json.loads((checkpoint / _MANIFEST).read_text("utf-8"))["files"])
     except FileNotFoundError:
         return _UNFINISHED
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return f"{_MANIFEST} cannot be read"
-    found = _digests(checkpoint)
-    for name in sorted({*expected, *found}):
-        if expected.get(name) != found.get(name):
-            return f"{name} is {'missing' if name not in found else 'not what was written'}"
+    actual = _digests(checkpoint)
+    for name in sorted({*expected, *actual}):
+        if expected.get(name) != actual.get(name):
+            return f"{name} is {'missing' if name not in actual else 'not what was written'}"
     return None
 
 
@@ -65,50 +64,54 @@ def step_of(checkpoint: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first, whole or not."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    return sorted(found, key=step_of, reverse=True)
+    """Checkpoint folders, newest first, damaged ones included."""
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    return sorted(checkpoints, key=step_of, reverse=True)
 
 
-def find_newest(folder: Path) -> Path | None:
-    """The newest checkpoint that verifies. Newer ones that do not are moved aside, until there is another.
+def find_newest(folder: Path, best: int | None = None) -> Path | None:
+    """The newest checkpoint that verifies, or rather that of step `best`; None if none was finished yet.
+
+    Those that were tried before and do not verify lose their manifest: `rotate` deletes them after the next save.
 
     Raises:
-        HfkitError: there are checkpoints, and none of them is whole.
+        HfkitError: there are checkpoints, and all of them are damaged.
     """
     faults: dict[Path, str] = {}
-    newest = None
-    for checkpoint in list_checkpoints(folder):
+    whole = None
+    for checkpoint in sorted(list_checkpoints(folder), key=lambda path: step_of(path) != best):
         fault = find_fault(checkpoint)
         if not fault:
-            newest = checkpoint
+            whole = checkpoint
             break
         faults[checkpoint] = fault
-    # The very first may have been interrupted: then nothing was saved, and nothing is lost.
-    if not newest and faults and list(faults.values()) != [_UNFINISHED]:
+    # A run that was interrupted in its very first save has lost nothing.
+    if not whole and faults and list(faults.values()) != [_UNFINISHED]:
         what = "; ".join(f"{checkpoint.name}: {fault}" for checkpoint, fault in faults.items())
-        raise HfkitError(f"no checkpoint is whole ({folder}: {what}): --overwrite begins anew")
+        raise HfkitError(f"every checkpoint is damaged ({folder}: {what}): --overwrite starts over")
     for checkpoint, fault in faults.items():
-        aside = checkpoint.with_name(f"{_ASIDE}{checkpoint.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(checkpoint, aside)
-        note(f"{checkpoint} is left out: {fault} (now {aside.name})")
-    return newest
+        (checkpoint / _MANIFEST).unlink(missing_ok=True)
+        note(f"{checkpoint} is skipped: {fault}")
+    return whole
 
 
 def rotate(folder: Path, keep: int, best: int | None) -> None:
     """Delete all checkpoints but the newest `keep` and that of step `best`; call it after a commit."""
-    old = [path for path in list_checkpoints(folder)[keep:] if step_of(path) != best]
-    for checkpoint in [*old, *folder.glob(f"{_ASIDE}*")]:
+    checkpoints = list_checkpoints(folder)
+    finished = [path for path in checkpoints if (path / _MANIFEST).is_file()]
+    kept = [*finished[:keep], *(path for path in finished if step_of(path) == best)]
+    for checkpoint in checkpoints:
+        if checkpoint in kept:
+            continue
         try:
             (checkpoint / _MANIFEST).unlink(missing_ok=True)  # first: half a deletion must not look whole
             shutil.rmtree(checkpoint)
         except OSError as error:
-            raise HfkitError(f"cannot delete {checkpoint}: {first_line(error)}; mend that, then --resume") from error
+            raise HfkitError(f"cannot delete {checkpoint}: {first_line(error)}; fix that, then --resume") from error
 
 
 def diverged(what: str, step: int, learning_rate: float) -> DivergedError:
-    """The error of a training that can only get worse."""
+    """The error of a training that cannot recover."""
     return DivergedError(
         f"{what} at step {step}: lower --learning-rate (it is {learning_rate:g}) and --overwrite; "
         "the last checkpoint is kept"
@@ -116,14 +119,14 @@ def diverged(what: str, step: int, learning_rate: float) -> DivergedError:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM as a wish, granted at the end of a step; a second Ctrl-C is obeyed at once."""
+    """Ctrl-C and SIGTERM stop a run at the end of a step; a second Ctrl-C stops it at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+        if threading.current_thread() is threading.main_thread():  # Python accepts handlers nowhere else
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._ask)
         return self
@@ -136,9 +139,9 @@ class Stop:
         if self.signal == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = self.signal or number
-        with contextlib.suppress(RuntimeError):  # it came while something else was being written there
+        with contextlib.suppress(RuntimeError):  # the signal arrived while something else was writing to stderr
             note("stopping: this step is finished and saved first")
 
     def asked(self) -> bool:
-        """Whether any of the processes was asked to stop; all of them must call this together."""
+        """Whether any process was asked to stop; all of them must call this together."""
         return processes.any_of(self.signal is not None)

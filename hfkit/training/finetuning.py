@@ -2,19 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hfkit import processes
-from hfkit.corpus.documents import Corpora
+from hfkit.corpus.documents import Corpora, Corpus
 from hfkit.corpus.labelled import gather_labelled_data
 from hfkit.corpus.sequences import TrainingData, gather_training_data
 from hfkit.corpus.templates import give_task, make_task
 from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError, first_line
-from hfkit.models.architecture import check_head, choose_device, head_of
+from hfkit.models.architecture import check_head, choose_device, context_length, head_of
 from hfkit.models.loading import load_config, load_tokenizer, load_weights, load_with_head
 from hfkit.models.sources import ModelFiles, count_parameters, find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
@@ -26,7 +28,7 @@ from hfkit.training.runs import Run, execute, reserve
 def finetune(
     corpus: Corpora,
     *,
-    model: str | ModelOptions | None = None,
+    model: str | Path | ModelOptions | None = None,
     data: DataOptions | None = None,
     train: TrainOptions | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -46,61 +48,77 @@ def finetune(
         The run, with its folder and scores; None after a dry run.
 
     Raises:
-        HfkitError: the corpus, the model or the folder are not as they should be, or the loss is no number.
-        StoppedError: Ctrl-C or SIGTERM; the state is saved, and `resume=True` goes on.
+        HfkitError: the corpus, the model or the folder cannot be used, or the loss is not finite.
+        StoppedError: Ctrl-C or SIGTERM; the state is saved, and `resume=True` continues from it.
     """
-    if not isinstance(model, ModelOptions):
-        overrides, model = overrides | ({"model": model} if model else {}), None
-    model, data, train = divide(overrides, (ModelOptions, model), (DataOptions, data), (TrainOptions, train))
-    named = (corpus, data.eval_file, model.model)
-    inputs = [source for sources in named for source in run_folder.sources_of(sources or [])]
-    with reserve(corpus, train, dry_run, inputs) as (folder, train):
-        source = find_model(model)
+    options: ModelOptions
+    options, data, train = divide(overrides, (ModelOptions, model), (DataOptions, data), (TrainOptions, train))
+    inputs = [*run_folder.sources_of(corpus), *(data.eval_file or []), *filter(None, [options.model])]
+    line = run_folder.command_line("finetune", corpus, options, data, train)
+    with reserve("finetune", corpus, train, dry_run, inputs) as (folder, train):
+        files, source = run_folder.find_files(corpus, folder), find_model(options)
         if train.overwrite:
             run_folder.check_not_input(folder, [source.folder, source.adapter or source.folder])
         tokenizer, config = load_tokenizer(source), load_config(source)
         train = _choose_head(source, config, train)
-        _check_model(source, config, model, train, data)
-        block_size = block_size_for(config, data.block_size)
+        _check_model(source, config, options, train, data)
+        block_size = block_size_for(context_length(config), data.block_size)
         with processes.first_one_first():
             if train.head:
-                material = gather_headed(corpus, config, tokenizer, data, train, block_size)
+                dataset = _gather_labelled(files, config, tokenizer, data, train, block_size)
             else:
-                material = gather_training_data(corpus, tokenizer, data, block_size, train.seed)
+                dataset = gather_training_data(files, tokenizer, data, block_size, train.seed)
         if task := make_task(data):
             give_task(tokenizer, task)
-        device = choose_device(model, source)
         plan = make_plan(
-            config, count_parameters(source), material.sequences, material.length, train, device,
-            processes=processes.count,
+            config, count_parameters(source), dataset.sequences, dataset.length, train,
+            choose_device(options), processes=processes.count,
         )  # fmt: skip
-        job = Job(
-            "finetune", source.name, corpus, folder,
-            run_folder.make_recipe(corpus, replace(model, model=source.name), data, plan.options),
-            material.fingerprint | {"model_bytes": source.size, "processes": processes.count}, tokenizer,
-            lambda: make_trainable(source, model, plan, tokenizer, material), material, plan, block_size, data,
-            callbacks,
-        )  # fmt: skip
-        describe_plan(material.report, plan)
-        return None if dry_run else execute(job)
+        describe_plan(dataset.report, plan)
+        if dry_run:
+            return None
+        return execute(
+            Job(
+                command="finetune",
+                name=source.name,
+                files=files,
+                folder=folder,
+                recipe=run_folder.make_recipe(corpus, replace(options, model=source.name), data, plan.options),
+                facts=dataset.fingerprint
+                | {"model_bytes": source.size, "processes": processes.count, "command": line},
+                tokenizer=tokenizer,
+                make_model=partial(make_trainable, source, options, plan, tokenizer, dataset),
+                dataset=dataset,
+                plan=plan,
+                block_size=block_size,
+                data=data,
+                callbacks=callbacks,
+            )
+        )
 
 
 def _choose_head(source: ModelFiles, config: Any, train: TrainOptions) -> TrainOptions:
-    """The head that is asked for, or else that of the model; none for a model that writes text."""
+    """`train` with the head that the model has, unless another one is asked for; no head for a model of text."""
     if train.head:
         return train
     check_head(source.name, config, "text", "classification", "question-answering")
-    return train if head_of(config) == "text" else replace(train, head=head_of(config))
+    head: Any = head_of(config)
+    return train if head == "text" else replace(train, head=head)
 
 
-def gather_headed(
-    corpus: Corpora, config: Any, tokenizer: PreTrainedTokenizerBase, data: DataOptions, train: TrainOptions, size: int
+def _gather_labelled(
+    files: Corpora | Corpus,
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataOptions,
+    train: TrainOptions,
+    size: int,
 ) -> TrainingData:
-    """Material for a head; the tokenizer gets a token to pad with if it has none."""
+    """Rows for a head; the tokenizer gets a token to pad with if it has none."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    known = [config.id2label[i] for i in range(config.num_labels)] if head_of(config) == train.head else None
-    return gather_labelled_data(corpus, tokenizer, data, str(train.head), size, train.seed, known)
+    labels = [config.id2label[i] for i in range(config.num_labels)] if head_of(config) == train.head else None
+    return gather_labelled_data(files, tokenizer, data, str(train.head), size, train.seed, labels)
 
 
 def _check_model(source: ModelFiles, config: Any, model: ModelOptions, train: TrainOptions, data: DataOptions) -> None:
@@ -119,23 +137,23 @@ def _check_model(source: ModelFiles, config: Any, model: ModelOptions, train: Tr
 
 
 def make_trainable(
-    source: ModelFiles, options: ModelOptions, plan: Plan, tokenizer: PreTrainedTokenizerBase, material: TrainingData
+    source: ModelFiles, options: ModelOptions, plan: Plan, tokenizer: PreTrainedTokenizerBase, dataset: TrainingData
 ) -> Any:
-    """The model of `source`, in float32, with its head, or with an adapter around it if the plan has LoRA."""
-    if material.head:
-        model = load_with_head(source, options, tokenizer, material.head, material.labels)
+    """The model of `source` in float32, with its head, or with an adapter around it if the plan has LoRA."""
+    if dataset.head:
+        model = load_with_head(source, options, tokenizer, dataset.head, dataset.labels)
     else:
         model = load_weights(source, replace(options, dtype="float32"), tokenizer).model
     model.name_or_path = source.name if source.name == "bundled" else str(source.folder)
-    model.requires_grad_(not plan.options.lora)  # a merged adapter leaves it frozen
-    make_ready(model, plan)
+    model.requires_grad_(not plan.options.lora)  # merging an adapter has frozen the weights
+    set_training_mode(model, plan)
     return add_adapter(model, source, options.revision, plan.options) if plan.options.lora else model
 
 
-def make_ready(model: Any, plan: Plan) -> None:
-    """Set what is not in a model's weights: how its loss is counted, and dropout for the time of the training."""
+def set_training_mode(model: Any, plan: Plan) -> None:
+    """Set what is not in a model's weights: how its loss is counted, and its dropout while it trains."""
     if not plan.options.head:
-        # Without this Trainer counts the labels unshifted and its loss and gradients come out too small.
+        # Without this, Trainer counts the labels unshifted: loss and gradients come out too small.
         model.loss_type = "ForCausalLM"
     for module in model.modules():
         if plan.options.dropout is not None and isinstance(module, torch.nn.Dropout):
@@ -145,21 +163,21 @@ def make_ready(model: Any, plan: Plan) -> None:
 
 
 def add_adapter(model: Any, source: ModelFiles, revision: str | None, options: TrainOptions) -> Any:
-    """`model` with a new adapter around it, the only part that is trained."""
+    """`model` with a new adapter around it; only the adapter is trained."""
     try:
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     except ImportError as error:
         raise HfkitError("--lora needs peft: pip install 'hfkit[lora]'") from error
-    # What peft and transformers find the base by, from anywhere.
-    hub = not source.folder.is_dir() or source.folder.parent.name == "snapshots"
-    model.name_or_path = source.name if hub else str(source.folder.resolve())
+    # Record the base so that peft and transformers find it from any folder.
+    is_on_hub = not source.folder.is_dir() or source.folder.parent.name == "snapshots"
+    model.name_or_path = source.name if is_on_hub else str(source.folder.resolve())
     config = LoraConfig(
-        revision=revision, r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout,
-        target_modules=options.lora_target_modules or "all-linear", task_type="CAUSAL_LM",
-        fan_in_fan_out=model.config.model_type == "gpt2",  # its Conv1D keeps (in, out)
+        revision=revision, r=options.lora_r, lora_alpha=options.lora_alpha or 2 * options.lora_r,
+        lora_dropout=options.lora_dropout, target_modules=options.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM", fan_in_fan_out=model.config.model_type == "gpt2",  # its Conv1D keeps (in, out)
     )  # fmt: skip
     if getattr(model, "is_quantized", False):
-        model = prepare_model_for_kbit_training(model)
+        model = prepare_model_for_kbit_training(model)  # type: ignore[no-untyped-call]
     try:
         return get_peft_model(model, config)
     except ValueError as error:

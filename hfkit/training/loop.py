@@ -1,45 +1,66 @@
-"""A job under transformers' Trainer: its loss put right, in less memory if need be, stopped when asked to."""
+"""The training loop: what happens in a run and in a step, in order. transformers' Trainer drives it.
+
+A run, `fit`:
+    1. Find the newest whole checkpoint; a run that is complete ends here.
+    2. Build the trainer: arguments, seed, model, data.
+    3. Restore the checkpoint, measure the held-out part if this step was not measured yet, and make the steps.
+    4. Out of memory: go back to 1 with half as many sequences at a time and twice as many batches a step.
+
+A step, by Trainer, with the places where hfkit steps in:
+    1. Forward and backward pass of each batch       _Trainer.compute_loss: stop where the loss is not finite
+    2. Clip the gradient; step optimizer and learning rate
+    3. End of the step                               StepCallback.on_step_end: measure the last step; decide whether to
+                                                     save and stop; check the weights and the space on disk
+    4. Log the loss
+    5. If due: write a checkpoint                    StepCallback.on_save: commit it, delete old ones, measure
+A checkpoint is safe before its step is measured: a run that was interrupted in between measures first. Only the last
+step is measured before it is saved, so that the last checkpoint has all scores.
+"""
 
 import contextlib
 import gc
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from transformers import Trainer, TrainerState, set_seed
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from hfkit import console, processes
-from hfkit.corpus.sequences import Collator, Endless, Examples, HeadCollator
+from hfkit.corpus.sequences import Collator, Examples, HeadCollator
 from hfkit.errors import HfkitError, OptionError, first_line
-from hfkit.training import run_folder
-from hfkit.training.arguments import freed_memory_kept, make_optimizer, own_environment, training_arguments
-from hfkit.training.callbacks import CheckpointCallback, HeldOutMonitor, ProgressCallback, is_stale
-from hfkit.training.checkpoints import Stop, diverged, find_newest
+from hfkit.options import TrainOptions
+from hfkit.storage import check_space, folder_size
+from hfkit.training.accuracy import find_answers
+from hfkit.training.arguments import freed_memory_kept, make_optimizer, private_environment, training_arguments
+from hfkit.training.checkpoints import Stop, commit, diverged, find_newest, list_checkpoints, rotate
+from hfkit.training.monitor import HeldOutMonitor, ProgressCallback, best_step, is_measured, is_stale
 from hfkit.training.plan import Job, Plan
 
 
 def is_done(state: TrainerState, plan: Plan) -> bool:
-    """Whether all is trained, or enough."""
+    """Whether all steps are made, or early stopping has ended the run."""
     return state.global_step >= plan.steps or is_stale(state.log_history, plan.options.early_stopping_patience)
 
 
 def fit(job: Job, stop: Stop) -> TrainerState | None:
-    """Train until the end, a stop, or an error; with less memory than a batch needs, in smaller ones.
+    """Train until the end, a stop or an error; in smaller batches where memory runs out.
 
     Returns:
-        Trainer's state; None if it was left at once, in the middle of a step or a measurement.
+        Trainer's state; None if the run was left at once, in the middle of a step or a measurement.
     """
-    folder, plan = job.folder / run_folder.CHECKPOINTS, job.plan
-    rows, accumulation = plan.options.per_device_train_batch_size, plan.options.gradient_accumulation_steps
+    rows, accumulation = job.plan.rows, job.plan.options.gradient_accumulation_steps
     while True:
-        newest = processes.gather([find_newest(folder) if processes.rank == 0 else None])[0]
+        newest = find_newest(job.checkpoints) if processes.rank == 0 else None
+        newest = processes.gather([newest])[0]
         if newest:
-            state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
-            if is_done(state, plan):
+            state: TrainerState = TrainerState.load_from_json(str(newest / "trainer_state.json"))
+            if is_done(state, job.plan):
                 return state
         try:
             return _train(job, stop, rows, accumulation, newest)
@@ -54,7 +75,7 @@ def fit(job: Job, stop: Stop) -> TrainerState | None:
                     "out of memory: lower --block-size or --per-device-train-batch-size, or add "
                     "--activation-checkpointing or --lora"
                 ) from error
-        # The same sequences make a step, in more and smaller batches.
+        # A step keeps its sequences: fewer at a time, in more batches.
         smaller = next(count for count in range(rows // 2, 0, -1) if rows % count == 0)
         rows, accumulation = smaller, accumulation * (rows // smaller)
         console.note(f"out of memory: going on with {rows} sequences at a time, {accumulation} times a step")
@@ -63,77 +84,178 @@ def fit(job: Job, stop: Stop) -> TrainerState | None:
 
 
 def _train(job: Job, stop: Stop, rows: int, accumulation: int, checkpoint: Path | None) -> TrainerState:
+    """One attempt at a run: build the trainer, and make the steps that are left."""
+    progress = ProgressCallback(job.plan)
     with (
-        own_environment(job),
+        contextlib.closing(progress),
+        private_environment(job),
         freed_memory_kept(job.plan),
         console.quiet_libraries(),
-        _build(job, stop, rows, accumulation) as trainer,
+        _option_errors(progress),
     ):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        # The arguments come before the model: loading it for DeepSpeed depends on them.
+        arguments = training_arguments(job, rows, accumulation)
+        set_seed(job.plan.options.seed)  # a new model or adapter begins with random numbers
+        collator, padding = _collators(job, rows)
+        model = job.make_model()
+        held_out = _sample_held_out(job.dataset.held_out, job.plan)
+        monitor = HeldOutMonitor(
+            held_out, collator=padding, prompt=job.prompt, plan=job.plan, stop=stop, tell=progress.tell,
+            answers=find_answers(job.dataset, held_out, job.tokenizer),
+        )  # fmt: skip
+        trainer = _Trainer(
+            job, stop, monitor, progress, model=model, args=arguments, data_collator=collator,
+            train_dataset=job.dataset.train_set,
+            processing_class=job.tokenizer, optimizer_cls_and_kwargs=make_optimizer(job.plan.options),
+        )  # fmt: skip
+        with trainer.steps.save_errors():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return trainer.state
 
 
 class _Trainer(Trainer):
-    def __init__(self, model: Any, **options: Any) -> None:
-        self._use_cache = model.config.use_cache
-        super().__init__(model=model, **options)
+    """transformers' Trainer, with a loss that must be finite and with hfkit's measurements."""
+
+    def __init__(
+        self, job: Job, stop: Stop, monitor: HeldOutMonitor, progress: ProgressCallback, *, model: Any, **options: Any
+    ) -> None:
+        self._monitor, self._tell, self._use_cache = monitor, progress.tell, model.config.use_cache
+        self._patience = job.plan.options.early_stopping_patience
+        self.steps = StepCallback(job.checkpoints, job.plan.options, stop, self.measure)
+        super().__init__(model=model, callbacks=[progress, self.steps, *job.callbacks], **options)
+        self.remove_callback(PrinterCallback)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer would log a loss that is not a number as 0, and go on with such weights."""
+        """Trainer would log a loss that is not finite as 0, and train on."""
         result = super().compute_loss(*args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss).all():
             raise diverged(f"the loss is {loss.item()}", self.state.global_step + 1, self.args.learning_rate)
         return result
 
+    def measure(self) -> None:
+        """Measure the model at this step, once, and log it.
+
+        Raises:
+            KeyboardInterrupt: the run was asked to stop meanwhile; when it is resumed it measures first.
+        """
+        history, step = self.state.log_history, self.state.global_step
+        if is_measured(history, step):
+            return
+        measurement = self._monitor.measure(self.model, self.processing_class, history, step)
+        if measurement is None:
+            raise KeyboardInterrupt
+        if figures := measurement.figures():
+            self.log(figures)
+        history.append(measurement.entry(step))
+        if is_stale(history, self._patience):
+            self._tell(f"no progress in {self._patience} measurements: stopping early")
+            self.control.should_training_stop = True
+
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer turns the cache off while it trains; what it saves shall be as the model was."""
-        config = self.model.config
+        """Trainer turns the model's cache off while it trains: save the model with the setting it had."""
+        config: Any = self.model.config  # type: ignore[union-attr]  # a Trainer without a model is never saved
         before, config.use_cache = config.use_cache, self._use_cache
         super().save_model(*args, **kwargs)
         config.use_cache = before
 
 
+class StepCallback(TrainerCallback):
+    """Decides when to measure, to save and to stop."""
+
+    def __init__(self, folder: Path, options: TrainOptions, stop: Stop, measure: Callable[[], None]) -> None:
+        self._folder, self._options, self._stop, self._measure = folder, options, stop, measure
+        self._unfinished: Path | None = None  # the checkpoint that is being written
+
+    def _is_due(self, state: Any) -> bool:
+        return bool(state.global_step % self._options.eval_steps == 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._is_due(state):
+            self._measure()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        # Save only at the end of a step: a checkpoint from here resumes bit-identically.
+        last = state.global_step == state.max_steps
+        if last:
+            self._measure()
+            control.should_log = True  # logging the measurement cleared this flag
+        asked = self._stop.asked()
+        extra = self._options.save_steps and state.global_step % self._options.save_steps == 0
+        control.should_training_stop |= asked
+        control.should_save = bool(last or asked or extra or self._is_due(state))
+        if control.should_save:
+            self._check_before_save(model, state, args.learning_rate)
+
+    def _check_before_save(self, model: Any, state: Any, learning_rate: float) -> None:
+        """See that the weights are finite and that the disk has room for them."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # One pass over the memory: a sum is not finite where a term is not.
+        if not all(parameter.detach().sum().isfinite() for parameter in trained):
+            raise diverged("the weights are not finite", state.global_step, learning_rate)
+        self._unfinished = self._folder / f"checkpoint-{state.global_step}"
+        if processes.rank == 0:
+            earlier = next(iter(list_checkpoints(self._folder)), None)
+            size = folder_size(earlier) if earlier else sum(4 * parameter.numel() for parameter in trained)
+            check_space(self._folder, int(1.1 * size))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        processes.gather([])  # Trainer does not wait for what the other processes write
+        if processes.rank == 0:
+            commit(self._folder / f"checkpoint-{state.global_step}")
+        self._unfinished = None
+        if processes.rank == 0:
+            rotate(self._folder, self._options.save_total_limit, best_step(state.log_history))
+        processes.gather([])
+        if self._is_due(state):
+            self._measure()
+
+    @contextlib.contextmanager
+    def save_errors(self) -> Iterator[None]:
+        """Report a full or broken disk in one line, whatever the library that met it makes of it."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError, HfkitError) as error:
+            if not self._unfinished:
+                raise
+            shutil.rmtree(self._unfinished, ignore_errors=True)  # free its space
+            if isinstance(error, HfkitError):
+                raise
+            free = shutil.disk_usage(self._folder).free
+            raise HfkitError(
+                f"cannot save ({self._unfinished}): {first_line(error)}, {free:,} bytes are free: fix that, then "
+                "--resume"
+            ) from error
+
+
 @contextlib.contextmanager
-def _build(job: Job, stop: Stop, rows: int, accumulation: int) -> Iterator[Trainer]:
-    plan, options, material = job.plan, job.plan.options, job.material
-    pad = job.tokenizer.pad_token_id
-    pad = pad if pad is not None else job.tokenizer.eos_token_id or 0
-    is_static = plan.compile and not isinstance(material.train_set, Examples)
-    collator: Any = Collator(pad, (rows, job.block_size) if is_static else None)
-    padding: Any = Collator(pad)
-    if material.head:
-        collator = padding = HeadCollator(pad)
-    prompt = None if material.head else options.sample_prompt or material.prompt
-    measuring = HeldOutMonitor(_sample(material.held_out, plan), padding, prompt, plan, stop)
-    progress = ProgressCallback(plan, measuring)
-    saving = CheckpointCallback(job.folder / run_folder.CHECKPOINTS, measuring, options, stop)
+def _option_errors(progress: ProgressCallback) -> Iterator[None]:
+    """What Trainer raises before its first step is the fault of an option."""
     try:
-        with saving.one_error():
-            # Before the model: DeepSpeed looks at how that is loaded.
-            arguments = training_arguments(job, rows, accumulation)
-            set_seed(options.seed)  # an adapter, or a new model, begins with random numbers
-            measuring.trainer = _Trainer(
-                model=job.make_model(), args=arguments,
-                train_dataset=Endless(material.train_set) if material.sequences == 0 else material.train_set,
-                data_collator=collator, processing_class=job.tokenizer,
-                callbacks=[progress, saving, *job.callbacks], optimizer_cls_and_kwargs=make_optimizer(options),
-            )  # fmt: skip
-            measuring.trainer.remove_callback(PrinterCallback)
-            yield measuring.trainer
+        yield
     except (HfkitError, torch.OutOfMemoryError):
         raise
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        if saving.started:
+        if progress.begun:
             raise
         raise OptionError(f"Trainer does not take these options: {first_line(error)}") from error
-    finally:
-        progress.close()
 
 
-def _sample(held_out: Any, plan: Plan) -> Any:
-    """So much of the held-out part, evenly chosen, that measuring costs about a tenth of the training."""
-    per_step = (plan.options.per_device_train_batch_size or 1) * plan.options.gradient_accumulation_steps
-    most = max(32, int(0.3 * per_step * (plan.options.eval_steps or 1)))
-    count = len(held_out)
-    return held_out if count <= most else torch.utils.data.Subset(held_out, [i * count // most for i in range(most)])
+def _collators(job: Job, rows: int) -> tuple[Any, Collator | HeadCollator]:
+    """What makes batches of items to train on, and of items to measure on."""
+    pad = job.tokenizer.pad_token_id
+    pad = pad if pad is not None else job.tokenizer.eos_token_id or 0
+    if job.dataset.head:
+        return HeadCollator(pad), HeadCollator(pad)
+    # A compiled model is compiled anew for each shape of a batch.
+    is_static = job.plan.compile and not isinstance(job.dataset.train_set, Examples)
+    return Collator(pad, (rows, job.block_size) if is_static else None), Collator(pad)
+
+
+def _sample_held_out(held_out: Any, plan: Plan) -> Any:
+    """So many of the held-out items, evenly spaced, that measuring costs about a tenth of the training."""
+    per_step = plan.rows * plan.options.gradient_accumulation_steps
+    limit, count = max(32, int(0.3 * per_step * plan.eval_steps)), len(held_out)
+    if count <= limit:
+        return held_out
+    return torch.utils.data.Subset(held_out, [number * count // limit for number in range(limit)])

@@ -1,28 +1,29 @@
-"""The folder of a training run: who may write there, what was asked for, what is left in the end.
+"""The folder of a training run: who may write there, what was asked for, and what is left in the end.
 
-runs/NAME/recipe.yaml     the options in effect; --config takes it
-          run.json        what a resumed run must share, options and the corpus' fingerprint; versions, the command
-          checkpoints/    while it lasts
-          ...             the model as transformers saves it, its card, loss.png; metrics.json comes last
+runs/NAME/recipe.yaml     the options in effect; `--config` takes it
+          run.json        what a resumed run must share: options, the corpus's fingerprint, versions, the command
+          checkpoints/    while the run lasts
+          ...             the model as transformers saves it, its card, loss.png; metrics.json is written last
 """
 
 import contextlib
 import glob
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from hfkit import processes
-from hfkit.corpus.documents import Corpora, find_corpus, is_prepared, name_of
-from hfkit.declaration import set_fields
-from hfkit.errors import HfkitError
+from hfkit.corpus.documents import Corpora, Corpus, find_corpus, is_prepared, name_of
+from hfkit.declaration import Options, set_fields
+from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.options import TrainOptions
 from hfkit.reporting.pages import METRICS
 from hfkit.storage import (
@@ -39,39 +40,69 @@ from hfkit.storage import (
 )
 
 RECIPE, FACTS, CHECKPOINTS = "recipe.yaml", "run.json", "checkpoints"
-_NOT_ASKED = ("output_dir", "resume", "overwrite")  # do not change what is trained
+_NOT_IN_RECIPE = ("output_dir", "resume", "overwrite")  # they do not change what is trained
+# What transformers reports to, and the module that it needs for that.
+_TRACKERS = {"azure_ml": "azureml", "clearml": "clearml", "codecarbon": "codecarbon", "comet_ml": "comet_ml",
+             "dagshub": "dagshub", "dvclive": "dvclive", "flyte": "flytekit", "mlflow": "mlflow",
+             "neptune": "neptune", "swanlab": "swanlab", "tensorboard": "tensorboard", "trackio": "trackio",
+             "wandb": "wandb"}  # fmt: skip
 _STAGING = ".staging"
 _TENSORBOARD = "tensorboard"
-# What a checkpoint holds besides the model.
-_OF_TRAINING = ("optimizer", "scheduler", "rng_state", "trainer_state", "scaler", "manifest", "README",
-                "pytorch_model", "zero_to_fp32", "latest")  # fmt: skip
+# The files of a checkpoint that make up the model; everything else in it is for the training alone.
+_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
+                "adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
+                "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.codes", "chat_template*")  # fmt: skip
 
 
-def check_request(corpus: Sequence[str], train: TrainOptions, *, inputs: Sequence[str], dry_run: bool) -> None:
-    """What can be checked of a request in no time: that there is a corpus, and that the folder is free."""
+def check_request(
+    command: str, corpus: Sequence[str], train: TrainOptions, *, inputs: Sequence[str], dry_run: bool
+) -> None:
+    """Check what takes no time to check: that there is a corpus, and that the folder is free."""
     if processes.count > 1:
-        return  # whoever started them has done it
-    if not is_prepared(Path(corpus[0])):
-        find_corpus(corpus)
+        return  # the process that started this one has done it
+    check_trackers(train.report_to or [])
+    folder = folder_for(command, corpus, train)
+    find_files(corpus, folder)
     if not dry_run:
-        folder = folder_for(corpus, train)
         check_free(folder, resume=train.resume, overwrite=train.overwrite, inputs=[*corpus, *inputs])
         with lock(folder):
             pass
 
 
-def folder_for(corpus: Corpora, train: TrainOptions) -> Path:
-    return Path(train.output_dir or Path("runs") / name_of(corpus))
+def find_files(corpus: Corpora, folder: Path) -> Corpora | Corpus:
+    """The files of a corpus, but for the run's own folder; the name of a folder that `prepare` made stays a name."""
+    sources = sources_of(corpus)
+    is_alone = len(sources) == 1
+    return corpus if is_alone and is_prepared(Path(sources[0]).expanduser()) else find_corpus(corpus, folder)
+
+
+def folder_for(command: str, corpus: Corpora, train: TrainOptions) -> Path:
+    """The run's folder. Training a model from nothing has another default than training one further."""
+    return Path(train.output_dir or Path("runs") / (name_of(corpus) + "-pretrained" * (command == "pretrain")))
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """See that the trackers' packages are installed.
+
+    Raises:
+        OptionError: one is not.
+    """
+    for name in names:
+        if name not in (*_TRACKERS, "all", "none"):
+            raise OptionError(f"--report-to {name}: no such tracker; there are {', '.join(_TRACKERS)}")
+        if name in _TRACKERS and not importlib.util.find_spec(module := _TRACKERS[name]):
+            package = "'hfkit[tensorboard]'" if name == "tensorboard" else module.replace("_", "-")
+            raise OptionError(f"--report-to {name} needs a package: pip install {package}")
 
 
 def check_free(folder: Path, *, resume: bool, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
-    """See that a run may begin, or go on, in `folder`; before anything heavy is done.
+    """Check that a run may begin, or go on, in `folder`.
 
-    inputs: what the run reads, a corpus or a model; overwriting the folder must not delete it.
+    inputs: what the run reads, a corpus or a model: overwriting the folder must not delete it.
 
     Raises:
-        HfkitError: it cannot be written, holds a run that is neither to be resumed nor to be overwritten, or holds
-            what hfkit did not write.
+        HfkitError: the folder cannot be written, holds a run that is neither to be resumed nor to be overwritten, or
+            holds what hfkit did not write.
     """
     make_writable(folder)
     begun = is_begun(folder)
@@ -81,62 +112,78 @@ def check_free(folder: Path, *, resume: bool, overwrite: bool, inputs: Iterable[
         check_not_input(folder, inputs)
     check_owned(folder)
     if begun and not overwrite:
-        raise HfkitError(f"{folder} holds a run: --resume goes on with it, --overwrite begins anew")
+        raise HfkitError(f"{folder} holds a run: --resume continues it, --overwrite starts over")
 
 
 def check_not_input(folder: Path, inputs: Iterable[str | Path]) -> None:
-    """HfkitError where one of `inputs`, paths or other names, lies in a folder that is to be overwritten."""
+    """Refuse to overwrite a folder that holds one of `inputs`, which are paths or other names."""
     for name in inputs:
-        with contextlib.suppress(OSError, ValueError, RuntimeError):  # no path: hf://NAME, a name of the Hub
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # not a path: hf://NAME, or a name on the Hub
             path = Path(name).expanduser()
-            for found in [path] if path.exists() else glob.iglob(str(path), recursive=True):
-                if Path(found).resolve().is_relative_to(folder.resolve()):
-                    raise HfkitError(f"{folder} holds {found}, which this run reads: name another --output-dir")
+            for match in [path] if path.exists() else glob.iglob(str(path), recursive=True):
+                if Path(match).resolve().is_relative_to(folder.resolve()):
+                    raise HfkitError(f"{folder} holds {match}, which this run reads: name another --output-dir")
 
 
 def is_begun(folder: Path) -> bool:
-    """Whether `folder` holds a run, with which something would be lost."""
+    """Whether `folder` holds a run with something to lose."""
     try:
         facts = json.loads((folder / FACTS).read_text("utf-8"))
         is_run = isinstance(facts["recipe"], dict) and "hfkit" in facts["versions"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         is_run = False
-    return is_run and ((folder / METRICS).is_file() or any((folder / CHECKPOINTS).glob("*checkpoint-*")))
+    return is_run and ((folder / METRICS).is_file() or any((folder / CHECKPOINTS).glob("checkpoint-*")))
 
 
 def settle(folder: Path, train: TrainOptions) -> TrainOptions:
-    """What is open in the options of a run to be resumed was decided when it began."""
+    """`train` with what the run to be resumed decided when it began."""
     if not (train.resume and is_begun(folder)) or train.overwrite:
         return train
-    decided = _read_json(folder / FACTS).get("recipe", {})
+    decided = _read_json(folder / FACTS)["recipe"]
     left_open = [f.name for f in fields(train) if getattr(train, f.name) is None]
     return replace(train, **{name: decided[name] for name in left_open if name in decided})
 
 
 def make_recipe(corpus: Corpora, *groups: Any) -> dict[str, Any]:
-    """A recipe: the corpus and every option that has a value, by name; it means the same in any folder."""
-    recipe: dict[str, Any] = {"corpus": _corpora(corpus)}
+    """The corpus and every option that has a value, by name; paths are absolute, so it holds in any folder."""
+    recipe: dict[str, Any] = {"corpus": _absolute(corpus)}
     for group in groups:
-        recipe |= {name: value for name, value in set_fields(group).items() if name not in _NOT_ASKED}
+        recipe |= {name: value for name, value in set_fields(group).items() if name not in _NOT_IN_RECIPE}
     for name, value in recipe.items():
         if name == "eval_file":
-            recipe[name] = _corpora(value)
+            recipe[name] = _absolute(value)
         elif name in ("model", "fsdp_config", "deepspeed") and value != "bundled" and os.path.exists(value):
             recipe[name] = os.path.abspath(value)
     return recipe
 
 
 def sources_of(corpus: Corpora) -> list[str]:
-    """What a corpus is named by, as a list."""
+    """The names that a corpus was given by."""
     return [str(source) for source in ([corpus] if isinstance(corpus, str | Path) else corpus)]
 
 
-def _corpora(corpus: Corpora) -> list[str]:
+def _absolute(corpus: Corpora) -> list[str]:
     return [s if s.startswith("hf://") else os.path.abspath(os.path.expanduser(s)) for s in sources_of(corpus)]
 
 
+def command_line(command: str, corpus: Corpora, *groups: Options) -> str:
+    """What a person types for a run with these options: those that are not the default."""
+    words = ["hfkit", command, *sources_of(corpus)]
+    for group in groups:
+        for option in fields(group):
+            value, flag = getattr(group, option.name), option.name.replace("_", "-")
+            if value == option.default or option.name in ("resume", "overwrite"):
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+                continue
+            for item in value if isinstance(value, list) else [value]:
+                words += [f"--{flag}", str(item)]
+    return shlex.join(words)
+
+
 def begin(folder: Path, command: str, recipe: dict[str, Any], facts: dict[str, Any], keep: Callable[[], Any]) -> None:
-    """Write what was asked for, and what `keep` writes, into a folder that is new, or is to be as new."""
+    """Write down what was asked for, and what `keep` writes, in a folder that is new or to be overwritten."""
     if is_begun(folder):
         (folder / METRICS).unlink(missing_ok=True)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -144,7 +191,6 @@ def begin(folder: Path, command: str, recipe: dict[str, Any], facts: dict[str, A
     packages = ("hfkit", "torch", "transformers", "accelerate", "datasets", "tokenizers")
     facts = facts | {
         "recipe": recipe,
-        "command": shlex.join(["hfkit", *sys.argv[1:]]),
         "versions": {package: importlib.metadata.version(package) for package in packages},
     }
     # From here on the folder belongs to this run; what an older run left in it may be deleted.
@@ -152,31 +198,34 @@ def begin(folder: Path, command: str, recipe: dict[str, Any], facts: dict[str, A
     remove_owned(folder, keep=[FACTS])
     (folder / CHECKPOINTS).mkdir()
     keep()
-    # JSON is YAML in which a text cannot be taken for a number.
+    # Values in JSON are YAML in which a text cannot be taken for a number.
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in recipe.items()]
     write_text(folder / RECIPE, f"# hfkit {command} --config {RECIPE} -o ANOTHER-FOLDER\n{''.join(lines)}")
     make_durable(folder / CHECKPOINTS)
 
 
 def check_same_settings(folder: Path, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
-    """HfkitError if the run in `folder` was begun with something else."""
+    """Raise HfkitError if the run in `folder` was begun with other settings."""
     begun = _read_json(folder / FACTS)
-    begun, asked = begun.pop("recipe", {}) | begun, recipe | facts
+    begun, asked = begun.pop("recipe") | begun, recipe | facts
     names = [name for name in {**asked, **begun} if name not in ("command", "versions")]
     names = [name for name in names if begun.get(name) != asked.get(name)]
     if names:
         shown = ", ".join(f"{name} was {_short(begun.get(name))}, is {_short(asked.get(name))}" for name in names[:8])
         raise HfkitError(
             f"{folder} was begun with other settings ({shown}): --config {folder / RECIPE} has those, "
-            "or --overwrite begins anew"
+            "or --overwrite starts over"
         )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise HfkitError(f"{path} cannot be read: {error}; --overwrite begins anew") from error
+        content = json.loads(path.read_text("utf-8"))
+        if not content or not isinstance(content, dict):
+            raise ValueError("hfkit did not write it so")
+        return content
+    except (OSError, ValueError, RecursionError) as error:
+        raise HfkitError(f"{path} cannot be read: {first_line(error)}; --overwrite starts over") from error
 
 
 def read_metrics(folder: Path) -> dict[str, Any] | None:
@@ -194,14 +243,14 @@ def finish(folder: Path, checkpoint: Path, extra: dict[str, str | bytes], metric
     staging = folder / _STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
-    model = [path for path in checkpoint.iterdir() if path.is_file() and not path.name.startswith(_OF_TRAINING)]
+    model = [path for path in checkpoint.iterdir() if path.is_file() and _is_published(path.name)]
     check_space(folder, sum(path.stat().st_size for path in model))
     for path in model:
         shutil.copy(path, staging)
     for name, content in extra.items():
         (staging / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     make_durable(staging)
-    add_owned(folder, [path.name for path in staging.iterdir()])
+    add_owned(folder, [path.name for path in staging.iterdir()], weights=staging)
     for path in staging.iterdir():
         os.replace(path, folder / path.name)
     sync_folder(folder)
@@ -209,8 +258,12 @@ def finish(folder: Path, checkpoint: Path, extra: dict[str, str | bytes], metric
     clear(folder)
 
 
+def _is_published(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _MODEL_FILES)
+
+
 def clear(folder: Path) -> None:
-    """Remove what a finished run needs no longer."""
+    """Remove what a finished run no longer needs."""
     for name in (_STAGING, CHECKPOINTS):
         shutil.rmtree(folder / name, ignore_errors=True)
     remove_temporary(folder)

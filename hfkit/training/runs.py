@@ -1,31 +1,35 @@
-"""What came of a run, for metrics.json: scores before and after, samples, and what these took from the corpus."""
+"""A run from begin to end: its folder is reserved, its job is trained, its result is written down."""
 
 import contextlib
 import json
-import math
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainerState
 
 from hfkit import console, processes
-from hfkit.corpus.documents import Corpora, is_prepared
+from hfkit.corpus.documents import Corpora, Corpus
 from hfkit.corpus.overlap import MOST, WORDS, index_corpus
 from hfkit.corpus.templates import task_of
-from hfkit.errors import HfkitError, StoppedError
+from hfkit.errors import HfkitError, StoppedError, first_line
 from hfkit.inference.generation import generate
+from hfkit.inference.likelihood import jsonable
 from hfkit.options import TrainOptions
-from hfkit.reporting.pages import make_files
+from hfkit.reporting.pages import PAGE, make_files
+from hfkit.reporting.summaries import summarize
 from hfkit.storage import lock
 from hfkit.training import run_folder
-from hfkit.training.callbacks import best_step, evaluations
-from hfkit.training.checkpoints import Stop, find_fault, find_newest, list_checkpoints, step_of
+from hfkit.training.checkpoints import Stop, find_newest, step_of
 from hfkit.training.loop import fit, is_done
-from hfkit.training.plan import Job
+from hfkit.training.monitor import best_step, evaluations
+from hfkit.training.plan import Job, Plan
+
+_SAMPLES, _TOKENS = 4, 80
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,25 +47,31 @@ class Run:
 
 @contextlib.contextmanager
 def reserve(
-    corpus: Corpora, train: TrainOptions, dry_run: bool, inputs: Iterable[str | Path]
+    command: str, corpus: Corpora, train: TrainOptions, dry_run: bool, inputs: Iterable[str | Path]
 ) -> Iterator[tuple[Path, TrainOptions]]:
-    """The run's folder, held for this process, and its options; what a run to be resumed decided is in them.
+    """Hold the run's folder for this process.
 
-    inputs: what the run reads, which the folder must not lose.
+    Yields the folder, and `train` with what a run to be resumed decided when it began.
+
+    inputs: what the run reads, which overwriting the folder must not delete.
     """
-    folder = run_folder.folder_for(corpus, train)
-    with contextlib.ExitStack() as held:
+    run_folder.check_trackers(train.report_to or [])
+    folder = run_folder.folder_for(command, corpus, train)
+    with contextlib.ExitStack() as stack:
         if not dry_run and processes.rank == 0:
             run_folder.check_free(folder, resume=train.resume, overwrite=train.overwrite, inputs=inputs)
-            held.enter_context(lock(folder))
+            stack.enter_context(lock(folder))
         processes.gather([])
         yield folder, run_folder.settle(folder, train)
 
 
 def execute(job: Job, keep: Callable[[], Any] = lambda: None) -> Run:
-    """Train as `job` says, from its newest checkpoint if there is one, and leave the best state in its folder.
+    """Train, from the newest checkpoint if there is one, and leave the best state in the job's folder.
 
-    keep: puts into a new run's folder what a resumed one will need.
+    keep: writes what a resumed run will need into the folder of a new one.
+
+    Raises:
+        StoppedError: the run was stopped; what it had done is saved.
     """
     if processes.rank == 0:
         if run_folder.is_begun(job.folder) and not job.plan.options.overwrite:
@@ -75,61 +85,62 @@ def execute(job: Job, keep: Callable[[], Any] = lambda: None) -> Run:
         return Run(str(job.folder), metrics)
     with Stop() as stop:
         state = fit(job, stop)
-        stopped = state is None or (stop.asked() and not is_done(state, job.plan))
-    if stopped:
-        newest = find_newest(job.folder / run_folder.CHECKPOINTS) if processes.rank == 0 else None
-        saved = f"step {step_of(newest)} of {job.plan.steps} is saved" if newest else "nothing was saved yet"
-        raise StoppedError(
-            f"stopped as asked: {saved} ({job.folder}), --resume goes on", stop.signal or signal.SIGTERM
-        )
-    return _leave(job, state)
+        if state is None or (stop.asked() and not is_done(state, job.plan)):
+            newest = find_newest(job.checkpoints) if processes.rank == 0 else None
+            saved = f"step {step_of(newest)} of {job.plan.steps} is saved" if newest else "nothing was saved yet"
+            raise StoppedError(
+                f"stopped as asked: {saved} ({job.folder}), --resume goes on", stop.signal or signal.SIGTERM
+            )
+    return _finish(job, state)
 
 
-def _leave(job: Job, state: TrainerState) -> Run:
-    """The best state as a model, its scores and its card, in the run's folder."""
+def _finish(job: Job, state: TrainerState) -> Run:
+    """Put the best state, its scores and its card into the run's folder."""
     best = best_step(state.log_history) if job.plan.options.load_best_model_at_end else None
     metrics = None
     if processes.rank == 0:
-        kept = _find_kept(job.folder / run_folder.CHECKPOINTS, best)
+        console.note("writing samples and the report")
+        if not (kept := find_newest(job.checkpoints, best)):
+            raise HfkitError("a callback stopped the training before anything was saved: lower --save-steps")
         metrics = make_metrics(job, state, kept)
-        run_folder.finish(job.folder, kept, make_files(metrics), metrics)
+        pages = _optional("the card", lambda: make_files(metrics)) or {}
+        run_folder.finish(job.folder, kept, pages, metrics)
+        for line in _optional("the last lines", lambda: outcome_lines(metrics, job)) or []:
+            console.note(line)
     return Run(str(job.folder), processes.gather([metrics])[0])
 
 
-def _find_kept(folder: Path, best: int | None) -> Path:
-    """The checkpoint of step `best`, or else the newest, that is whole."""
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        raise HfkitError("a callback stopped the training before anything was saved: lower --save-steps")
-    for checkpoint in sorted(checkpoints, key=lambda path: step_of(path) != best):
-        if not (fault := find_fault(checkpoint)):
-            return checkpoint
-        console.note(f"{checkpoint} is left out: {fault}")
-    raise HfkitError(f"no checkpoint is whole ({folder}): --overwrite begins anew")
-
-
-_SAMPLES, _TOKENS = 4, 80
+def _optional(what: str, make: Callable[[], T]) -> T | None:
+    """The result of `make`, or a note: what only decorates a report must not cost a trained model."""
+    try:
+        return make()
+    except Exception as error:  # a corpus that was moved meanwhile, a sign that no font has ...
+        console.note(f"{what} will be missing from the report: {first_line(error)}")
+        return None
 
 
 def make_metrics(job: Job, state: TrainerState, kept: Path) -> dict[str, Any]:
-    """All that is known of a finished run whose checkpoint `kept` is its result."""
-    plan, history = job.plan, [_jsonable(entry) for entry in state.log_history]
+    """Everything that is known of a finished run whose checkpoint `kept` is its result."""
+    plan = job.plan
+    # Without infinities, which the gradient of a step that float16 skips may be, and which JSON does not have.
+    history = [jsonable({k: v for k, v in entry.items() if k != "units"}) for entry in state.log_history]
     facts = json.loads((job.folder / run_folder.FACTS).read_text("utf-8"))
     task = task_of(job.tokenizer)
     seconds = max((entry.get("seconds", 0.0) for entry in history), default=0.0)
     tokens = int(plan.tokens * state.global_step / plan.steps)
-    samples = _draw(job, kept)
+    samples = _optional("samples", lambda: _draw_samples(job, kept)) or []
+    copied = _optional("the share that is copied", lambda: _find_copied(job, samples)) if not task else None
     return {
         "model": job.name,
         "folder": str(job.folder),
         "from_nothing": job.command == "pretrain",
         "library": "peft" if plan.options.lora else "transformers",
-        "head": job.material.head,
+        "head": job.dataset.head,
         "task": asdict(task) if task else None,
         "corpus": job.recipe["corpus"],
         "step": step_of(kept),
         "steps": state.global_step,
-        **held_out_scores(history, step_of(kept), job.material.head),
+        **held_out_scores(history, step_of(kept), job.dataset.head),
         "parameters": plan.parameters,
         "tokens": tokens,
         "seconds": seconds,
@@ -142,60 +153,92 @@ def make_metrics(job: Job, state: TrainerState, kept: Path) -> dict[str, Any]:
         "seed": plan.options.seed,
         "versions": facts["versions"],
         "command": facts["command"],
-        "prompt": plan.options.sample_prompt or job.material.prompt,
+        "prompt": job.prompt,
         "samples": samples,
-        "copied": _copied(job, samples) if samples and not task else None,
+        "copied": copied,
         "history": history,
     }
 
 
-def held_out_scores(history: list[dict[str, Any]], step: int, head: str | None = None) -> dict[str, float | None]:
-    """Held-out scores at `step` and before the training, and the gain with its error; accuracies for a head."""
-    found = {entry["step"]: entry for entry in evaluations(history)}
-    before, after = found.get(0, {}), found.get(step, {})
-    accuracy = "accuracy" if head else "token_accuracy"
-    figures = {
+def held_out_scores(history: list[dict[str, Any]], step: int, head: str | None = None) -> dict[str, Any]:
+    """Held-out scores at `step` and before the training, and the gain with its error.
+
+    Accuracies for a head and where a task has labels, beside the accuracy of always giving the most frequent answer.
+    """
+    scores = {entry["step"]: entry for entry in evaluations(history)}
+    before, after = scores.get(0, {}), scores.get(step, {})
+    figures: dict[str, Any] = {
         "loss_before": before.get("eval_loss"),
         "loss": after.get("eval_loss"),
         "loss_stderr": after.get("eval_loss_stderr"),
         "loss_gain": after.get("eval_loss_gain"),
         "loss_gain_stderr": after.get("eval_loss_gain_stderr"),
-        f"{accuracy}_before": before.get("eval_token_accuracy"),
-        accuracy: after.get("eval_token_accuracy"),
     }
+    if head or "eval_accuracy" in after:
+        name = "eval_accuracy" if "eval_accuracy" in after else "eval_token_accuracy"
+        figures |= {"accuracy_before": before.get(name), "accuracy": after.get(name)}
+        figures["baseline"] = next((entry["baseline"] for entry in history if "baseline" in entry), None)
     if not head:
-        figures |= {"perplexity_before": before.get("eval_perplexity"), "perplexity": after.get("eval_perplexity")}
+        for name in ("token_accuracy", "perplexity"):
+            figures |= {f"{name}_before": before.get(f"eval_{name}"), name: after.get(f"eval_{name}")}
     return figures
 
 
-def _draw(job: Job, kept: Path) -> list[str]:
-    """Samples of the result, from the run's prompt; none of a head, or where the prompt does not fit."""
-    prompt = job.plan.options.sample_prompt or job.material.prompt
-    if job.material.head or not prompt:
+def outcome_lines(metrics: dict[str, Any], job: Job) -> list[str]:
+    """What the run gained, what would bring more, where its report is, and the command to type next."""
+    summary, folder = summarize(metrics), job.folder
+    lines = [summary.headline[:1].lower() + summary.headline[1:]]
+    if metrics.get("perplexity") is not None and metrics.get("accuracy") is None:
+        lines[0] += f" (in blocks of {job.block_size} tokens, as it was trained)"
+    if baseline := metrics.get("baseline"):
+        label, share = repr(baseline["label"]), f"{baseline['accuracy']:.1%}"
+        better = (metrics.get("accuracy") or 0.0) > baseline["accuracy"]
+        lines[0] += f"; always answering {label}: {share}"
+        lines += (
+            [] if better else [f"it is not better than always answering {label}: more rows or more epochs may help"]
+        )
+    lines += advise(metrics, job.plan)
+    lines += [f"report: {folder / PAGE}"] if (folder / PAGE).is_file() else []
+    return [*lines, f"next: {summary.command}"]
+
+
+def advise(metrics: dict[str, Any], plan: Plan) -> list[str]:
+    """What the held-out losses say about training longer."""
+    losses = [(entry["step"], entry["eval_loss"]) for entry in evaluations(metrics["history"])]
+    trained = [(step, loss) for step, loss in losses if step]
+    before, step = metrics.get("loss_before"), metrics["step"]
+    if not trained or before is None or metrics.get("loss") is None:
         return []
-    with contextlib.suppress(HfkitError):
-        drawn = generate(
-            prompt, model=str(kept), seed=job.plan.options.seed, num_return_sequences=_SAMPLES, temperature=1.0,
-            max_new_tokens=min(_TOKENS, max(1, job.block_size // 2)), raw=True,
-        )  # fmt: skip
-        return [prompt + one.completion for one in drawn]
+    if min(loss for _, loss in trained) >= before:
+        rate = f"--learning-rate (it was {plan.options.learning_rate:g})"
+        return [f"it only got worse: the held-out loss rose from {before:.3f}; lower {rate}, or give more text"]
+    if len(trained) > 1 and step == trained[-1][0] == plan.steps and trained[-1][1] < trained[-2][1]:
+        return ["the held-out loss was still falling: more epochs (--num-train-epochs) would bring more"]
+    if len(trained) > 1 and step < trained[-1][0]:
+        return [f"it was best at step {step} of {metrics['steps']}: more text would bring more, more epochs would not"]
     return []
 
 
-def _copied(job: Job, samples: list[str]) -> dict[str, Any] | None:
-    """What of the samples, without their prompt, stands in the corpus."""
-    corpus = job.recipe["corpus"]
-    if job.data.streaming or any(is_prepared(Path(source)) for source in corpus):  # there is no text to look at
+def _draw_samples(job: Job, kept: Path) -> list[str]:
+    """Samples of the result that continue the run's prompt; none for a head, or where the prompt does not fit."""
+    if not job.prompt:
+        return []
+    with contextlib.suppress(HfkitError):
+        samples = generate(
+            job.prompt, model=str(kept), seed=job.plan.options.seed, num_return_sequences=_SAMPLES, temperature=1.0,
+            max_new_tokens=min(_TOKENS, max(1, job.block_size // 2)), raw=True,
+        )  # fmt: skip
+        return [job.prompt + sample.completion for sample in samples]
+    return []
+
+
+def _find_copied(job: Job, samples: list[str]) -> dict[str, Any] | None:
+    """How much of the samples, without their prompt, stands in the corpus."""
+    if not samples or job.data.streaming or not isinstance(job.files, Corpus):  # there is no text to search
         return None
-    index = index_corpus(corpus, job.data)
-    prompt = job.plan.options.sample_prompt or job.material.prompt or ""
-    found = [index.look_up(sample.removeprefix(prompt)) for sample in samples]
-    longest = max(found, key=lambda one: one.words)
-    share = sum(one.share for one in found) / len(found)
+    index = index_corpus(job.files, job.data)
+    copies = [index.look_up(sample.removeprefix(job.prompt or "")) for sample in samples]
+    longest = max(copies, key=lambda copy: copy.words)
+    share = sum(copy.share for copy in copies) / len(copies)
     return {"longest": longest.longest, "words": longest.words, "share": share, "is_whole": index.is_whole,
             "run": WORDS, "limit": MOST}  # fmt: skip
-
-
-def _jsonable(entry: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: the gradient of a step that float16 skips is one."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items() if k != "units"}

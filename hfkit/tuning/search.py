@@ -1,7 +1,7 @@
 """`tune`: a search for good training options with Optuna; each trial is a run of `finetune`.
 
-A trial is what `finetune` would do with its options, so the best recipe gives the best trial's score again. The study
-is kept in SQLite in the folder: several processes can work on it, and one that was killed is made up for.
+A trial is what `finetune` would do with its options, so the best recipe reproduces the best score. The study is kept
+in SQLite in the folder: several processes can share it, and the trial of one that was killed is run again.
 """
 
 import json
@@ -20,6 +20,7 @@ from hfkit.declaration import divide
 from hfkit.errors import DivergedError, HfkitError, OptionError, StoppedError
 from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions, TuneOptions
+from hfkit.reporting.pages import METRICS, make_files
 from hfkit.reporting.pictures import draw_trials
 from hfkit.storage import lock, make_writable, owned, write_bytes, write_text
 from hfkit.training import run_folder
@@ -33,10 +34,10 @@ from hfkit.tuning.study import (
     best_of,
     claim,
     finished,
+    join_search,
     next_trial,
     open_study,
     read_space,
-    work,
 )
 
 
@@ -53,7 +54,7 @@ class Search:
     run: Run | None = None  # with `train_best`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Job:
     """What the trials share."""
 
@@ -69,7 +70,7 @@ class _Job:
 def tune(
     corpus: Corpora,
     *,
-    model: str | ModelOptions | None = None,
+    model: str | Path | ModelOptions | None = None,
     data: DataOptions | None = None,
     train: TrainOptions | None = None,
     options: TuneOptions | None = None,
@@ -78,113 +79,119 @@ def tune(
     """Search for the training options with the lowest held-out loss.
 
     Args:
-        corpus, model, data, train: as for `finetune`; what is not searched for is as given there.
+        corpus, model, data, train: as for `finetune`; what is not searched stays as it is given here.
         options: what to search; every field of `TuneOptions` is a keyword, too.
 
-    A search in a folder that holds one goes on. Raises HfkitError as `finetune` does, and where Optuna is missing.
+    A search in a folder that holds one continues it.
+
+    Raises:
+        HfkitError: as `finetune` does, or Optuna is missing, or the folder holds another search.
     """
     try:
         import optuna  # noqa: F401
     except ImportError as error:
         raise HfkitError("tune needs optuna: pip install 'hfkit[tune]'") from error
-    if not isinstance(model, ModelOptions):
-        overrides, model = overrides | ({"model": model} if model else {}), None
+    chosen: ModelOptions
     groups = ((ModelOptions, model), (DataOptions, data), (TrainOptions, train), (TuneOptions, options))
-    model, data, train, options = divide(overrides, *groups)
+    chosen, data, train, options = divide(overrides, *groups)
+    run_folder.check_trackers(train.report_to or [])
     space = read_space(options.search, train)
     if not data.eval_file and (data.streaming or not data.eval_fraction):
         raise OptionError("nothing would be held out, so trials could not be compared: add --eval-file")
-    source = find_model(model)
-    model = replace(model, model=source.name)  # whatever the default will be when it goes on
+    source = find_model(chosen)
+    chosen = replace(chosen, model=source.name)  # so that the search continues with it when the default changes
     folder = Path(train.output_dir or Path("runs") / f"{name_of(corpus)}-tune")
     make_writable(folder)
-    inputs = [*run_folder.sources_of(corpus), *run_folder.sources_of(data.eval_file or []), source.folder]
+    inputs: list[str | Path] = [*run_folder.sources_of(corpus), *(data.eval_file or []), source.folder]
     run_folder.check_not_input(folder, [*inputs, source.adapter or source.folder])
     with lock(folder, wait=True):
-        asked = run_folder.make_recipe(corpus, model, data, replace(train, output_dir=None, overwrite=False))
-        wanted = {"space": {name: list(values) for name, values in space.items()}, "recipe": asked}
-        claim(folder, wanted, overwrite=train.overwrite)
+        recipe = run_folder.make_recipe(corpus, chosen, data, replace(train, output_dir=None, overwrite=False))
+        asked = {"space": {name: list(values) for name, values in space.items()}, "recipe": recipe}
+        claim(folder, asked, overwrite=train.overwrite)
         study = open_study(folder, prune=options.prune)
-    job = _Job(folder, study, space, corpus, model, data, train)
-    with work(folder) as name:
-        _search(job, options, name)
+    job = _Job(folder=folder, study=study, space=space, corpus=corpus, model=chosen, data=data, train=train)
+    with join_search(folder) as worker:
+        _run_trials(job, options, worker)
     return _finish(job, options)
 
 
-def _search(job: _Job, options: TuneOptions, worker: str) -> None:
+def _run_trials(job: _Job, options: TuneOptions, worker: str) -> None:
     """Run trials until there are enough."""
     started = time.monotonic()
-    bar = console.progress(options.n_trials, "trial", "searching", initial=len(finished(job.study)))
-    with bar:
+    with console.progress(options.n_trials, "trial", "searching", initial=len(finished(job.study))) as bar:
         while not options.timeout or time.monotonic() - started < options.timeout:
             with lock(job.folder, wait=True, tell=False):
                 trial, busy = next_trial(job.study, job.folder, worker, job.space, options.n_trials, job.train.seed)
             if trial:
-                said = _run_trial(job, trial, options.n_trials)
+                line = _run_trial(job, trial, options.n_trials)
                 if not console.state.quiet:
-                    bar.write(f"hfkit: {said}", file=sys.stderr)
+                    bar.write(f"hfkit: {line}", file=sys.stderr)
                 bar.update(len(finished(job.study)) - bar.n)
-            elif busy:  # others are at it; should one of them die, its trial is done here
+            elif busy:  # other processes run the last trials; should one die, its trial is run here
                 time.sleep(0.5)
             else:
                 return
 
 
 class _Watch(TrainerCallback):
-    """Tell Optuna each held-out loss, and stop where it says so; see that all trials learn from the same corpus."""
+    """Reports each held-out loss to Optuna, and stops the trial if Optuna prunes it."""
 
     def __init__(self, study: Any, trial: Any, folder: Path) -> None:
-        self.study, self.trial, self.folder = study, trial, folder
-        self._told: set[int] = set()
+        self._study, self._trial, self._folder = study, trial, folder
+        self._reported: set[int] = set()
 
     def report(self, entry: dict[str, Any], step: int, steps: int) -> bool:
-        """Tell what was measured; whether it is worth to go on."""
-        # Trials differ in their steps: they are compared where they have done the same share of them.
-        done = round(10 * step / steps)
-        if not 0 < done < 10 or done in self._told or "eval_loss" not in entry:
+        """Report a measurement; False if the trial is to be pruned."""
+        # Trials differ in their number of steps: compare them where they have done the same share of these.
+        tenths = round(10 * step / steps)
+        if not 0 < tenths < 10 or tenths in self._reported or "eval_loss" not in entry:
             return True
-        self._told.add(done)
-        self.trial.report(entry["eval_loss"], done)
-        return not self.trial.should_prune()
+        self._reported.add(tenths)
+        self._trial.report(entry["eval_loss"], tenths)
+        return not self._trial.should_prune()
 
-    def _go_on_or_prune(self, entry: dict[str, Any], step: int, steps: int) -> None:
+    def _report_or_prune(self, entry: dict[str, Any], step: int, steps: int) -> None:
         if not self.report(entry, step, steps):
             import optuna
 
             raise optuna.TrialPruned
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        facts = json.loads((self.folder / run_folder.FACTS).read_text("utf-8"))
-        if found := facts.get("corpus_sha256"):
-            if self.study.user_attrs.get("corpus_sha256", found) != found:
-                raise HfkitError("the corpus is not what it was when the search began: --overwrite begins anew")
-            self.study.set_user_attr("corpus_sha256", found)
-        for entry in state.log_history:  # of a trial that goes on
-            self._go_on_or_prune(entry, entry["step"], state.max_steps)
+        if not any("eval_loss" in entry for entry in state.log_history):
+            raise HfkitError(
+                "nothing is held out, so trials cannot be compared: raise --eval-fraction, or name another text with "
+                "--eval-file"
+            )
+        facts = json.loads((self._folder / run_folder.FACTS).read_text("utf-8"))
+        if corpus := facts.get("corpus_sha256"):
+            if self._study.user_attrs.get("corpus_sha256", corpus) != corpus:
+                raise HfkitError("the corpus has changed since the search began: --overwrite starts over")
+            self._study.set_user_attr("corpus_sha256", corpus)
+        for entry in state.log_history:  # of a trial that is resumed
+            self._report_or_prune(entry, entry["step"], state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self._go_on_or_prune(logs or {}, state.global_step, state.max_steps)
+        self._report_or_prune(logs or {}, state.global_step, state.max_steps)
 
 
-def _run_trial(job: _Job, trial: Any, most: int) -> str:
-    """Train with the values of a trial, and tell the study; a line about it."""
+def _run_trial(job: _Job, trial: Any, limit: int) -> str:
+    """Train with the values of a trial and tell the study; returns a line about it."""
     import optuna
 
-    own = job.folder / trial.user_attrs["folder"]
-    begun = (own / run_folder.FACTS).is_file()
-    options = replace(job.train, **trial.params, output_dir=str(own), resume=begun, overwrite=False)
-    watch = _Watch(job.study, trial, own)
+    folder = job.folder / trial.user_attrs["folder"]
+    begun = (folder / run_folder.FACTS).is_file()
+    train = replace(job.train, **trial.params, output_dir=str(folder), resume=begun, overwrite=False)
+    watch = _Watch(job.study, trial, folder)
     quiet, console.state.quiet = console.state.quiet, True
     score = "pruned"
     try:
-        run = finetune(job.corpus, model=job.model, data=job.data, train=options, callbacks=[watch])
-        loss = run.metrics["loss"] if run else None
-        if loss is None and run.metrics["loss_before"] is None:
-            raise HfkitError("nothing is held out, so trials cannot be compared: raise --eval-fraction")
+        run = finetune(job.corpus, model=job.model, data=job.data, train=train, callbacks=[watch])
+        metrics = run.metrics if run else {}
+        loss = metrics["loss"]
         if loss is None:
-            raise DivergedError("the held-out loss is no number")
-        for entry in run.metrics["history"]:  # had it only to be finished, nothing was told yet
-            watch.report(entry, entry["step"], run.metrics["steps"])
+            raise DivergedError("the held-out loss is not finite")
+        for entry in metrics["history"]:  # a resumed trial that was already trained has reported nothing yet
+            watch.report(entry, entry["step"], metrics["steps"])
         job.study.tell(trial, loss)
         score = f"held-out loss {loss:.4f}"
     except (optuna.TrialPruned, DivergedError) as end:
@@ -193,36 +200,44 @@ def _run_trial(job: _Job, trial: Any, most: int) -> str:
             trial.set_user_attr(score, True)
         job.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     except StoppedError as stop:
-        done = f"{len(finished(job.study))} of {most} trials are done ({job.folder})"
+        done = f"{len(finished(job.study))} of {limit} trials are done ({job.folder})"
         raise StoppedError(f"stopped as asked: {done}, the same command goes on", stop.exit_code - 128) from None
     finally:
         console.state.quiet = quiet
     with lock(job.folder, wait=True, tell=False):
         _clear(job)
-    values = ", ".join(f"{name} {_short(value)}" for name, value in trial.params.items())
+    values = ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in trial.params.items()
+    )
     return f"trial {trial.number}: {score}, {values}"
 
 
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def _clear(job: _Job) -> None:
-    """Of all trials but the best only recipe and scores stay: a model each would fill the disk."""
+    """Keep the weights of the best trial only: those of all would fill the disk."""
     trials = finished(job.study)
     best = best_of(trials)
     for trial in trials:
+        folder = job.folder / trial["folder"]
         if trial is not best:
-            folder = job.folder / trial["folder"]
-            for name in owned(folder):
-                if name.endswith(".safetensors"):
-                    (folder / name).unlink(missing_ok=True)
+            _drop_weights(folder)
         if trial["loss"] is None:
-            shutil.rmtree(job.folder / trial["folder"] / run_folder.CHECKPOINTS, ignore_errors=True)
+            shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
+
+
+def _drop_weights(folder: Path) -> None:
+    """Delete the weights of a trial, once its card no longer says how to load them."""
+    weights = [folder / name for name in owned(folder) if name.endswith(".safetensors")]
+    if any(path.is_file() for path in weights) and (metrics := run_folder.read_metrics(folder)):
+        for name, content in make_files(metrics | {"has_weights": False}).items():
+            write_bytes(folder / name, content if isinstance(content, bytes) else content.encode())
+        write_text(folder / METRICS, json.dumps(metrics | {"has_weights": False}, indent=1))
+    for path in weights:
+        path.unlink(missing_ok=True)
 
 
 def _finish(job: _Job, options: TuneOptions) -> Search:
-    """The table, the picture and the best recipe; and the best run, if it was asked for."""
+    """Write the table, the picture and the best recipe; train with it, if that was asked for."""
     folder, run = job.folder, None
     with lock(folder, wait=True):
         _clear(job)
@@ -235,27 +250,36 @@ def _finish(job: _Job, options: TuneOptions) -> Search:
         known |= {"best": best["params"], "loss": best["loss"], "trials": trials, "importances": importances}
         write_text(folder / RESULT, json.dumps(known, indent=1))
         write_bytes(folder / PICTURE, draw_trials(trials, importances))
-        recipe = (folder / best["folder"] / run_folder.RECIPE).read_text("utf-8").replace(run_folder.RECIPE, BEST, 1)
-        write_text(folder / BEST, recipe)
+        recipe = (folder / best["folder"] / run_folder.RECIPE).read_text("utf-8")
+        write_text(folder / BEST, recipe.replace(run_folder.RECIPE, BEST, 1))
         if options.train_best:
             run = _train_best(job, folder / best["folder"])
-    return Search(str(folder), best["params"], best["loss"], trials, importances, str(folder / BEST), run)
+    return Search(
+        output_dir=str(folder), best=best["params"], loss=best["loss"], trials=trials, importances=importances,
+        recipe=str(folder / BEST), run=run,
+    )  # fmt: skip
 
 
 def _train_best(job: _Job, trial: Path) -> Run | None:
-    """A run of its own with all that was in effect in a trial; it goes on if it was begun."""
+    """Train a run of its own with all the options of a trial; resume it if it was begun."""
     target = job.folder / BEST_RUN
-    recipe, begun = (
-        json.loads(path.read_text("utf-8"))["recipe"] if path.is_file() else None
-        for path in (trial / run_folder.FACTS, target / run_folder.FACTS)
-    )
+    recipe = _recipe_of(trial)
+    resume = _recipe_of(target) == recipe
     settings = {name: value for name, value in recipe.items() if name in TrainOptions.names()}
-    chosen = TrainOptions(**settings, output_dir=str(target), resume=begun == recipe, overwrite=begun != recipe)
-    return finetune(job.corpus, model=job.model, data=job.data, train=chosen)
+    train = TrainOptions(**settings, output_dir=str(target), resume=resume, overwrite=not resume)
+    return finetune(job.corpus, model=job.model, data=job.data, train=train)
+
+
+def _recipe_of(run: Path) -> dict[str, Any]:
+    """The options in effect of a run; none if it was not begun, or cannot be read."""
+    try:
+        return dict(json.loads((run / run_folder.FACTS).read_text("utf-8"))["recipe"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def _importances(study: Any, count: int) -> dict[str, float]:
-    """How much of the scores' variance each option explains; nothing where trials are few."""
+    """The share of the scores' variance that each option explains; empty where trials are few."""
     import optuna
 
     if count < 4:
@@ -263,7 +287,7 @@ def _importances(study: Any, count: int) -> dict[str, float]:
     try:
         with console.quiet_libraries():
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)  # others need many more trials
-            worth = optuna.importance.get_param_importances(study, evaluator=evaluator)
-        return {name: float(share) for name, share in worth.items()}
-    except (ValueError, RuntimeError, ImportError):  # all scores alike, or its own dependency is missing
+            shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        return {name: float(share) for name, share in shares.items()}
+    except (ValueError, RuntimeError, ImportError):  # all scores are alike, or scikit-learn is missing
         return {}

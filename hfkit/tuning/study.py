@@ -1,4 +1,4 @@
-"""What `tune` searches: options and the values that they may take."""
+"""A search on disk: the ranges that its trials draw from, and the study that its processes share."""
 
 import contextlib
 import json
@@ -9,18 +9,20 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from hfkit.errors import HfkitError, OptionError
+from hfkit.errors import HfkitError, LockedError, OptionError
 from hfkit.options import TrainOptions
 from hfkit.recipes import read_value
 from hfkit.storage import add_owned, check_owned, lock, owned, remove_owned, write_text
 
 _LORA = {"lora_r": [4, 8, 16, 32], "lora_dropout": (0.0, 0.2)}
-# They do not say how good a training is; the seed draws what is held out, too.
+# They say nothing about how good a training is; the seed also chooses what is held out.
 _NOT_SEARCHED = ("output_dir", "resume", "overwrite", "seed")
+RESULT, BEST, PICTURE, BEST_RUN = "tuning.json", "best.yaml", "tuning.png", "best"
+_STUDY, _WORKERS = "study.db", ".workers"
 
 
 def read_space(search: Sequence[str] | None, train: TrainOptions) -> dict[str, Any]:
-    """Option -> (low, high), or the list of its values.
+    """What to search: option -> (low, high), or the list of its values.
 
     Raises:
         OptionError: there is no such training option, or it does not take such values.
@@ -28,12 +30,13 @@ def read_space(search: Sequence[str] | None, train: TrainOptions) -> dict[str, A
     if not search:
         return _default_space(train)
     space: dict[str, Any] = {}
-    for given in search:
-        name, _, values = given.partition("=")
+    for text in search:
+        name, _, values = text.partition("=")
         name = name.strip().lstrip("-").replace("-", "_")
-        space[name] = _read_values(given, name, values, train)
-    if not (train.lora or "lora" in space) and (of_lora := [name for name in space if name.startswith("lora_")]):
-        raise OptionError(f"--search has {of_lora[0]}, which nothing comes of without LoRA: add --lora")
+        space[name] = _read_values(text, name, values, train)
+    for name in space:
+        if name.startswith("lora_") and not (train.lora or "lora" in space):
+            raise OptionError(f"--search has {name}, which has no effect without LoRA: add --lora")
     return space
 
 
@@ -48,58 +51,50 @@ def _default_space(train: TrainOptions) -> dict[str, Any]:
         "dropout": (0.0, 0.3),
     }
     space |= _LORA if train.lora else {}
-    # What was set stays as it is; around a learning rate is searched.
+    # An option that was set stays as it is; only a learning rate is searched around.
     chosen = {f.name for f in fields(train) if getattr(train, f.name) != f.default} - {"learning_rate"}
     chosen |= {"num_train_epochs"} if train.max_steps else set()
     return {name: values for name, values in space.items() if name not in chosen}
 
 
-def _read_values(given: str, name: str, values: str, train: TrainOptions) -> Any:
+def _read_values(text: str, name: str, values: str, train: TrainOptions) -> Any:
     if name not in TrainOptions.names() or name in _NOT_SEARCHED:
-        why = "is not to be searched" if name in _NOT_SEARCHED else "is no training option"
-        raise OptionError(f"--search is {given!r}: {name!r} {why}")
+        why = "cannot be searched" if name in _NOT_SEARCHED else "is not a training option"
+        raise OptionError(f"--search is {text!r}: {name!r} {why}")
     low, dots, high = values.partition("..")
     if not dots and re.fullmatch(r"[^,]*\d-[\d.][^,]*", values):
-        raise OptionError(f"--search is {given!r}: a range is written with two dots, such as {name}=1e-5..1e-3")
-    read = [read_value(part) for part in ((low, high) if dots else values.split(","))]
-    for value in read:  # so that a bad range is told before the first trial
+        raise OptionError(f"--search is {text!r}: a range is written with two dots, such as {name}=1e-5..1e-3")
+    parsed = [read_value(part) for part in ((low, high) if dots else values.split(","))]
+    for value in parsed:  # report a bad value before the first trial
         replace(train, **{name: value})
-    if not values or (dots and not (all(type(value) in (int, float) for value in read) and read[0] < read[1])):
-        raise OptionError(f"--search is {given!r}: write NAME=LOW..HIGH or NAME=A,B,C")
+    if not values or (dots and not (all(type(value) in (int, float) for value in parsed) and parsed[0] < parsed[1])):
+        raise OptionError(f"--search is {text!r}: write NAME=LOW..HIGH or NAME=A,B,C")
     if not dots:
-        return read
-    # 0..1 of a weight decay are all numbers between them; 1..5 epochs, or 0..100 steps, are whole ones.
+        return parsed
+    # 0..1 of a weight decay means all numbers in between; 1..5 epochs and 0..100 steps are whole numbers.
     counts = get_type_hints(TrainOptions)[name] in (int, int | None)
-    whole = type(read[0]) is type(read[1]) is int and (counts or read[1] > 1)
-    return tuple(read) if whole else tuple(map(float, read))
+    whole = type(parsed[0]) is type(parsed[1]) is int and (counts or parsed[1] > 1)
+    return tuple(parsed) if whole else tuple(map(float, parsed))
 
 
 def suggest(trial: Any, name: str, values: Any) -> Any:
-    """A value for an Optuna trial."""
+    """Have an Optuna trial choose a value."""
     if isinstance(values, list):
         return trial.suggest_categorical(name, values)
     low, high = values
-    draw = trial.suggest_int if isinstance(low, int) else trial.suggest_float
-    return draw(name, low, high, log=low > 0 and high / low >= 20)
-
-
-RESULT, BEST, PICTURE, BEST_RUN = "tuning.json", "best.yaml", "tuning.png", "best"
-_STUDY, _WORKERS = "study.db", ".workers"
+    choose = trial.suggest_int if isinstance(low, int) else trial.suggest_float
+    return choose(name, low, high, log=low > 0 and high / low >= 20)
 
 
 def claim(folder: Path, asked: dict[str, Any], *, overwrite: bool) -> None:
-    """Make `folder` that of a search for what is asked, unless it is; call it under the lock."""
+    """Make `folder` that of a search for what is asked, unless it is already; call it under the lock.
+
+    Raises:
+        HfkitError: it holds another search, or files that hfkit did not write.
+    """
     path = folder / RESULT
     known = _read_search(path)
-    if known is None or overwrite:
-        check_owned(folder)
-    if known is not None and overwrite:
-        for own in folder.glob(f"{_WORKERS}/*"):
-            with lock(own):  # HfkitError where it is at work
-                pass
-        write_text(path, "{}")  # from here on it is the search for nothing, however much of it is left
-        remove_owned(folder, keep=[RESULT])
-    elif known is not None:
+    if known is not None and not overwrite:
         asked = json.loads(json.dumps(asked))
         if differing := [name for name in asked if known.get(name) != asked[name]]:
             old, new = (values.get(differing[0], {}) for values in (known, asked))
@@ -108,44 +103,52 @@ def claim(folder: Path, asked: dict[str, Any], *, overwrite: bool) -> None:
                 f"{folder} holds a search with other settings ({names}): --overwrite, or another --output-dir"
             )
         return
-    else:
+    check_owned(folder)
+    if known is None:
         add_owned(folder, [RESULT, BEST, PICTURE, BEST_RUN, _STUDY, f"{_STUDY}-journal", _WORKERS])
+    else:
+        for worker in folder.glob(f"{_WORKERS}/*"):
+            with lock(worker):  # LockedError where it is at work
+                pass
+        write_text(path, "{}")  # from here on the folder is that of an empty search, however much is left in it
+        remove_owned(folder, keep=[RESULT])
     write_text(path, json.dumps(asked, indent=1))
 
 
 def _read_search(path: Path) -> dict[str, Any] | None:
-    """What a search wrote down; None where there is none."""
+    """What a search wrote down, nothing if that is damaged; None where there is no search."""
+    if not path.is_file() or path.name not in owned(path.parent):
+        return None
     try:
         known = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return known if isinstance(known, dict) and path.name in owned(path.parent) else None
+        return {**known} if all(isinstance(known.get(name, {}), dict) for name in ("space", "recipe")) else {}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 @contextlib.contextmanager
-def work(folder: Path) -> Iterator[str]:
-    """A name for this process; while it lives its folder is locked."""
+def join_search(folder: Path) -> Iterator[str]:
+    """Yield a name for this process among those of the search; its folder is locked while the process lives."""
     number = 0
     while True:
-        own = folder / _WORKERS / str(number)
-        own.mkdir(parents=True, exist_ok=True)
+        worker = folder / _WORKERS / str(number)
+        worker.mkdir(parents=True, exist_ok=True)
         try:
-            with lock(own):
-                yield str(own.relative_to(folder))
+            with lock(worker):
+                yield str(worker.relative_to(folder))
                 return
-        except HfkitError as error:
-            if "in use" not in str(error):
-                raise
+        except LockedError:
             number += 1
 
 
 def _is_alive(folder: Path, worker: str | None, own: str) -> bool:
-    if worker is None or worker == own:  # died before it could say who it was; what was ours died with our forerunner
+    # Without a name it died before it could write one; under our own name it was our predecessor.
+    if worker is None or worker == own:
         return False
     try:
         with lock(folder / worker):
             return False
-    except HfkitError:
+    except LockedError:
         return True
 
 
@@ -156,25 +159,26 @@ def open_study(folder: Path, *, prune: bool) -> Any:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     pruner = optuna.pruners.MedianPruner() if prune else optuna.pruners.NopPruner()
 
-    def connect() -> sqlite3.Connection:  # not by a URL, since a folder's name may have a ? in it
+    def connect() -> sqlite3.Connection:  # a URL would not do: a folder's name may have a ? in it
         return sqlite3.connect(folder / _STUDY, timeout=120, check_same_thread=False)
 
     storage = optuna.storages.RDBStorage(f"sqlite:///{_STUDY}", engine_kwargs={"creator": connect})
     return optuna.create_study(study_name="hfkit", storage=storage, load_if_exists=True, pruner=pruner)
 
 
-def next_trial(study: Any, folder: Path, worker: str, space: dict[str, Any], most: int, seed: int) -> tuple[Any, int]:
-    """A trial to run, one that was interrupted before a new one, or None if there are enough; and how many are run.
+def next_trial(study: Any, folder: Path, worker: str, space: dict[str, Any], limit: int, seed: int) -> tuple[Any, int]:
+    """Take a trial, one that was interrupted before a new one; call it under the lock.
 
-    Call it under the lock.
+    Returns:
+        The trial, or None if `limit` are done or being run; and how many other processes are running.
     """
     import optuna
     from optuna.trial import TrialState
 
+    # Count from one snapshot. A trial that finishes between two reads would be counted twice, and two trials would
+    # share a seed.
     trials = study.get_trials(deepcopy=False)
     waiting = [trial.user_attrs.get("folder") for trial in trials if trial.state == TrialState.WAITING]
-    # All of one reading: another process may finish a trial meanwhile, and counted twice it would skip a seed, which
-    # the trial after this one has as well.
     busy, done = 0, sum(_is_finished(trial) for trial in trials)
     for trial in trials:
         if trial.state != TrialState.RUNNING:
@@ -182,16 +186,17 @@ def next_trial(study: Any, folder: Path, worker: str, space: dict[str, Any], mos
         if _is_alive(folder, trial.user_attrs.get("worker"), worker):
             busy += 1
             continue
-        # Asked for again before it is given up: killed in between, it is there twice, and is known by its folder.
+        # Enqueue again first, then mark the old trial as failed. A process that dies in between leaves two entries;
+        # their folder identifies them as one.
         values = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-        own = trial.user_attrs.get("folder")
-        if own and own not in waiting:
-            study.enqueue_trial(values, user_attrs={"folder": own})
+        place = trial.user_attrs.get("folder")
+        if place and place not in waiting:
+            study.enqueue_trial(values, user_attrs={"folder": place})
         study.tell(trial.number, state=TrialState.FAIL)
     begun = done + busy
-    if begun >= most:
+    if begun >= limit:
         return None, busy
-    # The same search draws the same values, interrupted or not; no two of its processes do.
+    # A search draws the same values, interrupted or not, and no two of its processes draw alike.
     study.sampler = optuna.samplers.TPESampler(seed=(seed + begun) % 2**32)
     trial = study.ask()
     trial.set_user_attr("worker", worker)
@@ -208,7 +213,7 @@ def _is_finished(trial: Any) -> bool:
 
 
 def finished(study: Any) -> list[dict[str, Any]]:
-    """The trials as `Search` has them. What Optuna takes for the loss of a pruned one is that of half a run."""
+    """The finished trials as `Search` has them; a pruned one has no loss, since Optuna's is that of half a run."""
     return [
         {"number": t.number, "state": "diverged" if t.user_attrs.get("diverged") else t.state.name.lower(),
          "loss": t.value if t.state.name == "COMPLETE" else None, "params": t.params, "folder": t.user_attrs["folder"]}

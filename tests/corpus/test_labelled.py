@@ -19,19 +19,21 @@ from hfkit.corpus.labelled import (
     encode_labelled,
     encode_questions,
     encode_text,
+    gather_labelled_data,
     question_rows,
     windows,
 )
-from hfkit.corpus.labelled import gather_labelled_data as gather_rows
 from hfkit.corpus.sequences import HeadCollator
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inference.likelihood import score_items
 from hfkit.models.loading import load_config
-from hfkit.models.sources import find_model as find
+from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, ModelOptions
+from hfkit.training.pretraining import train_wordpiece
 
 pytestmark = pytest.mark.usefixtures("brisk")
-FAST = trials.SMALL | {"max_steps": 120, "eval_steps": 40, "per_device_train_batch_size": 8, "learning_rate": 3e-3,
+# 120 steps at 3e-3 were not enough: from three of five initial weights the labeller left one label unlearned.
+FAST = trials.SMALL | {"max_steps": 160, "eval_steps": 40, "per_device_train_batch_size": 8, "learning_rate": 2e-3,
                        "optim": "adamw_torch", "eval_fraction": 0.25}  # fmt: skip
 
 
@@ -81,7 +83,8 @@ def finder(tiny_bert, questions, tmp_path_factory):
 # runs
 
 
-def test_a_labeller_learns_and_is_a_model_of_plain_transformers(labeller, reviews):
+def test_finetune_classification_is_a_model_of_transformers(labeller, reviews):
+    """The head learns, and transformers loads it and gives the same labels."""
     metrics = labeller.metrics
     assert metrics["head"] == "classification" and metrics["loss"] < metrics["loss_before"] / 3
     assert metrics["accuracy"] > 0.9 > metrics["accuracy_before"]  # the most frequent label has a half
@@ -95,14 +98,15 @@ def test_a_labeller_learns_and_is_a_model_of_plain_transformers(labeller, review
     with torch.inference_mode():
         logits = model(**tokenizer(texts, padding=True, truncation=True, return_tensors="pt")).logits
     names = [model.config.id2label[index] for index in logits.argmax(-1).tolist()]
-    found = hfkit.classify(texts, model=labeller.output_dir)
-    assert [one.label for one in found] == names
+    labelled = hfkit.classify(texts, model=labeller.output_dir)
+    assert [each.label for each in labelled] == names
     shares = logits.softmax(-1).max(-1).values.tolist()
-    assert [one.probabilities[one.label] for one in found] == pytest.approx(shares, abs=1e-5)
+    assert [each.probabilities[each.label] for each in labelled] == pytest.approx(shares, abs=1e-5)
     assert np.mean([name == row["label"] for name, row in zip(names, rows, strict=True)]) > 0.9
 
 
-def test_a_finder_learns_and_is_a_model_of_plain_transformers(finder, questions):
+def test_finetune_question_answering_is_a_model_of_transformers(finder, questions):
+    """The head learns, and transformers loads it and gives the same answers."""
     metrics = finder.metrics
     assert metrics["head"] == "question-answering" and metrics["loss"] < metrics["loss_before"] / 2
     assert metrics["accuracy"] > 0.6 > metrics["accuracy_before"] + 0.3
@@ -121,7 +125,7 @@ def test_a_finder_learns_and_is_a_model_of_plain_transformers(finder, questions)
 
 
 @pytest.mark.parametrize("family", ["tiny", "tiny_bert"])
-def test_training_learns_from_the_loss_of_transformers(family, request, reviews, tmp_path, monkeypatch):
+def test_finetune_uses_the_loss_of_transformers(family, request, reviews, tmp_path, monkeypatch):
     """The first loss of the run is that of a plain forward pass over its first batch."""
     from transformers import Trainer
 
@@ -143,21 +147,23 @@ def test_training_learns_from_the_loss_of_transformers(family, request, reviews,
     assert model.config.pad_token_id is not None and model.config.num_labels == 3
 
 
-def test_a_trained_head_is_trained_further_with_its_own_labels(labeller, tmp_path, capfdbinary):
+def test_finetune_keeps_the_labels_of_a_trained_head(labeller, tmp_path, capfdbinary):
+    """A trained head is trained further with the labels of its model."""
     rows = [{"text": f"{word} the", "label": label} for word, label in (("rain", "so so"), ("light", "good"))] * 8
     corpus, options = write_rows(tmp_path / "rows.jsonl", rows), FAST | {"max_steps": 3, "eval_steps": 3}
     run = hfkit.finetune(corpus, model=labeller.output_dir, output_dir=str(tmp_path / "run"), **options)
-    config = load_config(find(ModelOptions(model=run.output_dir)))
+    config = load_config(find_model(ModelOptions(model=run.output_dir)))
     assert config.id2label == {0: "bad", 1: "good", 2: "so so"} and run.metrics["head"] == "classification"
     before = AutoModelForSequenceClassification.from_pretrained(labeller.output_dir).classifier.weight
     after = AutoModelForSequenceClassification.from_pretrained(run.output_dir).classifier.weight
     assert 0 < (before - after).abs().max() < 0.02
     corpus = write_rows(tmp_path / "other.jsonl", [*rows, {"text": "wind", "label": "new"}])
-    result = call(capfdbinary, "finetune", corpus, "-m", labeller.output_dir, "-o", tmp_path / "other")
-    assert_fails(result, 1, "label 'new' is none of the model's: bad, good, so so")
+    result = call(capfdbinary, "finetune", corpus, "-m", labeller.output_dir, "-o", tmp_path / "other", "-q")
+    assert_fails(result, 1, "label 'new' is not one of the model's: bad, good, so so")
 
 
-def test_another_head_takes_the_place_of_the_one_that_there_is(labeller, questions, tmp_path):
+def test_finetune_replaces_another_head(labeller, questions, tmp_path):
+    """--head replaces the model's head."""
     options = FAST | {"max_steps": 1, "eval_steps": 1}
     run = hfkit.finetune(
         questions, model=labeller.output_dir, head="question-answering", output_dir=str(tmp_path / "run"), **options
@@ -165,7 +171,8 @@ def test_another_head_takes_the_place_of_the_one_that_there_is(labeller, questio
     assert type(AutoModelForQuestionAnswering.from_pretrained(run.output_dir)).__name__ == "BertForQuestionAnswering"
 
 
-def test_what_a_body_lacks_is_told_and_what_belongs_to_a_head_is_new(tiny_bert, reviews, copy, tmp_path, capfdbinary):
+def test_finetune_head_refuses_a_body_with_missing_weights(tiny_bert, reviews, copy, tmp_path, capfdbinary):
+    """Only the weights of the head may be missing."""
     from safetensors.torch import load_file, save_file
 
     folder = copy(tiny_bert)
@@ -181,7 +188,8 @@ def test_what_a_body_lacks_is_told_and_what_belongs_to_a_head_is_new(tiny_bert, 
     assert_fails(result, 1, "the weights do not fit the model", name)
 
 
-def test_a_masked_model_without_a_head_is_told_how_to_get_one(tiny_bert, reviews, corpus, tmp_path, capfdbinary):
+def test_finetune_masked_model_needs_a_head(tiny_bert, reviews, corpus, tmp_path, capfdbinary):
+    """The error says how to add a head."""
     for rows in (reviews, corpus):
         result = call(capfdbinary, "finetune", rows, "-m", tiny_bert, "-o", tmp_path / "run")
         assert_fails(result, 1, "BertForMaskedLM", "hfkit finetune --head classification")
@@ -196,16 +204,17 @@ def rows_of(tmp_path, rows, read, **options):
     return read(write_rows(tmp_path / "rows.jsonl", rows), DataOptions(**options))
 
 
-def test_texts_and_labels_are_found(tmp_path):
+def test_classification_rows_find_text_and_label(tmp_path):
+    """Text and label are found by name, by option, or because there is only one candidate."""
     rows = [{"id": 1, "review": "rain", "label": 0}, {"id": 2, "review": "light", "label": True}]
     assert rows_of(tmp_path, rows, classification_rows) == [("rain", "0"), ("light", "True")]
     rows = [{"title": "x", "text": "rain", "kind": "a"}, {"title": "y", "text": "light", "kind": "b"}]
     assert rows_of(tmp_path, rows, classification_rows, label_column="kind") == [("rain", "a"), ("light", "b")]
-    found = rows_of(tmp_path, rows, classification_rows, label_column="kind", text_column="title")
-    assert found == [("x", "a"), ("y", "b")]
+    result = rows_of(tmp_path, rows, classification_rows, label_column="kind", text_column="title")
+    assert result == [("x", "a"), ("y", "b")]
     for columns, words in (
         ({}, r"no column 'label' .*line 1: 'title', 'text', 'kind'.*--label-column"),
-        ({"label_column": "kind", "text_column": "body"}, "which column is the text .*--text-column"),
+        ({"label_column": "kind", "text_column": "body"}, "no column 'body' .*'title', 'text', 'kind'.*--text-column"),
     ):
         with pytest.raises(HfkitError, match=words):
             rows_of(tmp_path, rows, classification_rows, **columns)
@@ -213,7 +222,56 @@ def test_texts_and_labels_are_found(tmp_path):
         rows_of(tmp_path, [{"a": "x", "b": "y", "label": "z"}], classification_rows)
 
 
-def test_labels_of_the_hub_are_names_though_it_keeps_numbers(monkeypatch):
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        (0.0132, "has the fraction 0.0132"),
+        ("0.5", "has the fraction 0.5"),
+        (float("nan"), "has no label"),
+        ("NaN", "has no label"),
+        (" ", "has no label"),
+        (None, "has no label"),
+        ([0, 1], "has a list or an object"),
+        ({"a": 1}, "has a list or an object"),
+    ],
+)
+def test_classification_rows_refuse_what_is_not_a_label(tmp_path, label, words):
+    """The error has the line."""
+    rows = [{"text": "rain", "label": 1}, {"text": "light", "label": label}]
+    with pytest.raises(HfkitError, match=rf"column 'label' {words}.*line 2\): fix or delete"):
+        rows_of(tmp_path, rows, classification_rows)
+
+
+def test_classification_rows_read_one_class_however_it_is_written(tmp_path):
+    """1, "1", 1.0 and " 1.0 " are one class; other texts are only stripped."""
+    labels = [1, "1", 1.0, " 1.0 ", "007", "v1.0", "pos ", "pos", -0.0, True]
+    rows = [{"text": "rain", "label": label} for label in labels]
+    found = [label for _, label in rows_of(tmp_path, rows, classification_rows)]
+    assert found == ["1", "1", "1", "1", "007", "v1.0", "pos", "pos", "0", "True"]
+
+
+def test_classification_rows_report_a_null_text(tmp_path):
+    """The error does not ask for --text-column, which was given."""
+    for options in ({}, {"text_column": "text"}):
+        rows = [{"text": "rain", "label": "a"}, {"text": None, "label": "b"}]
+        with pytest.raises(HfkitError, match=r"column 'text' is not text .*line 2\): fix or delete"):
+            rows_of(tmp_path, rows, classification_rows, **options)
+    with pytest.raises(HfkitError, match="which column is the text"):
+        rows_of(tmp_path, [{"id": "x", "words": ["a"], "label": "b"}], classification_rows)
+
+
+def test_gather_labelled_data_reports_labels_and_counts(tmp_path, tiny_bert, capfd):
+    """The note has the most frequent labels first."""
+    rows = [{"text": "rain", "label": label} for label in ["a", "b", "b ", *map(str, range(30))]]
+    path, tokenizer = write_rows(tmp_path / "rows.jsonl", rows), AutoTokenizer.from_pretrained(tiny_bert)
+    gather_labelled_data(path, tokenizer, DataOptions(), "classification", 64, 0, None)
+    notes = capfd.readouterr().err
+    assert "rows.jsonl, line 1: the text is column 'text', the label 'label'" in notes
+    assert "32 labels: 'b' 2, 'a' 1, '0' 1, " in notes and notes.endswith("'17' 1 ...\n")
+
+
+def test_classification_rows_of_the_hub_have_label_names(monkeypatch):
+    """The Hub stores numbers; the labels are names."""
     import datasets
 
     features = datasets.Features(
@@ -224,11 +282,12 @@ def test_labels_of_the_hub_are_names_though_it_keeps_numbers(monkeypatch):
     assert classification_rows("hf://owner/name", DataOptions()) == [("rain", "neg"), ("light", "pos")]
     unknown = datasets.Dataset.from_dict({"text": ["rain"], "label": [-1]}, features)
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: unknown.to_iterable_dataset())
-    with pytest.raises(HfkitError, match="column 'label' holds no label .*hf://owner/name, row 1"):
+    with pytest.raises(HfkitError, match="column 'label' has no label .*hf://owner/name, row 1"):
         classification_rows("hf://owner/name", DataOptions())
 
 
-def test_questions_are_as_in_squad_or_have_a_text(tmp_path):
+def test_question_rows_of_squad_or_with_a_text(tmp_path):
+    """SQuAD's columns and plain texts are both read."""
     context = "the rain of the light and the rain"
     base = {"question": "what", "context": context}
     rows = [
@@ -241,45 +300,48 @@ def test_questions_are_as_in_squad_or_have_a_text(tmp_path):
         base | {"answer": "rain", "answer_start": 5},  # there it is not
         base | {"answer": "snow"},
     ]
-    found = rows_of(tmp_path, rows, question_rows)
-    assert [row.start for row in found] == [30, -1, 4, -1, 16, 30, 4, -1]
-    assert [row.answers for row in found][:5] == [["rain", "the rain"], [], ["rain"], [], ["light", "the light"]]
-    assert all(row.question == "what" and row.context == context for row in found)
+    result = rows_of(tmp_path, rows, question_rows)
+    assert [row.start for row in result] == [30, -1, 4, -1, 16, 30, 4, -1]
+    assert [row.answers for row in result][:5] == [["rain", "the rain"], [], ["rain"], [], ["light", "the light"]]
+    assert all(row.question == "what" and row.context == context for row in result)
     for row, words in (
         (base, "must have question, context and answer .*line 1: 'question', 'context'"),
         ({"question": "what", "answer": "x"}, "must have"),
         (base | {"answer": None}, "must have"),
-        (base | {"answers": [3]}, r"an answer is no text .*line 1"),
+        (base | {"answers": [3]}, r"an answer is not text .*line 1"),
     ):
         with pytest.raises(HfkitError, match=words):
             rows_of(tmp_path, [row], question_rows)
 
 
-def test_too_few_labels_or_rows_are_told(tmp_path, tiny_bert):
+def test_gather_labelled_data_with_too_few_labels_or_rows(tmp_path, tiny_bert):
+    """The error says what is missing."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     for rows, labels, words in (
-        ([{"text": "rain", "label": "a"}] * 9, None, "two labels"),
+        ([{"text": "rain", "label": "a"}] * 9, None, "at least two labels"),
         ([{"question": "what", "context": "rain", "answer": "snow"}] * 9, "", "nothing to train on"),
     ):
         head = "question-answering" if labels == "" else "classification"
         with pytest.raises(HfkitError, match=words):
-            gather_rows(write_rows(tmp_path / "rows.jsonl", rows), tokenizer, DataOptions(), head, 64, 0, None)
+            path = write_rows(tmp_path / "rows.jsonl", rows)
+            gather_labelled_data(path, tokenizer, DataOptions(), head, 64, 0, None)
 
 
-def test_material_is_parted_and_a_held_out_file_is_taken_as_it_is(tmp_path, tiny_bert, reviews):
+def test_gather_labelled_data_holds_out_rows_or_takes_a_file(tmp_path, tiny_bert, reviews):
+    """Rows are split by the seed, unless --eval-file gives those to hold out."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     whole = [item["input_ids"] for item in encode_labelled(classification_rows(reviews, DataOptions()), tokenizer,
                                                            ["bad", "good", "so so"], 64)]  # fmt: skip
     data = DataOptions(eval_fraction=0.25)
-    found, same = (gather_rows(reviews, tokenizer, data, "classification", 64, 0, None) for _ in range(2))
-    parts = [item["input_ids"] for item in [*found.train_set, *found.held_out]]
-    assert sorted(parts) == sorted(whole) and 15 < len(found.held_out) < 33 and found.sequences == len(found.train_set)
-    assert found.held_out == same.held_out and found.fingerprint == same.fingerprint
-    assert found.labels == ("bad", "good", "so so")
+    split, same = (gather_labelled_data(reviews, tokenizer, data, "classification", 64, 0, None) for _ in range(2))
+    parts = [item["input_ids"] for item in [*split.train_set, *split.held_out]]
+    assert sorted(parts) == sorted(whole) and 15 < len(split.held_out) < 33 and split.sequences == len(split.train_set)
+    assert split.held_out == same.held_out and split.fingerprint == same.fingerprint
+    assert split.labels == ("bad", "good", "so so")
     other = write_rows(tmp_path / "held.jsonl", [{"text": "rain", "label": "bad"}])
     data = DataOptions(eval_file=[other])
-    found = gather_rows(reviews, tokenizer, data, "classification", 64, 0, None)
-    assert len(found.train_set) == 96 and found.held_out == [
+    split = gather_labelled_data(reviews, tokenizer, data, "classification", 64, 0, None)
+    assert len(split.train_set) == 96 and split.held_out == [
         {"input_ids": tokenizer("rain")["input_ids"], "labels": 0}
     ]
 
@@ -287,7 +349,17 @@ def test_material_is_parted_and_a_held_out_file_is_taken_as_it_is(tmp_path, tiny
 # tokens
 
 
-def test_a_text_is_cut_as_transformers_cuts_it(tiny_bert, tiny):
+def test_train_wordpiece_always_learns_the_same_vocabulary():
+    """The hash tables of tokenizers, which differ from call to call, do not change which tokens there are."""
+    texts = [" ".join(trials.WORDS), "Übung macht den Meister, 雨が降る."] * 9
+    first, *others = (train_wordpiece(texts, size).get_vocab() for size in (120, 120, 120))
+    assert others == [first, first] and {"[CLS]", "##i", "雨", "rain"} <= set(first)
+    tokens = train_wordpiece(texts, 120).tokenize("The ##i rains")
+    assert tokens[:4] == ["the", "[UNK]", "[UNK]", "i"]  # no piece of a word is a special token
+
+
+def test_encode_text_cuts_like_transformers(tiny_bert, tiny):
+    """A long text becomes the same tokens as with truncation in transformers."""
     for folder in (tiny_bert, tiny):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         for count in (1, 5, 30, 90):
@@ -298,19 +370,20 @@ def test_a_text_is_cut_as_transformers_cuts_it(tiny_bert, tiny):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_windows_cover_a_context_and_tell_where_its_tokens_stand(seed, tiny_bert):
+def test_windows_cover_a_context_with_offsets(seed, tiny_bert):
+    """Windows cover the context and know the place of each token."""
     draw, tokenizer = random.Random(seed), AutoTokenizer.from_pretrained(tiny_bert)
     context = "  ".join(draw.choices([*trials.WORDS, "Über,", "x1"], k=draw.randint(1, 150)))
     covered, before = set(), set()
     for window in windows("what falls", context, tokenizer, 32):
         ids, offsets = window["inputs"]["input_ids"], window["offsets"]
         assert len(ids) == len(offsets) == len(window["inputs"]["token_type_ids"]) <= 32
-        own = [at for at, place in enumerate(offsets) if place]
-        assert own == list(range(own[0], own[-1] + 1)) and offsets[0] is None  # behind the question
-        for at in own:
+        inside = [at for at, place in enumerate(offsets) if place]
+        assert inside == list(range(inside[0], inside[-1] + 1)) and offsets[0] is None  # behind the question
+        for at in inside:
             shown = unicodedata.normalize("NFD", context[slice(*offsets[at])].lower())[:1]
             assert tokenizer.convert_ids_to_tokens(ids[at]).removeprefix("##")[0] == shown
-        covered |= {tuple(offsets[at]) for at in own}
+        covered |= {tuple(offsets[at]) for at in inside}
         if before:  # windows share a fourth
             assert len(set(map(tuple, filter(None, offsets))) & before) == 8
         before = set(map(tuple, filter(None, offsets)))
@@ -318,7 +391,8 @@ def test_windows_cover_a_context_and_tell_where_its_tokens_stand(seed, tiny_bert
     assert covered == set(map(tuple, places))
 
 
-def test_a_question_that_leaves_no_room_is_told(tiny_bert, tiny):
+def test_windows_refuse_a_question_without_room(tiny_bert, tiny):
+    """The error gives the length."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     for length in (29, 30, 31, 32, 40, 200):
         with pytest.raises(HfkitError, match="the question is too long for 32 tokens"):
@@ -326,7 +400,8 @@ def test_a_question_that_leaves_no_room_is_told(tiny_bert, tiny):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_places_of_answers_are_those_of_their_tokens_in_each_window(seed, tiny_bert, capfd):
+def test_encode_questions_finds_the_answer_in_each_window(seed, tiny_bert, capfd):
+    """The positions are those of the answer's tokens, or 0 where a window lacks some."""
     draw, tokenizer = random.Random(seed), AutoTokenizer.from_pretrained(tiny_bert)
     rows = []
     for _ in range(10):
@@ -353,14 +428,16 @@ def test_places_of_answers_are_those_of_their_tokens_in_each_window(seed, tiny_b
     assert "an answer is not in its context" in capfd.readouterr().err
 
 
-def test_the_place_that_a_row_names_is_learned_and_not_the_first_of_that_text(tiny_bert):
+def test_encode_questions_uses_the_named_place(tiny_bert):
+    """answer_start decides which occurrence is learned."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     row = Question("what", "rain and rain", ["rain"], 9)
     (item,) = encode_questions([row], tokenizer, 32)
     assert item["start_positions"] == item["end_positions"] == item["input_ids"].index(3) + 3  # [SEP] rain and rain
 
 
-def test_a_batch_is_padded_with_a_mask():
+def test_head_collator_pads_with_a_mask():
+    """Shorter rows are padded, and the mask says where."""
     items = [{"input_ids": [5, 6, 7], "token_type_ids": [0, 1, 1], "labels": 2},
              {"input_ids": [8], "token_type_ids": [1], "labels": 0}]  # fmt: skip
     batch = HeadCollator(9)(items)
@@ -372,21 +449,22 @@ def test_a_batch_is_padded_with_a_mask():
     }
 
 
-def test_a_slow_tokenizer_is_told(tiny_bert):
+def test_windows_refuse_a_slow_tokenizer(tiny_bert):
+    """The error asks for a fast tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
 
     class Slow(type(tokenizer)):
         is_fast = False
 
     tokenizer.__class__ = Slow
-    with pytest.raises(HfkitError, match="use a fast one"):
+    with pytest.raises(HfkitError, match="use a fast tokenizer"):
         list(windows("what", "rain", tokenizer, 32))
 
 
 # scores
 
 
-def test_scores_are_a_plain_loss_and_count(labeller, finder, reviews, questions):
+def test_score_items_equals_a_plain_loop(labeller, finder, reviews, questions):
     """Item by item, without padding; a place is right only if both of its ends are."""
     data = DataOptions()
     for run, kind, read in (
@@ -406,8 +484,8 @@ def test_scores_are_a_plain_loss_and_count(labeller, finder, reviews, questions)
             if "labels" in item:
                 right.append(output.logits.argmax().item() == item["labels"])
             else:
-                found = output.start_logits.argmax().item(), output.end_logits.argmax().item()
-                right.append(found == (item["start_positions"], item["end_positions"]))
+                span = output.start_logits.argmax().item(), output.end_logits.argmax().item()
+                right.append(span == (item["start_positions"], item["end_positions"]))
         collate = HeadCollator(tokenizer.pad_token_id)
         scores = score_items(model, [collate(items[:5]), collate(items[5:])])
         assert scores.nll.tolist() == pytest.approx(losses, rel=1e-3, abs=1e-5)
@@ -415,7 +493,8 @@ def test_scores_are_a_plain_loss_and_count(labeller, finder, reviews, questions)
         assert scores.loss == pytest.approx(np.mean(losses), rel=1e-3)
 
 
-def test_what_a_run_is_told_by_a_shell(tiny_bert, reviews, tmp_path, capfdbinary):
+def test_finetune_classification_at_a_shell(tiny_bert, reviews, tmp_path, capfdbinary):
+    """The figures are those of a head, without perplexity."""
     options = ["--head", "classification", "--max-steps", 2, "--eval-steps", 1, "-o", tmp_path / "run", "--json"]
     result = call(capfdbinary, "finetune", reviews, "-m", tiny_bert, *options)
     assert result.returncode == 0 and b"held-out loss" in result.stderr and b"perplexity" not in result.stderr

@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from support.shell import assert_fails, call
 from support.trials import write_corpus
 
 import hfkit
+from hfkit.cli.prompt_files import Results
 from hfkit.corpus import overlap
 from hfkit.corpus.documents import END, Piece
 from hfkit.corpus.overlap import Index, index_corpus
@@ -32,7 +34,8 @@ def pieces(documents: list[list[str]], draw: random.Random) -> list[Piece]:
 
 @pytest.mark.parametrize("length", [2, 3, 8])
 @pytest.mark.parametrize("seed", range(20))
-def test_what_is_copied_is_what_a_plain_search_finds(seed, length):
+def test_index_agrees_with_plain_search(seed, length):
+    """The index finds what a plain search finds."""
     draw = random.Random(seed)
     words = ["rain", "wind", "stone", "light"][: draw.choice([2, 3, 4])]
     documents = [draw.choices(words, k=draw.randint(0, 70)) for _ in range(draw.randint(1, 6))]
@@ -50,7 +53,8 @@ def test_what_is_copied_is_what_a_plain_search_finds(seed, length):
         assert any(found.longest in " ".join(document) for document in documents)
 
 
-def test_runs_from_different_places_are_not_one_long_run():
+def test_index_joins_no_distant_runs():
+    """Runs from different places are not one long run."""
     one, two = "a b c d e f g h x", "y b c d e f g h i"
     found = Index([Piece(one, True), Piece(two, True)]).look_up("a b c d e f g h i")
     assert (found.words, found.share) == (8, 1.0)
@@ -60,7 +64,8 @@ def test_runs_from_different_places_are_not_one_long_run():
     assert Index([Piece("a b c d", True), Piece("e f g h", True)]).look_up("a b c d e f g h").words == 0
 
 
-def test_case_and_punctuation_do_not_matter_and_signs_of_chinese_are_words():
+def test_index_splits_words():
+    """Case and punctuation do not matter, and each Chinese character is a word."""
     index = Index([Piece("The rain, the wind -- “and” the stone\nfell: again. 一二三四五六七八九", True)])
     found = index.look_up("so THE RAIN the wind and the stone fell, yes")
     assert (found.longest, found.words) == ("the rain the wind and the stone fell", 8)
@@ -68,8 +73,8 @@ def test_case_and_punctuation_do_not_matter_and_signs_of_chinese_are_words():
     assert index.look_up("").words == index.look_up("rain").words == Index([]).look_up("a b c d e f g h i").words == 0
 
 
-def test_a_corpus_is_read_in_pieces_and_only_so_far(tmp_path, monkeypatch, capsys):
-    """A file without an end-of-text token is one document, however large."""
+def test_index_corpus_reads_pieces(tmp_path, monkeypatch, capsys):
+    """A file without an end-of-text token is one document, however large: it is read in pieces, up to a limit."""
     draw = random.Random(0)
     words = [f"w{draw.randrange(10**6)}" for _ in range(9000)]
     (tmp_path / "corpus.txt").write_text(" ".join(words))
@@ -85,7 +90,8 @@ def test_a_corpus_is_read_in_pieces_and_only_so_far(tmp_path, monkeypatch, capsy
     assert "first 3,000 words" in capsys.readouterr().err
 
 
-def test_of_rows_the_answers_are_looked_at(tmp_path):
+def test_index_corpus_of_examples(tmp_path):
+    """Of examples the answers are indexed."""
     answer = "one two three four five six seven eight nine"
     messages = [{"role": "user", "content": answer.upper()[:13] + " x"}, {"role": "assistant", "content": answer}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
@@ -128,7 +134,8 @@ def copied(text: str, corpus: str) -> int:
     return longest_common(text.split(), documents)
 
 
-def test_no_sample_copies_more_words_than_are_allowed(parrot):
+def test_generate_novel_limits_copies(parrot):
+    """No sample copies more words than are allowed."""
     lm, corpus = parrot
     asked = {"model": lm, "max_new_tokens": 20, "seed": 0}
     prompts = ["a"] * 12
@@ -140,14 +147,15 @@ def test_no_sample_copies_more_words_than_are_allowed(parrot):
     for count, before, now in zip(counts, plain, found, strict=True):
         assert (now == before) == (count <= 5)  # what was new already stays as it is
         assert now == hfkit.generate("a", **asked | {"seed": now.seed})  # its seed gives it again
-        assert now.seed % generation.FAR == before.seed
+        assert now.seed % generation.REDRAW_STRIDE == before.seed
     streamed = hfkit.stream("a", **asked, novel=corpus, novel_words=5)
     assert "".join(streamed) == found[0].completion
     many = hfkit.generate("a", **asked, novel=corpus, novel_words=5, num_return_sequences=4)
     assert [one.completion for one in many] == [one.completion for one in found[:4]]
 
 
-def test_where_everything_copies_it_says_so(parrot):
+def test_generate_novel_gives_up(parrot):
+    """Where every sample is a copy, the error says so."""
     lm, corpus = parrot
     with pytest.raises(HfkitError, match="copies more than 1 words, such as '[abc ]+': raise --novel-words"):
         hfkit.generate("a", model=lm, max_new_tokens=30, seed=0, novel=corpus, novel_words=1)
@@ -156,7 +164,8 @@ def test_where_everything_copies_it_says_so(parrot):
             hfkit.generate("a", model=lm, novel=corpus, **other)
 
 
-def test_a_corpus_that_changes_is_read_again(parrot, tmp_path):
+def test_generate_novel_reads_changed_corpus(parrot, tmp_path):
+    """A corpus that changes is read again."""
     lm, _ = parrot
     path = tmp_path / "corpus.txt"
     path.write_text("nothing of that")
@@ -166,8 +175,8 @@ def test_a_corpus_that_changes_is_read_again(parrot, tmp_path):
     assert hfkit.generate("a", **asked) != first
 
 
-def test_many_prompts_are_resumed_with_the_same_seeds(tiny, tmp_path, capfdbinary, monkeypatch):
-    """The last record may be of a text that was drawn again, and so have a seed that is far away."""
+def test_generate_novel_resumes_seeds(tiny, tmp_path, capfdbinary, monkeypatch):
+    """The last record may be of a redrawn text and so have a seed that is far away."""
     corpus = write_corpus(tmp_path / "corpus.txt", 2)
     (tmp_path / "prompts.txt").write_text("".join(f"{number}\n" for number in range(9)))
 
@@ -177,6 +186,11 @@ def test_many_prompts_are_resumed_with_the_same_seeds(tiny, tmp_path, capfdbinar
     def texts(path: Path) -> list[tuple[str, int]]:
         return [(row["completion"], row["seed"]) for row in map(json.loads, path.read_text().splitlines())]
 
+    def begin(self, settings, begin=Results.begin) -> None:
+        begin(self, settings)
+        shutil.copy(f"{self.partial}.json", tmp_path / "settings.json")
+
+    monkeypatch.setattr(Results, "begin", begin)
     monkeypatch.setattr(Index, "look_up", look_up)
     monkeypatch.setattr(generation, "draw_seed", itertools.count(12, 100).__next__)
     line = ["generate", "-i", tmp_path / "prompts.txt", "-m", tiny, "-n", 8, "--novel", corpus]
@@ -184,12 +198,13 @@ def test_many_prompts_are_resumed_with_the_same_seeds(tiny, tmp_path, capfdbinar
     for seed in (["-s", 5], ["-s", 2**41 + 7], []):
         assert call(capfdbinary, *line, "-o", whole, "--overwrite", *seed).returncode == 0
         rows = whole.read_text().splitlines()
-        base = seed[1] if seed else json.loads(rows[0])["seed"] % generation.FAR
+        base = seed[1] if seed else json.loads(rows[0])["seed"] % generation.REDRAW_STRIDE
         far = [number for number, (_, own) in enumerate(texts(whole)) if own != base + number]
         assert far and base < 2**42
         for number in {*far[:2], 3}:
             part.unlink(missing_ok=True)
             part.with_name("part.jsonl.partial").write_text("".join(row + "\n" for row in rows[: number + 1]))
+            shutil.copy(tmp_path / "settings.json", tmp_path / "part.jsonl.partial.json")
             result = call(capfdbinary, *line, "-o", part, "--resume", *seed)
             assert result.returncode == 0, result.stderr
             assert texts(part) == texts(whole)
@@ -198,9 +213,8 @@ def test_many_prompts_are_resumed_with_the_same_seeds(tiny, tmp_path, capfdbinar
 @pytest.mark.parametrize(
     ("content", "words"), [(None, "no corpus"), (b"", "empty"), (b"a \xff b", "UTF-8"), (b"a\0b", "not")]
 )
-def test_a_corpus_that_cannot_be_read_is_one_line_before_a_model_is_loaded(
-    tiny, tmp_path, capfdbinary, monkeypatch, content, words
-):
+def test_generate_novel_checks_corpus_first(tiny, tmp_path, capfdbinary, monkeypatch, content, words):
+    """A corpus that cannot be read is an error of one line, before a model is loaded."""
     monkeypatch.setattr("hfkit.models.loading.load_weights", None)
     path = tmp_path / "corpus.txt"
     if content is not None:
@@ -210,6 +224,7 @@ def test_a_corpus_that_cannot_be_read_is_one_line_before_a_model_is_loaded(
         hfkit.generate("a", model=tiny, novel=path)
 
 
-def test_words_that_are_no_number_are_a_usage_error(tiny, tmp_path, capfdbinary):
+def test_generate_novel_words_is_a_number(tiny, tmp_path, capfdbinary):
+    """--novel-words that is not a positive number is a usage error."""
     for value in (0, -1, "many"):
         assert_fails(call(capfdbinary, "generate", "a", "-m", tiny, "--novel-words", value), 2, "--novel-words")

@@ -1,8 +1,9 @@
-"""Sequences hold every token once; what is held out is drawn by document; batches add nothing that is learned."""
+"""Sequences hold every token once; batches add nothing that is learned."""
 
 import json
 import random
 from collections import Counter
+from itertools import islice
 
 import datasets
 import numpy as np
@@ -10,12 +11,14 @@ import pytest
 import torch
 from support.corpora import CHATML, prepare, talk, whole, write
 
-from hfkit.corpus import sequences
+from hfkit.corpus import streams
+from hfkit.corpus.chat import CHAT_TEMPLATE
 from hfkit.corpus.documents import END, find_corpus
-from hfkit.corpus.encoding import CHAT_TEMPLATE, IGNORED, encode_examples
-from hfkit.corpus.sequences import Blocks, Collator, Examples, Stream, hold_out
+from hfkit.corpus.encoding import IGNORED, encode_examples
+from hfkit.corpus.sequences import Blocks, Collator, Examples, pad_rows, show_examples
 from hfkit.corpus.sequences import cut_sequences as cut
 from hfkit.corpus.sequences import gather_training_data as gather_material
+from hfkit.corpus.streams import Stream
 from hfkit.errors import HfkitError
 from hfkit.models.loading import load_tokenizer
 from hfkit.models.sources import find_model as find
@@ -43,7 +46,8 @@ def note_of(capsys) -> str:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_blocks_hold_every_token_once_and_in_order(seed):
+def test_blocks_hold_every_token(seed):
+    """Blocks hold every token once and in order."""
     draw = random.Random(seed)
     sizes = [draw.choice([1, 2, draw.randint(1, 9), draw.randint(1, 300)]) for _ in range(draw.randint(1, 60))]
     dataset, size = make_rows(sizes), draw.choice([1, 2, 7, 64, sum(sizes), sum(sizes) - 1 or 1, 10_000])
@@ -59,13 +63,15 @@ def test_blocks_hold_every_token_once_and_in_order(seed):
         blocks[len(blocks)]
 
 
-def test_blocks_of_some_rows_hold_those_and_no_others():
+def test_blocks_of_some_rows():
+    """Blocks of some rows hold these rows and no others."""
     dataset = make_rows([3, 4, 5, 6])
     assert ids(Blocks(dataset, np.array([2, 0]), 4)) == [*range(7, 12), *range(3)]
     assert len(Blocks(dataset, np.array([], int), 4)) == 0 and list(Blocks(dataset, np.array([], int), 4)) == []
 
 
-def test_documents_keep_their_borders_and_a_corpus_may_be_shorter_than_a_block(tmp_path, datasets_cache, bundled):
+def test_cut_sequences_joins_documents(tmp_path, datasets_cache, bundled):
+    """Documents keep their borders, and a corpus may be shorter than a block."""
     texts = ["One short text.", "And another."]
     prepared = prepare(write(tmp_path / "a.txt", texts), bundled)
     for size in (4, 1024):
@@ -76,9 +82,8 @@ def test_documents_keep_their_borders_and_a_corpus_may_be_shorter_than_a_block(t
 # examples
 
 
-def test_examples_are_the_rows_with_their_labels_and_those_too_long_are_left_out(
-    tmp_path, datasets_cache, bundled, capsys
-):
+def test_cut_sequences_leaves_long_examples_out(tmp_path, datasets_cache, bundled, capsys):
+    """Examples are the rows with their labels; those that are too long are left out."""
     talks = [talk(("user", "a " * n), ("assistant", "b " * n)) for n in (1, 40, 2)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(example.row) + "\n" for example in talks))
     prepared = prepare(tmp_path / "a.jsonl", bundled)
@@ -90,6 +95,18 @@ def test_examples_are_the_rows_with_their_labels_and_those_too_long_are_left_out
         assert all(example[name].tolist() == row[name].tolist() for name in ("input_ids", "labels"))
     assert examples.tokens == sum(len(example["labels"]) for example in examples)
     assert len(cut(prepared, 10_000)) == 3 and note_of(capsys) == ""
+
+
+def test_show_examples_marks_what_is_learned(tmp_path, datasets_cache, bundled):
+    """An example is shown with its special tokens, and what is learned is marked; of texts all is."""
+    talks = [talk(("user", f"q {n}"), ("assistant", "漢 🎉"), ("user", "so?"), ("assistant", "yes")) for n in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(example.row) + "\n" for example in talks))
+    first = "User: q 0\nAssistant:⟦ 漢 🎉<|endoftext|>⟧\nUser: so?\nAssistant:⟦ yes<|endoftext|>⟧"
+    shown = show_examples(cut(prepare(tmp_path / "a.jsonl", bundled), 64), bundled, 2)
+    assert shown == [first, first.replace("0", "1", 1)]
+    texts = cut(prepare(write(tmp_path / "a.txt", ["one", "two"]), bundled), 64)
+    assert show_examples(texts, bundled, 9) == [f"⟦one{END}two{END}⟧"]
+    assert show_examples(texts, bundled, 0) == []
 
 
 # streams
@@ -105,16 +122,16 @@ def numbers(tmp_path) -> str:
     return write(tmp_path / "numbers.txt", [" ".join(map(str, range(i, i + 100))) for i in range(0, 4000, 100)])
 
 
-def test_a_stream_gives_every_token_once_an_epoch_in_another_order_each_time(numbers, bundled):
+def test_stream_gives_every_token(numbers, bundled):
+    """Each pass gives every token once, in an order of its own."""
     wanted = whole(open(numbers).read().split(END), bundled)
     blocks, orders = Counter(), []
     for start in range(0, len(wanted), 16):
         blocks[tuple(wanted[start : start + 16])] += 1
-    assert blocks.total() > sequences._WINDOW * 2
+    assert blocks.total() > streams._WINDOW * 2
     source = stream(numbers, bundled)
     for epoch in range(3):
-        source.set_epoch(epoch)
-        items = [tuple(ids([item])) for item in source]
+        items = [tuple(ids([item])) for item in source.read_shuffled(epoch)]
         assert Counter(items) == blocks
         orders.append(items)
     assert len({tuple(order) for order in orders}) == 3 and list(blocks) not in orders
@@ -122,104 +139,50 @@ def test_a_stream_gives_every_token_once_an_epoch_in_another_order_each_time(num
     assert np.mean(moved) > 50  # shuffled, not only shifted
 
 
-def test_the_order_of_a_stream_is_that_of_its_seed_and_epoch(numbers, bundled):
+def test_stream_order_follows_seed(numbers, bundled):
+    """The order of a pass depends on the seed and the number of the pass alone."""
+
     def order(seed, epoch):
-        source = stream(numbers, bundled, seed=seed)
-        source.set_epoch(epoch)
-        return ids(source)
+        return ids(stream(numbers, bundled, seed=seed).read_shuffled(epoch))
 
     assert order(1, 1) == order(1, 1)
     assert order(1, 1) != order(2, 1) and order(1, 1) != order(1, 2)
 
 
-def test_processes_that_load_a_stream_share_it(numbers, bundled, monkeypatch):
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # as the command line has it
+def test_stream_is_shared_by_forked_workers(numbers, bundled, monkeypatch):
+    """Forked workers get a share each, and none waits for the tokenizer's threads, which a fork lacks."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     source = stream(numbers, bundled)
-    wanted = Counter(tuple(ids([item])) for item in source)  # after this the tokenizer has threads, which a fork lacks
+    wanted = Counter(tuple(ids([item])) for item in source.read_shuffled(0))  # starts the tokenizer's threads
     together = torch.utils.data.DataLoader(
         source, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
     )
-    assert Counter(tuple(ids([item])) for item in together) == wanted
+    assert Counter(tuple(ids([item])) for item in islice(together, wanted.total())) == wanted
 
 
-def test_a_stream_of_answers_gives_examples_that_fit(tmp_path, bundled):
+def test_stream_goes_on_with_another_pass(numbers, bundled):
+    """A stream is one pass after another, each in its own order."""
+    source = stream(numbers, bundled)
+    passes = [ids(source.read_shuffled(number)) for number in range(2)]
+    total = len(list(source.read_shuffled(0)))
+    assert ids(islice(source, 2 * total)) == passes[0] + passes[1]
+
+
+def test_stream_gives_examples_that_fit(tmp_path, bundled):
+    """A stream of examples gives those that fit."""
     talks = [talk(("user", "a " * n), ("assistant", "b " * n)) for n in (1, 40, 2)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(example.row) + "\n" for example in talks))
-    items = list(stream(tmp_path / "a.jsonl", bundled, size=60))
+    items = list(stream(tmp_path / "a.jsonl", bundled, size=60).read_shuffled(0))
     wanted = {tuple(row["labels"].tolist()) for row in encode_examples([talks[0], talks[2]], bundled)}
     assert len(items) == 2 and {tuple(item["labels"].tolist()) for item in items} == wanted
-
-
-# what is held out
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_whole_documents_are_held_out_about_as_many_as_asked_for(seed):
-    draw = np.random.default_rng(seed)
-    count, fraction = int(draw.integers(20, 400)), float(draw.choice([0.01, 0.05, 0.2, 0.5]))
-    documents = np.repeat(np.arange(count), draw.integers(1, 8, count))
-    sizes = (draw.lognormal(6, draw.choice([0.1, 1.5]), len(documents)) + 1).astype(int)
-    train, held = hold_out(documents, sizes, fraction, seed)
-    assert sorted([*train, *held]) == list(range(len(documents)))
-    assert not set(documents[train]) & set(documents[held])
-    assert len(held) and len(train)
-    bulk = np.bincount(documents, sizes)
-    wanted = min(fraction * sizes.sum(), 1e6)
-    # Off by half a document at most, and by what the seed had to choose from.
-    assert abs(sizes[held].sum() - wanted) <= max(wanted, np.median(bulk)) * 0.75
-    again = hold_out(documents, sizes, fraction, seed)
-    assert (train == again[0]).all() and (held == again[1]).all()
-
-
-def test_another_seed_holds_out_others_and_the_beginning_has_no_privilege():
-    documents, sizes = np.arange(100), np.full(100, 50)
-    drawn = [hold_out(documents, sizes, 0.05, seed)[1] for seed in range(200)]
-    assert len({tuple(held) for held in drawn}) > 190 and {len(held) for held in drawn} == {5}
-    often = np.bincount(np.concatenate(drawn), minlength=100)  # 10 times each, on average
-    assert often.min() >= 1 and often.max() <= 25
-
-
-def test_a_document_that_is_most_of_the_corpus_is_never_held_out():
-    sizes = np.array([100] * 15 + [1_000_000] + [100] * 15)
-    for seed in range(50):
-        assert 15 not in hold_out(np.arange(31), sizes, 0.05, seed)[1]
-
-
-def test_of_few_documents_parts_are_held_out_and_of_too_few_parts_nothing():
-    one_book = np.zeros(100, int)
-    train, held = hold_out(one_book, np.full(100, 4000), 0.05, 0)
-    assert len(held) == 5 and len(train) == 95
-    assert len(hold_out(np.repeat([0, 1], 2), np.full(4, 10), 0.05, 0)[1]) == 1
-    for rows in range(4):
-        train, held = hold_out(np.arange(rows), np.full(rows, 10), 0.5, 0)
-        assert len(held) == 0 and train.tolist() == list(range(rows))
-    assert len(hold_out(np.arange(100), np.full(100, 10), 0.0, 0)[1]) == 0
-
-
-def test_of_a_large_corpus_a_megabyte_is_enough():
-    sizes = np.full(100_000, 1000)
-    held = hold_out(np.arange(100_000), sizes, 0.05, 0)[1]
-    assert sizes[held].sum() == 1_000_000
-
-
-def test_a_new_tokenizer_learns_nothing_from_what_is_held_out(tmp_path, datasets_cache, monkeypatch):
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=9)) for _ in range(40)]
-    path = write(tmp_path / "a.txt", ["", *((word + " ") * 30 for word in words), " "])  # one word a document
-    options, size = DataOptions(eval_fraction=0.2), SizeOptions(vocab_size=1000)
-    tokenizer = pretraining.train_tokenizer(path, size, options, seed=3)
-    material = gather_material(path, tokenizer, options, 64, seed=3)
-    known = {word for word in words if len(tokenizer.tokenize(" " + word)) == 1}
-    trained, held = (set(tokenizer.decode(ids(part)).replace(END, " ").split()) for part in
-                     (material.train_set, material.held_out))  # fmt: skip
-    assert trained == known and held == set(words) - known and 6 <= len(held) <= 10
 
 
 # batches
 
 
 @pytest.mark.parametrize("shape", [None, (4, 9)])
-def test_a_batch_holds_its_items_and_padding_that_is_not_learned(shape):
+def test_collator_pads(shape):
+    """A batch holds its items, and padding that is not learned."""
     items = [{"input_ids": np.arange(n, dtype=np.uint16), "labels": np.arange(n) - 100} for n in (3, 7, 1)]
     batch = Collator(5, shape)(items)
     rows, width = shape or (3, 7)
@@ -233,10 +196,35 @@ def test_a_batch_holds_its_items_and_padding_that_is_not_learned(shape):
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_pad_rows(left):
+    """Rows of numbers, lists or arrays, become one tensor, filled up on the side that was asked for."""
+    rows = [[1, 2, 3], np.array([4], np.uint16), []]
+    full = [[1, 2, 3], [9, 9, 4] if left else [4, 9, 9], [9, 9, 9]]
+    assert pad_rows(rows, 9, left=left).tolist() == full
+    wide = pad_rows(rows, 9, shape=(4, 5), left=left).tolist()
+    assert wide == [[9, 9, *row] if left else [*row, 9, 9] for row in [*full, [9, 9, 9]]]
+
+
 # all together
 
 
-def test_material_is_trained_on_or_measured_and_nothing_is_lost(tmp_path, datasets_cache, bundled):
+def test_train_tokenizer_skips_held_out_texts(tmp_path, datasets_cache, monkeypatch):
+    """A new tokenizer learns nothing from the held-out part."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=9)) for _ in range(40)]
+    path = write(tmp_path / "a.txt", ["", *((word + " ") * 30 for word in words), " "])  # one word a document
+    options, size = DataOptions(eval_fraction=0.2), SizeOptions(vocab_size=1000)
+    tokenizer = pretraining.train_tokenizer(path, size, options, seed=3)
+    material = gather_material(path, tokenizer, options, 64, seed=3)
+    known = {word for word in words if len(tokenizer.tokenize(" " + word)) == 1}
+    trained, held = (set(tokenizer.decode(ids(part)).replace(END, " ").split()) for part in
+                     (material.train_set, material.held_out))  # fmt: skip
+    assert trained == known and held == set(words) - known and 6 <= len(held) <= 10
+
+
+def test_gather_training_data_loses_nothing(tmp_path, datasets_cache, bundled):
+    """Everything is trained on or held out."""
     texts = [f"Document {i} says: " + "word " * (i % 30) for i in range(60)]
     path = write(tmp_path / "a.jsonl", texts)
     material = gather_material(path, bundled, DataOptions(eval_fraction=0.2), 32, seed=1)
@@ -252,25 +240,29 @@ def test_material_is_trained_on_or_measured_and_nothing_is_lost(tmp_path, datase
     assert ids(other.held_out) != ids(material.held_out)
 
 
-def test_with_a_file_to_measure_on_all_of_the_corpus_is_trained_on(tmp_path, datasets_cache, bundled):
+def test_gather_training_data_with_eval_file(tmp_path, datasets_cache, bundled):
+    """With --eval-file all of the corpus is trained on."""
     corpus, held = [f"text {i}" for i in range(30)], [f"other {i}" for i in range(5)]
     path, other = write(tmp_path / "a.txt", corpus), write(tmp_path / "b.txt", held)
     for streaming in (False, True):
         material = gather_material(path, bundled, DataOptions(eval_file=other, streaming=streaming), 16, seed=1)
-        assert Counter(ids(material.train_set)) == Counter(whole(corpus, bundled))
+        train_set = material.train_set.read_shuffled(0) if streaming else material.train_set
+        assert Counter(ids(train_set)) == Counter(whole(corpus, bundled))
         assert ids(material.held_out) == whole(held, bundled)
         assert material.length == 16 if streaming else material.length <= 16
         assert material.prompt == "other"
 
 
-def test_where_nothing_is_held_out_that_is_said(tmp_path, datasets_cache, bundled, capsys):
+def test_gather_training_data_notes_nothing_held_out(tmp_path, datasets_cache, bundled, capsys):
+    """A note says when nothing is held out."""
     path = write(tmp_path / "a.txt", ["one", "two"])
     material = gather_material(path, bundled, DataOptions(), 16, seed=1)
     assert len(material.held_out) == 0 and ids(material.train_set) == whole(["one", "two"], bundled)
     assert "nothing is held out" in note_of(capsys)
 
 
-def test_a_corpus_with_nothing_to_train_on_is_one_sentence(tmp_path, datasets_cache, bundled):
+def test_gather_training_data_without_text(tmp_path, datasets_cache, bundled):
+    """A corpus with nothing to train on is an error of one sentence."""
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a " * 50, "completion": "b"}))
     (tmp_path / "blank.jsonl").write_text('{"text": " "}')
     for name in ("long.jsonl", "blank.jsonl"):
@@ -279,9 +271,8 @@ def test_a_corpus_with_nothing_to_train_on_is_one_sentence(tmp_path, datasets_ca
                 gather_material(tmp_path / name, bundled, DataOptions(streaming=streaming), 16, seed=1)
 
 
-def test_a_prepared_folder_is_taken_as_its_corpus_would_be_and_by_its_own_tokenizer_only(
-    tmp_path, datasets_cache, bundled, tiny
-):
+def test_gather_training_data_from_prepared(tmp_path, datasets_cache, bundled, tiny):
+    """A prepared folder gives what its corpus would give, to its own tokenizer only."""
     path = write(tmp_path / "a.txt", [f"text {i}" for i in range(50)])
     prepare(path, bundled, tmp_path / "out")
     expected = gather_material(path, bundled, DataOptions(), 16, seed=1)
@@ -296,9 +287,8 @@ def test_a_prepared_folder_is_taken_as_its_corpus_would_be_and_by_its_own_tokeni
         gather_material([str(tmp_path / "out"), path], bundled, DataOptions(), 16, seed=1)
 
 
-def test_a_tokenizer_without_a_chat_template_has_ours_after_conversations_also_from_the_cache(
-    tmp_path, datasets_cache, bundled
-):
+def test_gather_training_data_sets_chat_template(tmp_path, datasets_cache, bundled):
+    """A tokenizer that learns conversations gets a chat template if it has none, from the cache, too."""
     talks = [talk(("user", f"a {n}"), ("assistant", f"b {n}")) for n in range(9)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(example.row) + "\n" for example in talks))
     held = str(tmp_path / "held.jsonl")

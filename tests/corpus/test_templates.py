@@ -33,7 +33,7 @@ HARD = [
 
 
 class Silent:
-    """For `call` where nobody looks at what is printed."""
+    """For `call` where the output does not matter."""
 
     def readouterr(self):
         return b"", b""
@@ -63,7 +63,8 @@ def learned(tiny, rows, tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_prompt_and_completion_are_the_filled_template(seed):
+def test_example_is_the_filled_template(seed):
+    """Prompt and completion are the filled template."""
     draw = random.Random(seed)
     names = draw.sample(["a", "b", "text", "label_2", "über"], draw.randint(1, 5))
     pieces = ["", " ", "\n", "x: ", "{{", "}} ", '"', " {{{{ ", "é\n\n"]
@@ -79,7 +80,8 @@ def test_prompt_and_completion_are_the_filled_template(seed):
     assert example["completion"].endswith(task.end) and task.end
 
 
-def test_space_before_the_answer_is_the_answers_and_values_are_trimmed():
+def test_example_moves_spaces_to_the_answer_and_trims_values():
+    """The space before the answer is part of the answer, and values are trimmed."""
     task = Task("Q: {q}\nA:  {a}")
     assert task.example({"q": "  why?\n", "a": " so "}) == {"prompt": "Q: why?\nA:", "completion": "  so\n"}
     assert Task("{n} is {kind}.").example({"n": 3, "kind": True}) == {"prompt": "3 is", "completion": " True."}
@@ -88,7 +90,8 @@ def test_space_before_the_answer_is_the_answers_and_values_are_trimmed():
 @pytest.mark.parametrize(
     "template", ["", "no field", "{}", "{0}", "{a} {a}", "{a.b}", "{a[0]}", "{a!r} {b}", "{a:>9}", "{a", "a}", "{a} {"]
 )
-def test_a_template_that_is_none_is_told(template, rows, tiny, tmp_path, capfdbinary):
+def test_task_refuses_an_invalid_template(template, rows, tiny, tmp_path, capfdbinary):
+    """The error is about --template, in Python and at a shell."""
     with pytest.raises(OptionError, match="--template is"):
         Task(template)
     if template:
@@ -96,18 +99,20 @@ def test_a_template_that_is_none_is_told(template, rows, tiny, tmp_path, capfdbi
         assert_fails(result, 2, "--template is")
 
 
-def test_a_template_as_it_is_typed_has_its_line_breaks():
+def test_make_task_reads_typed_line_breaks():
+    r"""A typed \n is a line break."""
     options = TaskOptions(template=TEMPLATE, labels=["oui", "non"], metric=["chrf"])
     assert make_task(options) == Task("E: {en}\nF: {fr}", ("oui", "non"), ("chrf",))
     assert make_task(TaskOptions()) is make_task(None) is None
 
 
-def test_a_column_that_is_missing_or_empty_is_told_with_its_place():
+def test_example_reports_a_missing_or_empty_column():
+    """The error has the place of the row."""
     task = Task("{q}: {a}", labels=("yes", "no"))
     with pytest.raises(HfkitError, match=r"no column 'q' \(f, line 3\): there are 'a', 'b'"):
         task.prompt({"a": "yes", "b": 1}, "f, line 3")
     for value in (None, ["yes"], {"text": "yes"}):
-        with pytest.raises(HfkitError, match=r"column 'a' holds no text \(f, line 3\)"):
+        with pytest.raises(HfkitError, match=r"column 'a' is not text \(f, line 3\)"):
             task.example({"q": "?", "a": value}, "f, line 3")
     with pytest.raises(HfkitError, match="a is 'maybe' .*: the labels are yes, no"):
         task.example({"q": "?", "a": "maybe"}, "f, line 3")
@@ -123,7 +128,8 @@ def test_a_column_that_is_missing_or_empty_is_told_with_its_place():
     "template", ["E: {en}\nF: {fr}", '"{en}" \\ {{{{ 🙂\n=> {fr}\n\n', "{en}{fr}", "{{% {en} %}}: {fr}"]
 )
 @pytest.mark.parametrize("family", ["tiny", "tiny_llama"])
-def test_a_chat_template_gives_the_same_tokens(family, template, request, tmp_path):
+def test_chat_template_gives_the_same_tokens(family, template, request, tmp_path):
+    """The saved chat template gives the same tokens as the task."""
     tokenizer, task = AutoTokenizer.from_pretrained(request.getfixturevalue(family)), Task(template)
     give_task(tokenizer, task)
     tokenizer.save_pretrained(tmp_path)
@@ -131,11 +137,12 @@ def test_a_chat_template_gives_the_same_tokens(family, template, request, tmp_pa
     assert task_of(again) == task
     for text in [*HARD, "  spaces \n"]:
         talk = [{"role": "user", "content": "before"}, {"role": "user", "content": text}]
-        found = again.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=False)
-        assert found == again(task.fill(text))["input_ids"], text
+        ids = again.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=False)
+        assert ids == again(task.fill(text))["input_ids"], text
 
 
-def test_a_chat_template_has_one_field_and_the_models_own_stays_where_it_cannot(tiny):
+def test_chat_template_needs_one_field(tiny):
+    """A task with several fields keeps the model's own chat template."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = "mine"
     give_task(tokenizer, Task("{a} {b} {c}"))
@@ -144,7 +151,8 @@ def test_a_chat_template_has_one_field_and_the_models_own_stays_where_it_cannot(
 
 @pytest.mark.parametrize("family", ["tiny", "tiny_llama"])
 @pytest.mark.parametrize("template", ["E: {en}\nF: {fr}", "{en}={fr}"])
-def test_the_answer_alone_is_learned_in_the_tokens_that_the_whole_text_has(family, template, request):
+def test_example_learns_only_the_answer(family, template, request):
+    """Only the answer is learned, in the tokens that it has in the whole text."""
     tokenizer, task = AutoTokenizer.from_pretrained(request.getfixturevalue(family)), Task(template)
     example = task.example({"en": "the rain", "fr": "an end"})
     (row,) = encode_examples([Example(example, "here")], tokenizer)
@@ -157,7 +165,8 @@ def test_the_answer_alone_is_learned_in_the_tokens_that_the_whole_text_has(famil
 # models that carry one
 
 
-def test_the_folder_carries_the_template_for_everybody(learned):
+def test_give_task_saves_it_for_other_programs(learned):
+    """Plain transformers reads the task and its chat template."""
     config = json.loads((Path(learned) / "tokenizer_config.json").read_text())
     assert config["task"] == {"template": "E: {en}\nF: {fr}", "labels": [], "metric": []}
     plain = AutoTokenizer.from_pretrained(learned)
@@ -167,14 +176,15 @@ def test_the_folder_carries_the_template_for_everybody(learned):
     assert rendered == "E: Good morning\nF:"
 
 
-def test_generate_puts_a_prompt_into_the_template_and_ends_where_it_ends(learned, capfdbinary):
+def test_generate_fills_the_template(learned, capfdbinary):
+    """The prompt is put into the template, and the text ends where the template ends."""
     options = ["-t", "0", "--raw", "--stop", "\n", "--no-prompt"]
     for text in ("Good morning", "wind light"):
-        found = call(capfdbinary, "generate", "-m", learned, text, "-t", "0")
+        filled = call(capfdbinary, "generate", "-m", learned, text, "-t", "0")
         plain = call(capfdbinary, "generate", "-m", learned, f"E: {text}\nF:", *options)
-        assert found.returncode == plain.returncode == 0
-        assert found.stdout.strip() == plain.stdout.strip()
-    assert found.stdout == b"oui\n"  # the answer alone, as it was learned
+        assert filled.returncode == plain.returncode == 0
+        assert filled.stdout.strip() == plain.stdout.strip()
+    assert filled.stdout == b"oui\n"  # the answer alone, as it was learned
     record = json.loads(call(capfdbinary, "generate", "-m", learned, "rain wind", "-t", "0", "--json").stdout)
     assert record["prompt"] == "rain wind" and record["completion"] == " oui" and record["finish_reason"] == "stop"
     sampled = [
@@ -184,29 +194,33 @@ def test_generate_puts_a_prompt_into_the_template_and_ends_where_it_ends(learned
     assert sampled[0] == sampled[1]
 
 
-def test_another_stop_or_the_prompt_as_it_is_can_be_had(learned):
-    found = hfkit.generate("rain wind", model=learned, temperature=0, stop_strings=["u"])
-    assert found.completion == " o" and str(found) == "o"
+def test_generate_raw_or_with_another_stop(learned):
+    """stop_strings and raw override the template."""
+    generation = hfkit.generate("rain wind", model=learned, temperature=0, stop_strings=["u"])
+    assert generation.completion == " o" and str(generation) == "o"
     raw = hfkit.generate("E: rain wind\nF:", model=learned, temperature=0, raw=True, max_new_tokens=8)
     assert str(raw) == raw.prompt + raw.completion and raw.completion.startswith(" oui\n")
 
 
-def test_a_chat_is_given_the_same_prompt(learned):
+def test_chat_fills_the_template(learned):
+    """A turn of a chat becomes the same prompt."""
     lm = hfkit.load(learned)
     talk = Conversation(lm, GenerateOptions(max_new_tokens=8))
     assert talk.has_template and talk.add_turn("Good morning") == lm.tokenizer("E: Good morning\nF:")["input_ids"]
 
 
-def test_rows_of_a_file_are_prompts_by_their_columns(learned, tmp_path, capfdbinary):
+def test_generate_input_rows_fill_the_template(learned, tmp_path, capfdbinary):
+    """The columns of each row fill the template."""
     path = tmp_path / "in.jsonl"
     path.write_text('{"en": "rain wind", "fr": "?"}\n{"de": "Regen"}\n{"prompt": "wind wind"}\n')
     result = call(capfdbinary, "generate", "-m", learned, "--input", path, "-t", "0")
     records = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [(one["line"], one["completion"]) for one in records] == [(1, " oui"), (3, " oui")]
+    assert [(record["line"], record["completion"]) for record in records] == [(1, " oui"), (3, " oui")]
     assert result.returncode == 1 and b"line 2: no column 'en': there are 'de'" in result.stderr
 
 
-def test_a_template_of_several_fields_takes_rows_only(tiny, tmp_path, capfdbinary):
+def test_generate_several_fields_take_rows_only(tiny, tmp_path, capfdbinary):
+    """A template of several fields takes rows only."""
     path = tmp_path / "three.jsonl"
     path.write_text("".join(json.dumps({"a": f"{i}", "b": "x", "c": "y"}) + "\n" for i in range(8)))
     options = trials.SMALL | {"max_steps": 1, "eval_steps": 1}
@@ -214,12 +228,13 @@ def test_a_template_of_several_fields_takes_rows_only(tiny, tmp_path, capfdbinar
     assert AutoTokenizer.from_pretrained(run.output_dir).chat_template is None
     assert_fails(call(capfdbinary, "generate", "-m", run.output_dir, "text"), 1, "fields a, b", "--input")
     row = {"a": "1", "b": "x"}
-    found = hfkit.generate(row, model=run.output_dir, seed=1, max_new_tokens=5)
+    generation = hfkit.generate(row, model=run.output_dir, seed=1, max_new_tokens=5)
     plain = hfkit.generate("1-x:", model=run.output_dir, seed=1, max_new_tokens=5, raw=True, stop_strings=["\n"])
-    assert found.completion == plain.completion and found.prompt == row
+    assert generation.completion == plain.completion and generation.prompt == row
 
 
-def test_a_damaged_task_is_told(learned, copy, capfdbinary):
+def test_task_of_a_damaged_folder(learned, copy, capfdbinary):
+    """The error names tokenizer_config.json."""
     for broken in ({"labels": []}, "text", {"template": "no field"}):
         folder = copy(learned)
         edit_json(folder / "tokenizer_config.json", task=broken)
@@ -231,7 +246,8 @@ def test_a_damaged_task_is_told(learned, copy, capfdbinary):
 # rows that do not fit
 
 
-def test_columns_that_are_not_there_are_told_at_a_shell(tiny, rows, corpus, tmp_path, capfdbinary):
+def test_finetune_and_evaluate_report_missing_columns(tiny, rows, corpus, tmp_path, capfdbinary):
+    """The error names the columns that there are."""
     run = ["-m", tiny, "-o", tmp_path / "run"]
     result = call(capfdbinary, "finetune", rows, *run, "--template", "{en} {de}")
     assert_fails(result, 1, "no column 'de' (", "rows.jsonl, line 1", "'en', 'fr'")

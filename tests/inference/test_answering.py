@@ -95,7 +95,8 @@ def by_hand(folder: str, question: str, context: str) -> tuple[dict[tuple[int, i
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("family", ["random_bert", "random_gpt2"])
 @pytest.mark.parametrize("most", [6, 70])
-def test_an_answer_is_the_likeliest_of_all_spans(family, most, seed, request):
+def test_answer_is_the_likeliest_span(family, most, seed, request):
+    """An answer is the likeliest of all spans, or none where that is likelier."""
     folder, context = request.getfixturevalue(family), context_of(seed, most)
     spans, nothing = by_hand(folder, "what?", context)
     (first, last), best = max(spans.items(), key=lambda item: item[1])
@@ -126,7 +127,8 @@ def test_seeds_reach_several_windows(random_bert, random_gpt2):
 
 
 @pytest.mark.parametrize("family", ["random_bert", "random_gpt2"])
-def test_many_questions_get_what_each_gets_alone_in_their_order(family, request, monkeypatch):
+def test_find_answers_equal_alone(family, request, monkeypatch):
+    """Many questions get what each gets alone, in their order."""
     lm = hfkit.load(request.getfixturevalue(family))
     pairs = [(f"what {seed}?", context_of(seed, 40)) for seed in range(20)]
     alone = [answer(*pair, model=lm) for pair in pairs]
@@ -138,7 +140,8 @@ def test_many_questions_get_what_each_gets_alone_in_their_order(family, request,
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_an_answer_is_found_wherever_in_a_long_text_it_stands(seed, finder):
+def test_answer_anywhere_in_a_long_text(seed, finder):
+    """An answer is found wherever in a long text it is."""
     draw = random.Random(seed)
     words = draw.choices(["the", "and", "of", "falls"], k=400)
     at = draw.randrange(400)
@@ -155,19 +158,22 @@ def test_an_answer_is_found_wherever_in_a_long_text_it_stands(seed, finder):
     assert answer("what", " ".join(words), model=finder, no_answer_threshold=1e9).answer  # the best guess
 
 
-def test_a_context_of_which_nothing_is_left_has_no_answer(random_bert):
+def test_answer_empty_context(random_bert):
+    """A context without any token has no answer."""
     (found,) = find_answers(hfkit.load(random_bert), [("what?", "  ")], 0.0)
     assert (found.answer, found.score, found.start) == ("", pytest.approx(1), None)
 
 
-def test_values_that_are_not_numbers_are_told(random_bert):
+def test_answer_not_finite(random_bert):
+    """Values that are not numbers are one sentence."""
     lm = hfkit.load(random_bert)
     lm.model.qa_outputs.bias.data[:] = torch.nan
     with pytest.raises(HfkitError, match="not numbers: try --dtype float32"):
         answer("what?", "rain", model=lm)
 
 
-def test_what_cannot_be_asked_is_told(random_bert, random_gpt2):
+def test_answer_refuses_empty_texts(random_bert, random_gpt2):
+    """A question or a text that is missing, or does not fit, is one sentence."""
     for question, context in (("", "rain"), ("what?", " \n"), (" ", " ")):
         with pytest.raises(HfkitError, match="give a question, and a text"):
             answer(question, context, model=random_bert)
@@ -191,7 +197,8 @@ def carrying(folder: Path, model: str, template: str) -> str:
 
 
 @pytest.mark.parametrize("template", [None, "{question} {context}:{answer};", "ask {question}={answer}w"])
-def test_a_text_model_writes_its_answer_after_a_template(template, tiny, tmp_path):
+def test_answer_by_a_text_model(template, tiny, tmp_path):
+    """A text model writes its answer after a template."""
     folder = carrying(tmp_path, tiny, template) if template else tiny
     task = Task(template or "{context}\n\nQuestion: {question}\nAnswer: {answer}")
     prompt = task.prompt({"question": "who?", "context": "rain"})
@@ -201,12 +208,14 @@ def test_a_text_model_writes_its_answer_after_a_template(template, tiny, tmp_pat
     assert (found.start, found.end, found.question, found.model) == (None, None, "who?", folder)
 
 
-def test_a_text_model_that_learned_something_else_is_told(tiny, tmp_path):
+def test_answer_other_task(tiny, tmp_path):
+    """A text model that learned another task is refused."""
     with pytest.raises(HfkitError, match="learned another task, from en: use 'hfkit generate'"):
         answer("who?", "rain", model=carrying(tmp_path, tiny, "{en}={fr}"))
 
 
-def test_a_text_that_does_not_fit_a_text_model_is_told(tiny):
+def test_answer_text_too_long(tiny):
+    """A text that does not fit a text model is one sentence."""
     with pytest.raises(HfkitError, match="do not fit .* takes 64"):
         answer("who?", "rain " * 20, model=tiny)
 
@@ -225,7 +234,8 @@ def shell(capfdbinary, monkeypatch):
     return ask
 
 
-def test_a_question_is_answered_from_a_file_or_a_pipe(finder, tmp_path, shell):
+def test_answer_at_a_shell(finder, tmp_path, shell):
+    """A question is answered from a file or a pipe."""
     text = "the falls of the under stone river and of"
     path = tmp_path / "text.txt"
     path.write_text(text)
@@ -239,7 +249,8 @@ def test_a_question_is_answered_from_a_file_or_a_pipe(finder, tmp_path, shell):
     assert f"characters {record['start']} to {record['end']}" in told
 
 
-def test_that_there_is_no_answer_is_told(finder, shell):
+def test_answer_none_at_a_shell(finder, shell):
+    """Without an answer the exit code is 1 and stderr says why."""
     text = b"the falls of the and of"
     assert_fails(shell("what", "-m", finder, stdin=text), 1, "does not answer that", "--no-answer-threshold")
     result = shell("what", "-m", finder, "--json", stdin=text)
@@ -249,7 +260,8 @@ def test_that_there_is_no_answer_is_told(finder, shell):
     assert result.returncode == 0 and result.stdout.strip() in text
 
 
-def test_what_is_wrong_is_one_line(random_bert, tiny, tmp_path, shell):
+def test_answer_errors_at_a_shell(random_bert, tiny, tmp_path, shell):
+    """What is wrong is one line."""
     (tmp_path / "latin").write_bytes(b"the rain \xff falls")
     (tmp_path / "empty").touch()
     for context, code, words in (

@@ -14,6 +14,12 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    JambaConfig,
+    JambaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     RobertaConfig,
     RobertaForSequenceClassification,
     set_seed,
@@ -23,6 +29,7 @@ import hfkit
 from hfkit.corpus.templates import Task
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inference.classification import calibration_error, classify, label_scores, labelling_task
+from hfkit.models.loading import LanguageModel
 from hfkit.options import TaskOptions
 
 pytestmark = pytest.mark.usefixtures("brisk")
@@ -56,7 +63,8 @@ def texts(count: int, longest: int = 4) -> list[str]:
 
 
 @FAMILIES
-def test_a_label_is_as_likely_as_its_tokens_in_a_plain_forward_pass(family, request):
+def test_label_scores_equal_a_plain_pass(family, request):
+    """A label is as likely as its tokens in a plain forward pass."""
     folder = request.getfixturevalue(family)
     lm, prompts = hfkit.load(folder), [f"{text}:" for text in ["rain", *texts(5), "wind and the light of a river"]]
     labels = [lm.tokenizer(f":{answer}", add_special_tokens=False)["input_ids"] for answer in ("", " a", " the rain")]
@@ -70,7 +78,8 @@ def test_a_label_is_as_likely_as_its_tokens_in_a_plain_forward_pass(family, requ
 
 @FAMILIES
 @pytest.mark.parametrize("template", [ZERO_SHOT, "{text}={label}", "{text}: {label}.\n", "Q {text}  {label} END"])
-def test_probabilities_are_shares_of_the_likelihoods_of_the_answers(family, template, request):
+def test_classify_probabilities(family, template, request):
+    """Probabilities are shares of the likelihoods of the answers."""
     folder = request.getfixturevalue(family)
     task, text = Task(template), "a wind"
     options = {} if template == ZERO_SHOT else {"template": template.replace("\n", "\\n")}
@@ -83,7 +92,8 @@ def test_probabilities_are_shares_of_the_likelihoods_of_the_answers(family, temp
 
 
 @FAMILIES
-def test_labels_of_one_token_are_compared_without_another_pass(family, request):
+def test_classify_labels_of_one_token(family, request):
+    """Labels of one token need one forward pass only."""
     folder = request.getfixturevalue(family)
     found = classify("wind", model=folder, labels=["a", "b"], template="{text}={label}")
     expected = plain_shares(plain_scores(folder, "wind=", ["a", "b"]), ["a", "b"])
@@ -91,8 +101,11 @@ def test_labels_of_one_token_are_compared_without_another_pass(family, request):
 
 
 @FAMILIES
-def test_of_labels_that_begin_one_another_the_end_counts_too(family, request):
-    """Else the longer of them could never be the likelier one."""
+def test_classify_nested_labels(family, request):
+    """Where one label is the beginning of another, the end counts, too.
+
+    Else the longer of them could never be the likelier one.
+    """
     folder, labels = request.getfixturevalue(family), ["the", "the river", "rain"]
     found = classify("wind", model=folder, labels=labels, template="{text}: {label}.")
     expected = plain_shares(plain_scores(folder, "wind:", [" the.", " the river.", " rain."]), labels)
@@ -100,7 +113,8 @@ def test_of_labels_that_begin_one_another_the_end_counts_too(family, request):
 
 
 @FAMILIES
-def test_many_texts_get_what_each_gets_alone_in_their_order(family, request, monkeypatch):
+def test_classify_equals_alone(family, request, monkeypatch):
+    """Many texts get what each gets alone, in their order."""
     lm, many = hfkit.load(request.getfixturevalue(family)), texts(30)
     alone = [classify(text, model=lm, labels=LABELS) for text in many]
     for window, tokens in ((128, 16_384), (7, 600), (1, 1)):
@@ -116,7 +130,54 @@ def test_many_texts_get_what_each_gets_alone_in_their_order(family, request, mon
     assert len(shares) > 20  # so that an exchange would be seen
 
 
-def test_a_text_fits_with_its_label_up_to_the_last_token_and_not_beyond(tiny):
+@pytest.mark.parametrize("kind", ["openai-gpt", "mamba", "jamba"])
+@pytest.mark.parametrize("labels", [["a", "b"], LABELS])
+def test_label_scores_need_no_cache_of_keys_and_values(kind, labels, tiny):
+    """Mamba's state cannot be repeated for each label, openai-gpt keeps nothing, Jamba has layers of both kinds."""
+    shape = {"vocab_size": 257, "pad_token_id": 0, "bos_token_id": 256, "eos_token_id": 256}
+    set_seed(2)
+    if kind == "openai-gpt":
+        model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(n_positions=64, n_embd=32, n_layer=2, n_head=2, **shape))
+    elif kind == "mamba":
+        model = MambaForCausalLM(MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=2, **shape))
+    else:
+        model = JambaForCausalLM(JambaConfig(
+            hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            attn_layer_period=2, attn_layer_offset=1, expert_layer_period=9, expert_layer_offset=8, num_experts=1,
+            num_experts_per_tok=1, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False,
+            max_position_embeddings=64, **shape))  # fmt: skip
+    for parameter in model.parameters():
+        parameter.data *= 3
+    lm, many = LanguageModel(model.eval(), AutoTokenizer.from_pretrained(tiny)), ["rain", *texts(6), "a longer text"]
+    task = Task(ZERO_SHOT)
+    for text, result in zip(many, classify(many, model=lm, labels=labels), strict=True):
+        scores = []
+        for label in labels:
+            prompt, whole = (
+                lm.tokenizer(part)["input_ids"] for part in (task.fill(text), f"{task.fill(text)} {label}")
+            )
+            with torch.inference_mode():
+                logs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+            scores.append(sum(logs[at - 1, whole[at]].item() for at in range(len(prompt), len(whole))))
+        assert result.probabilities == pytest.approx(plain_shares(scores, labels), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_quantize_mamba(tiny, tmp_path, bits):
+    """A quantized Mamba writes text and labels it.
+
+    It multiplies by the weight of one of its layers without calling the layer.
+    """
+    config = MambaConfig(vocab_size=257, hidden_size=32, state_size=4, num_hidden_layers=2, eos_token_id=256)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
+    lm = hfkit.load(str(tmp_path), quantize=bits)
+    assert hfkit.generate("a", model=lm, max_new_tokens=4, seed=1).tokens > 0
+    assert len(classify("a", model=lm, labels=["rain", "wind"]).probabilities) == 2
+
+
+def test_classify_context(tiny):
+    """A text fits with its label up to the last token of the context, and not beyond."""
     labels, template = ["ab", "abcd", "x"], "{text}:{label}."  # with the end of a label 5 tokens of 64
     found = classify("w" * 58, model=tiny, labels=labels, template=template)
     expected = plain_shares(plain_scores(tiny, "w" * 58 + ":", ["ab.", "abcd.", "x."]), labels)
@@ -127,7 +188,8 @@ def test_a_text_fits_with_its_label_up_to_the_last_token_and_not_beyond(tiny):
         classify(["w", "w" * 59, "w"], model=tiny, labels=labels, template=template)
 
 
-def test_rows_have_the_columns_of_the_template(tiny):
+def test_classify_columns(tiny):
+    """Rows have the columns of the template."""
     row = {"a": "rain", "b": "wind", "label": "never"}
     found = classify(row, model=tiny, labels=["x", "yy"], template="{a}/{b}={label}")
     assert found.text == "rain wind"
@@ -141,7 +203,8 @@ def test_rows_have_the_columns_of_the_template(tiny):
 
 
 @pytest.mark.parametrize("labels", [None, [], ["one"], ["a", "a"], ["a", " "], ["a", ""]])
-def test_labels_are_several_and_different(tiny, labels):
+def test_labelling_task_labels(tiny, labels):
+    """Labels must be several and different."""
     with pytest.raises(OptionError, match="labels"):
         classify("rain", model=tiny, labels=labels)
 
@@ -166,7 +229,8 @@ def learned(tiny, tmp_path_factory) -> str:
     return run.output_dir
 
 
-def test_a_model_that_learned_labels_needs_none(learned):
+def test_labelling_task_of_the_model(learned):
+    """A model that learned labels needs none."""
     found = classify(["rain 40", "light 50"], model=learned)
     assert [one.label for one in found] == ["bad", "good"] and all(
         max(one.probabilities.values()) > 0.9 for one in found
@@ -225,7 +289,8 @@ def headed(tiny_bert, tiny, tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "gpt2 without padding", "roberta", "several"])
-def test_a_head_gives_what_plain_transformers_gives(kind, headed, capfd):
+def test_classify_with_a_head(kind, headed, capfd):
+    """A head gives what plain transformers gives."""
     model = AutoModelForSequenceClassification.from_pretrained(headed[kind])
     tokenizer = AutoTokenizer.from_pretrained(headed[kind])
     many = [*texts(12), "rain " * 70]  # the last one is too long
@@ -244,17 +309,20 @@ def test_a_head_gives_what_plain_transformers_gives(kind, headed, capfd):
     assert "1 texts have 64 tokens or more" in capfd.readouterr().err
 
 
-def test_an_empty_text_is_labelled_too(headed):
+def test_classify_empty_text(headed):
+    """A head labels an empty text, too."""
     for kind in ("bert", "gpt2", "gpt2 without padding"):
         assert sum(classify("", model=headed[kind]).probabilities.values()) == pytest.approx(1)
 
 
-def test_a_head_needs_the_column_text(headed):
+def test_classify_head_column(headed):
+    """A head needs the column 'text'."""
     with pytest.raises(HfkitError, match="labels the column 'text'"):
         classify({"review": "rain"}, model=headed["bert"])
 
 
-def test_values_that_are_not_numbers_are_told(headed, tiny):
+def test_classify_not_finite(headed, tiny):
+    """Values that are not numbers are one sentence."""
     for folder, options in ((headed["bert"], {}), (tiny, {"labels": ["a", "b"]})):
         lm = hfkit.load(folder)
         next(lm.model.parameters()).data[:] = torch.nan
@@ -262,13 +330,15 @@ def test_values_that_are_not_numbers_are_told(headed, tiny):
             classify("rain", model=lm, **options)
 
 
-def test_a_head_has_its_own_labels(headed, capfdbinary):
+def test_classify_head_labels(headed, capfdbinary):
+    """A head has labels of its own."""
     for option in (["--labels", "a", "--labels", "b"], ["--template", "{text}: {label}"]):
         result = call(capfdbinary, "classify", "rain", "-m", headed["bert"], *option)
         assert_fails(result, 2, "has labels of its own: leave --labels and --template out")
 
 
-def test_a_head_that_gives_a_number_is_told(headed):
+def test_label_names_of_a_number(headed):
+    """A head that gives a number is refused."""
     with pytest.raises(HfkitError, match="gives a number, not labels"):
         classify("rain", model=headed["number"])
 
@@ -276,7 +346,8 @@ def test_a_head_that_gives_a_number_is_told(headed):
 # at a shell
 
 
-def test_a_text_is_labelled_at_a_shell(headed, capfdbinary, monkeypatch):
+def test_classify_at_a_shell(headed, capfdbinary, monkeypatch):
+    """A text is labelled at a shell."""
     expected = classify("rain falls", model=headed["bert"])
     result = call(capfdbinary, "classify", "rain falls", "-m", headed["bert"])
     assert result.returncode == 0 and result.stderr == b""
@@ -287,7 +358,8 @@ def test_a_text_is_labelled_at_a_shell(headed, capfdbinary, monkeypatch):
     assert found == expected.to_dict() and list(found) == ["text", "label", "probabilities", "model"]
 
 
-def test_a_text_model_is_given_labels_at_a_shell(tiny, capfdbinary):
+def test_classify_labels_at_a_shell(tiny, capfdbinary):
+    """A text model is given labels at a shell."""
     labels = ["--labels", "rain", "--labels", "light"]
     result = call(capfdbinary, "classify", "a wind", "-m", tiny, *labels, "--template", r"{text}\n= {label}")
     expected = plain_shares(plain_scores(tiny, "a wind\n=", [" rain", " light"]), ["rain", "light"])
@@ -295,7 +367,8 @@ def test_a_text_model_is_given_labels_at_a_shell(tiny, capfdbinary):
     assert result.stdout.decode() == f"{best}\t{expected[best]:.3f}\n" and result.stderr == b""
 
 
-def test_lines_of_a_file_that_cannot_be_read_stop_no_others(headed, tiny, tmp_path, capfdbinary):
+def test_classify_file_with_faults(headed, tiny, tmp_path, capfdbinary):
+    """Lines that cannot be read do not stop the others."""
     path = tmp_path / "texts.txt"
     path.write_bytes(b"rain\n\nlight \xff\nthe wind falls\n" + b"w" * 60 + b"\nriver\n")
     result = call(capfdbinary, "classify", "-m", headed["bert"], "--input", path, "--json")
@@ -314,7 +387,8 @@ def test_lines_of_a_file_that_cannot_be_read_stop_no_others(headed, tiny, tmp_pa
     assert result.returncode == 1 and b"line 5: 75 tokens of text" in result.stderr
 
 
-def test_rows_of_a_file_have_texts_and_what_else_they_have_does_not_matter(headed, tiny, tmp_path, capfdbinary):
+def test_classify_file_of_rows(headed, tiny, tmp_path, capfdbinary):
+    """Rows of a file need a text; their other columns do not matter."""
     path = tmp_path / "rows.jsonl"
     rows = [{"text": "rain", "label": "bad", "id": 3}, {"prompt": "light"}, {"review": "?"}, ["x"], {"text": "wind"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
@@ -346,13 +420,13 @@ def test_rows_of_a_file_have_texts_and_what_else_they_have_does_not_matter(heade
         (["w" * 70, "--labels", "a", "--labels", "b"], 1, ["do not fit", "takes 64"]),
     ],
 )
-def test_what_is_wrong_is_one_line(arguments, code, words, tiny, capfdbinary):
+def test_classify_errors_at_a_shell(arguments, code, words, tiny, capfdbinary):
+    """What is wrong is one line."""
     assert_fails(call(capfdbinary, "classify", "-m", tiny, *arguments), code, *words)
 
 
-def test_a_model_of_another_kind_is_told_with_the_command_that_fits(
-    headed, tiny, tiny_bert, tiny_t5, tmp_path, capfdbinary
-):
+def test_check_head_at_a_shell(headed, tiny, tiny_bert, tiny_t5, tmp_path, capfdbinary):
+    """A model of another kind is refused, with the command that fits it."""
     for command in (["generate", "rain"], ["chat"], ["inspect", "rain"]):
         assert_fails(
             call(capfdbinary, *command, "-m", headed["bert"]), 1, "BertForSequenceClassification", "hfkit classify"
@@ -374,7 +448,8 @@ def test_a_model_of_another_kind_is_told_with_the_command_that_fits(
 # calibration
 
 
-def test_the_calibration_error_is_that_of_a_plain_count():
+def test_calibration_error():
+    """The calibration error is that of a plain count."""
     draw = random.Random(0)
     claimed = [draw.random() for _ in range(500)] + [0.0, 1.0, 0.1, 0.3, 0.7]
     right = [draw.random() < one**2 for one in claimed]

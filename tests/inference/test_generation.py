@@ -3,6 +3,8 @@
 import copy
 import json
 import random
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -20,9 +22,9 @@ from transformers import (
 import hfkit
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inference import batches, controls
-from hfkit.inference.batches import fit_prompt as prepare
 from hfkit.inference.decoding import Detokenizer, complete, held_back, repeats
 from hfkit.inference.decoding import cut_at_stop as cut
+from hfkit.inference.prompts import fit_prompt as prepare
 from hfkit.models import loading
 from hfkit.options import SAMPLING, GenerateOptions
 
@@ -79,7 +81,8 @@ def reference(lm, prompt: str, seed: int = 0, tokens: int = 12, fields: dict | N
 
 @BOTH
 @pytest.mark.parametrize("fields", [{}, {"temperature": 0.7, "top_p": 0.9}, {"do_sample": False}])
-def test_shell_json_python_and_transformers_give_the_same_text(lms, capfdbinary, name, fields):
+def test_generate_equals_transformers(lms, capfdbinary, name, fields):
+    """A shell, --json, Python and transformers give the same text for the same seed."""
     lm, suppress = lms[name], broken(lms[name])
     given = fields | {"suppress_tokens": suppress}
     flags = [part for key, value in fields.items() if key != "do_sample" for part in (f"--{key}", value)]
@@ -115,7 +118,8 @@ CONTROLS = [
 
 @BOTH
 @pytest.mark.parametrize("fields", CONTROLS, ids=lambda fields: "-".join(fields))
-def test_a_sampling_control_does_what_it_does_in_transformers(lms, name, fields):
+def test_generate_sampling_controls(lms, name, fields):
+    """Each sampling control does what it does in transformers."""
     lm, plain = lms[name], {"top_k": 0, "suppress_tokens": broken(lms[name])}
     if "suppress_tokens" in fields:
         fields = {"suppress_tokens": [*broken(lm), *fields["suppress_tokens"]]}
@@ -137,7 +141,8 @@ def test_a_sampling_control_does_what_it_does_in_transformers(lms, name, fields)
         {"num_beams": 2, "do_sample": False, "no_repeat_ngram_size": 2},
     ],
 )
-def test_beams_are_those_of_transformers(lms, name, fields):
+def test_generate_beams(lms, name, fields):
+    """Beams are those of transformers."""
     lm, fields = lms[name], fields | {"suppress_tokens": broken(lms[name])}
     results = hfkit.generate("the cat", model=lm, seed=3, max_new_tokens=12, num_return_sequences=2, **fields)
     expected = reference(lm, "the cat", 3, fields=fields | {"num_return_sequences": 2})
@@ -145,7 +150,8 @@ def test_beams_are_those_of_transformers(lms, name, fields):
     assert "".join(hfkit.stream("the cat", model=lm, seed=3, max_new_tokens=12, **fields)) == expected[0]
 
 
-def test_a_negative_prompt_is_what_guidance_moves_away_from(lms):
+def test_generate_negative_prompt(lms):
+    """Guidance moves away from the negative prompt as in transformers."""
     lm, fields = lms["gpt2"], {"guidance_scale": 2.5, "suppress_tokens": broken(lms["gpt2"])}
     ids = lm.tokenizer("a dog", return_tensors="pt").input_ids
     found = hfkit.generate("the cat", model=lm, seed=1, max_new_tokens=12, negative_prompt="a dog", **fields)
@@ -153,7 +159,8 @@ def test_a_negative_prompt_is_what_guidance_moves_away_from(lms):
     assert found != hfkit.generate("the cat", model=lm, seed=1, max_new_tokens=12, **fields)
 
 
-def test_sampling_is_the_default_and_a_temperature_turns_it_on(lms):
+def test_draws_by_default(lms):
+    """Sampling is the default; a temperature of 0 turns it off, any other sampling option turns it on."""
     lm = lms["gpt2"]
     texts = {hfkit.generate("a", model=lm, seed=seed, max_new_tokens=8).completion for seed in range(5)}
     assert len(texts) == 5
@@ -170,7 +177,8 @@ def test_sampling_is_the_default_and_a_temperature_turns_it_on(lms):
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_a_model_with_an_encoder_translates_as_its_own_config_says(lms, name):
+def test_draws_with_an_encoder(lms, name):
+    """A model with an encoder follows its own generation config."""
     lm = lms[name]
     fields = {"suppress_tokens": broken(lm), "do_sample": False}
     result = hfkit.generate("the cat", model=lm, max_new_tokens=9, suppress_tokens=broken(lm))
@@ -205,7 +213,8 @@ BATCHED = [
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bart"])
 @pytest.mark.parametrize("fields", BATCHED, ids=str)
-def test_a_batch_gives_what_each_prompt_gives_alone(lms, name, fields):
+def test_run_batch_equals_alone(lms, name, fields):
+    """A batch gives what each prompt gives alone."""
     if name in ("t5", "bart") and "guidance_scale" in fields:
         pytest.skip("transformers has no guidance for a model with an encoder")
     how = {"model": lms[name], "max_new_tokens": 8, **fields}
@@ -219,7 +228,8 @@ def test_a_batch_gives_what_each_prompt_gives_alone(lms, name, fields):
         assert [str(one) for one in hfkit.generate(PROMPTS, seed=4, batch_size=2, **how)] == [*map(str, together)]
 
 
-def test_sample_k_of_prompt_i_has_its_own_seed(lms):
+def test_generate_seeds(lms):
+    """Sample k of prompt i has a seed of its own, which gives it again."""
     how = {"model": lms["gpt2"], "max_new_tokens": 6}
     for i, samples in enumerate(hfkit.generate(PROMPTS[:3], seed=7, num_return_sequences=3, **how)):
         assert [sample.seed for sample in samples] == [7 + 3 * i + k for k in range(3)]
@@ -228,7 +238,8 @@ def test_sample_k_of_prompt_i_has_its_own_seed(lms):
     assert hfkit.generate("a", seed=7, num_return_sequences=1, **how) == [hfkit.generate("a", seed=7, **how)]
 
 
-def test_a_batch_that_is_too_large_for_the_memory_runs_in_halves(lms, monkeypatch, capfdbinary):
+def test_run_all_out_of_memory(lms, monkeypatch, capfdbinary):
+    """A batch that is too large for the memory runs in halves."""
     lm, expected = lms["gpt2"], hfkit.generate(PROMPTS, model=lms["gpt2"], seed=1, max_new_tokens=5)
     whole, most = lm.model.generate, 2
 
@@ -249,7 +260,8 @@ def test_a_batch_that_is_too_large_for_the_memory_runs_in_halves(lms, monkeypatc
             list(hfkit.stream("a", model=lm, max_new_tokens=5, **how))
 
 
-def test_rows_are_grouped_by_length_within_the_devices_tokens(lms, monkeypatch):
+def test_run_all_groups_by_length(lms, monkeypatch):
+    """Rows are grouped by length, within the number of tokens that the device is good for."""
     seen = []
     run = batches.run_batch
     monkeypatch.setattr(
@@ -279,7 +291,8 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bundled"])
-def test_streamed_text_is_the_whole_text_for_any_cut(lms, name):
+def test_detokenizer_any_cut(lms, name):
+    """Streamed text is the whole text, wherever the prompt ends."""
     tokenizer = hfkit.load("bundled").tokenizer if name == "bundled" else lms[name].tokenizer
     draw = random.Random(name)
     for _ in range(1500):
@@ -299,7 +312,8 @@ def test_streamed_text_is_the_whole_text_for_any_cut(lms, name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bundled"])
-def test_any_tokens_at_all_stream_to_what_they_decode_to(lms, name):
+def test_detokenizer_any_tokens(lms, name):
+    """Any tokens at all stream to what they decode to."""
     tokenizer = hfkit.load("bundled").tokenizer if name == "bundled" else lms[name].tokenizer
     draw = random.Random(name)
     for _ in range(3000):
@@ -308,7 +322,8 @@ def test_any_tokens_at_all_stream_to_what_they_decode_to(lms, name):
 
 
 @BOTH
-def test_generate_and_stream_agree_on_bytes_that_are_no_text(lms, name):
+def test_complete_equals_stream(lms, name):
+    """A whole text and a stream agree on bytes that are not text."""
     tokenizer, draw = lms[name].tokenizer, random.Random(name)
     context, halves = tokenizer("the é")["input_ids"], broken(lms[name])
     for _ in range(1500):
@@ -318,7 +333,9 @@ def test_generate_and_stream_agree_on_bytes_that_are_no_text(lms, name):
 
 
 @BOTH
-def test_a_stream_is_what_generate_gives_and_returns_it(lms, name):
+def test_stream_equals_generate(lms, name):
+    """A stream joins to what generate gives, and returns it."""
+
     def both(prompt, **how):
         stream, said = hfkit.stream(prompt, model=lms[name], **how), []
         try:
@@ -332,7 +349,8 @@ def test_a_stream_is_what_generate_gives_and_returns_it(lms, name):
         assert said == whole.completion and returned == whole
 
 
-def test_closing_a_stream_ends_the_work(lms, steps):
+def test_stream_close_ends_the_work(lms, steps):
+    """Closing a stream ends its thread and the forward passes."""
     stream = hfkit.stream("a", model=lms["gpt2"], max_new_tokens=60, sequence_bias=["a=100"])
     before = threading.active_count()
     next(stream)
@@ -340,7 +358,34 @@ def test_closing_a_stream_ends_the_work(lms, steps):
     assert threading.active_count() == before and len(steps) < 50
 
 
-def test_a_stream_is_refused_at_the_call_and_a_fault_reaches_the_reader(lms, monkeypatch):
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("", 0), ("raise ValueError", 1), ("sys.exit(3)", 3), ("del pieces; import gc; gc.collect()", 0)],
+)
+def test_stream_may_be_unfinished_when_python_exits(ending, code):
+    """A thread that is inside torch then would abort it."""
+    program = (
+        "import sys, hfkit\n"
+        "streams = [hfkit.stream('Once upon a time', seed=i, max_new_tokens=200) for i in range(2)]\n"
+        "pieces = streams[0]\n"
+        f"print(next(pieces), next(streams[1]), flush=True)\n{ending.replace('del pieces', 'del pieces, streams')}\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == code and result.stdout
+    assert "Exception ignored" not in result.stderr and "terminate" not in result.stderr
+
+
+def test_stream_that_nobody_reads_leaves_no_thread(lms):
+    before = threading.active_count()
+    stream = hfkit.stream("a", model=lms["gpt2"], max_new_tokens=60)
+    assert threading.active_count() == before
+    next(stream)
+    del stream
+    assert threading.active_count() == before
+
+
+def test_stream_errors(lms, monkeypatch):
+    """What is wrong with the arguments is raised at the call; an error while generating reaches the reader."""
     with pytest.raises(HfkitError, match="do not fit"):
         hfkit.stream("a" * 99, model=lms["gpt2"])
     with pytest.raises(OptionError, match="one text"):
@@ -354,7 +399,8 @@ def test_a_stream_is_refused_at_the_call_and_a_fault_reaches_the_reader(lms, mon
 
 
 @BOTH
-def test_a_stop_string_is_cut_and_never_shown(lms, name):
+def test_cut_at_stop_in_texts_and_streams(lms, name):
+    """A stop string is cut off, and a stream never shows its beginning."""
     lm, suppress, draw = lms[name], broken(lms[name]), random.Random(name)
     for seed in range(8):
         how = {"model": lm, "seed": seed, "max_new_tokens": 16, "suppress_tokens": suppress}
@@ -374,21 +420,24 @@ def test_a_stop_string_is_cut_and_never_shown(lms, name):
         assert stopped.tokens <= len(ids)
 
 
-def test_the_first_stop_string_counts_and_its_beginning_waits():
+def test_cut_at_stop_first_one_counts():
+    """The first stop string counts, and what may be its beginning is held back."""
     assert cut("a stop and more", ["more", "stop", "op"]) == ("a ", True)
     assert cut("nothing", ["stop"]) == ("nothing", False)
     assert [held_back(text, ["stop", "##"]) for text in ("a s", "a sto", "a #", "stop", "x", "")] == [1, 3, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
-def test_a_stop_string_ends_the_work_and_does_not_match_the_prompt(lms, how, steps):
+def test_stop_texts_ignore_the_prompt(lms, how, steps):
+    """A stop string ends the work, in all loops, and does not match the prompt."""
     how = {"model": lms["gpt2"], "sequence_bias": ["i=100", " =-100"], "max_new_tokens": 50, "temperature": 0, **how}
     found = hfkit.generate("hii", stop_strings=["iii"], **how)
     assert (found.completion, found.tokens, found.finish_reason) == ("", 3, "stop")
     assert len(steps) < 10
 
 
-def test_an_end_of_text_token_ends_and_is_counted_but_not_shown(lms):
+def test_complete_end_of_text_token(lms):
+    """An end-of-text token ends a text and is counted, but not shown."""
     how = {"model": lms["gpt2"], "max_new_tokens": 9, "sequence_bias": ["<|endoftext|>=100"]}
     for fields in ({}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}):
         found = hfkit.generate("hi", **how, **fields)
@@ -400,7 +449,8 @@ def test_an_end_of_text_token_ends_and_is_counted_but_not_shown(lms):
 # words
 
 
-def test_a_bad_word_never_comes_and_a_bias_moves_a_word(lms):
+def test_generation_config_words(lms):
+    """A bad word never comes, and a bias makes a word more or less likely."""
     lm = lms["gpt2"]
     how = {"model": lm, "max_new_tokens": 20, "suppress_tokens": broken(lm)}
     texts = [hfkit.generate("the", seed=seed, **how).completion for seed in range(8)]
@@ -418,7 +468,8 @@ def test_a_bad_word_never_comes_and_a_bias_moves_a_word(lms):
     assert not any(word[0] in text for text in fewer)
 
 
-def test_a_watermark_can_be_detected(lms):
+def test_generation_config_watermark(lms):
+    """transformers' detector finds the watermark."""
     lm = lms["gpt2"]
     text = [token for token in range(256) if len(lm.tokenizer.decode([token]).encode()) == 1]
     how = {"model": lm, "max_new_tokens": 60, "suppress_tokens": sorted({*range(257)} - set(text)), "top_k": 0}
@@ -434,7 +485,8 @@ def test_a_watermark_can_be_detected(lms):
 @pytest.mark.parametrize(
     "fields", [{"suppress_tokens": [257]}, {"begin_suppress_tokens": [-1]}, {"forced_bos_token_id": 999}]
 )
-def test_a_token_that_the_model_does_not_have_is_refused(lms, fields):
+def test_check_controls_token_ids(lms, fields):
+    """A token id that the model does not have is refused."""
     with pytest.raises(OptionError, match="0 to 256"):
         hfkit.generate("a", model=lms["gpt2"], **fields)
 
@@ -443,7 +495,8 @@ def test_a_token_that_the_model_does_not_have_is_refused(lms, fields):
 
 
 @BOTH
-def test_a_guess_changes_the_speed_and_not_the_text(lms, tiny, tiny_llama, name, monkeypatch):
+def test_run_special_guesses(lms, tiny, tiny_llama, name, monkeypatch):
+    """Speculation changes the speed and not the text."""
     lm = lms[name]
     how = {"model": lm, "max_new_tokens": 8, "temperature": 0}
     expected = hfkit.generate("the the the", **how)
@@ -453,16 +506,27 @@ def test_a_guess_changes_the_speed_and_not_the_text(lms, tiny, tiny_llama, name,
         assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
 
 
-def test_an_assistant_is_loaded_once_and_guesses_as_many_tokens_as_told(lms, tiny, monkeypatch):
-    loads, load = [], loading.load
-    monkeypatch.setattr(controls, "load", lambda *a, **k: loads.append(load(*a, **k)) or loads[-1])
-    controls._assistant.cache_clear()
+def test_run_special_assistant_tokens(lms, tiny, monkeypatch):
+    """An assistant is loaded once and guesses --num-assistant-tokens at a time.
+
+    Its own config stays as it is, for calls that say nothing.
+    """
+    loads, load, assistants, whole = [], loading.load, [], lms["gpt2"].model.generate
+    monkeypatch.setattr(batches, "load", lambda *a, **k: loads.append(load(*a, **k)) or loads[-1])
+    monkeypatch.setattr(
+        lms["gpt2"].model, "generate", lambda **k: assistants.append(k["assistant_model"]) or whole(**k)
+    )
+    batches._assistant.cache_clear()
     options = GenerateOptions(assistant_model=tiny, num_assistant_tokens=3, max_new_tokens=8, temperature=0)
+    before = copy.deepcopy(load(tiny).model.generation_config)
     hfkit.generate(["a", "b"], model=lms["gpt2"], options=options)
-    assert len(loads) == 1 and loads[0].model.generation_config.num_assistant_tokens == 3
+    assert len(loads) == 1 and [a.generation_config.num_assistant_tokens for a in assistants] == [3, 3]
+    assert loads[0].model.generation_config == before
 
 
-def test_an_assistant_that_is_too_short_for_the_text_is_one_sentence(lms, tiny, monkeypatch):
+def test_run_special_assistant_context(lms, tiny, monkeypatch):
+    """An assistant whose context is too short is one sentence."""
+
     def run(new):
         with pytest.raises(HfkitError, match="does not fit .*tiny: lower --max-new-tokens"):
             hfkit.generate("a" * 10, model=lms["llama"], max_new_tokens=new, assistant_model=tiny, temperature=0)
@@ -480,9 +544,8 @@ def test_an_assistant_that_is_too_short_for_the_text_is_one_sentence(lms, tiny, 
     [(62, 1, True), (63, 1, True), (64, 1, False), (54, 10, True), (55, 10, False), (1, 63, True), (1, 64, False)]
     + [(1, 10**9, False), (10**5, 1, False), (64, None, False), (63, None, True)],
 )
-def test_what_does_not_fit_the_context_is_refused_before_any_compute(
-    lms, tiny, capfdbinary, monkeypatch, prompt, new, fits
-):
+def test_fit_prompt_context(lms, tiny, capfdbinary, monkeypatch, prompt, new, fits):
+    """What does not fit the context is refused before anything is computed."""
     if fits:
         result = hfkit.generate("a" * prompt, model=lms["gpt2"], max_new_tokens=new, sequence_bias=["a=100"])
         assert result.tokens == (new or 1) and result.finish_reason == "length"
@@ -496,7 +559,8 @@ def test_what_does_not_fit_the_context_is_refused_before_any_compute(
 
 
 @pytest.mark.parametrize("new", [None, 1, 10, 63])
-def test_truncate_keeps_the_prompts_end(lms, new):
+def test_fit_prompt_truncate(lms, new):
+    """--truncate keeps the end of the prompt."""
     text = "".join(random.Random(0).choices("abcdefgh", k=200))
     kept = 64 - (new or 32)
     long = hfkit.generate(text, model=lms["gpt2"], seed=1, truncate=True, max_new_tokens=new)
@@ -506,13 +570,16 @@ def test_truncate_keeps_the_prompts_end(lms, new):
         hfkit.generate(text, model=lms["gpt2"], truncate=True, max_new_tokens=64)
 
 
-def test_truncate_keeps_the_token_that_begins_a_text(lms):
+def test_fit_prompt_truncate_keeps_bos(lms):
+    """--truncate keeps the token that begins a text."""
     options, lm = GenerateOptions(truncate=True, max_new_tokens=100), lms["llama"]
     assert prepare([1, *range(50, 150)], options, lm.tokenizer, lm.model.config, "").ids == [1, *range(123, 150)]
     assert prepare([*range(50, 150)], options, lm.tokenizer, lm.model.config, "").ids == [*range(122, 150)]
 
 
-def test_a_text_with_an_encoder_may_be_as_long_as_the_context_and_so_may_its_translation(lms):
+def test_fit_prompt_with_an_encoder(lms):
+    """With an encoder, the text may be as long as the context, and so may its translation."""
+
     class Config:
         model_type, is_encoder_decoder, max_position_embeddings = "t5", True, 300
 
@@ -526,7 +593,8 @@ def test_a_text_with_an_encoder_may_be_as_long_as_the_context_and_so_may_its_tra
             new(wrong[0], **wrong[1])
 
 
-def test_time_is_up(lms):
+def test_generate_max_time(lms):
+    """--max-time ends a text."""
     found = hfkit.generate("a", model=lms["gpt2"], max_time=1e-9, max_new_tokens=60, sequence_bias=["a=100"])
     assert found.tokens < 3 and found.finish_reason == "length"
 
@@ -536,19 +604,22 @@ def test_time_is_up(lms):
 
 @BOTH
 @pytest.mark.parametrize("prompt", ["", " ", "\n\n", "\x00", "\ufeff", "é", "👩‍👩‍👧‍👦", "<|endoftext|>", "a\r\nb"])
-def test_any_text_can_be_continued(lms, name, prompt):
+def test_generate_any_text(lms, name, prompt):
+    """Any text can be continued."""
     result = hfkit.generate(prompt, model=lms[name], seed=1, max_new_tokens=3)
     assert result.prompt == prompt and 1 <= result.tokens <= 3
 
 
-def test_an_empty_prompt_lets_the_model_begin(lms):
+def test_generate_empty_prompt(lms):
+    """After an empty prompt the model begins by itself."""
     lm = lms["gpt2"]
     how = {"max_new_tokens": 5, "temperature": 0, "model": lm}
     expected = lm.model.generate(torch.tensor([[256]]), max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert hfkit.generate("", **how).completion == lm.tokenizer.decode(expected[0, 1:])
 
 
-def test_a_text_that_is_not_utf8_is_a_usage_error(lms, tiny, capfdbinary, monkeypatch):
+def test_generate_text_that_is_not_utf8(lms, tiny, capfdbinary, monkeypatch):
+    """A text that is not UTF-8 is a usage error."""
     with pytest.raises(OptionError, match="character 2"):
         hfkit.generate("a\ud800", model=lms["gpt2"])
     assert_fails(call(capfdbinary, "generate", "a\udcff", "-m", tiny), 2, "not UTF-8")
@@ -571,7 +642,8 @@ def plain_logprob(lm, prompt: str, completion: str) -> float:
      {"stop_strings": ["e", "t"]}],
     ids=str,
 )  # fmt: skip
-def test_the_logprob_is_that_of_a_plain_forward_pass(lms, fields):
+def test_generation_logprob(lms, fields):
+    """The log-probability is that of a plain forward pass."""
     lm = lms["gpt2"]
     ascii_only = [token for token in range(256) if not lm.tokenizer.decode([token]).isascii()]
     found = hfkit.generate(PROMPTS, model=lm, seed=1, max_new_tokens=20, suppress_tokens=[*ascii_only, 256], **fields)
@@ -584,13 +656,15 @@ def test_the_logprob_is_that_of_a_plain_forward_pass(lms, fields):
         assert one.logprob == pytest.approx(plain_logprob(lm, one.prompt, one.completion), rel=1e-5, abs=1e-4)
 
 
-def test_a_result_is_json_with_the_names_of_the_contract(lms):
+def test_generation_to_dict(lms):
+    """The JSON of a result has the documented names."""
     found = hfkit.generate("a", model=lms["gpt2"], seed=1, max_new_tokens=3)
     assert list(found.to_dict()) == ["prompt", "completion", "finish_reason", "tokens", "logprob", "seed", "model"]
     assert found.model == lms["gpt2"].name and found.logprob < 0
 
 
-def test_a_loop_is_told_to_a_person(lms, tiny, capfdbinary):
+def test_repeats_is_noted_at_a_shell(lms, tiny, capfdbinary):
+    """A note says that a text repeats itself."""
     line = ["generate", "hi", "-m", tiny, "-n", 40, "-s", 1]
     looping = call(capfdbinary, *line, "--sequence-bias", "a=100")
     assert b"begun to repeat itself" in looping.stderr and looping.returncode == 0
@@ -617,26 +691,30 @@ def test_a_loop_is_told_to_a_person(lms, tiny, capfdbinary):
         ),
     ],
 )
-def test_a_loop_is_a_run_that_comes_three_times(tokens, loops):
+def test_repeats(tokens, loops):
+    """A loop is a run of tokens that comes three times."""
     assert repeats(tokens) is loops
 
 
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.0}, {"num_beams": 2}])
-def test_values_that_are_no_numbers_are_one_sentence(lms, how, monkeypatch):
+def test_not_finite_error(lms, how, monkeypatch):
+    """Values that are not numbers are one sentence."""
     lm = lms["gpt2"]
     monkeypatch.setattr(lm.model.transformer.ln_f.weight, "data", torch.full((32,), float("nan")))
     with pytest.raises(HfkitError, match="not numbers: try --dtype float32"):
         hfkit.generate("a", model=lm, max_new_tokens=3, **how)
 
 
-def test_options_that_transformers_refuses_are_one_sentence(lms):
+def test_check_controls_samples(lms):
+    """More samples than there are beams are refused in one sentence."""
     with pytest.raises(HfkitError, match="greedy decoding has one result"):
         hfkit.generate("a", model=lms["gpt2"], temperature=0, num_return_sequences=2)
     with pytest.raises(HfkitError, match="at most --num-beams"):
         hfkit.generate("a", model=lms["gpt2"], num_beams=2, num_return_sequences=3)
 
 
-def test_a_sweep_shows_one_seed_under_several_values(tiny, capfdbinary):
+def test_sweep(tiny, capfdbinary):
+    """--sweep shows the texts of one seed under several values."""
     line = ["generate", "hi", "-m", tiny, "-s", 4, "-n", 6]
     rows = [
         json.loads(row)

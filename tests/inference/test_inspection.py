@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from matplotlib.image import imread
-from support.pages import NASTY, Page
+from support.pages import ATTENTION_SCRIPT, NASTY, Page
 from support.shell import assert_fails, call
 from transformers import AddedToken, AutoModelForCausalLM
 
@@ -17,7 +17,7 @@ import hfkit
 from hfkit.cli import inspect
 from hfkit.console import printable
 from hfkit.errors import HfkitError
-from hfkit.inference.inspection import readable
+from hfkit.inference.inspection import Inspection, Token, readable
 from hfkit.models.loading import LanguageModel
 from hfkit.reporting import pictures
 
@@ -38,7 +38,8 @@ def lms(tiny, tiny_llama) -> dict[str, LanguageModel]:
 
 @BOTH
 @torch.inference_mode()
-def test_surprise_and_rank_are_those_of_a_plain_forward_pass(lms, name):
+def test_inspect_equals_a_plain_pass(lms, name):
+    """Surprise and rank are those of a plain forward pass."""
     lm = lms[name]
     for text in ("a", "the cat sat", "雨 über\n"):
         found = hfkit.inspect(text, model=lm)
@@ -52,7 +53,8 @@ def test_surprise_and_rank_are_those_of_a_plain_forward_pass(lms, name):
         assert found.bits == pytest.approx(sum(token.bits for token in found.tokens))
 
 
-def test_where_nothing_comes_before_a_token_it_has_no_surprise(tiny):
+def test_inspect_first_token(tiny):
+    """A token with nothing before it has no surprise."""
     lm = hfkit.load(tiny)
     first, second = hfkit.inspect("<|endoftext|>a", model=lm).tokens
     assert (first.text, first.bits, first.rank) == ("<|endoftext|>", None, None)
@@ -77,7 +79,8 @@ def controlled(lm: LanguageModel, text: str, **controls) -> torch.Tensor:
 
 @pytest.mark.parametrize("controls", CONTROLS, ids=str)
 @BOTH
-def test_what_a_control_leaves_is_what_transformers_would_draw_from(lms, name, controls):
+def test_inspect_controls(lms, name, controls):
+    """What a control leaves is what transformers would sample from."""
     lm = lms[name]
     found = hfkit.inspect("the cat", model=lm, top=60, **controls)
     plain = controlled(lm, "the cat").softmax(-1)
@@ -94,7 +97,8 @@ def test_what_a_control_leaves_is_what_transformers_would_draw_from(lms, name, c
         assert [row[key] for row in found.following] == pytest.approx(shares, abs=1e-6), key
 
 
-def test_without_a_control_an_example_of_all_is_shown(lms):
+def test_inspect_example(lms):
+    """Without a control an example of all four is shown."""
     found = hfkit.inspect("the cat", model=lms["bundled"])
     assert [name.split()[0] for name in found.left] == ["temperature", "top_k", "top_p", "min_p"]
     assert found.left["temperature 0.7"] == lms["bundled"].model.config.vocab_size and found.left["top_k 50"] == 50
@@ -102,7 +106,8 @@ def test_without_a_control_an_example_of_all_is_shown(lms):
 
 
 @BOTH
-def test_attention_is_what_the_model_computes_eagerly(lms, name, tiny, tiny_llama):
+def test_inspect_attention(lms, name, tiny, tiny_llama):
+    """Attention is what the model computes eagerly; the model itself stays as it is."""
     lm = lms[name]
     before = lm.model.config._attn_implementation
     found = hfkit.inspect("the cat sat", model=lm, attention=True)
@@ -121,8 +126,8 @@ def test_attention_is_what_the_model_computes_eagerly(lms, name, tiny, tiny_llam
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bundled"])
-def test_a_token_can_be_read_and_nothing_of_the_text_is_lost(lms, name):
-    """Its signs and bytes, taken back, are the text."""
+def test_readable_loses_nothing(lms, name):
+    """Any token is readable, and nothing of the text is lost. Its signs and bytes, taken back, are the text."""
     draw = random.Random(0)
     signs = {"·": " ", "↵": "\n", "⇥": "\t", "␍": "\r"}
     for _ in range(30):
@@ -135,13 +140,15 @@ def test_a_token_can_be_read_and_nothing_of_the_text_is_lost(lms, name):
         assert raw.decode().removeprefix(" ") == text  # SentencePiece puts a space before it
 
 
-def test_a_part_of_a_character_is_its_bytes_and_a_whole_one_is_itself(lms):
+def test_readable_parts_of_characters(lms):
+    """A part of a character is shown as its bytes, a whole one as itself."""
     for name in ("gpt2", "llama"):
         assert [token.text for token in hfkit.inspect("雨", model=lms[name]).tokens][-3:] == ["⟨e9⟩", "⟨9b⟩", "⟨a8⟩"]
     assert readable(lms["bundled"].tokenizer, lms["bundled"].tokenizer(" the")["input_ids"][0]) == "·the"
 
 
-def test_a_letter_of_sentencepiece_is_no_byte(tiny_llama):
+def test_readable_added_tokens(tiny_llama):
+    """A letter that was added to a SentencePiece tokenizer is not taken for a byte."""
     lm = hfkit.load(tiny_llama)
     lm.tokenizer.add_tokens([AddedToken(word, normalized=False) for word in ("é", "▁über")])
     lm.model.resize_token_embeddings(len(lm.tokenizer) + 1, mean_resizing=False)
@@ -155,7 +162,8 @@ def test_a_letter_of_sentencepiece_is_no_byte(tiny_llama):
 # at a shell
 
 
-def test_json_has_every_number(tiny, capfdbinary):
+def test_inspect_json(tiny, capfdbinary):
+    """--json has every number."""
     result = call(capfdbinary, "inspect", "a 雨\n", "-m", tiny, "--top-k", 3, "--json")
     assert result.returncode == 0 and result.stderr == b""
     row = json.loads(result.stdout, parse_constant=pytest.fail)
@@ -165,9 +173,11 @@ def test_json_has_every_number(tiny, capfdbinary):
     assert {"text", "id", "bits", "rank"} == set(row["tokens"][0]) and len(row["next"]) == 10
 
 
-def test_plain_columns_where_there_is_no_terminal(tiny, capfdbinary):
+def test_inspect_to_a_pipe(tiny, capfdbinary):
+    """Without a terminal there are plain columns."""
     lines = call(capfdbinary, "inspect", "a b\n", "-m", tiny, "--top", 3).stdout.decode().splitlines()
     found = hfkit.inspect("a b\n", model=tiny, top=3)
+    assert lines.pop(0).split() == ["bits", "rank", "token"]
     for line, token in zip(lines, found.tokens, strict=False):
         assert line.split() == [f"{token.bits:.2f}", str(token.rank), token.text]
     rest = "\n".join(lines[len(found.tokens) :])
@@ -176,12 +186,37 @@ def test_plain_columns_where_there_is_no_terminal(tiny, capfdbinary):
     assert call(capfdbinary, "inspect", "-m", tiny).returncode == 1  # stdin is empty
 
 
+def test_characters_join_the_parts_of_one(lms):
+    """A model without the character reads its bytes; a reader sees the character, with their surprise together."""
+    found = hfkit.inspect("a雨🙂b\x00é", model=lms["gpt2"])
+    assert [part.text for part in found.characters] == ["a", "雨", "🙂", "b", "\x00", "é"]
+    assert [len(part.tokens) for part in found.characters] == [1, 3, 4, 1, 1, 2]
+    assert [token for part in found.characters for token in part.tokens] == found.tokens
+    assert found.characters[1].bits == pytest.approx(sum(token.bits for token in found.tokens[1:4]))
+    lines = str(found).splitlines()
+    assert [line.split()[2:] for line in lines[2:5]] == [["⟨e9⟩"], ["⟨9b⟩"], ["⟨a8⟩", "雨"]]
+    page = Page(found._repr_html_())
+    assert "雨" in page.text and "⟨" not in page.text.partition("bits in")[0]
+
+
+@pytest.mark.parametrize("raw", [b"\xe9\x9b", b"\x9b\xa8", b"\xe9a", b"\xf0\x9f\x99", b"\xff"])
+def test_characters_keep_bytes_that_make_no_character(lms, raw):
+    """Where a character is cut off, its bytes stay as they are."""
+    vocabulary = lms["llama"].tokenizer.get_vocab()
+    ids = [vocabulary[f"<0x{byte:02X}>"] for byte in raw]
+    tokens = [Token(readable(lms["llama"].tokenizer, token), token, 1.0, 0) for token in ids]
+    found = Inspection(model="m", tokens=tokens, following=[], left={}, words=[])
+    assert [part.text for part in found.characters] == [token.text for token in tokens]
+    assert [part.tokens for part in found.characters] == [[token] for token in tokens]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
 
 
-def test_on_a_terminal_tokens_are_coloured_and_drive_nothing(tiny, monkeypatch):
+def test_inspect_on_a_terminal(tiny, monkeypatch):
+    """On a terminal tokens are coloured, and control characters are harmless."""
     from hfkit.options import InspectOptions, ModelOptions
 
     screen = Terminal()
@@ -196,7 +231,20 @@ def test_on_a_terminal_tokens_are_coloured_and_drive_nothing(tiny, monkeypatch):
     assert lines[0] == "a cat \\x1b[2J[red]b↵" and lines[1] == "c"
 
 
-def test_a_page_needs_nothing_and_runs_nothing(tiny, tmp_path, capfdbinary):
+def test_write_inspection_without_colours_shows_the_figures(tiny, monkeypatch):
+    """NO_COLOR must not lose the surprise."""
+    from hfkit.options import InspectOptions, ModelOptions
+
+    monkeypatch.setattr("sys.stdout", screen := Terminal())
+    monkeypatch.setenv("NO_COLOR", "1")
+    inspect.write_inspection("a b", ModelOptions(model=tiny), InspectOptions(), json=False)
+    lines = screen.getvalue().splitlines()
+    found = hfkit.inspect("a b", model=tiny)
+    assert [line.split()[0] for line in lines[:4]] == ["bits", *(f"{token.bits:.2f}" for token in found.tokens)]
+
+
+def test_to_page_is_alone(tiny, tmp_path, capfdbinary):
+    """A page needs no network and runs no script of the text."""
     lm = hfkit.load(tiny)
     lm.tokenizer.add_tokens(["<script>"])
     lm.model.resize_token_embeddings(len(lm.tokenizer), mean_resizing=False)
@@ -206,8 +254,7 @@ def test_a_page_needs_nothing_and_runs_nothing(tiny, tmp_path, capfdbinary):
     result = call(capfdbinary, *line, "--attention", "-o", tmp_path / "page.html")
     assert result.returncode == 0 and result.stderr.decode() == f"hfkit: written: {tmp_path / 'page.html'}\n"
     page = Page((tmp_path / "page.html").read_text())
-    page.assert_alone()
-    assert page.tags.count("img") == 2 and page.pictures[0].shape[0] > 300  # a picture for each layer
+    page.assert_alone(script=ATTENTION_SCRIPT)
     found = hfkit.inspect(NASTY[:50], model=str(tmp_path / "<script>model"), top=258)
     assert "<script>" in [token.text for token in found.tokens]  # one token
     assert "".join(token.text for token in found.tokens) in page.text
@@ -218,7 +265,8 @@ def test_a_page_needs_nothing_and_runs_nothing(tiny, tmp_path, capfdbinary):
         assert ("title", f"token {token.id}: {token.bits:.2f} bits, rank {token.rank}") in page.attributes
 
 
-def test_a_notebook_shows_the_same_as_the_page(lms):
+def test_inspection_repr_html(lms):
+    """A notebook shows the same as the page."""
     found = hfkit.inspect(NASTY[:50], model=lms["gpt2"], temperature=0.5)
     part = Page(found._repr_html_())
     part.assert_alone()
@@ -226,12 +274,33 @@ def test_a_notebook_shows_the_same_as_the_page(lms):
     head, *rows = part.tables[0]
     assert len(head) == 3 and "temperature 0.5" in head[2] and len(rows) == 10
     assert [row[1] for row in rows] == [f"{row['probability']:.2%}" for row in found.following]
-    strengths = [float(re.search(r"([\d.]+)\)", v)[1]) for n, v in part.attributes if n == "style"]
+    strengths = [float(v[26:-1]) for n, v in part.attributes if n == "style" and v.startswith("background:rgba(220,")]
     by_surprise = sorted(zip([token.bits for token in found.tokens], strengths, strict=True))
     assert [strength for _, strength in by_surprise] == sorted(strengths) and max(strengths) <= 0.8
 
 
-def test_control_characters_are_shown_as_such_on_a_page(lms):
+def test_inspection_str(lms):
+    """It prints as a table, and its repr has no arrays."""
+    found = hfkit.inspect("the cat", model=lms["gpt2"], attention=True)
+    lines = str(found).splitlines()
+    assert lines.pop(0).split() == ["bits", "rank", "token"]
+    for line, token in zip(lines, found.tokens, strict=False):
+        assert line.split() == [f"{token.bits:.2f}", str(token.rank), token.text]
+    assert lines[len(found.tokens)] == f"{found.bits:.1f} bits in 7 tokens under {found.model}"
+    assert [line.split()[-1] for line in lines[-10:]] == [row["text"] for row in found.following]
+    assert "tensor" not in repr(found) and "attention" not in repr(found)
+
+
+def test_language_model_repr(lms):
+    """A language model is shown on one line."""
+    name = lms["gpt2"].name
+    assert repr(lms["gpt2"]) == f"LanguageModel({name!r}: 35,744 parameters, float32 on cpu)"
+    model, tokenizer = lms["gpt2"]
+    assert model is lms["gpt2"].model and tokenizer is lms["gpt2"].tokenizer
+
+
+def test_inspection_control_characters(lms):
+    """Control characters are shown as escapes on a page."""
     page = hfkit.inspect("a\x1b\x00b", model=lms["gpt2"])._repr_html_()
     assert "\x1b" not in page and "\x00" not in page and "\\x1b" in page
 
@@ -248,7 +317,8 @@ def figures(monkeypatch) -> list:
 
 
 @pytest.mark.parametrize("layer", [None, 1])
-def test_every_head_is_drawn_with_its_number_and_the_tokens_along_it(lms, figures, layer):
+def test_draw_attention_heads(lms, figures, layer):
+    """Every head is drawn with its number and the tokens along it."""
     found = hfkit.inspect("the cat", model=lms["llama"], attention=True)
     png = pictures.draw_attention(found.attention, found.words, layer)
     assert imread(io.BytesIO(png)).ndim == 3
@@ -262,8 +332,11 @@ def test_every_head_is_drawn_with_its_number_and_the_tokens_along_it(lms, figure
     assert [label.get_text() for label in heads[-1].get_xticklabels()] == found.words
 
 
-def test_any_token_is_drawn_and_many_are_not_all_named(lms, figures, recwarn):
-    """matplotlib takes $...$ for a formula, and lacks most scripts."""
+def test_draw_attention_tokens(lms, figures, recwarn):
+    """Any token is drawn, and of many only some are named.
+
+    matplotlib takes $...$ for a formula, and lacks most scripts.
+    """
     found = hfkit.inspect("$x$", model=lms["gpt2"], attention=True)
     words = ["$\\nonsense{$", "雨", "\x00", "🙂"]
     pictures.draw_attention(found.attention, words, None)
@@ -276,7 +349,8 @@ def test_any_token_is_drawn_and_many_are_not_all_named(lms, figures, recwarn):
     assert len(long.words) > 48 and labels == [printable(word) for word in long.words[::2]]  # room for every second
 
 
-def test_a_picture_is_written_and_never_over_another_file(tiny, tmp_path, capfdbinary, monkeypatch):
+def test_inspect_output(tiny, tmp_path, capfdbinary, monkeypatch):
+    """A picture is written, and never over another file."""
     monkeypatch.chdir(tmp_path)
     line = ["inspect", "the cat", "-m", tiny, "--attention"]
     assert call(capfdbinary, *line).returncode == 0  # attention.png
@@ -304,13 +378,17 @@ def test_a_picture_is_written_and_never_over_another_file(tiny, tmp_path, capfdb
         (["-o", "/proc/none/a.html"], 1, "cannot write"),
     ],
 )
-def test_a_bad_option_is_one_line_before_a_model_is_loaded(tiny, capfdbinary, monkeypatch, flags, code, words):
+def test_check_output(tiny, capfdbinary, monkeypatch, flags, code, words):
+    """A bad option is one line before a model is loaded."""
     monkeypatch.setattr("hfkit.cli.inspect.inspect", None)
     assert_fails(call(capfdbinary, "inspect", "a", "-m", tiny, *flags), code, words)
 
 
-def test_what_cannot_be_inspected_is_one_line(tiny, tiny_t5, capfdbinary, tmp_path):
+def test_inspect_errors(tiny, tiny_t5, capfdbinary, tmp_path):
+    """What cannot be inspected is one line."""
     assert_fails(call(capfdbinary, "inspect", "", "-m", tiny), 2, "give a text to inspect")
+    with pytest.raises(HfkitError, match="nothing to inspect"):
+        hfkit.inspect("", model=tiny)
     assert_fails(call(capfdbinary, "inspect", "a" * 64, "-m", tiny), 1, "65 tokens", "64")
     assert_fails(call(capfdbinary, "inspect", "a\udcff", "-m", tiny), 2, "UTF-8")
     assert_fails(call(capfdbinary, "inspect", "a", "-m", tiny_t5), 1, "encoder")
@@ -320,7 +398,8 @@ def test_what_cannot_be_inspected_is_one_line(tiny, tiny_t5, capfdbinary, tmp_pa
     assert not (tmp_path / "a.png").exists()
 
 
-def test_a_model_that_does_not_attend_says_so(tmp_path, tiny):
+def test_inspect_attention_of_mamba(tmp_path, tiny):
+    """A model without attention says so."""
     from transformers import MambaConfig, MambaForCausalLM
 
     config = MambaConfig(vocab_size=257, hidden_size=16, state_size=4, num_hidden_layers=1, expand=1)

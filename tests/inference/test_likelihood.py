@@ -10,7 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 import hfkit
 from hfkit.corpus.encoding import IGNORED
-from hfkit.inference.likelihood import Scores, exp, jsonable, precise_head, ratio_stderr, score, score_batches, shift
+from hfkit.inference.likelihood import Scores, exp, jsonable, ratio_stderr, score, score_batches, shift
+from hfkit.inference.twins import precise_head
 from hfkit.models.loading import load
 
 
@@ -32,7 +33,8 @@ def bootstrap(above: np.ndarray, below: np.ndarray, resamples: int = 4000) -> fl
 # sums
 
 
-def test_tokens_are_summed_unit_by_unit_in_any_order():
+def test_scores_add():
+    """Tokens are summed unit by unit, in any order."""
     draw = np.random.default_rng(0)
     units, nll, rank = draw.integers(0, 9, 500), draw.random(500), draw.integers(0, 12, 500)
     found = Scores()
@@ -45,7 +47,8 @@ def test_tokens_are_summed_unit_by_unit_in_any_order():
     assert found.count == 500 and found.loss == pytest.approx(nll.mean())
 
 
-def test_merging_adds_to_the_same_units_and_joining_appends_others():
+def test_scores_merge_and_join():
+    """Merging adds to the same units, joining appends others."""
     one, two = scores(0, 4), scores(1, 7)
     merged, joined = Scores(), Scores()
     for part in (one, two):
@@ -56,13 +59,15 @@ def test_merging_adds_to_the_same_units_and_joining_appends_others():
     assert merged.loss == pytest.approx(joined.loss)
 
 
-def test_of_nothing_there_is_no_loss_and_of_one_unit_no_error():
+def test_scores_of_little():
+    """Nothing has no loss, and a single unit has no error."""
     assert math.isnan(Scores().loss) and math.isnan(Scores().loss_stderr) and Scores().count == 0
     assert math.isnan(scores(0, 1).loss_stderr) and scores(0, 1).loss > 0
     assert not math.isnan(scores(0, 2).loss_stderr)
 
 
-def test_a_perplexity_beyond_all_floats_is_the_largest():
+def test_exp_is_capped():
+    """A perplexity beyond all floats is the largest."""
     assert exp(1e9) == exp(709.0) < math.inf and exp(1.0) == math.e
 
 
@@ -70,14 +75,18 @@ def test_a_perplexity_beyond_all_floats_is_the_largest():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_error_is_that_of_a_bootstrap_over_passages(seed):
+def test_ratio_stderr_equals_bootstrap(seed):
+    """The error is that of a bootstrap over passages."""
     found = scores(seed)
     assert found.loss_stderr == pytest.approx(bootstrap(found.nll, found.tokens), rel=0.1)
     assert found.perplexity_stderr == pytest.approx(found.perplexity * found.loss_stderr)
 
 
-def test_the_error_of_a_difference_is_that_of_the_same_passages():
-    """It is much smaller than the errors of both: what is hard for one model is hard for the other."""
+def test_ratio_stderr_of_a_difference():
+    """The error of a difference is that of the same passages.
+
+    It is much smaller than the errors of both: what is hard for one model is hard for the other.
+    """
     one = scores(0)
     other = one.nll * 1.1 + np.random.default_rng(5).normal(0, 2, 300)
     error = ratio_stderr(other - one.nll, one.tokens)
@@ -85,7 +94,8 @@ def test_the_error_of_a_difference_is_that_of_the_same_passages():
     assert error < one.loss_stderr / 2
 
 
-def test_passages_in_which_nothing_counts_change_no_error():
+def test_ratio_stderr_ignores_empty_units():
+    """Passages in which nothing counts do not change the error."""
     found = scores(0)
     empty = np.zeros(50)
     assert ratio_stderr(np.append(found.nll, empty), np.append(found.tokens, empty)) == pytest.approx(
@@ -96,7 +106,8 @@ def test_passages_in_which_nothing_counts_change_no_error():
 # logits
 
 
-def test_a_token_is_scored_as_its_softmax_and_its_place_among_all():
+def test_score():
+    """A token is scored by its softmax and its place among all."""
     torch.manual_seed(0)
     logits, targets = torch.randn(3, 5, 11) * 4, torch.randint(0, 11, (3, 5))
     targets[1, 2:] = IGNORED
@@ -112,7 +123,8 @@ def test_a_token_is_scored_as_its_softmax_and_its_place_among_all():
             assert rank[row, place] == shares.argsort(descending=True).tolist().index(target)
 
 
-def test_targets_are_the_labels_one_place_earlier():
+def test_shift():
+    """Targets are the labels, one place earlier."""
     labels = torch.tensor([[IGNORED, 4, 5], [7, 8, IGNORED]])
     assert shift(labels).tolist() == [[4, 5, IGNORED], [8, IGNORED, IGNORED]]
 
@@ -134,7 +146,8 @@ def low_logits() -> GPT2LMHeadModel:
     return model
 
 
-def test_a_head_in_float32_keeps_the_loss_that_one_in_bfloat16_moves():
+def test_precise_head_keeps_the_loss():
+    """A head in float32 keeps the loss that one in bfloat16 changes."""
     model, ids = low_logits(), torch.randint(0, 200, (8, 32), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert -115 < model(ids).logits.min() < model(ids).logits.max() < -85
@@ -148,41 +161,37 @@ def test_a_head_in_float32_keeps_the_loss_that_one_in_bfloat16_moves():
     exact, head, half = score_batches(model, [batch]), model.lm_head.forward, low_logits().bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         plain = moved(model)[1]
-        with precise_head(model):
-            loss, token = moved(model)
+        loss, token = moved(precise_head(model))
         assert loss < 2e-3 and token < plain / 4
         assert moved(model)[1] == plain  # as it was before
     plain = moved(half)[1]
-    with precise_head(half):
-        assert moved(half)[1] < plain / 2
+    assert moved(precise_head(half))[1] < plain / 2
     assert model.lm_head.forward == head
-    with precise_head(model):  # in float32 it changes nothing
-        assert moved(model) == (0, 0)
+    assert moved(precise_head(model)) == (0, 0)  # in float32 it changes nothing
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("bits", ["int8", "int4"])
-def test_a_quantised_head_keeps_its_scale(tiny, bits):
+def test_precise_head_quantized(tiny, bits):
+    """A quantized head keeps its scale."""
     lm = load(tiny, quantize=bits)
     ids = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
     before = lm.model(ids).logits
-    with precise_head(lm.model):
-        assert torch.allclose(lm.model(ids).logits, before, atol=1e-4)
+    assert torch.allclose(precise_head(lm.model)(ids).logits, before, atol=1e-4)
 
 
-def test_the_head_is_as_it_was_after_an_error(tiny):
+def test_precise_head_leaves_the_model_as_it_is(tiny):
     lm = hfkit.load(tiny)
     before = lm.model.lm_head.forward
-    with pytest.raises(ValueError), precise_head(lm.model):
-        assert lm.model.lm_head.forward != before
-        raise ValueError
+    assert precise_head(lm.model).lm_head.forward != before
     assert lm.model.lm_head.forward == before
 
 
 # JSON
 
 
-def test_what_json_cannot_say_is_none_and_numpys_numbers_are_pythons():
+def test_jsonable():
+    """What JSON cannot express is None, and numpy's numbers become Python's."""
     value = {"a": np.float32(0.5), "b": [math.nan, np.inf, (1, "x")], "c": np.array([1, 2]), "d": {"e": np.int64(3)}}
     found = jsonable(value | {"f": None, "g": True})
     assert found == {"a": 0.5, "b": [None, None, [1, "x"]], "c": [1, 2], "d": {"e": 3}, "f": None, "g": True}

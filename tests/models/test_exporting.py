@@ -34,7 +34,8 @@ def adapter(tiny, corpus, tmp_path_factory) -> str:
     ).output_dir
 
 
-def test_a_merged_adapter_says_what_model_and_adapter_say_together(tiny, adapter, tmp_path, capfdbinary):
+def test_export_merged_adapter(tiny, adapter, tmp_path, capfdbinary):
+    """A merged adapter computes what model and adapter compute together."""
     from peft import AutoPeftModelForCausalLM
 
     result = call(capfdbinary, "export", adapter, "-o", tmp_path / "whole")
@@ -53,14 +54,28 @@ def test_a_merged_adapter_says_what_model_and_adapter_say_together(tiny, adapter
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
-def test_the_card_of_a_merged_adapter_is_that_of_a_whole_model(adapter, tmp_path):
+def test_export_card_names_the_export(tiny, tmp_path, copy):
+    """What the card says to type loads the export, not the run that it came from."""
+    run = copy(tiny)
+    for old in ("runs/a", "'runs/my model'"):
+        (run / "README.md").write_text(f"# a\n\n    hfkit generate -m {old} 'Once upon'\n\nhfkit generate -m runs/a")
+        hfkit.export(str(run), output_dir=tmp_path / "my export", overwrite=True)
+        card = (tmp_path / "my export" / "README.md").read_text()
+        assert (
+            card == f"# a\n\n    hfkit generate -m '{tmp_path / 'my export'}' 'Once upon'\n\nhfkit generate -m runs/a"
+        )
+
+
+def test_export_card_of_adapter(adapter, tmp_path):
+    """The card of a merged adapter is that of a whole model."""
     (Path(adapter) / "README.md").write_text("---\nlibrary_name: peft\n---\n# A run")
     hfkit.export(adapter, output_dir=tmp_path / "whole")
     assert (tmp_path / "whole" / "README.md").read_text() == "---\nlibrary_name: transformers\n---\n# A run"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_precision_is_what_was_asked_for_and_stays_where_nothing_was(tiny, tmp_path, dtype):
+def test_export_precision(tiny, tmp_path, dtype):
+    """The precision is the one that was asked for, else that of the model."""
     first = hfkit.export(tiny, output_dir=tmp_path / "first", dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(first)
     assert model.dtype == getattr(torch, dtype)
@@ -71,7 +86,8 @@ def test_the_precision_is_what_was_asked_for_and_stays_where_nothing_was(tiny, t
     assert again.dtype == model.dtype
 
 
-def test_other_models_and_gguf_files_are_exported_as_well(tiny_llama, tmp_path):
+def test_export_llama_and_gguf(tiny_llama, tmp_path):
+    """Other models and GGUF files are exported as well."""
     from support.models import write_gguf
 
     lm = hfkit.load(tiny_llama, device="cpu")
@@ -84,7 +100,8 @@ def test_other_models_and_gguf_files_are_exported_as_well(tiny_llama, tmp_path):
 # places
 
 
-def test_what_stands_there_is_replaced_only_when_asked_and_only_a_model(tiny, still, tmp_path, capfdbinary):
+def test_export_overwrite(tiny, still, tmp_path, capfdbinary):
+    """What exists is replaced only if asked, and only if it is a model."""
     target = tmp_path / "out"
     for _ in range(2):
         hfkit.export(tiny, output_dir=target) if not target.exists() else None
@@ -104,7 +121,8 @@ def test_what_stands_there_is_replaced_only_when_asked_and_only_a_model(tiny, st
     assert (tmp_path / "thesis" / "text").read_text() == "ten years"
 
 
-def test_a_model_is_not_exported_over_itself_or_what_it_lies_in(tiny, adapter, copy, tmp_path, capfdbinary):
+def test_export_over_itself(tiny, adapter, copy, tmp_path, capfdbinary):
+    """A model is not exported over itself or over a folder that holds it."""
     folder = copy(tiny)
     own = shutil.copytree(adapter, tmp_path / "adapter")
     edit_json(own / "adapter_config.json", base_model_name_or_path=str(folder))
@@ -117,11 +135,12 @@ def test_a_model_is_not_exported_over_itself_or_what_it_lies_in(tiny, adapter, c
         (folder, f"{folder}/../model"),
     ):
         assert_fails(call(capfdbinary, "export", source, "-o", target, "--overwrite"), 1, "holds the model itself")
-    assert_fails(call(capfdbinary, "export", folder, "-o", tmp_path / "link", "--overwrite"), 1, "is no folder")
+    assert_fails(call(capfdbinary, "export", folder, "-o", tmp_path / "link", "--overwrite"), 1, "is not a folder")
     assert hfkit.load(folder) and hfkit.load(own)
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tiny, tmp_path, capfdbinary):
+def test_export_unwritable_place(tiny, tmp_path, capfdbinary):
+    """A place that cannot be written is one line."""
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     for place in ("file", "file/out", "loop", "loop/out", "x" * 256, "a\0b"):
@@ -133,7 +152,8 @@ def test_a_place_that_cannot_be_written_is_one_line(tiny, tmp_path, capfdbinary)
         hfkit.export(tiny)
 
 
-def test_a_full_disk_is_one_line_and_what_was_there_stays(tiny, tmp_path, capfdbinary, monkeypatch):
+def test_export_full_disk(tiny, tmp_path, capfdbinary, monkeypatch):
+    """A full disk is one line, and the old export stays."""
     hfkit.export(tiny, output_dir=tmp_path / "out")
     before, limit = trials.digest(tmp_path / "out"), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
@@ -148,7 +168,8 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(tiny, tmp_path, capfdb
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_killed_at_any_operation_the_old_export_or_the_new_one_is_there(tmp_path, exists):
+def test_publish_killed(tmp_path, exists):
+    """After a kill at any operation the old export or the new one is there."""
     place = tmp_path / "place"
     for name, text in {"old": "old", ".out.staging": "new"}.items():
         (place / name).mkdir(parents=True)
@@ -164,7 +185,8 @@ def test_killed_at_any_operation_the_old_export_or_the_new_one_is_there(tmp_path
     assert seen[0] != seen[-1] == {"new"} and [path.name for path in place.iterdir()] == ["out"]
 
 
-def test_where_folders_cannot_change_places_they_are_renamed(tmp_path, monkeypatch):
+def test_publish_without_exchange(tmp_path, monkeypatch):
+    """Where the system cannot exchange two folders, they are renamed."""
     for name in ("new", "out"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
@@ -174,7 +196,8 @@ def test_where_folders_cannot_change_places_they_are_renamed(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_modes_are_what_the_umask_gives(tiny, tmp_path, mask):
+def test_export_modes(tiny, tmp_path, mask):
+    """Files and folder have the modes that the umask gives."""
     before = os.umask(mask)
     try:
         hfkit.export(tiny, output_dir=tmp_path / "out")
@@ -211,7 +234,8 @@ def hub(monkeypatch):
     return Api
 
 
-def test_a_model_is_pushed_whole_and_private_unless_said_otherwise(tiny, hub, tmp_path, monkeypatch, capfdbinary):
+def test_push(tiny, hub, tmp_path, monkeypatch, capfdbinary):
+    """A model is pushed whole, and private unless asked otherwise."""
     monkeypatch.chdir(tmp_path)
     result = call(capfdbinary, "export", tiny, "--push-to-hub", "owner/name", "--dtype", "bfloat16")
     assert (result.returncode, result.stdout) == (0, b"https://huggingface.co/owner/name\n"), result.stderr
@@ -226,14 +250,16 @@ def test_a_model_is_pushed_whole_and_private_unless_said_otherwise(tiny, hub, tm
 @pytest.mark.parametrize(
     "error", [OSError("no space"), ValueError("bad name"), RuntimeError("odd\nand more"), Exception()]
 )
-def test_a_push_that_fails_is_one_line_and_leaves_nothing(tiny, hub, tmp_path, monkeypatch, capfdbinary, error):
+def test_push_fails(tiny, hub, tmp_path, monkeypatch, capfdbinary, error):
+    """A push that fails is one line and leaves nothing behind."""
     monkeypatch.setattr(Api, "error", error)
     result = call(capfdbinary, "export", tiny, "--push-to-hub", "owner/name", "-o", tmp_path / "out")
     assert_fails(result, 1, "cannot push to owner/name", str(error).split("\n")[0] or "Exception", "hf auth login")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line_before_anything_is_loaded(tiny, tmp_path, monkeypatch, capfdbinary):
+def test_push_unreachable(tiny, tmp_path, monkeypatch, capfdbinary):
+    """A Hub that cannot be reached is one line, before anything is loaded."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("hfkit.models.exporting.load_weights", lambda *_: pytest.fail("loaded"))
     monkeypatch.chdir(tmp_path)

@@ -1,11 +1,14 @@
 """Models of every kind are what they were saved as, or one sentence says why not."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import trials
 from support.models import byte_vocabulary, write_gguf
 from support.shell import assert_fails, call, edit_json
 from torch import nn
@@ -21,6 +24,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import hfkit
+from hfkit import storage
 from hfkit.errors import HfkitError
 from hfkit.models import loading
 from hfkit.models.architecture import choose_dtype
@@ -28,6 +32,7 @@ from hfkit.models.loading import load_weights
 from hfkit.models.quantization import Int4Linear, Int8Linear
 from hfkit.options import ModelOptions
 
+pytestmark = pytest.mark.usefixtures("brisk")
 IDS = torch.tensor([[72, 101, 108, 108, 111, 44, 33]])
 
 
@@ -38,27 +43,33 @@ def fails(model, **options) -> str:
     return str(error.value)
 
 
-def edit_weights(folder: Path, change) -> None:
+def hfkit_fails(act) -> str:
+    with pytest.raises(HfkitError) as error:
+        act()
+    return str(error.value)
+
+
+def edit_weights(folder: Path, change, file: str = "model.safetensors") -> None:
     """Change the tensors of a model's file: `change(tensors)`."""
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / file)
     change(tensors)
-    (folder / "model.safetensors").unlink()  # a loaded model may still map it
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
+    (folder / file).unlink()  # a loaded model may still map it
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
 
 
 # what is loaded
 
 
-def test_gpt2_is_gpt2_with_its_own_tokenizer(tiny):
+def test_load_gpt2(tiny):
+    """GPT-2 is a GPT2LMHeadModel with a GPT2Tokenizer."""
     model, tokenizer = lm = hfkit.load(tiny)
     assert type(model) is GPT2LMHeadModel and type(tokenizer) is GPT2Tokenizer
     assert not model.training and model.dtype == torch.float32 and lm.name == tiny and lm.context == 64
     assert torch.equal(model(IDS).logits, GPT2LMHeadModel.from_pretrained(tiny)(IDS).logits)
 
 
-def test_the_bundled_model_is_the_default_and_reads_english():
+def test_load_bundled():
+    """The bundled model is the default, and it reads English."""
     lm = hfkit.load()
     assert lm.name == "bundled" and type(lm.model) is GPT2LMHeadModel
     text, other = "She looked at him and said that she was", "at that was she him she said looked and She"
@@ -66,28 +77,62 @@ def test_the_bundled_model_is_the_default_and_reads_english():
     assert lm.model(ids[0], labels=ids[0]).loss + 1 < lm.model(ids[1], labels=ids[1]).loss
 
 
-def test_other_models_come_through_the_auto_classes(tiny_llama, tiny_t5):
+def test_load_other_models(tiny_llama, tiny_t5):
+    """Other models come from the Auto classes."""
     llama, t5 = hfkit.load(tiny_llama), hfkit.load(tiny_t5)
     assert type(llama.model) is LlamaForCausalLM and llama.context == 128
     assert type(t5.model) is type(AutoModelForSeq2SeqLM.from_pretrained(tiny_t5)) and t5.context is None
 
 
-def test_options_come_as_names_or_as_one(tiny):
+def test_load_options(tiny):
+    """Options come as keywords or as one object."""
     by_name, as_one = hfkit.load(tiny, dtype="bfloat16"), hfkit.load(ModelOptions(model=tiny, dtype="bfloat16"))
     assert by_name.model.dtype == as_one.model.dtype == torch.bfloat16
     assert hfkit.load(ModelOptions(model=tiny, dtype="bfloat16"), dtype="float32").model.dtype == torch.float32
 
 
-def test_a_model_given_by_name_stays_loaded_until_its_files_change(copy, tiny, monkeypatch):
+def test_loaded_until_files_change(copy, tiny, monkeypatch):
+    """A model given by name stays loaded until its files change."""
     folder, how = str(copy(tiny)), {"max_new_tokens": 9, "temperature": 0}
     first = hfkit.generate("a", model=folder, **how)
     with monkeypatch.context() as patch:
-        patch.setattr("hfkit.models.loading.load", None)
+        patch.setattr("hfkit.models.loading.load_weights", None)
         assert hfkit.generate("a", model=folder, **how) == first
     edit_weights(Path(folder), lambda tensors: tensors["transformer.wte.weight"].neg_())
     assert hfkit.generate("a", model=folder, **how) != first
     monkeypatch.setenv("HFKIT_MODEL", tiny)
     assert hfkit.generate("a", **how).completion == first.completion
+
+
+THREADS = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+import hfkit
+from hfkit.models import loading
+
+loads, load_weights = [], loading.load_weights
+loading.load_weights = lambda *a, **k: loads.append(1) or load_weights(*a, **k)
+start = threading.Barrier(4)
+
+def call(kind):
+    start.wait()
+    return kind()
+
+generate = lambda: hfkit.generate("x", model=sys.argv[1], seed=1, max_new_tokens=3).completion
+load = lambda: hfkit.load(sys.argv[1], dtype="bfloat16")
+with ThreadPoolExecutor(4) as pool:
+    texts = list(pool.map(call, [generate] * 4))
+    assert len(set(texts)) == len(loads) == 1, (texts, loads)
+    for lm in pool.map(call, [load] * 4):
+        assert lm.model.lm_head.weight is lm.model.transformer.wte.weight
+assert hfkit.load(sys.argv[1]).model.dtype == __import__("torch").get_default_dtype()
+"""
+
+
+def test_load_in_threads(tiny):
+    """The first calls of a process may come from several threads: the model is loaded once, with its tied weights."""
+    result = subprocess.run([sys.executable, "-c", THREADS, tiny], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 # adapters
@@ -105,7 +150,8 @@ def adapter(tiny, tmp_path):
     return tmp_path / "adapter", model.merge_and_unload()(IDS).logits
 
 
-def test_an_adapter_is_its_base_with_the_weights_merged(adapter, tiny):
+def test_load_adapter(adapter, tiny):
+    """An adapter is its base with the weights merged."""
     folder, expected = adapter
     lm = hfkit.load(str(folder))
     assert type(lm.model) is GPT2LMHeadModel and lm.name == str(folder)
@@ -113,7 +159,8 @@ def test_an_adapter_is_its_base_with_the_weights_merged(adapter, tiny):
     assert not torch.allclose(hfkit.load(tiny).model(IDS).logits, expected, atol=1e-2)
 
 
-def test_an_adapter_that_does_not_fit_its_base_is_refused(adapter, tmp_path):
+def test_load_adapter_that_does_not_fit(adapter, tmp_path):
+    """An adapter that does not fit its base is refused."""
     folder, _ = adapter
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file(
@@ -131,11 +178,52 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(adapter, tmp_path):
     assert "not numbers" in fails(folder)
 
 
+def test_load_adapter_with_its_own_tokens(tiny, tmp_path):
+    """Tokens that were added for an adapter, and their embeddings, come from its folder; an export keeps them."""
+    import peft
+
+    tokenizer, model = GPT2Tokenizer.from_pretrained(tiny), GPT2LMHeadModel.from_pretrained(tiny)
+    tokenizer.add_tokens(["<a>", "<b>"])
+    tokenizer.chat_template = "{{ messages[0].content }}!"
+    set_seed(3)
+    model.resize_token_embeddings(264, mean_resizing=False)
+    config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    ids = tokenizer("x<b>y", return_tensors="pt").input_ids
+    expected = adapted.merge_and_unload()(ids).logits
+    export = hfkit.export(tmp_path / "adapter", output_dir=tmp_path / "whole")
+    for folder in (tmp_path / "adapter", export):
+        lm = hfkit.load(folder)
+        assert lm.tokenizer("x<b>y")["input_ids"] == ids[0].tolist() and lm.tokenizer.chat_template
+        assert torch.allclose(lm.model(ids).logits, expected, atol=1e-5)
+    edit_weights(tmp_path / "adapter", lambda saved: [saved.pop(name) for name in [*saved] if "lora" not in name],
+                 "adapter_model.safetensors")  # fmt: skip
+    assert "the tokenizer has 259 tokens, the model 257" in fails(tmp_path / "adapter")
+
+
+def test_load_adapter_with_its_task(tiny, tmp_path):
+    """A task that an adapter learned is used by whatever uses the adapter."""
+    rows = "".join(f"{word},{word[::-1]}\n" for word in trials.WORDS * 3)
+    (tmp_path / "rows.csv").write_text(f"en,fr\n{rows}")
+    run = hfkit.finetune(
+        tmp_path / "rows.csv", model=tiny, output_dir=tmp_path / "run", template="E: {en}\nF: {fr}", max_steps=1,
+        lora=True, bf16=False,
+    )  # fmt: skip
+    seen = []
+    for model in (run.output_dir, hfkit.export(run.output_dir, output_dir=tmp_path / "whole")):
+        seen.append(hfkit.generate({"en": "rain"}, model=model, seed=1, max_new_tokens=3).completion)
+        assert "exact_match" in hfkit.evaluate(tmp_path / "rows.csv", model=model).metrics
+    assert seen[0] == seen[1]
+
+
 # GGUF
 
 
 @pytest.mark.parametrize("positions", [40, 1024, 2000])
-def test_a_gpt2_in_a_gguf_file_is_the_same_model(tmp_path, capfd, positions):
+def test_load_gguf_gpt2(tmp_path, capfd, positions):
+    """A GPT-2 in a GGUF file is the same model."""
     end = "<|endoftext|>"
     tokenizer = GPT2Tokenizer(vocab=byte_vocabulary() | {"th": 257}, merges=[("t", "h")], bos_token=end, eos_token=end)
     set_seed(0)
@@ -151,7 +239,8 @@ def test_a_gpt2_in_a_gguf_file_is_the_same_model(tmp_path, capfd, positions):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_llama_in_a_gguf_file_is_the_same_model(tiny_llama, tmp_path):
+def test_load_gguf_llama(tiny_llama, tmp_path):
+    """A Llama in a GGUF file is the same model."""
     whole = hfkit.load(tiny_llama)
     lm = hfkit.load(write_gguf(whole.model, whole.tokenizer, tmp_path / "model.gguf"))
     assert type(lm.model) is LlamaForCausalLM and lm.context == 128
@@ -162,11 +251,22 @@ def test_a_llama_in_a_gguf_file_is_the_same_model(tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:99], lambda data: b"GGUF" + b"\xff" * 99, lambda data: data[:-999]]
 )
-def test_a_damaged_gguf_file_is_one_sentence(tiny_llama, tmp_path, damage):
+def test_load_gguf_damaged(tiny_llama, tmp_path, damage):
+    """A damaged GGUF file is one sentence."""
     whole = hfkit.load(tiny_llama)
     path = Path(write_gguf(whole.model, whole.tokenizer, tmp_path / "model.gguf"))
     path.write_bytes(damage(path.read_bytes()))
     assert "model.gguf" in fails(path)
+
+
+def test_load_gguf_block_count(tiny_llama, tmp_path):
+    """A file with more blocks, or fewer, than it says is not the model that was saved."""
+    whole = hfkit.load(tiny_llama)
+    path = write_gguf(whole.model, whole.tokenizer, tmp_path / "model.gguf", blocks=1)
+    assert "2 blocks, but block_count is 1" in fails(path)
+    path = write_gguf(whole.model, whole.tokenizer, tmp_path / "model.gguf", blocks=3)
+    assert "missing model.layers.2." in fails(path)
+    assert hfkit.load(write_gguf(whole.model, whole.tokenizer, tmp_path / "model.gguf"))
 
 
 # weights that are not the model's
@@ -178,7 +278,7 @@ def test_a_damaged_gguf_file_is_one_sentence(tiny_llama, tmp_path, damage):
         (lambda t: t.pop("transformer.h.0.attn.c_attn.weight"), "missing transformer.h.0.attn.c_attn.weight"),
         (lambda t: t.pop("transformer.wte.weight"), "missing"),
         (lambda t: [t.pop(name) for name in sorted(t)[:9]], "and 4 more"),
-        (lambda t: t.update({"transformer.h.7.x": torch.zeros(1)}), "unexpected transformer.h.7.x"),
+        (lambda t: t.update({"transformer.h.7.ln_1.bias": torch.zeros(32)}), "unexpected transformer.h.7.ln_1.bias"),
         (lambda t: t.update({"transformer.ln_f.weight": torch.zeros(31)}), "mismatched"),
         (lambda t: t.update({"transformer.wpe.weight": torch.zeros(99, 32)}), "mismatched"),
         (lambda t: t["transformer.ln_f.bias"].fill_(torch.nan), "not numbers"),
@@ -186,13 +286,86 @@ def test_a_damaged_gguf_file_is_one_sentence(tiny_llama, tmp_path, damage):
         (lambda t: t["transformer.h.1.mlp.c_fc.weight"][3, 4:5].fill_(-torch.inf), "c_fc.weight"),
     ],
 )
-def test_weights_that_do_not_fit_the_config_are_named(copy, tiny, change, words):
+def test_load_weights_that_do_not_fit(copy, tiny, change, words):
+    """Weights that do not fit the config are named."""
     folder = copy(tiny)
     edit_weights(folder, change)
     assert words in fails(folder) and str(folder) in fails(folder)
 
 
-def test_a_config_of_another_size_is_refused(copy, tiny):
+OLD_BUFFERS = {
+    f"transformer.h.{i}.attn.{name}": torch.ones(1, 1, 9, 9) for i in (0, 1) for name in ("bias", "masked_bias")
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "count"),
+    [
+        ("tiny", OLD_BUFFERS, 2),  # transformers itself ignores those called bias
+        ("tiny", {"transformer.h.7.x": torch.zeros(1)}, 1),
+        ("tiny", {"v_head.summary.weight": torch.zeros(1, 32), "v_head.summary.bias": torch.zeros(1)}, 2),
+        ("tiny_llama", {"score.weight": torch.ones(2, 32)}, 1),
+    ],
+)
+def test_check_report_left_over(request, copy, capsys, name, tensors, count):
+    """Tensors that the model has no place for are counted in one note, and change nothing."""
+    model = request.getfixturevalue(name)
+    folder = copy(model)
+    edit_weights(folder, lambda saved: saved.update(tensors))
+    capsys.readouterr()
+    lm = hfkit.load(folder)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"hfkit: {folder}: {count} of the weights' tensors are not part of the model, such as ")
+    assert torch.equal(lm.model(IDS).logits, hfkit.load(model).model(IDS).logits)
+
+
+def test_check_report_pooler(tiny_bert, copy, capsys):
+    """A classifier of another architecture leaves its pooler; a missing head is an error, as ever."""
+    from transformers import AutoConfig, BertForQuestionAnswering
+
+    folder = copy(tiny_bert)
+    model = BertForQuestionAnswering(AutoConfig.from_pretrained(tiny_bert))
+    model.save_pretrained(folder)
+    pooler = {"bert.pooler.dense.weight": torch.zeros(32, 32), "bert.pooler.dense.bias": torch.zeros(32)}
+    edit_weights(folder, lambda saved: saved.update(pooler))
+    assert type(hfkit.load(folder).model) is BertForQuestionAnswering
+    assert "2 of the weights' tensors are not part of the model" in capsys.readouterr().err
+    edit_weights(folder, lambda saved: saved.pop("qa_outputs.bias"))
+    assert "missing qa_outputs.bias" in fails(folder)
+
+
+@pytest.mark.parametrize("kind", ["run", "adapter", "export", "head"])
+def test_check_files(tiny, corpus, tmp_path, kind):
+    """One bit that flips in the weights of a run or an export is noticed, whatever it changes."""
+    options = {"model": tiny, "max_steps": 1, "bf16": False, "output_dir": tmp_path / "run"}
+    if kind == "export":
+        folder = Path(hfkit.export(tiny, output_dir=tmp_path / "run"))
+    elif kind == "head":
+        (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": "c", "label": "d"}\n' * 9)
+        folder = Path(hfkit.finetune(tmp_path / "rows.jsonl", head="classification", **options).output_dir)
+    else:
+        folder = Path(hfkit.finetune(corpus, lora=kind == "adapter", **options).output_dir)
+    (path,) = folder.glob("*.safetensors")
+    content, name = bytearray(path.read_bytes()), folder.rename(tmp_path / "moved") / path.name
+    assert hfkit.load(tmp_path / "moved")
+    for position in (-1, len(content) // 2, -99):
+        changed = content.copy()
+        changed[position] ^= 1
+        name.unlink()  # a loaded model still maps the file
+        name.write_bytes(changed)
+        assert f"the weights are not those that hfkit wrote ({name})" in fails(tmp_path / "moved")
+    if kind == "head":
+        assert "not those that hfkit wrote" in hfkit_fails(
+            lambda: hfkit.finetune(
+                tmp_path / "rows.jsonl", **options | {"model": tmp_path / "moved", "output_dir": tmp_path / "next"}
+            )
+        )
+    (tmp_path / "moved" / storage.LIST).unlink()
+    assert hfkit.load(tmp_path / "moved")
+
+
+def test_load_config_of_another_size(copy, tiny):
+    """A config of another size is refused."""
     folder = copy(tiny)
     for wrong in ({"n_layer": 3}, {"n_embd": 16}, {"vocab_size": 300}, {"n_positions": 32}, {"n_layer": 1}):
         edit_json(
@@ -202,13 +375,15 @@ def test_a_config_of_another_size_is_refused(copy, tiny):
 
 
 @pytest.mark.parametrize("wrong", [{"n_layer": "two"}, {"n_head": 3}, {"n_head": 0}, {"model_type": "nonsense"}])
-def test_a_config_that_makes_no_sense_is_one_sentence(copy, tiny, wrong):
+def test_load_config_without_sense(copy, tiny, wrong):
+    """A config that makes no sense is one sentence."""
     folder = copy(tiny)
     edit_json(folder / "config.json", **wrong)
     assert str(folder) in fails(folder)
 
 
-def test_a_model_that_does_not_write_text_is_refused(copy, tiny, capfdbinary):
+def test_check_head_refused(copy, tiny, capfdbinary):
+    """A model that does not write text is refused."""
     folder = copy(tiny)
     GPT2ForSequenceClassification(GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=2)).save_pretrained(folder)
     assert_fails(
@@ -223,7 +398,8 @@ def test_a_model_that_does_not_write_text_is_refused(copy, tiny, capfdbinary):
 # tokenizers
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(copy, tiny):
+def test_load_tokenizer_too_large(copy, tiny):
+    """A tokenizer with more tokens than the model is refused."""
     folder = copy(tiny)
     tokenizer = GPT2Tokenizer.from_pretrained(tiny)
     tokenizer.add_tokens(["<extra>"])
@@ -232,20 +408,23 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(copy, tiny):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\x00", '{"model": {}}'])
-def test_a_bad_tokenizer_is_one_sentence(copy, tiny, text):
+def test_load_tokenizer_damaged(copy, tiny, text):
+    """A damaged tokenizer is one sentence."""
     folder = copy(tiny)
     (folder / "tokenizer.json").write_text(text)
     assert str(folder) in fails(folder)
 
 
 @pytest.mark.parametrize(("name", "words"), [("vocab.json", "cannot be loaded"), ("vocab.txt", "is empty")])
-def test_a_tokenizer_whose_files_are_not_all_there_is_one_sentence(copy, tiny, name, words):
+def test_load_tokenizer_incomplete(copy, tiny, name, words):
+    """A tokenizer with files missing is one sentence."""
     folder = copy(tiny)
     (folder / "tokenizer.json").rename(folder / name)
     assert words in fails(folder) and str(folder) in fails(folder)
 
 
-def test_a_model_without_an_end_or_a_padding_token_generates(copy, tiny):
+def test_load_tokenizer_without_end(copy, tiny):
+    """A model without an end token or a padding token generates."""
     folder = copy(tiny)
     edit_json(folder / "tokenizer_config.json", eos_token=None, bos_token=None, pad_token=None)
     for file in ("config.json", "generation_config.json"):
@@ -263,7 +442,8 @@ def test_a_model_without_an_end_or_a_padding_token_generates(copy, tiny):
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_llama", "tiny_t5"])
 @pytest.mark.parametrize(("bits", "likeness"), [("int8", 0.998), ("int4", 0.8)])
-def test_few_bits_are_like_float32(request, name, bits, likeness):
+def test_quantize_like_float32(request, name, bits, likeness):
+    """A quantized model computes nearly what float32 does."""
     path = request.getfixturevalue(name)
     inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS} if name == "tiny_t5" else {})
     whole, small = hfkit.load(path).model, hfkit.load(path, quantize=bits).model
@@ -274,7 +454,8 @@ def test_few_bits_are_like_float32(request, name, bits, likeness):
 
 
 @pytest.mark.parametrize(("bits", "change"), [("int8", 0.01), ("int4", 0.1)])
-def test_few_bits_hardly_change_the_bundled_models_perplexity(bits, change):
+def test_quantize_perplexity(bits, change):
+    """Quantizing hardly changes the perplexity of the bundled model."""
     text = (
         "The old man sat by the window and watched the rain. He had been there since the morning, and nobody had come "
         "to see him. At last there was a knock at the door, and a boy came in with a letter in his hand. “It is from "
@@ -287,7 +468,8 @@ def test_few_bits_hardly_change_the_bundled_models_perplexity(bits, change):
 
 @pytest.mark.parametrize("rows", [1, 47, 48, 100])
 @pytest.mark.parametrize("shape", [(64, 32), (17, 32), (64, 33), (3, 40)])
-def test_an_integer_layer_is_close_to_the_layer_it_replaces(rows, shape):
+def test_quantize_layer(rows, shape):
+    """An integer layer is close to the layer that it replaces."""
     set_seed(0)
     weight, bias, x = torch.randn(shape), torch.randn(shape[0]), torch.randn(2, rows, shape[1])
     layers = [Int8Linear, Int4Linear] if Int4Linear.fits(weight) else [Int8Linear]
@@ -298,7 +480,8 @@ def test_an_integer_layer_is_close_to_the_layer_it_replaces(rows, shape):
         assert (found - expected).norm() / expected.norm() < (0.02 if layer is Int8Linear else 0.15)
 
 
-def test_half_precision_is_chosen_for_gpus_and_float32_for_cpus(tiny):
+def test_choose_dtype(tiny):
+    """Half precision is chosen for GPUs and float32 for CPUs."""
     assert choose_dtype("auto", torch.device("cpu")) == torch.float32
     assert choose_dtype("auto", torch.device("mps")) == torch.float16
     for name in ("float32", "bfloat16", "float16"):
@@ -306,18 +489,21 @@ def test_half_precision_is_chosen_for_gpus_and_float32_for_cpus(tiny):
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "", "cpu:x", "meta", "hpu", "vulkan", "fpga", "cuda:-1"])
-def test_a_device_that_is_not_there_is_one_sentence(tiny, capfdbinary, device):
+def test_choose_device_missing(tiny, capfdbinary, device):
+    """A device that does not exist is one sentence."""
     assert "device" in fails(tiny, device=device)
     assert_fails(call(capfdbinary, "generate", "hi", "-m", tiny, f"--device={device}"), 1, "leave --device out")
 
 
-def test_a_device_map_places_the_model_and_a_wrong_one_is_one_sentence(tiny):
+def test_load_device_map(tiny):
+    """A device map places the model, and a wrong one is one sentence."""
     lm = hfkit.load(tiny, device_map="auto")
     assert hfkit.generate("a", model=lm, seed=1) == hfkit.generate("a", model=tiny, seed=1)
     assert tiny in fails(tiny, device_map="everywhere")
 
 
-def test_bits_on_a_device_without_kernels_are_refused(tiny, monkeypatch):
+def test_quantize_other_device(tiny, monkeypatch):
+    """Quantizing on a device without kernels is refused."""
     from hfkit.models.sources import find_model as find
 
     options = ModelOptions(model=tiny, quantize="int8")
@@ -327,7 +513,8 @@ def test_bits_on_a_device_without_kernels_are_refused(tiny, monkeypatch):
         load_weights(find(options), options, None)
 
 
-def test_verbose_tells_what_was_chosen(tiny, capfdbinary):
+def test_load_verbose(tiny, capfdbinary):
+    """--verbose prints what was chosen."""
     result = call(capfdbinary, "generate", "hi", "-m", tiny, "-n", 2, "-s", 1, "-v")
     assert b"float32 on cpu" in result.stderr and b"tokens/s" in result.stderr and b"seed 1" in result.stderr
     result = call(capfdbinary, "generate", "hi", "-m", tiny, "-n", 2, "-s", 1, "--quantize", "int4", "-v")

@@ -7,6 +7,7 @@ import random
 import shutil
 import socket
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,7 +61,8 @@ class Touch:
 # names
 
 
-def test_without_a_name_it_is_the_bundled_model_or_hfkit_model(monkeypatch, tiny):
+def test_find_model_default(monkeypatch, tiny):
+    """Without a name it is $HFKIT_MODEL, or else the bundled model."""
     assert find().folder == find(ModelOptions(model="bundled")).folder == BUNDLED
     monkeypatch.setenv("HFKIT_MODEL", tiny)
     assert find().name == str(find().folder) == tiny
@@ -69,7 +71,8 @@ def test_without_a_name_it_is_the_bundled_model_or_hfkit_model(monkeypatch, tiny
     assert find().folder == BUNDLED
 
 
-def test_size_is_that_of_the_weights(tiny):
+def test_model_files_size(tiny):
+    """The size is that of the weights."""
     assert find(ModelOptions(model=tiny)).size == os.path.getsize(f"{tiny}/model.safetensors")
 
 
@@ -106,26 +109,54 @@ BAD_NAMES = [
 
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
-def test_a_bad_name_is_refused_without_the_network(no_network, name):
+def test_find_model_bad_name(no_network, name):
+    """A bad name is refused without the network."""
     line = fails(model=name)
     assert "no model" in line and line.isprintable()
 
 
-def test_remote_code_from_the_hub_needs_a_commit_before_anything_is_asked(no_network):
+def test_find_model_remote_code(no_network):
+    """Remote code from the Hub needs a commit, before any request."""
     for revision in (None, "main", "v1.0", "a" * 39, "A" * 40):
         assert "40 characters of a commit" in fails(model="gpt2", trust_remote_code=True, revision=revision)
 
 
-def test_offline_and_not_cached_says_both(monkeypatch, tmp_path):
+def test_find_model_offline(monkeypatch, tmp_path):
+    """Offline and not cached: the error says both."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert "not cached and HF_HUB_OFFLINE is set" in fails(model="owner/name")
+
+
+def test_find_model_missing_folder(monkeypatch, tmp_path):
+    """A folder that is missing is said to be missing, with the one that may be meant; the network comes second."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/corpus", "runs/poems", "gpt-two"):
+        (tmp_path / name).mkdir(parents=True)
+    for offline in (True, False):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+        for name, hint in {"runs/corpsu": " (did you mean runs/corpus?)", "gpt-tw": " (did you mean gpt-two?)",
+                           "runs/nosuch": "", "elsewhere/poems": ""}.items():  # fmt: skip
+            line = fails(model=name)
+            assert line.startswith(f"no folder '{name}' here{hint}, and "), line
+            assert ("HF_HUB_OFFLINE" if offline else "cannot be reached (http://127.0.0.1:9)") in line
+
+
+def test_download_without_home(monkeypatch, tmp_path):
+    """Without a home directory nothing is written into a folder called ~."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    assert "no home directory" in fails(model="owner/name")
+    assert not list(tmp_path.iterdir())
 
 
 # files
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "adapter_model.bin"])
-def test_a_pickle_is_refused_and_never_run(copy, tiny, tmp_path, name):
+def test_find_model_pickle(copy, tiny, tmp_path, name):
+    """A pickle is refused and never run."""
     folder, mark = copy(tiny), tmp_path / "mark"
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(pickle.dumps(Touch(mark)))
@@ -135,14 +166,16 @@ def test_a_pickle_is_refused_and_never_run(copy, tiny, tmp_path, name):
     assert mark.exists()
 
 
-def test_an_adapter_in_a_pickle_is_refused(tmp_path, tiny):
+def test_find_adapter_pickle(tmp_path, tiny):
+    """An adapter in a pickle is refused."""
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": tiny}))
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(Touch(tmp_path / "mark")))
     assert "only safetensors are loaded" in fails(model=str(tmp_path))
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_folder_without_a_model_says_what_is_missing(tmp_path, copy, tiny):
+def test_find_model_missing_files(tmp_path, copy, tiny):
+    """A folder without a model: the error says what is missing."""
     assert "no config.json" in fails(model=str(tmp_path))
     folder = copy(tiny)
     (folder / "model.safetensors").unlink()
@@ -151,7 +184,8 @@ def test_a_folder_without_a_model_says_what_is_missing(tmp_path, copy, tiny):
     assert "give a .gguf file or a folder" in fails(model=str(tmp_path / "words.txt"))
 
 
-def test_no_tokenizer_files_is_an_error(copy, tiny):
+def test_find_model_without_tokenizer(copy, tiny):
+    """A folder without tokenizer files is an error."""
     folder = copy(tiny)
     (folder / "tokenizer.json").unlink()
     assert "no tokenizer files" in fails(model=str(folder))
@@ -172,13 +206,15 @@ def test_no_tokenizer_files_is_an_error(copy, tiny):
         (json.dumps({"auto_map": {"AutoConfig": "code.Config"}}), "its own Python code"),
     ],
 )
-def test_a_bad_config_is_one_sentence(copy, tiny, text, words):
+def test_find_model_bad_config(copy, tiny, text, words):
+    """A bad config is one sentence."""
     folder = copy(tiny)
     (folder / "config.json").write_bytes(text.encode("latin-1"))
     assert words in fails(model=str(folder))
 
 
-def test_trusted_code_may_not_come_from_another_repository(copy, tiny):
+def test_check_code_of_another_repository(copy, tiny):
+    """Trusted code may not come from another repository."""
     for file in ("config.json", "tokenizer_config.json"):
         folder = copy(tiny)
         edit_json(folder / file, auto_map={"AutoTokenizer": [None, "owner/name--code.Class"]})
@@ -223,13 +259,15 @@ def first(header) -> dict:
         lambda path: rewrite(path, lambda header: [1]),
     ],
 )
-def test_damaged_weights_are_one_sentence(copy, tiny, damage):
+def test_check_header_damaged(copy, tiny, damage):
+    """Damaged weights are one sentence."""
     folder = copy(tiny)
     damage(folder / "model.safetensors")
     assert "the weights are damaged" in fails(model=str(folder))
 
 
-def test_a_safetensors_mutant_loads_or_is_refused_in_one_line(copy, tiny):
+def test_check_header_mutants(copy, tiny):
+    """A random change to a safetensors file is refused in one line, unless the file still loads."""
     from hfkit.models.loading import LanguageModel, load_tokenizer, load_weights
 
     folder, draw, outcomes = copy(tiny), random.Random(0), set()
@@ -259,7 +297,8 @@ def test_a_safetensors_mutant_loads_or_is_refused_in_one_line(copy, tiny):
     assert outcomes == {HfkitError, LanguageModel}
 
 
-def test_a_sharded_model_is_the_same_model(copy, tiny):
+def test_load_shards(copy, tiny):
+    """A sharded model is the same model."""
     from hfkit.models.loading import load
 
     folder = copy(tiny)
@@ -271,7 +310,8 @@ def test_a_sharded_model_is_the_same_model(copy, tiny):
 
 
 @pytest.mark.parametrize("where", ["../outside.safetensors", "absolute", "link", "sub/inside.safetensors", ".."])
-def test_a_shard_outside_of_the_folder_is_refused(copy, tiny, tmp_path, where):
+def test_find_shard_outside(copy, tiny, tmp_path, where):
+    """A shard outside of the folder is refused."""
     folder, outside = copy(tiny), tmp_path / "outside.safetensors"
     weight_map = shard(folder)
     (folder / "sub").mkdir()
@@ -284,7 +324,8 @@ def test_a_shard_outside_of_the_folder_is_refused(copy, tiny, tmp_path, where):
     assert "outside of the model's folder" in fails(model=str(folder))
 
 
-def test_a_link_to_weights_elsewhere_is_refused_but_not_that_of_the_hubs_cache(copy, tiny, tmp_path):
+def test_find_link(copy, tiny, tmp_path):
+    """A link to weights elsewhere is refused, unless it is one of the Hub's cache."""
     folder = copy(tiny)
     (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
     (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
@@ -297,8 +338,70 @@ def test_a_link_to_weights_elsewhere_is_refused_but_not_that_of_the_hubs_cache(c
     assert find(ModelOptions(model=str(snapshot))).folder == snapshot
 
 
+@pytest.mark.parametrize("linked", ["blobs", "model", "snapshot"])
+def test_find_link_to_another_disk(copy, tiny, tmp_path, linked):
+    """Parts of the Hub's cache may be links to another disk; a link to anywhere else is refused as ever."""
+    model, disk = tmp_path / "cache" / "models--a", tmp_path / "disk"
+    snapshot, blobs = model / "snapshots" / "0", model / "blobs"
+    snapshot.parent.mkdir(parents=True)
+    copy(tiny).rename(snapshot)
+    blobs.mkdir()
+    (snapshot / "model.safetensors").rename(blobs / "0")
+    (snapshot / "model.safetensors").symlink_to(blobs / "0")
+    moved = {"blobs": blobs, "model": model, "snapshot": snapshot}[linked]
+    moved.rename(disk)
+    moved.symlink_to(disk)
+    assert find(ModelOptions(model=str(snapshot))).folder == snapshot
+    (tmp_path / "0").write_bytes((blobs / "0").read_bytes())
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(tmp_path / "0")
+    assert "outside of the model's folder" in fails(model=str(snapshot))
+
+
+def test_check_header_unreadable(copy, tiny, monkeypatch):
+    """Weights of another user are not damaged."""
+    folder, plain = copy(tiny), Path.open
+
+    def refuse(path, *arguments, **options):
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    line = fails(model=str(folder))
+    assert f"the weights cannot be read ({folder}/model.safetensors): Permission denied" in line
+
+
+@pytest.mark.parametrize("base", ["folder", "owner/name"])
+def test_find_adapter_trusts_no_base(copy, tiny, tmp_path, monkeypatch, base):
+    """--trust-remote-code is about the adapter that was named, not about the base that its author chose."""
+    from hfkit.models.loading import load
+
+    mark, adapter = tmp_path / "mark", tmp_path / "adapter"
+    folder = copy(tiny)
+    (folder / "code.py").write_text(f"open({str(mark)!r}, 'w')")
+    config = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoConfig": "code.Config"}}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
+    if base == "owner/name":
+        monkeypatch.setattr("hfkit.models.sources.from_hub", lambda name, revision: folder)
+    adapter.mkdir()
+    name = base if base == "owner/name" else str(folder)
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name, "revision": "a" * 40}))
+    save_file({"a": np.zeros(1, np.float32)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(HfkitError, match="needs its own Python code"):
+        load(adapter, trust_remote_code=True)
+    assert not mark.exists()
+    config.pop("model_type")
+    (folder / "config.json").write_text(json.dumps(config))
+    line = fails(model=str(adapter), trust_remote_code=True)
+    assert "no base model for the adapter" in line and "which runs for a model that is named itself" in line
+    edit_json(folder / "config.json", auto_map=None, model_type="gpt2")  # a base without code is as good as ever
+    assert not find(ModelOptions(model=str(adapter), trust_remote_code=True)).trust_remote_code
+
+
 @pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, []])
-def test_an_index_without_a_map_is_one_sentence(copy, tiny, index):
+def test_find_index_without_map(copy, tiny, index):
+    """An index without a map is one sentence."""
     folder = copy(tiny)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -318,7 +421,8 @@ def test_an_index_without_a_map_is_one_sentence(copy, tiny, index):
         ({"base_model_name_or_path": "itself"}, "is an adapter too"),
     ],
 )
-def test_an_adapter_without_its_base_is_one_sentence(tmp_path, config, words):
+def test_find_adapter_without_base(tmp_path, config, words):
+    """An adapter without its base is one sentence."""
     if config.get("base_model_name_or_path") == "itself":
         config = {"base_model_name_or_path": str(tmp_path)}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -24,8 +25,7 @@ from hfkit.console import printable
 from hfkit.corpus.documents import END
 from hfkit.errors import HfkitError
 from hfkit.reporting import pictures
-from hfkit.reporting.pages import compare_runs as compare
-from hfkit.reporting.pages import make_files
+from hfkit.reporting.pages import make_files, write_report
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def figures(metrics: dict) -> dict[str, str]:
     return {
         "held-out perplexity": f"{metrics['perplexity_before']:.2f} {metrics['perplexity']:.2f} "
         f"± {metrics['perplexity'] * metrics['loss_stderr']:.2f}",
-        "held-out loss (nats a token)": f"{metrics['loss_before']:.4f} {metrics['loss']:.4f} "
+        "held-out loss (nats per token)": f"{metrics['loss_before']:.4f} {metrics['loss']:.4f} "
         f"{metrics['loss'] - metrics['loss_before']:+.4f} ± {metrics['loss_gain_stderr']:.4f}",
         "trained on": f"{metrics['tokens']:,} tokens in 6 steps",
         "kept": f"the state of step {metrics['step']}",
@@ -86,7 +86,7 @@ def figures(metrics: dict) -> dict[str, str]:
     }
 
 
-def test_card_and_page_hold_the_figures_of_metrics_json(runs):
+def test_make_files_shows_the_figures_of_metrics_json(runs):
     for folder in runs:
         metrics = read(folder)
         page, card = Page((folder / "report.html").read_text()), shown((folder / "README.md").read_text())
@@ -96,12 +96,12 @@ def test_card_and_page_hold_the_figures_of_metrics_json(runs):
                 assert rows[name] == flat(value), name
         page.assert_alone()
         assert folder.name in page.text and metrics["folder"] == str(folder)
-        (inside,) = page.pictures
-        assert np.array_equal(inside, imread(folder / "loss.png")) and inside.shape[1] > 500
-        assert ("src", "loss.png") in card.attributes
+        page.assert_policy()
+        assert page.charts == ["loss and learning rate over the steps"] and page.tags.count("svg") == 1
+        assert imread(folder / "loss.png").shape[1] > 500 and ("src", "loss.png") in card.attributes
 
 
-def test_the_samples_are_those_of_the_run_before_and_after(runs):
+def test_make_files_shows_the_samples_before_and_after(runs):
     metrics = read(runs[0])
     samples = {entry["measured"]: entry["sample"] for entry in metrics["history"] if "measured" in entry}
     assert len(samples) == 3 and len(metrics["samples"]) == 4
@@ -114,7 +114,7 @@ def test_the_samples_are_those_of_the_run_before_and_after(runs):
         assert flat(sample) in flat(page.text)
 
 
-def test_what_the_samples_copy_is_what_a_plain_search_finds(runs, corpus):
+def test_copied_equals_a_plain_search(runs, corpus):
     documents = [document.split() for document in Path(corpus).read_text().split(END)]
     for folder in runs:
         metrics = read(folder)
@@ -125,7 +125,7 @@ def test_what_the_samples_copy_is_what_a_plain_search_finds(runs, corpus):
         assert metrics["copied"]["share"] == pytest.approx(share)
 
 
-def test_what_was_copied_is_said(metrics):
+def test_make_files_says_what_was_copied(metrics):
     words = "the rain and the wind over the stone falls"
     metrics["copied"] = {"words": 9, "longest": words, "share": 0.125, "is_whole": True, "run": 8, "limit": 20_000_000}
     for name in ("report.html", "README.md"):
@@ -136,16 +136,17 @@ def test_what_was_copied_is_said(metrics):
     assert "In 4 samples no run of 8 words stands in the corpus. 0.0%" in text and "Only its first 20,000,000" in text
 
 
-def test_what_was_not_measured_is_not_made_up(metrics):
+def test_make_files_of_a_run_without_held_out_text(metrics):
     history = [entry for entry in metrics["history"] if "loss" in entry]
     none = dict.fromkeys([name for name in metrics if name.startswith(("loss", "perplexity", "token_accuracy"))])
     files = make_files(metrics | none | {"history": history, "samples": [], "copied": None})
     page, card = Page(files["report.html"]), shown(files["README.md"])
     page.assert_alone()
     for one in (page, card):
-        assert "held-out" not in one.text and "None" not in one.text.replace("None were drawn", "")
-    assert "Nothing was held out" in card.text and "None were drawn" in card.text
+        assert "held-out " not in one.text and "None" not in one.text.replace("None were written", "")
+    assert "Nothing was held out" in card.text and "None were written" in card.text
     assert len(page.tables) == 1  # settings
+    assert "Not measured" in page.text and "--eval-file" in page.text
 
     # one passage has no error, and a run that ended at once no loss
     files = make_files(metrics | {"loss_stderr": None, "loss_gain_stderr": None, "history": []})
@@ -153,13 +154,13 @@ def test_what_was_not_measured_is_not_made_up(metrics):
     assert [len(cells) for cells in row] == [4, 4] and "±" not in str(row)
 
 
-def test_a_head_is_told_by_its_accuracy(metrics):
+def test_make_files_of_a_head_shows_its_accuracy(metrics):
     gone = [name for name in metrics if name.startswith(("perplexity", "token_accuracy"))]
     scored = {"head": "classification", "accuracy_before": 0.25, "accuracy": 0.875, "samples": [], "copied": None}
     files = make_files({name: value for name, value in metrics.items() if name not in gone} | scored)
     for one in (Page(files["report.html"]), shown(files["README.md"])):
         rows = {flat(row[0]): flat(" ".join(row[1:])) for table in one.tables for row in table}
-        assert rows["held-out accuracy"] == "0.2500 0.8750" and "held-out perplexity" not in rows
+        assert rows["held-out accuracy"] == "25.0% 87.5%" and "held-out perplexity" not in rows
     assert "pipeline_tag: text-classification" in files["README.md"] and "hfkit classify -m" in files["README.md"]
 
 
@@ -178,28 +179,27 @@ def nasty(metrics) -> dict:
     }  # fmt: skip
 
 
-def test_names_and_samples_are_shown_to_the_letter(nasty):
+def test_make_files_escapes_names_and_samples(nasty):
     files = make_files(nasty)
     page = Page(files["report.html"])
     page.assert_alone()
     card = shown(files["README.md"])
     assert "\x1b" not in files["report.html"] + files["README.md"]
-    assert page.tags.count("img") == 1
-    links = [value for name, value in card.attributes if name in ("href", "src")]
-    assert sorted(links) == ["https://pypi.org/project/hfkit/", "loss.png"]
+    assert card.links == ["https://pypi.org/project/hfkit/"] and not page.links
+    assert [value for name, value in card.attributes if name in ("href", "src")] == ["loss.png"]
     assert not {"script"} & set(card.tags) and card.tags.count("strong") == 2  # before, and after
     for one in (page, card):
         assert one.text.count("<script>alert(1)</script>") >= 8
         assert "![x](http://a.b/c.png)" in one.text and "**bold**" in one.text and "\\x1b[2J" in one.text
 
 
-def test_the_card_says_how_to_use_the_model_in_words_that_a_shell_takes(nasty, metrics):
+def test_card_command_is_quoted_for_a_shell(nasty, metrics):
     for one, prompt in ((nasty, flat(nasty["prompt"])), (metrics, flat(metrics["prompt"]))):
         (line,) = re.findall("^    (hfkit generate .*)", make_files(one)["README.md"], re.M)
         assert shlex.split(line) == ["hfkit", "generate", "-m", flat(one["folder"]), prompt]
 
 
-def test_the_head_of_the_card_is_what_the_hub_reads(metrics, nasty):
+def test_card_head_is_what_the_hub_reads(metrics, nasty):
     def head(one: dict) -> dict:
         return yaml.safe_load(make_files(one)["README.md"].split("---\n")[1])
 
@@ -213,9 +213,9 @@ def test_the_head_of_the_card_is_what_the_hub_reads(metrics, nasty):
 # pictures
 
 
-def test_the_losses_are_drawn_as_they_were_logged(metrics):
+def test_plot_loss_draws_what_was_logged(metrics):
     axes = Figure().subplots()
-    pictures.plot_loss(axes, metrics["history"], "runs/$x$")
+    pictures.plot_loss(axes, metrics["history"])
     plain, smoothed, held = axes.lines
     assert list(plain.get_ydata()) == trials.losses(metrics) and list(plain.get_xdata()) == [1, 2, 3, 4, 5, 6]
     assert list(smoothed.get_ydata()) == pytest.approx(trials.losses(metrics))
@@ -223,10 +223,10 @@ def test_the_losses_are_drawn_as_they_were_logged(metrics):
         (step, loss) for step, loss, _ in trials.scores(metrics)
     ]
     names = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert names == [r"training (runs/\$x\$)", r"held out (runs/\$x\$)"]
+    assert names == ["training", "held out"]
 
 
-def test_a_smooth_curve_is_a_running_mean():
+def test_smooth_is_a_running_mean():
     draw = np.random.default_rng(0)
     values = draw.random(300)
     found = pictures.smooth(list(enumerate(values.tolist())))
@@ -238,27 +238,190 @@ def test_a_smooth_curve_is_a_running_mean():
 # several runs
 
 
-def test_runs_are_compared_on_one_page(runs, tmp_path, capfdbinary, monkeypatch):
+def test_write_report_of_several_runs(runs, tmp_path, capfdbinary, monkeypatch):
+    """The result first, a chart for each measure, only the settings that differ, links to the runs."""
     monkeypatch.chdir(runs[0].parent)
     result = call(capfdbinary, "report", "one", "two", "-o", tmp_path / "new" / "page.html")
     assert (result.returncode, result.stderr) == (0, b"")
     assert result.stdout.decode() == f"{tmp_path / 'new' / 'page.html'}\n"
-    page = Page((tmp_path / "new" / "page.html").read_text())
+    source = (tmp_path / "new" / "page.html").read_text()
+    page = Page(source)
     page.assert_alone()
+    page.assert_policy()
     head, *rows = page.tables[0]
-    assert [row[0] for row in rows] == ["one", "two"] and len(page.pictures) == 1
-    for folder, row in zip(runs, rows, strict=True):
+    assert [row[0] for row in rows] == ["one", "two"]
+    best = min(runs, key=lambda folder: read(folder)["perplexity"])
+    assert f"Best of 2 runs: {best.name}. Held-out perplexity: " in page.text[:300]
+    assert re.search(r'<tr class="best">.*?</a>', source)[0].endswith(f">{best.name}</a>")
+    assert page.charts == ["held-out loss", "training loss, smoothed", "learning rate"]
+    for folder, row, link in zip(runs, rows, page.links, strict=True):
         metrics, cells = read(folder), dict(zip(head, row, strict=True))
         assert cells["perplexity"].startswith(f"{metrics['perplexity']:.2f} ± ")
         assert cells["perplexity before"] == f"{metrics['perplexity_before']:.2f}"
         assert cells["loss"] == f"{metrics['loss']:.4f}" and cells["learning rate"] == f"{metrics['learning_rate']:g}"
-        assert cells["step"] == str(metrics["step"]) and cells["accuracy"] == "–"
-        assert metrics["command"] in page.text
+        assert cells["copied"] == f"{metrics['copied']['share']:.1%}" and "accuracy" not in cells
+        assert cells["step"] == str(metrics["step"]) and metrics["command"] in page.text
+        assert (tmp_path / "new" / unquote(link)).resolve() == folder / "report.html"
         for step, _, sample in trials.scores(metrics):
             assert (flat(metrics["prompt"] + sample) in flat(page.text)) or step not in (0, metrics["step"])
+    differing = [row[0] for row in page.tables[1][1:]]
+    assert "optimizer" in differing and not {"model", "corpus", "seed", "parameters", "command"} & set(differing)
 
 
-def test_a_page_is_never_written_over(runs, tmp_path, capfdbinary, monkeypatch):
+def test_write_report_keeps_tasks_apart(metrics, tmp_path):
+    """The perplexity of a text and the accuracy of a classifier share neither a table nor a chart."""
+    head = {"head": "classification", "accuracy_before": 0.25, "accuracy": 0.875, "samples": [], "copied": None}
+    scored = {
+        name: value for name, value in metrics.items() if not name.startswith(("perplexity", "token_acc"))
+    } | head
+    for name, values in (("text", metrics), ("weak", scored), ("strong", scored | {"accuracy": 0.9375})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(values))
+    source = write_report([tmp_path / name for name in ("text", "weak", "strong")], tmp_path / "page.html").read_text()
+    page = Page(source)
+    texts, labels = page.tables[:2]
+    assert [Path(row[0]).name for row in texts[1:]] == ["text"] and "perplexity" in texts[0]
+    assert [Path(row[0]).name for row in labels[1:]] == ["weak", "strong"] and "perplexity" not in labels[0]
+    assert labels[0][1] == "accuracy" and [row[1] for row in labels[1:]] == ["87.5%", "93.8%"]
+    assert page.charts.count("held-out loss") == 2 and page.charts.count("held-out accuracy") == 1
+    assert [Path(name).name for name in re.findall('<tr class="best">.*?>([^<>]*)</a>', source)] == ["strong"]
+
+
+@pytest.mark.parametrize(
+    ("gain", "error", "words"),
+    [
+        (0.5, 0.1, "better than before: its loss fell by 0.5000 ± 0.1000"),
+        (0.1, 0.1, "no clear gain"),
+        (-0.1, 0.1, "no clear gain"),
+        (-0.5, 0.1, "got worse: its loss rose by 0.5000 ± 0.1000"),
+        (0.5, None, "its loss fell by 0.5000 nats per token"),
+    ],
+)
+def test_report_opens_with_a_verdict(metrics, gain, error, words):
+    page = Page(make_files(metrics | {"loss_gain": gain, "loss_gain_stderr": error})["report.html"])
+    start = flat(page.text)[:600]
+    assert f"Held-out perplexity: {metrics['perplexity_before']:.2f} → {metrics['perplexity']:.2f}" in start
+    assert words in start and "words are from there" in start
+    assert page.text.index("hfkit generate -m") < page.text.index("Sample 1") < page.text.index("Curves")
+
+
+@pytest.mark.parametrize(("accuracy", "word"), [(0.75, "better"), (0.5, "not better"), (0.25, "not better")])
+def test_report_compares_labels_with_the_most_frequent_one(metrics, accuracy, word):
+    """A low perplexity of the labels' tokens says nothing: the model may always give the same answer."""
+    task = {"template": "{text}: {label}", "labels": ["a", "b"], "metric": []}
+    scores = {"accuracy_before": 0.0, "accuracy": accuracy, "baseline": {"label": "a", "accuracy": 0.5}}
+    files = make_files(metrics | {"task": task} | scores)
+    for page in (Page(files["report.html"]), shown(files["README.md"])):
+        assert f"Held-out accuracy: 0.0% → {accuracy:.1%}" in page.text
+        assert f"the model is {word} than always answering 'a', which is right in 50.0%" in flat(page.text)
+        rows = {row[0]: row[1:] for table in page.tables for row in table}
+        assert rows["accuracy of always 'a'"][1] == "50.0%"
+
+
+def test_report_marks_the_prompt_and_where_the_last_sentence_ends(metrics):
+    texts = ["Once upon a time. It", "Once there was a fox. It ran"]
+    source = make_files(metrics | {"prompt": "Once", "samples": texts})["report.html"]
+    assert "<b>Once</b> upon a time.<i> It</i>" in source and "<b>Once</b> there was a fox.<i> It ran</i>" in source
+    source = make_files(metrics | {"prompt": "", "samples": ["No. " + "word " * 20, "“Done!” she said"]})[
+        "report.html"
+    ]
+    assert "<b></b>No. word" in source and "word <i></i>" in source
+    assert "<b></b>“Done!” she said<i></i>" in source or "<b></b>“Done!”<i> she said</i>" in source
+
+
+def test_card_uses_the_command_of_the_task(metrics):
+    """A model that learned to label is used by `classify`; one whose weights are gone by its recipe."""
+    task = {"template": "{text}: {label}", "labels": ["a", "b"], "metric": []}
+    for files in (make_files(metrics | {"task": task}), make_files(metrics | {"head": "classification"})):
+        for name in ("README.md", "report.html"):
+            assert f"hfkit classify -m {metrics['folder']}" in Page(files[name]).text, name
+    files = make_files(metrics | {"has_weights": False})
+    assert "hfkit generate" not in files["README.md"] + files["report.html"].partition("Settings")[0]
+    assert f"hfkit finetune --config {metrics['folder']}/recipe.yaml" in files["README.md"]
+    assert "weights were deleted" in files["README.md"] and "weights were deleted" in files["report.html"]
+
+
+def test_charts_are_legible_on_dark_pages_and_count_whole_steps(metrics):
+    source = make_files(metrics)["report.html"]
+    svg = source[source.index("<svg") : source.index("</svg>")]
+    assert "currentColor" in svg and "#010203" not in svg and "#ffffff" not in svg and "fill: #000000" not in svg
+    steps = [text for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg) if re.fullmatch(r"[\d.]+", text)]
+    rates = svg[svg.index('id="axes_2"') : svg.index('id="matplotlib.axis_4"')]
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", rates)
+    assert steps and labels[:-1] and all(re.fullmatch(r"−?\d+", label) for label in labels if label != "step"), labels
+
+
+# a search
+
+
+SEARCH = {
+    "space": {},
+    "recipe": {},
+    "best": {"learning_rate": 1e-3},
+    "loss": 2.5,
+    "importances": {"learning_rate": 0.75, "dropout": 0.25},
+    "trials": [
+        {"number": 0, "state": "complete", "loss": 3.0, "params": {"learning_rate": 1e-4, "dropout": 0.0},
+         "folder": "trial-0", "default": True},
+        {"number": 1, "state": "complete", "loss": 2.5, "params": {"learning_rate": 1e-3, "dropout": 0.1},
+         "folder": "trial-1"},
+        {"number": 2, "state": "pruned", "loss": None, "params": {"learning_rate": 1.0, "dropout": 0.2},
+         "folder": "trial-2"},
+        {"number": 3, "state": "complete", "loss": 4.0, "params": {"learning_rate": 1e-2, "dropout": 0.3},
+         "folder": "trial-3"},
+    ],
+}  # fmt: skip
+
+
+def save_search(folder: Path, metrics: dict, **changes) -> Path:
+    (folder / "trial-1").mkdir(parents=True)
+    (folder / "trial-1" / "metrics.json").write_text(json.dumps(metrics | {"loss_before": 5.0}))
+    (folder / "tuning.json").write_text(json.dumps(SEARCH | changes))
+    return folder
+
+
+def test_write_report_of_a_search(metrics, tmp_path, capfdbinary, monkeypatch):
+    """What was gained over the defaults, and the trials, the best first and marked."""
+    monkeypatch.chdir(tmp_path)
+    save_search(tmp_path / "found", metrics)
+    assert call(capfdbinary, "report", "found").returncode == 0
+    source = (tmp_path / "runs.html").read_text()
+    page = Page(source)
+    page.assert_alone()
+    page.assert_policy()
+    assert "Best of 4 trials: held-out loss 2.5000" in page.text
+    assert "0.5000 below that of the default settings, 0.5000 below that of the median trial" in page.text
+    assert "2.5000 below that of the model before training" in page.text
+    assert "hfkit generate -m found/trial-1" in page.text and "--config found/best.yaml" in page.text
+    head, *rows = page.tables[0]
+    assert head == ["trial", "held-out loss", "learning_rate", "dropout", "state"]
+    assert [row[0] for row in rows] == ["1", "0", "3", "2"] and rows[3][1] == "–"
+    assert re.search(r'<tr class="best">\s*<td[^>]*>1</td>', source) and len(page.charts) == 1
+    assert_fails(call(capfdbinary, "report", "found", "other", "--overwrite"), 1, "found is a search", "trial-0")
+
+
+def test_write_report_of_what_is_not_a_search(metrics, tmp_path):
+    for number, changes in enumerate(
+        ({"trials": []}, {"trials": None}, {"trials": [{}]}, {"importances": 3}, {"trials": SEARCH["trials"][2:3]})
+    ):
+        folder = save_search(tmp_path / str(number), metrics, **changes)
+        with pytest.raises(HfkitError, match=f"{folder}"):
+            write_report([folder], tmp_path / "page.html")
+    (folder / "tuning.json").write_text("[]")
+    with pytest.raises(HfkitError, match="not a JSON object"):
+        write_report([folder], tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_write_report_escapes_a_search(metrics, tmp_path):
+    trial = {"number": 0, "state": NASTY, "loss": 1.0, "params": {NASTY: NASTY}, "folder": "trial-1"}
+    folder = save_search(tmp_path / "<script>", metrics, trials=[trial], importances={NASTY: 1.0})
+    page = Page(write_report([folder], tmp_path / "page.html").read_text())
+    page.assert_alone()
+    assert page.text.count(NASTY) >= 3
+
+
+def test_report_replaces_a_page_only_with_overwrite(runs, tmp_path, capfdbinary, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(capfdbinary, "report", runs[0]).returncode == 0
     first = (tmp_path / "runs.html").read_text()
@@ -269,28 +432,29 @@ def test_a_page_is_never_written_over(runs, tmp_path, capfdbinary, monkeypatch):
     assert_fails(call(capfdbinary, "report", runs[0], "-o", "/proc/none/a.html"), 1, "cannot write")
 
 
-def test_names_and_samples_are_escaped_where_runs_are_compared(nasty, tmp_path):
+def test_write_report_escapes_names_and_samples(nasty, tmp_path):
     folder = tmp_path / "<script>$run$ & <b>"
     folder.mkdir()
     (folder / "metrics.json").write_text(json.dumps(nasty))
-    page = Page(compare([folder, str(folder)], tmp_path / "page.html").read_text())
+    page = Page(write_report([folder, str(folder)], tmp_path / "page.html").read_text())
     page.assert_alone()
-    assert page.tags.count("img") == 1 and page.text.count("<script>alert(1)</script>") > 8
+    assert page.text.count("<script>alert(1)</script>") > 8
     assert page.text.count(str(folder)) >= 4
 
 
 # runs that are none
 
 
-def test_a_run_that_is_not_finished_or_not_whole_is_one_line(runs, tmp_path, capfdbinary, monkeypatch):
+def test_write_report_of_an_unfinished_run_is_one_line(runs, tmp_path, capfdbinary, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "run" / "metrics.json"
     path.parent.mkdir()
     assert_fails(call(capfdbinary, "report", runs[0], "run"), 1, "no finished run (run)")
     assert_fails(call(capfdbinary, "report", tmp_path / "none"), 1, "no finished run")
     damaged = {
-        b"": "readable", b"{": "readable", b"\xff\xfe": "readable", b"[" * 100_000: "readable", b"[]": "no object",
-        b"3": "no object", b"{}": "it has no 'model'", b'{"model": "a", "step": "x"}': "metrics.json",
+        b"": "readable", b"{": "readable", b"\xff\xfe": "readable", b"[" * 100_000: "readable",
+        b"[]": "not a JSON object", b"3": "not a JSON object", b"{}": "it has no 'history'",
+        b'{"model": "a", "step": "x"}': "metrics.json",
     }  # fmt: skip
     for content, words in damaged.items():
         path.write_bytes(content)
@@ -298,22 +462,22 @@ def test_a_run_that_is_not_finished_or_not_whole_is_one_line(runs, tmp_path, cap
     assert not (tmp_path / "runs.html").exists()
 
 
-def test_whatever_is_missing_or_wrong_in_the_metrics_there_is_a_page_or_one_error(metrics, tmp_path, monkeypatch):
+def test_write_report_of_any_metrics_is_a_page_or_one_error(metrics, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     refused = set()
 
     def attempt(changed: dict) -> bool:
         (tmp_path / "run" / "metrics.json").write_text(json.dumps(changed))
         try:
-            Page(compare([tmp_path / "run"], tmp_path / "page.html").read_text()).assert_alone()
+            Page(write_report([tmp_path / "run"], tmp_path / "page.html").read_text()).assert_alone()
         except HfkitError as error:
             assert str(tmp_path / "run") in str(error)
             return False
         return True
 
     assert attempt(metrics)
-    draw = pictures.draw_curves
-    monkeypatch.setattr("hfkit.reporting.pages.draw_curves", lambda runs: b"")  # it takes most of the time
+    monkeypatch.setattr("hfkit.reporting.pages.to_svg", lambda figure: "")  # it takes most of the time
+    monkeypatch.setattr("hfkit.reporting.pages.draw_measure", lambda curves, label: None)
     for name in metrics:
         if not attempt({key: value for key, value in metrics.items() if key != name}):
             refused.add(name)
@@ -322,14 +486,13 @@ def test_whatever_is_missing_or_wrong_in_the_metrics_there_is_a_page_or_one_erro
     wrong = [None, "x", 7, [], {}, [None], {"a": 1}]
     for name, value in itertools.product(("step", "history", "samples", "copied", "corpus", "prompt", "loss"), wrong):
         attempt(metrics | {name: value})
-    monkeypatch.setattr("hfkit.reporting.pages.draw_curves", draw)
     history = metrics["history"]
     for value in wrong:
         attempt(metrics | {"history": [*history, value]})
         attempt(metrics | {"history": [{**entry, "loss": value} for entry in history]})
 
 
-def test_a_loss_that_is_no_number_leaves_a_gap(metrics):
+def test_draw_curves_leaves_a_gap_for_a_loss_that_is_not_finite(metrics):
     """JSON has no infinity: what was one is null."""
     history = [
         {**entry, "loss": None} if entry.get("step") == 3 and "loss" in entry else entry

@@ -1,4 +1,4 @@
-"""Corpora in every format, and independent ways to count what is in them."""
+"""Corpora in every format, and independent ways to measure what is in them."""
 
 import csv
 import gzip
@@ -22,15 +22,17 @@ TEXTS = [
 
 
 def write(path, texts=TEXTS, kind=None, column="text", gz=False) -> str:
-    """Texts in the format of the path's ending, or of `kind`."""
+    """Write texts in the format that the name ends with, or in `kind`."""
     rows = [{"number": i, column: text} for i, text in enumerate(texts)]
     table = pa.table({"number": range(len(texts)), column: texts})
     match kind or path.name.split(".", 1)[1]:
         case "txt" | "md":
             path.write_text(END.join(texts), newline="")
-        case "csv" | "tsv" as kind:
+        case "tsv":  # without quoting: no text may have a tab or a line break
+            path.write_text("".join(f"{i}\t{text}\n" for i, text in [("number", column), *enumerate(texts)]))
+        case "csv":
             with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, ["number", column], delimiter=",\t"[kind == "tsv"])
+                writer = csv.DictWriter(file, ["number", column])
                 writer.writeheader()
                 writer.writerows(rows)
         case "json":
@@ -55,47 +57,15 @@ def write(path, texts=TEXTS, kind=None, column="text", gz=False) -> str:
 
 
 _SCRAPS = [
-    *(
-        "word",
-        "Wörter",
-        "don't",
-        "we'll",
-        "x" * 40,
-        "1234567",
-        "a1b2",
-        "…",
-        "!?",
-        "--",
-        "(",
-        ")",
-        "_",
-        "'s",
-        "e\u0301",
-    ),
-    *(
-        " ",
-        " ",
-        " ",
-        " ",
-        "  ",
-        "\n",
-        "\n\n",
-        "\t",
-        "\r",
-        "\x0b",
-        "\x1c",
-        "\x85",
-        "\xa0",
-        "\u3000",
-        "\u2028",
-        "\u200b",
-    ),
-    *("漢字", "かな。", "한국어", "हिन्दी", "ไทย", "عربي", "🎉", "👩‍👩‍👧", "\U000e0001", "<|", "|>", "<|endoftext"),
+    *"word Wörter don't we'll 1234567 a1b2 … !? -- ( ) _ 's e\u0301".split(),
+    "x" * 40,
+    *("  ", "\n\n", *"    \n\t\r\x0b\x1c\x85\xa0\u3000\u2028\u200b"),
+    *"漢字 かな。 한국어 हिन्दी ไทย عربي 🎉 👩‍👩‍👧 \U000e0001 <| |> <|endoftext".split(),
 ]
 
 
 def scrawl(seed: int) -> str:
-    """A text with all that may lie at a border: words, runs of white space, scripts, signs, and END."""
+    """A random text with everything that a cut may meet: words, runs of white space, scripts, signs, and END."""
     draw, parts = random.Random(seed), []
     scraps = draw.sample(_SCRAPS, draw.randint(3, len(_SCRAPS)))
     while sum(map(len, parts)) < 30_000:
@@ -111,22 +81,26 @@ def scrawl(seed: int) -> str:
 
 
 def longest_common(sample: list[str], documents: list[list[str]]) -> int:
-    """Words of the longest run that stands in both."""
+    """Words of the longest run that is in both."""
     best = 0
     for document in documents:
         before = [0] * (len(document) + 1)
         for word in sample:
             row = [0] * (len(document) + 1)
-            for at, other in enumerate(document, 1):
-                row[at] = before[at - 1] + 1 if word == other else 0
+            for place, other in enumerate(document, 1):
+                row[place] = before[place - 1] + 1 if word == other else 0
             best, before = max(best, *row), row
     return best
 
 
 def share_of(sample: list[str], documents: list[list[str]], length: int) -> float:
-    runs = [sample[at : at + length] for at in range(len(sample) - length + 1)]
-    there = {tuple(one[at : at + length]) for one in documents for at in range(len(one) - length + 1)}
-    return sum(tuple(run) in there for run in runs) / len(runs) if runs else 0.0
+    """The share of the sample's runs of `length` words that are in a document."""
+    runs, *others = [
+        [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
+        for words in [sample, *documents]
+    ]
+    known = set().union(*others)
+    return sum(run in known for run in runs) / len(runs) if runs else 0.0
 
 
 CHATML = (
@@ -138,14 +112,16 @@ CHATML = (
 
 
 def prepare(source, tokenizer, folder=None, **options):
+    """Tokenize a corpus, into `folder` or the cache."""
     return encode_corpus(find_corpus(source), tokenizer, DataOptions(**options), folder)
 
 
 def whole(texts, tokenizer) -> list[int]:
-    """The tokens of texts, each encoded whole, with the end of text after it."""
+    """The tokens of texts, each encoded at once and followed by the end of text."""
     encoded = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts)
     return [i for ids in encoded for i in [*ids, tokenizer.eos_token_id]]
 
 
 def talk(*turns) -> Example:
+    """A conversation from (role, text) turns."""
     return Example({"messages": [{"role": role, "content": text} for role, text in turns]}, "a.jsonl, line 7")

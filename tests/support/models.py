@@ -6,8 +6,8 @@ from pathlib import Path
 from safetensors.numpy import load_file, save_file
 
 
-def write_gguf(model, tokenizer, path: Path) -> str:
-    """What llama.cpp's converter would write."""
+def write_gguf(model, tokenizer, path: Path, blocks: int | None = None) -> str:
+    """What llama.cpp's converter would write. blocks: the number that the file gives, if it is not the right one."""
     import gguf
 
     config, architecture = model.config, model.config.model_type
@@ -15,7 +15,7 @@ def write_gguf(model, tokenizer, path: Path) -> str:
     file = gguf.GGUFWriter(path, architecture)
     file.add_context_length(config.max_position_embeddings)
     file.add_embedding_length(config.hidden_size)
-    file.add_block_count(config.num_hidden_layers)
+    file.add_block_count(blocks or config.num_hidden_layers)
     file.add_feed_forward_length(getattr(config, "intermediate_size", 4 * config.hidden_size))
     file.add_head_count(heads)
     file.add_head_count_kv(kv)

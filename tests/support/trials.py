@@ -1,8 +1,7 @@
 """What the tests of training share: small corpora, small runs, and a process that is killed again and again.
 
 As a script (`python tests/support/trials.py TASK.json`) it imports hfkit once and forks a child for each trial, since
-a fresh
-`hfkit` takes seconds to start. It prints what the trials did, as JSON, and asserts nothing.
+a fresh `hfkit` takes seconds to start. It prints what the trials did, as JSON, and asserts nothing.
 """
 
 import gc
@@ -66,8 +65,9 @@ def make_brisk(set_attribute: Callable[[str, Any], Any]) -> None:
     collections of garbage that look at all of torch.
     """
     set_attribute("hfkit.training.runs.make_files", lambda *_: {})
+    set_attribute("hfkit.tuning.search.make_files", lambda *_: {})
     set_attribute("hfkit.training.plan._speed", lambda *_: 1e9)
-    set_attribute("hfkit.training.callbacks._SAMPLE", 6)
+    set_attribute("hfkit.training.monitor.SAMPLE_TOKENS", 6)
     set_attribute("hfkit.training.runs._TOKENS", 2)
     gc.collect()
     gc.freeze()
@@ -83,8 +83,6 @@ def fork(task: dict[str, Any], folder: str, log: Path) -> int:
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
     code = 70
     try:
-        pass
-
         sys.argv = ["hfkit", *task["command"], "-o", folder, "--resume"]
         app.main()
     except SystemExit as end:
@@ -200,8 +198,6 @@ def run_trials(task: dict[str, Any]) -> dict[str, Any]:
     `seed`. Of each process: the signal it got, and its exit status.
     """
     import torch
-
-    pass  # noqa: F401, so that no child has to
 
     torch.set_num_threads(1)
     make_brisk(pytest.MonkeyPatch().setattr)

@@ -78,7 +78,8 @@ def count(batch) -> int:
 
 
 @pytest.mark.parametrize("kind", ["text", "answers"])
-def test_the_losses_are_those_of_a_plain_loop(still, corpus, answers, tmp_path, batches, kind):
+def test_loop_losses(still, corpus, answers, tmp_path, batches, kind):
+    """The losses are those of a plain loop."""
     run = train(corpus if kind == "text" else answers, still, tmp_path, warmup_steps=2, weight_decay=0.1)
     model = GPT2LMHeadModel.from_pretrained(still).train()
     decayed = [p for name, p in model.named_parameters() if p.ndim == 2]
@@ -104,7 +105,8 @@ def test_the_losses_are_those_of_a_plain_loop(still, corpus, answers, tmp_path, 
     torch.testing.assert_close(saved(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_small_batches_that_are_added_up_are_a_large_one(still, answers, tmp_path):
+def test_loop_accumulation(still, answers, tmp_path):
+    """Small batches that are accumulated equal a large one."""
     large = train(
         answers, still, tmp_path / "large", per_device_train_batch_size=4, num_train_epochs=1, max_steps=None
     )
@@ -115,7 +117,8 @@ def test_small_batches_that_are_added_up_are_a_large_one(still, answers, tmp_pat
     assert trials.losses(small.metrics) == pytest.approx(trials.losses(large.metrics), rel=1e-5)
 
 
-def test_what_is_measured_is_what_a_plain_loop_measures(still, corpus, tmp_path):
+def test_monitor_losses(still, corpus, tmp_path):
+    """The held-out losses are those of a plain loop."""
     held = Path(trials.write_corpus(tmp_path / "held.txt", documents=5, seed=1))
     run = train(corpus, still, tmp_path / "run", eval_file=[str(held)], learning_rate=3e-3)
     tokenizer, nats, tokens = AutoTokenizer.from_pretrained(still), {}, 0
@@ -133,7 +136,8 @@ def test_what_is_measured_is_what_a_plain_loop_measures(still, corpus, tmp_path)
     assert run.perplexity < run.metrics["perplexity_before"]
 
 
-def test_without_memory_for_a_batch_the_steps_stay_the_same(still, corpus, tmp_path, monkeypatch, capfd):
+def test_fit_without_memory(still, corpus, tmp_path, monkeypatch, capfd):
+    """Where memory does not suffice for a batch, the steps stay the same."""
     whole = train(corpus, still, tmp_path / "whole", per_device_train_batch_size=6)
     forward, most = GPT2LMHeadModel.forward, 2
     errors = {6: torch.OutOfMemoryError("CUDA out of memory."),
@@ -182,9 +186,8 @@ def flags(options) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_leaves_a_model_that_anybody_loads_and_a_recipe_for_the_same(
-    tiny, tiny_llama, corpus, answers, talks, tmp_path, capfdbinary, monkeypatch, kind
-):
+def test_finetune_every_kind(tiny, tiny_llama, corpus, answers, talks, tmp_path, capfdbinary, monkeypatch, kind):
+    """A run leaves a model that transformers loads, and a recipe that gives the same model."""
     if kind == "full":
         monkeypatch.setattr("hfkit.training.runs.make_files", make_files)
     base = tiny_llama if kind == "llama" else tiny
@@ -238,8 +241,9 @@ def test_a_run_leaves_a_model_that_anybody_loads_and_a_recipe_for_the_same(
     assert json.loads(again.stdout)["loss"] == metrics["loss"]
 
 
-def test_a_run_that_does_not_get_better_stops_early_and_keeps_its_best_state(tiny, corpus, tmp_path, capfd):
-    options = {"max_steps": 12, "eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 0.02}
+def test_finetune_stops_early(tiny, corpus, tmp_path, capfd):
+    """A run that does not get better stops early and keeps its best state."""
+    options = {"max_steps": 12, "eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 0.1}
     run = train(corpus, tiny, tmp_path / "run", **options, lr_scheduler_type="constant", warmup_steps=0)
     measured = {step: loss for step, loss, _ in trials.scores(run.metrics) if step}
     best = min(measured, key=measured.get)
@@ -256,7 +260,9 @@ def test_a_run_that_does_not_get_better_stops_early_and_keeps_its_best_state(tin
     assert last.metrics["loss"] == measured[max(measured)]
 
 
-def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(tiny, corpus, tmp_path, monkeypatch):
+def test_progress_bar(tiny, corpus, tmp_path, monkeypatch):
+    """On a terminal a bar shows loss, speed and time left."""
+
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -287,21 +293,24 @@ class Watch(TrainerCallback):
         self.saved.append(find_fault(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
 
 
-def test_callbacks_of_transformers_are_called(tiny, corpus, tmp_path):
+def test_finetune_calls_callbacks(tiny, corpus, tmp_path):
+    """Callbacks of transformers are called."""
     watch = Watch()
     run = train(corpus, tiny, tmp_path, callbacks=[watch])
     assert (watch.calls, watch.saved) == ([1, 2, 3, 4, 5, 6], [None, None])
     assert run == hfkit.Run(str(tmp_path), json.loads((tmp_path / "metrics.json").read_text()))
 
 
-def test_a_callback_may_stop_a_run_once_something_is_saved(tiny, corpus, tmp_path):
+def test_finetune_stopped_by_a_callback(tiny, corpus, tmp_path):
+    """A callback may stop a run once something is saved."""
     run = train(corpus, tiny, tmp_path / "some", callbacks=[Watch(stop_at=4)])
     assert (run.metrics["steps"], run.metrics["step"]) == (4, 3)
     with pytest.raises(HfkitError, match="before anything was saved: lower --save-steps"):
         train(corpus, tiny, tmp_path / "nothing", callbacks=[Watch(stop_at=2)])
 
 
-def test_options_are_keywords_or_objects_and_bad_ones_are_named(tiny, tiny_t5, corpus, tmp_path):
+def test_finetune_options(tiny, tiny_t5, corpus, tmp_path):
+    """Options are keywords or objects, and errors name the bad one."""
     both = {"output_dir": tmp_path / "run", "dry_run": True}
     objects = {"train": hfkit.TrainOptions(max_steps=3), "data": hfkit.DataOptions(eval_fraction=0.1)}
     assert hfkit.finetune(corpus, model=hfkit.ModelOptions(model=tiny), **objects, **both) is None
@@ -324,21 +333,21 @@ def test_options_are_keywords_or_objects_and_bad_ones_are_named(tiny, tiny_t5, c
     ("options", "words"),
     [
         ({"optim": "adamm"}, "adamm"),
-        ({"lr_scheduler_kwargs": "{min_lr}"}, "--lr-scheduler-kwargs is no JSON"),
+        ({"lr_scheduler_kwargs": "{min_lr}"}, "--lr-scheduler-kwargs is not valid JSON"),
         ({"report_to": "nothing-of-the-kind"}, "nothing-of-the-kind"),
         ({"lora": True, "lora_target_modules": "nothing"}, "--lora-target-modules"),
         ({"fp16": True, "bf16": True}, "fp16"),
     ],
 )
-def test_what_trainer_does_not_take_is_a_usage_error_and_the_folder_stays_free(
-    tiny, corpus, tmp_path, capfdbinary, options, words
-):
+def test_finetune_refused_options(tiny, corpus, tmp_path, capfdbinary, options, words):
+    """What Trainer does not accept is a usage error, and the folder stays free."""
     common = ["finetune", corpus, "-m", tiny, "-o", tmp_path / "run", "-q", *flags(trials.SMALL | options)]
     for _ in range(2):
         assert_fails(call(capfdbinary, *common), 2, words)
 
 
-def test_an_adapter_is_not_trained_on_top_of_an_adapter(tiny, corpus, tmp_path):
+def test_finetune_refuses_nested_adapters(tiny, corpus, tmp_path):
+    """An adapter is not trained on top of an adapter."""
     train(corpus, tiny, tmp_path / "adapter", lora=True, max_steps=1)
     with pytest.raises(HfkitError, match="is an adapter: 'hfkit export' merges it"):
         train(corpus, str(tmp_path / "adapter"), tmp_path / "second", lora=True)
@@ -346,7 +355,8 @@ def test_an_adapter_is_not_trained_on_top_of_an_adapter(tiny, corpus, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(whole.output_dir)
 
 
-def test_a_gguf_file_is_trained_further_and_becomes_a_plain_model(tiny_llama, corpus, tmp_path):
+def test_finetune_gguf(tiny_llama, corpus, tmp_path):
+    """A GGUF file can be trained further and becomes a plain model."""
     from support.models import write_gguf
 
     lm = hfkit.load(tiny_llama, device="cpu")
@@ -358,7 +368,8 @@ def test_a_gguf_file_is_trained_further_and_becomes_a_plain_model(tiny_llama, co
         train(corpus, file, tmp_path / "adapter", lora=True)
 
 
-def test_an_adapter_of_a_hub_model_names_it_and_never_asks_for_it(tiny, corpus, tmp_path, monkeypatch):
+def test_finetune_adapter_of_a_hub_model(tiny, corpus, tmp_path, monkeypatch):
+    """The adapter of a Hub model names the model, and the run never asks the Hub for it."""
     commit, cache = "a" * 40, tmp_path / "hub"
     shutil.copytree(tiny, cache / "models--owner--name" / "snapshots" / commit)
     (cache / "models--owner--name" / "refs").mkdir()
@@ -373,7 +384,8 @@ def test_an_adapter_of_a_hub_model_names_it_and_never_asks_for_it(tiny, corpus, 
     assert run.metrics["model"] == "owner/name" and hfkit.load(run.output_dir)
 
 
-def test_one_run_leaves_nothing_behind_for_the_next(tiny, corpus, tmp_path):
+def test_finetune_leaves_no_state(tiny, corpus, tmp_path):
+    """One run leaves nothing behind for the next."""
     before = dict(os.environ)
     first = train(corpus, tiny, tmp_path / "1", bf16=True)
     train(corpus, tiny, tmp_path / "2", lora=True)
@@ -384,7 +396,8 @@ def test_one_run_leaves_nothing_behind_for_the_next(tiny, corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_learns_the_same_and_the_next_one_is_not_compiled(still, corpus, tmp_path):
+def test_finetune_compiled(still, corpus, tmp_path):
+    """A compiled run learns the same, and the next one is not compiled."""
     plain = train(corpus, still, tmp_path / "plain")
     before = dict(os.environ)
     compiled = train(corpus, still, tmp_path / "compiled", torch_compile=True)
@@ -415,7 +428,8 @@ print(faults(10))
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
-def test_a_step_gets_the_memory_that_the_last_one_freed_and_afterwards_the_system_has_it_again():
+def test_freed_memory_kept():
+    """A step gets the memory that the last one freed; afterwards the system has it again."""
     # In a process of its own: an allocation that ever failed in this one would have changed the heap.
     told = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
     kept, after = map(int, told.split())

@@ -40,7 +40,8 @@ def machine(monkeypatch):
     return make
 
 
-def test_precision_is_chosen_by_the_units_of_the_machine(machine):
+def test_plan_precision(machine):
+    """The precision follows the units of the machine."""
     machine(units=True)
     assert plan().precision == "bfloat16" and "bfloat16: this processor has units for it" in plan().why
     machine(units=False)
@@ -48,11 +49,12 @@ def test_precision_is_chosen_by_the_units_of_the_machine(machine):
     assert plan(bf16=True).precision == "bfloat16" and plan(fp16=True).precision == "float16"
     machine(units=True)
     assert plan(bf16=False).precision == "float32" and plan(fp16=False).precision == "float32"
-    with pytest.raises(OptionError, match="one or the other"):
+    with pytest.raises(OptionError, match="exclude each other"):
         plan(bf16=True, fp16=True)
 
 
-def test_without_units_for_bfloat16_a_run_is_what_trainer_would_do(still, corpus, tmp_path, monkeypatch, machine):
+def test_plan_float32(still, corpus, tmp_path, monkeypatch, machine):
+    """Without units for bfloat16 a run is what Trainer would do."""
     machine(units=False)
     seen, forward = set(), GPT2LMHeadModel.forward
 
@@ -66,7 +68,8 @@ def test_without_units_for_bfloat16_a_run_is_what_trainer_would_do(still, corpus
     assert (run.metrics["precision"], run.metrics["compiled"]) == ("float32", False)
 
 
-def test_a_long_run_is_compiled_where_there_is_a_compiler(machine):
+def test_plan_compilation(machine):
+    """A long run is compiled where there is a compiler."""
     machine(speed=10)
     assert plan().compile and plan(torch_compile=False).compile is False
     machine(speed=1e9)
@@ -78,16 +81,16 @@ def test_a_long_run_is_compiled_where_there_is_a_compiler(machine):
     assert not asked.compile and "not compiled, though asked for: there is no C++ compiler" in asked.why
 
 
-def test_without_a_compiler_a_run_that_asks_for_one_says_so_and_works(
-    still, corpus, tmp_path, capfdbinary, monkeypatch
-):
+def test_plan_without_a_compiler(still, corpus, tmp_path, capfdbinary, monkeypatch):
+    """A run that asks to be compiled where there is no compiler says so and works."""
     monkeypatch.setattr(plan_module.shutil, "which", lambda name: None)
     typed = ["--torch-compile", "--max-steps", 1, "--no-bf16"]
     result = call(capfdbinary, "finetune", corpus, "-m", still, "-o", tmp_path / "run", *typed)
     assert result.returncode == 0 and b"not compiled, though asked for: there is no C++ compiler" in result.stderr
 
 
-def test_what_was_chosen_is_an_option_in_effect(machine):
+def test_plan_options_are_in_effect(machine):
+    """What was chosen is an option in effect."""
     machine(units=True, speed=10)
     first = plan()
     machine(units=False, compiler=True, speed=1e9)
@@ -103,16 +106,19 @@ def test_what_was_chosen_is_an_option_in_effect(machine):
     ("sequences", "processes", "batch"),
     [(1, 1, 1), (29, 1, 1), (60, 1, 2), (239, 1, 7), (10**6, 1, 8), (480, 2, 8), (240, 4, 2)],
 )
-def test_a_short_corpus_gets_smaller_batches_so_that_there_are_steps_to_learn_in(machine, sequences, processes, batch):
+def test_plan_batch_size(machine, sequences, processes, batch):
+    """A short corpus gets smaller batches, so that there are steps to learn in."""
     machine()
     found = plan(sequences=sequences, processes=processes)
     assert found.options.per_device_train_batch_size == batch
-    assert found.steps == math.ceil(3 * math.ceil(sequences / (batch * processes)))
+    epochs = found.options.num_train_epochs
+    assert found.steps == math.ceil(epochs * math.ceil(sequences / (batch * processes)))
     assert plan(sequences=sequences, per_device_train_batch_size=5).options.per_device_train_batch_size == 5
     assert 9 <= math.ceil(found.steps / found.options.eval_steps) <= 10 or found.steps < 10
 
 
-def test_steps_are_those_that_trainer_makes_of_epochs_and_accumulation(tiny, corpus, tmp_path):
+def test_plan_steps(tiny, corpus, tmp_path):
+    """The steps are those that Trainer makes of epochs and accumulation."""
     options = {
         "gradient_accumulation_steps": 3,
         "per_device_train_batch_size": 4,
@@ -124,7 +130,8 @@ def test_steps_are_those_that_trainer_makes_of_epochs_and_accumulation(tiny, cor
     assert run.metrics["steps"] == len(history) and 1.4 < history[-1]["epoch"] <= 1.7
 
 
-def test_smaller_models_adapters_and_new_models_learn_at_higher_rates(machine):
+def test_plan_learning_rate(machine):
+    """Smaller models, adapters and new models learn at higher rates."""
     machine()
     rates = [plan(parameters=size).options.learning_rate for size in (10**5, 10**7, 124 * 10**6, 10**9)]
     assert rates == sorted(rates, reverse=True) and rates[0] == 5e-4 and rates[2] == 5e-5
@@ -135,14 +142,29 @@ def test_smaller_models_adapters_and_new_models_learn_at_higher_rates(machine):
     assert plan(**small, learning_rate=1e-3).options.learning_rate == 1e-3
 
 
-def test_a_new_model_sees_twenty_tokens_for_each_parameter_within_three_and_twenty_epochs(machine):
+def test_plan_epochs_of_a_new_model(machine):
+    """A new model sees twenty tokens for each parameter, within three to twenty epochs."""
     machine()
     epochs = [plan(parameters=size, fresh=True).options.num_train_epochs for size in (10**3, 10**4, 5 * 10**4, 10**9)]
     assert epochs == [3, 3, 10, 20]
     assert plan(parameters=10**9, fresh=True, num_train_epochs=1).options.num_train_epochs == 1
 
 
-def test_attention_dropout_is_off_on_a_cpu_only_and_only_while_it_trains(tiny, corpus, tmp_path, monkeypatch, machine):
+def test_plan_epochs_of_a_small_corpus(machine):
+    """Three pages of text are seen as often as it takes to learn them; such a run stops when it gets worse."""
+    machine()
+    found = {tokens: plan(sequences=4, length=tokens / 4).options for tokens in (1000, 2000, 6000, 20_000, 10**6)}
+    epochs = [options.num_train_epochs for options in found.values()]
+    assert epochs == sorted(epochs, reverse=True) and epochs[0] == epochs[1] >= 15 and epochs[-2:] == [3, 3]
+    assert [options.early_stopping_patience for options in found.values()] == [3, 3, 3, None, None]
+    chosen = plan(sequences=4, num_train_epochs=2).options
+    assert (chosen.num_train_epochs, chosen.early_stopping_patience) == (2, None)
+    assert plan(sequences=4, early_stopping_patience=9).options.early_stopping_patience == 9
+    assert plan(sequences=4, max_steps=5).options.early_stopping_patience is None
+
+
+def test_plan_attention_dropout(tiny, corpus, tmp_path, monkeypatch, machine):
+    """Attention dropout is off on a CPU only, and only while the model trains."""
     machine()
     assert not plan().attention_dropout and "no attention dropout" in plan().why[-1]
     assert plan(device=torch.device("meta")).attention_dropout
@@ -161,12 +183,13 @@ def test_attention_dropout_is_off_on_a_cpu_only_and_only_while_it_trains(tiny, c
     assert GPT2LMHeadModel.from_pretrained(run.output_dir).config.attn_pdrop == 0.1
 
 
-def test_the_loss_is_counted_right_and_the_gradient_is_that_of_the_mean():
+def test_loss_type():
     """What `loss_type` is set for: without it, Trainer's loss of this model is too small."""
     assert GPT2LMHeadModel(CONFIG).loss_type != "ForCausalLM"  # else hfkit need not
 
 
-def test_every_option_that_carries_an_upstream_name_exists_upstream_and_gets_there():
+def test_options_upstream():
+    """Every option that carries an upstream name exists upstream and gets there."""
     upstream = {field.name for field in dataclasses.fields(TrainingArguments)}
     ours = set(TrainOptions.names())
     from peft import LoraConfig
@@ -179,12 +202,14 @@ def test_every_option_that_carries_an_upstream_name_exists_upstream_and_gets_the
     assert set(arguments.OWN) <= ours and not own & upstream
 
 
-def test_a_group_of_options_has_no_name_of_another():
+def test_options_groups_are_disjoint():
+    """A group of options has no name of another."""
     groups = [set(group.names()) for group in (ModelOptions, DataOptions, TrainOptions)]
     assert not (groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2])
 
 
-def test_the_estimate_of_memory_grows_with_all_that_takes_memory(machine):
+def test_plan_memory(machine):
+    """The estimate of memory grows with everything that takes memory."""
     machine()
     base = plan().memory
     assert plan(parameters=2 * 10**6).memory > base and plan(length=200.0).memory > base

@@ -37,7 +37,8 @@ def rows(tmp_path) -> str:
     return str(path)
 
 
-def test_the_figures_are_those_that_one_counts(rows, bundled, datasets_cache):
+def test_prepare_figures(rows, bundled, datasets_cache):
+    """The figures are those that a person counts."""
     found = hfkit.prepare(rows, block_size=100)
     report, texts = found.prepared.report, [text for text in TEXTS if text.strip()]
     tokens = [len(bundled(text, verbose=False)["input_ids"]) + 1 for text in texts]
@@ -58,7 +59,8 @@ def test_the_figures_are_those_that_one_counts(rows, bundled, datasets_cache):
     assert set(report.scripts) == {"Cyrillic", "Latin", "Hiragana", "Han"}
 
 
-def test_the_scripts_of_a_large_corpus_are_those_of_a_fair_sample(tmp_path, datasets_cache, monkeypatch):
+def test_prepare_scripts(tmp_path, datasets_cache, monkeypatch):
+    """The scripts of a large corpus are those of a fair sample."""
     monkeypatch.setattr("hfkit.corpus.cache._SAMPLE", 10_000)
     rows = ["ab"] * 3000 + ["漢字" * 1000] * 2 + ["д" * 10_000]  # 6,000 letters, 4,000, 10,000
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows))
@@ -67,7 +69,8 @@ def test_the_scripts_of_a_large_corpus_are_those_of_a_fair_sample(tmp_path, data
         assert scripts[script] == pytest.approx(share, abs=0.02)
 
 
-def test_the_figures_of_answers_are_those_of_their_texts(tmp_path, bundled, datasets_cache):
+def test_prepare_answers(tmp_path, bundled, datasets_cache):
+    """The figures of answers are those of their texts."""
     rows = [
         {"prompt": "a", "completion": " bc"},
         {"prompt": "ab", "completion": " c"},
@@ -83,9 +86,10 @@ def test_the_figures_of_answers_are_those_of_their_texts(tmp_path, bundled, data
     assert report.tokens == sum(longest) and report.longest == max(longest)
 
 
-def test_json_is_one_object_with_all_figures_and_the_lines_for_people_have_them_too(rows, tmp_path, capfdbinary, tiny):
+def test_prepare_output(rows, tmp_path, capfdbinary, tiny):
+    """`--json` is one object with all figures, and the lines for people have them, too."""
     result = call(capfdbinary, "prepare", rows, "-m", tiny, "--json", "-o", tmp_path / "out")
-    assert (result.returncode, result.stderr) == (0, b"")
+    assert (result.returncode, result.stderr.decode()) == (0, f"hfkit: {rows}: the text is column 'text'\n")
     figures = json.loads(result.stdout)
     python = hfkit.prepare(rows, model=tiny, output_dir=tmp_path / "out").to_dict()
     for timed in (figures, python):
@@ -101,29 +105,32 @@ def test_json_is_one_object_with_all_figures_and_the_lines_for_people_have_them_
     assert "U+0007 2 times" in text and "Cyrillic" in text and f"{figures['training']['parameters']:,}" in text
 
 
-def test_replaced_bytes_are_counted(tmp_path, capfdbinary, tiny):
+def test_prepare_replaced_bytes(tmp_path, capfdbinary, tiny):
+    """Replaced bytes are counted."""
     (tmp_path / "a.txt").write_bytes(b"one \xff\xfe\x80 two \0 three")
     assert_fails(call(capfdbinary, "prepare", tmp_path / "a.txt", "-m", tiny), 1, "line 1, byte 5")
     result = call(capfdbinary, "prepare", tmp_path / "a.txt", "-m", tiny, "--errors", "replace")
     assert result.returncode == 0 and b"U+FFFD 4 times" in result.stdout
 
 
-def test_files_that_are_left_out_are_told(tmp_path, capfdbinary, tiny):
+def test_prepare_left_out_files(tmp_path, capfdbinary, tiny):
+    """Files that are left out are reported."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "a.txt").write_text("text")
     (tmp_path / "a" / "b.png").write_bytes(b"\x89PNG\0")
     (tmp_path / "a" / "c.txt").touch()
     result = call(capfdbinary, "prepare", tmp_path / "a", "-m", tiny)
     assert result.returncode == 0 and result.stderr.decode().splitlines() == [
-        "hfkit: 2 files are empty or no text: left out",
+        f"hfkit: {tmp_path / 'a'}: left out 2 files that are empty or not text",
         f"hfkit: next: hfkit finetune {tmp_path / 'a'} -m {tiny}",
     ]
 
 
-def test_a_prepared_folder_is_read_by_datasets_and_by_finetune(rows, tmp_path, capfdbinary, tiny):
+def test_prepare_folder(rows, tmp_path, capfdbinary, tiny):
+    """`datasets` and `finetune` read a prepared folder."""
     out, dry = tmp_path / "out", ("-m", tiny, "--dry-run", "--max-steps", "2")
     assert call(capfdbinary, "prepare", rows, "-m", tiny, "-o", out).returncode == 0
-    assert datasets.load_from_disk(str(out)).column_names == ["input_ids", "document", "bytes"]
+    assert datasets.load_from_disk(str(out)).column_names == ["input_ids", "document", "content", "bytes"]
     told = [call(capfdbinary, "finetune", corpus, *dry) for corpus in (out, rows)]
     assert [result.returncode for result in told] == [0, 0]
     assert [result.stderr.splitlines()[:5] for result in told[:1]] == [
@@ -134,7 +141,8 @@ def test_a_prepared_folder_is_read_by_datasets_and_by_finetune(rows, tmp_path, c
         assert_fails(call(capfdbinary, command, out, "-o", tmp_path / "new"), 1, "made by prepare")
 
 
-def test_preparing_again_finds_what_is_there_and_a_taken_folder_is_refused(rows, tmp_path, capfdbinary, tiny):
+def test_prepare_twice(rows, tmp_path, capfdbinary, tiny):
+    """Preparing again finds what is there; a taken folder is refused."""
     out = tmp_path / "out"
     assert not hfkit.prepare(rows, model=tiny, output_dir=out).prepared.cached
     assert hfkit.prepare(rows, model=tiny, output_dir=out).prepared.cached
@@ -152,24 +160,29 @@ def test_preparing_again_finds_what_is_there_and_a_taken_folder_is_refused(rows,
     assert [path.name for path in taken.iterdir()] == ["thesis.txt"]
 
 
-def test_after_a_failure_the_same_folder_may_be_named_again(rows, tmp_path, capfdbinary, tiny):
+def test_prepare_after_a_failure(rows, tmp_path, capfdbinary, tiny):
+    """After a failure the same folder may be used again."""
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     assert_fails(call(capfdbinary, "prepare", tmp_path / "bad.txt", "-m", tiny, "-o", tmp_path / "out"), 1, "byte 1")
     assert call(capfdbinary, "prepare", rows, "-m", tiny, "-o", tmp_path / "out").returncode == 0
 
 
-def test_ctrl_c_ends_it_quietly_and_leaves_nothing(rows, tmp_path, capfdbinary, monkeypatch, tiny):
+def test_prepare_interrupted(rows, tmp_path, capfdbinary, monkeypatch, tiny):
+    """Ctrl-C ends it quietly and leaves nothing."""
+
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hfkit.corpus.cache._column", interrupt)
+    monkeypatch.setattr("hfkit.corpus.cache._make_column", interrupt)
     result = call(capfdbinary, "prepare", rows, "-m", tiny, "-o", tmp_path / "out")
-    assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
+    note = f"hfkit: {rows}: the text is column 'text'\n"
+    assert (result.returncode, result.stdout, result.stderr.decode()) == (130, b"", note)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".hfkit.lock"]
 
 
 @pytest.mark.parametrize("name", ["deep/er/out", "выход 出", "two\nlines", "n" * 255, "."], ids=ascii)
-def test_any_folder_that_can_be_made_can_be_written_to(rows, tmp_path, monkeypatch, tiny, name):
+def test_prepare_odd_folders(rows, tmp_path, monkeypatch, tiny, name):
+    """Any folder that can be made can be written to."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     hfkit.prepare(rows, model=tiny, output_dir=name)
@@ -177,7 +190,8 @@ def test_any_folder_that_can_be_made_can_be_written_to(rows, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("name", ["file", "file/below", "loop", "n" * 256, "/proc/nowhere", "nul\0"], ids=ascii)
-def test_a_folder_that_cannot_be_written_is_one_line_before_anything_is_loaded(rows, tmp_path, monkeypatch, name):
+def test_prepare_unwritable_folders(rows, tmp_path, monkeypatch, name):
+    """A folder that cannot be written is one line before anything is loaded."""
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.chdir(tmp_path)
@@ -188,7 +202,8 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_anything_is_loaded(r
     assert Path("file").read_bytes() == b""
 
 
-def test_a_corpus_or_model_that_is_not_there_is_told_before_anything_heavy_is_imported(tmp_path):
+def test_prepare_missing_corpus(tmp_path):
+    """A corpus that does not exist is reported before anything heavy is imported."""
     (tmp_path / "empty.txt").touch()
     lines = [["prepare", "nowhere.txt"], ["prepare", f"{tmp_path}/empty.txt"], ["prepare", str(tmp_path)]]
     command = [sys.executable, "-c", WATCH, json.dumps(lines)]
@@ -197,7 +212,8 @@ def test_a_corpus_or_model_that_is_not_there_is_told_before_anything_heavy_is_im
     assert len(result.stderr.splitlines()) == 3
 
 
-def test_a_mistake_in_the_options_is_a_usage_error(rows, capfdbinary):
+def test_prepare_bad_options(rows, capfdbinary):
+    """A mistake in the options is a usage error."""
     assert_fails(call(capfdbinary, "prepare", rows, "--errors", "ignore"), 2, "errors")
     assert_fails(call(capfdbinary, "prepare", rows, "--block-size", "1"), 2, "block")
     assert_fails(call(capfdbinary, "prepare"), 2, "corpus")
@@ -205,7 +221,8 @@ def test_a_mistake_in_the_options_is_a_usage_error(rows, capfdbinary):
         hfkit.prepare(rows, text_colum="text")
 
 
-def test_a_corpus_is_prepared_for_models_of_any_kind(tmp_path, rows, tiny, tiny_llama, copy):
+def test_prepare_for_any_model(tmp_path, rows, tiny, tiny_llama, copy):
+    """A corpus is prepared for models of any kind."""
     folder = copy(tiny)
     edit_json(folder / "config.json", n_positions=32)
     assert hfkit.prepare(rows, model=str(folder)).block_size == 32
@@ -216,7 +233,28 @@ def test_a_corpus_is_prepared_for_models_of_any_kind(tmp_path, rows, tiny, tiny_
         assert found.plan.parameters >= lm.model.num_parameters() > found.plan.parameters * 0.5  # tied or not
 
 
-def test_documents_in_one_text_are_those_between_the_marks(tmp_path, bundled, datasets_cache):
+def test_prepare_documents(tmp_path, bundled, datasets_cache):
+    """The documents of a text are those between the marks."""
     (tmp_path / "a.txt").write_text(END.join(["one", "two", "", "two", "three\n"]) + END + "\n")
     report = hfkit.prepare(tmp_path / "a.txt").prepared.report
     assert (report.documents, report.empty, report.duplicates) == (4, 1, 1)
+
+
+def test_prepare_show_prints_examples(tmp_path, capfdbinary, tiny):
+    """--show N prints N sequences and marks what is learned, also as JSON."""
+    rows = [{"prompt": f"{number} and", "completion": " more"} for number in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ("prepare", tmp_path / "a.jsonl", "-m", tiny, "--show", 2)
+    result = call(capfdbinary, *line)
+    assert result.returncode == 0 and "0 and⟦ more<|endoftext|>⟧" in result.stdout.decode().splitlines()
+    assert result.stdout.count("⟧\n".encode()) == 2
+    assert json.loads(call(capfdbinary, *line, "--json").stdout)["examples"][1] == "1 and⟦ more<|endoftext|>⟧"
+    assert_fails(call(capfdbinary, *line[:-1], -1), 2, "--show")
+
+
+@pytest.mark.parametrize(("text", "told"), [("漢字とかな", True), ("Привет, мир. ", True), ("hello ", False)])
+def test_prepare_notes_text_without_vocabulary(tmp_path, capfdbinary, tiny, text, told):
+    """A text that the tokenizer spells byte by byte is noted, with the way out."""
+    (tmp_path / "a.txt").write_text(text * 50)
+    result = call(capfdbinary, "prepare", tmp_path / "a.txt", "-m", tiny)
+    assert (b"byte by byte; 'hfkit pretrain' makes a vocabulary" in result.stdout) == told

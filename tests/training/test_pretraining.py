@@ -41,7 +41,8 @@ class Stop(TrainerCallback):
 
 
 @pytest.mark.parametrize("optim", ["muon", "adamw_torch_fused"])
-def test_a_new_model_is_a_gpt2_that_anybody_loads_and_a_recipe_for_the_same(corpus, tmp_path, capfdbinary, optim):
+def test_pretrain_leaves_a_gpt2(corpus, tmp_path, capfdbinary, optim):
+    """A new model is a GPT-2 that transformers loads, with a recipe that gives the same model."""
     typed = [word for name, value in SMALL.items() if name != "bf16" for word in (f"--{name}", value)]
     result = call(capfdbinary, "pretrain", corpus, "-o", tmp_path / "run", "--no-bf16", "--optim", optim, *typed)
     assert (result.returncode, result.stdout.decode()) == (0, f"{tmp_path / 'run'}\n"), result.stderr
@@ -65,19 +66,22 @@ def test_a_new_model_is_a_gpt2_that_anybody_loads_and_a_recipe_for_the_same(corp
     assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()]
 
 
-def test_it_learns(corpus, tmp_path):
+def test_pretrain_learns(corpus, tmp_path):
+    """A new model learns."""
     run = pretrain(corpus, tmp_path, max_steps=60, eval_steps=20, learning_rate=1e-2)
     assert run.metrics["perplexity_before"] > 250 and run.perplexity < 30  # of 300 tokens, and 14 words
 
 
 @pytest.mark.parametrize("text", ["naïve café", "空 空", "\x00\x01\x7f", "🙂🏽‍🚀", " \n\t ", "<|endoftext|>", "ﬁ Å"])
-def test_any_text_goes_through_a_new_tokenizer(corpus, text):
+def test_train_tokenizer_takes_any_text(corpus, text):
+    """Any text goes through a new tokenizer unchanged."""
     tokenizer = train_tokenizer(corpus, SizeOptions(vocab_size=300), DataOptions(), 0)
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer("the rain falls over the river")["input_ids"]) < 20  # it has learned words
 
 
-def test_a_tokenizer_does_not_learn_from_what_is_held_out(tmp_path):
+def test_train_tokenizer_holds_out(tmp_path):
+    """A tokenizer does not learn from what is held out."""
     corpus = tmp_path / "corpus.txt"
     # Each document has a word of its own, often enough to become a token.
     corpus.write_text("<|endoftext|>".join(f" {chr(97 + i) * 2}{chr(98 + i) * 2}zz" * 50 for i in range(24)))
@@ -88,7 +92,8 @@ def test_a_tokenizer_does_not_learn_from_what_is_held_out(tmp_path):
     assert 1 <= sum(len(part(word)["input_ids"]) > 1 for word in words) <= 12
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit_and_has_its_tokenizer(corpus, tmp_path, monkeypatch):
+def test_pretrain_resumed(corpus, tmp_path, monkeypatch):
+    """A resumed run is bit-identical to the uninterrupted one and has its tokenizer."""
     whole = pretrain(corpus, tmp_path / "whole", resid_pdrop=0.1)
     with pytest.raises(StoppedError):
         pretrain(corpus, tmp_path / "run", resid_pdrop=0.1, callbacks=[Stop()])
@@ -98,7 +103,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit_and_has_its_tokenizer
         assert trials.outcome(tmp_path / "run") == trials.outcome(whole.output_dir)
 
 
-def test_overwritten_by_another_corpus_a_run_has_another_tokenizer(corpus, tmp_path):
+def test_pretrain_overwritten(corpus, tmp_path):
+    """A run that is overwritten with another corpus has another tokenizer."""
     pretrain(corpus, tmp_path / "run", max_steps=1)
     other = Path(trials.write_corpus(tmp_path / "other.txt", seed=3))
     other.write_text(other.read_text().upper())
@@ -106,13 +112,15 @@ def test_overwritten_by_another_corpus_a_run_has_another_tokenizer(corpus, tmp_p
     assert "ĠRAIN" in AutoTokenizer.from_pretrained(tmp_path / "run").get_vocab()
 
 
-def test_a_small_corpus_gets_a_small_vocabulary_and_a_dry_run_trains_nothing(corpus, tmp_path, capfd):
+def test_pretrain_dry_run(corpus, tmp_path, capfd):
+    """A small corpus gets a small vocabulary, and a dry run trains nothing."""
     assert hfkit.pretrain(corpus, size="tiny", output_dir=tmp_path / "run", dry_run=True) is None
     assert "training a tokenizer of 512 tokens" in capfd.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("size", ["tiny", "mini", "small", "medium", "large", "xl"])
-def test_a_size_has_as_many_parameters_as_its_help_says(size):
+def test_shape_of_size(size):
+    """A size has as many parameters as its help says."""
     text = SizeOptions.__dataclass_fields__["size"].metadata["help"]  # tiny 1 million parameters, mini 9, ...
     tokens = {"tiny": 2048, "mini": 4096}.get(size, 50257)
     vocabulary = {str(token): token for token in range(tokens - 1)} | {"<|endoftext|>": tokens - 1}
@@ -132,12 +140,14 @@ def test_a_size_has_as_many_parameters_as_its_help_says(size):
         ({"vocab_size": 10}, "--vocab-size is 10"),
     ],
 )
-def test_what_does_not_go_together_is_a_usage_error(corpus, tmp_path, options, words):
+def test_pretrain_bad_options(corpus, tmp_path, options, words):
+    """Options that exclude each other are a usage error."""
     with pytest.raises(OptionError, match=words):
         pretrain(corpus, tmp_path, **options)
 
 
-def test_a_new_model_learns_from_texts_only(tmp_path, capfdbinary):
+def test_pretrain_refuses_examples(tmp_path, capfdbinary):
+    """A new model learns from texts only."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 20)
     result = call(capfdbinary, "pretrain", tmp_path / "rows.jsonl", "-o", tmp_path / "run")
     assert_fails(result, 1, "a new model learns from texts, not from examples")
@@ -151,7 +161,8 @@ def model() -> torch.nn.Module:
     return GPT2LMHeadModel(GPT2Config(vocab_size=300, n_layer=1, n_embd=16, n_head=2, n_positions=32))
 
 
-def test_muon_gets_the_matrices_of_the_layers_and_adamw_everything_else():
+def test_muon_parameters():
+    """Muon gets the matrices of the layers, AdamW everything else."""
     gpt2 = model()
     names = {id(parameter): name for name, parameter in gpt2.named_parameters()}
     optimizer = MuonFactory()(gpt2, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
@@ -162,7 +173,9 @@ def test_muon_gets_the_matrices_of_the_layers_and_adamw_everything_else():
     assert "transformer.wte.weight" in adam
 
 
-def test_muon_goes_on_to_the_bit_from_its_state_and_obeys_a_scheduler(tmp_path):
+def test_muon_state(tmp_path):
+    """Muon resumes bit-identically from its state and obeys a scheduler."""
+
     def steps(gpt2, optimizer, schedule, count):
         for _ in range(count):
             ids = torch.arange(20)[None] * (schedule.last_epoch + 1) % 300

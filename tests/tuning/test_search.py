@@ -18,8 +18,9 @@ import hfkit
 from hfkit import console, storage
 from hfkit.errors import HfkitError, OptionError, StoppedError
 from hfkit.options import TrainOptions
+from hfkit.reporting.pages import make_files
 from hfkit.storage import lock
-from hfkit.training.callbacks import HeldOutMonitor as Measuring
+from hfkit.training.monitor import HeldOutMonitor
 from hfkit.tuning import search as search_module
 from hfkit.tuning import study as study_module
 from hfkit.tuning.study import read_space
@@ -62,7 +63,8 @@ def copied(searched, tmp_path, monkeypatch) -> Path:
 # what is found
 
 
-def test_the_best_trial_is_kept_with_its_weights_and_all_others_as_figures(searched):
+def test_tune_keeps_the_best(searched):
+    """The best trial is kept with its weights, all others as figures."""
     folder, losses = Path(searched.output_dir), [trial["loss"] for trial in searched.trials]
     assert len(losses) == 5 and searched.loss == min(losses) < max(losses)
     best = searched.trials[losses.index(searched.loss)]
@@ -76,7 +78,8 @@ def test_the_best_trial_is_kept_with_its_weights_and_all_others_as_figures(searc
     assert len({trial["params"]["weight_decay"] for trial in searched.trials}) == 5
 
 
-def test_what_was_found_is_in_the_folder(searched):
+def test_tune_folder(searched):
+    """The result is in the folder."""
     known = json.loads((Path(searched.output_dir) / "tuning.json").read_text(), parse_constant=pytest.fail)
     assert (known["trials"], known["best"], known["loss"]) == (searched.trials, searched.best, searched.loss)
     assert known["importances"] == searched.importances
@@ -86,7 +89,8 @@ def test_what_was_found_is_in_the_folder(searched):
     assert (Path(searched.output_dir) / "tuning.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_best_recipe_run_alone_gives_the_best_score_to_the_bit(searched, tmp_path, capfdbinary):
+def test_tune_recipe(searched, tmp_path, capfdbinary):
+    """The best recipe, run alone, gives the best score, bit-identically."""
     result = call(capfdbinary, "finetune", "--config", searched.recipe, "-o", tmp_path / "alone", "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["loss"] == searched.loss
@@ -95,7 +99,8 @@ def test_the_best_recipe_run_alone_gives_the_best_score_to_the_bit(searched, tmp
     assert Path(searched.recipe).read_text().startswith("# hfkit finetune --config best.yaml -o ")
 
 
-def test_at_a_shell_it_is_a_table_and_the_recipe(tiny, corpus, tmp_path, capfdbinary):
+def test_tune_at_a_shell(tiny, corpus, tmp_path, capfdbinary):
+    """At a shell it prints a table and the recipe."""
     result = call(capfdbinary, *typed(corpus, tiny, tmp_path / "run"))
     lines, folder = result.stdout.decode().splitlines(), tmp_path / "run"
     assert (result.returncode, lines[-1]) == (0, f"{folder / 'best.yaml'}"), result.stderr
@@ -115,7 +120,8 @@ def test_at_a_shell_it_is_a_table_and_the_recipe(tiny, corpus, tmp_path, capfdbi
 # going on
 
 
-def test_a_finished_search_only_says_so_and_one_of_more_trials_goes_on(searched, tiny, corpus, copied, monkeypatch):
+def test_tune_goes_on(searched, tiny, corpus, copied, monkeypatch):
+    """A finished search is only read; one of more trials goes on."""
     with monkeypatch.context() as patch:
         patch.setattr(search_module, "finetune", lambda *_, **__: pytest.fail("it trains"))
         again = tune(corpus, tiny, copied, n_trials=5)
@@ -125,19 +131,19 @@ def test_a_finished_search_only_says_so_and_one_of_more_trials_goes_on(searched,
     assert more.loss <= searched.loss
 
 
-def test_stopped_and_started_again_a_search_is_the_one_that_nothing_disturbed(
-    searched, tiny, corpus, tmp_path, monkeypatch
-):
-    measure, calls = Measuring.measure, []
+def test_tune_stopped(searched, tiny, corpus, tmp_path, monkeypatch):
+    """A search that is stopped and started again equals the undisturbed one."""
+    measure, calls = HeldOutMonitor.measure, []
 
-    def ask(self, state, control):
-        measure(self, state, control)
-        calls.append(state.global_step)
+    def ask(self, model, tokenizer, history, step):
+        measurement = measure(self, model, tokenizer, history, step)
+        calls.append(step)
         if len(calls) == 5:  # step 2 of the second trial
             os.kill(os.getpid(), signal.SIGTERM)
+        return measurement
 
     with monkeypatch.context() as patch:
-        patch.setattr(Measuring, "measure", ask)
+        patch.setattr(HeldOutMonitor, "measure", ask)
         with pytest.raises(StoppedError, match="1 of 3 trials are done .*, the same command goes on") as stop:
             tune(corpus, tiny, tmp_path, n_trials=3)
     assert stop.value.exit_code == 143 and not console.state.quiet
@@ -174,7 +180,8 @@ def check_trials(folder: Path, n: int) -> list[dict]:
     return found
 
 
-def test_killed_in_a_trial_a_search_goes_on_and_is_the_one_that_nothing_disturbed(searched, tiny, corpus, tmp_path):
+def test_tune_killed(searched, tiny, corpus, tmp_path):
+    """A search that is killed in a trial and started again equals the undisturbed one."""
     run_searches(corpus, tiny, tmp_path, n=3, kills=1, seconds=1, seed=1)
     assert table(check_trials(tmp_path / "run", 3)) == table(searched)[:3]
 
@@ -189,20 +196,22 @@ def twelve(tiny, corpus, tmp_path_factory) -> tuple[list[dict], float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-def test_a_search_of_12_trials_killed_twice_has_12(tiny, corpus, tmp_path, twelve, seed):
+def test_tune_killed_twice(tiny, corpus, tmp_path, twelve, seed):
+    """A search of 12 trials that is killed twice has 12."""
     run_searches(corpus, tiny, tmp_path, n=12, kills=2, seconds=twelve[1], seed=seed)
     assert table(check_trials(tmp_path / "run", 12)) == table(twelve[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_of_two_processes_one_is_killed_and_the_other_does_its_trials(tiny, corpus, tmp_path, twelve, seed):
+def test_tune_with_one_process_killed(tiny, corpus, tmp_path, twelve, seed):
+    """Of two processes one is killed, and the other runs its trials."""
     run_searches(corpus, tiny, tmp_path, n=12, kills=1, seconds=twelve[1], seed=seed, processes=2)
     assert len(list((tmp_path / "run").glob(".workers/*"))) == 2
     check_trials(tmp_path / "run", 12)
 
 
-def test_two_processes_share_a_study(tiny, corpus, tmp_path, capsys):
+def test_tune_with_two_processes(tiny, corpus, tmp_path, capsys):
     """Both end with all trials; what one of them does the other does not."""
     task = {"command": [*map(str, typed(corpus, tiny, tmp_path / "run", "-n", 4, "--json", "-q"))]}
     with capsys.disabled():  # so that they print to where they are told
@@ -216,7 +225,7 @@ def test_two_processes_share_a_study(tiny, corpus, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("finishes", [False, True])
-def test_a_trial_that_another_process_finishes_meanwhile_counts_once(tmp_path, monkeypatch, finishes):
+def test_next_trial_counts_once(tmp_path, monkeypatch, finishes):
     """Else the next one is drawn with the seed of the one after it, which then has the same values."""
     import optuna
 
@@ -235,7 +244,7 @@ def test_a_trial_that_another_process_finishes_meanwhile_counts_once(tmp_path, m
     assert busy == 1 and len({str(trial.params) for trial in (theirs, ours, after)}) == 3
 
 
-def test_a_trial_that_is_given_up_between_two_writes_is_neither_lost_nor_done_twice(tmp_path, monkeypatch):
+def test_next_trial_interrupted(tmp_path, monkeypatch):
     """Whatever was written when a process died, the next one has the same values to try."""
     import optuna
     from optuna import Study
@@ -269,9 +278,9 @@ def test_a_trial_that_is_given_up_between_two_writes_is_neither_lost_nor_done_tw
             assert other.params != expected and other.user_attrs["folder"] != "trial-0", (name, after)
 
 
-def test_killed_when_all_but_its_end_was_done_a_trial_is_compared_with_like_any_other(
-    tiny, corpus, tmp_path, monkeypatch
-):
+def test_tune_killed_at_the_end_of_a_trial(tiny, corpus, tmp_path, monkeypatch):
+    """A trial that was killed when only its end was missing is compared like any other."""
+
     def die(*_, **__):
         raise MemoryError
 
@@ -288,12 +297,15 @@ def test_killed_when_all_but_its_end_was_done_a_trial_is_compared_with_like_any_
 # what ends a trial
 
 
+MEASURED = {"eval_loss": 10.0, "step": 0}
+
+
 @pytest.fixture
 def instant(monkeypatch):
     """Trials that take no time, in a study that is not kept: with a learning rate of 1e-9 the loss is high."""
 
     def finetune(corpus, *, train, callbacks, **options):
-        folder, state = Path(train.output_dir), SimpleNamespace(max_steps=10, global_step=0, log_history=[])
+        folder, state = Path(train.output_dir), SimpleNamespace(max_steps=10, global_step=0, log_history=[MEASURED])
         (folder / "checkpoints").mkdir(parents=True)
         (folder / "run.json").write_text("{}")
         (folder / "recipe.yaml").write_text("")
@@ -316,7 +328,8 @@ def instant(monkeypatch):
     monkeypatch.setattr(search_module, "draw_trials", lambda *_: b"a picture")
 
 
-def test_poor_trials_are_pruned_once_there_is_something_to_compare_with(tiny, corpus, tmp_path, capfd, instant):
+def test_prune_poor_trials(tiny, corpus, tmp_path, capfd, instant):
+    """Poor trials are pruned once there is something to compare them with."""
     options = {"search": ["learning_rate=3e-3,1e-9"], "n_trials": 12}
     found = tune(corpus, tiny, tmp_path / "run", **options)
     pruned = [trial for trial in found.trials if trial["state"] == "pruned"]
@@ -331,7 +344,8 @@ def test_poor_trials_are_pruned_once_there_is_something_to_compare_with(tiny, co
 
 
 @pytest.mark.slow
-def test_poor_trainings_are_pruned_as_well_and_leave_no_weights(tiny, corpus, tmp_path):
+def test_prune_leaves_no_weights(tiny, corpus, tmp_path):
+    """Pruned trainings leave no weights."""
     found = tune(corpus, tiny, tmp_path, search=["learning_rate=3e-3,1e-9"], n_trials=12, eval_steps=1)
     pruned = [trial for trial in found.trials if trial["state"] == "pruned"]
     assert pruned and all(trial["params"] == {"learning_rate": 1e-9} for trial in pruned)
@@ -340,7 +354,8 @@ def test_poor_trainings_are_pruned_as_well_and_leave_no_weights(tiny, corpus, tm
         assert "recipe.yaml" in left and not {"checkpoints", "metrics.json", "model.safetensors"} & left
 
 
-def test_trials_of_unequal_lengths_are_compared_at_the_same_share_of_their_steps(tmp_path):
+def test_watch_compares_shares(tmp_path):
+    """Trials of unequal lengths are compared at the same share of their steps."""
     import optuna
 
     study = optuna.create_study()
@@ -355,16 +370,16 @@ def test_trials_of_unequal_lengths_are_compared_at_the_same_share_of_their_steps
     assert [sorted(trial.intermediate_values) for trial in study.get_trials()] == [list(range(1, 10))] * 6
 
 
-def test_a_trial_that_diverges_is_one_of_the_trials(tiny, corpus, tmp_path, capfd):
+def test_tune_diverged_trial(tiny, corpus, tmp_path, capfd):
+    """A trial that diverges is one of the trials."""
     found = tune(corpus, tiny, tmp_path, search=["learning_rate=1e-3,1e30"], n_trials=4, warmup_steps=0)
     states = {trial["params"]["learning_rate"]: (trial["state"], trial["loss"] is None) for trial in found.trials}
     assert states == {1e-3: ("complete", False), 1e30: ("diverged", True)}
     assert found.best == {"learning_rate": 1e-3} and "diverged, learning_rate 1e+30" in capfd.readouterr().err
 
 
-def test_no_trial_is_begun_after_the_timeout_and_a_search_goes_on_without(
-    tiny, corpus, tmp_path, monkeypatch, instant
-):
+def test_tune_timeout(tiny, corpus, tmp_path, monkeypatch, instant):
+    """No trial is begun after the timeout, and a search goes on without it."""
     clock, begun = [0.0], []
     real = search_module._run_trial
 
@@ -382,7 +397,8 @@ def test_no_trial_is_begun_after_the_timeout_and_a_search_goes_on_without(
 # options
 
 
-def test_the_best_settings_are_trained_with_once(searched, tiny, corpus, copied):
+def test_tune_train_best(searched, tiny, corpus, copied):
+    """The best settings are trained with once."""
     run = tune(corpus, tiny, copied, n_trials=5, train_best=True).run
     assert run.output_dir == str(copied / "best") and run.metrics["loss"] == searched.loss
     best = next(trial for trial in searched.trials if trial["loss"] == searched.loss)
@@ -397,7 +413,8 @@ def test_the_best_settings_are_trained_with_once(searched, tiny, corpus, copied)
     assert tune(corpus, tiny, copied, n_trials=5, train_best=True).run.metrics["loss"] == searched.loss
 
 
-def test_rank_and_dropout_of_an_adapter_are_searched(tiny, corpus, tmp_path):
+def test_tune_lora(tiny, corpus, tmp_path):
+    """Rank and dropout of an adapter are searched."""
     found = tune(corpus, tiny, tmp_path, lora=True, search=["lora_r=2,4", "lora_dropout=0..0.5"])
     best = next(trial["folder"] for trial in found.trials if trial["params"] == found.best)
     config = json.loads((tmp_path / best / "adapter_config.json").read_text())
@@ -407,7 +424,8 @@ def test_rank_and_dropout_of_an_adapter_are_searched(tiny, corpus, tmp_path):
     assert {"lora_r", "lora_dropout"} < set(space) and not {"lora_r"} & set(read_space(None, TrainOptions()))
 
 
-def test_ranges_stand_in_a_recipe(tiny, corpus, tmp_path, capfdbinary):
+def test_tune_by_recipe(tiny, corpus, tmp_path, capfdbinary):
+    """A recipe may hold the ranges."""
     corpus = hfkit.prepare(corpus, model=tiny, output_dir=tmp_path / "prepared").folder
     recipe = tmp_path / "search.yaml"
     recipe.write_text(
@@ -422,7 +440,8 @@ def test_ranges_stand_in_a_recipe(tiny, corpus, tmp_path, capfdbinary):
     assert (tmp_path / "a ?#%20ä" / "study.db").is_file()
 
 
-def test_what_is_not_said_is_searched_around_what_is():
+def test_read_space_default():
+    """What is left open is searched, around the values that are set."""
     space = read_space(None, TrainOptions())
     names = {"learning_rate", "weight_decay", "warmup_steps", "per_device_train_batch_size", "num_train_epochs"}
     assert set(space) == names | {"dropout"}
@@ -447,7 +466,8 @@ def test_what_is_not_said_is_searched_around_what_is():
         ("gradient_accumulation_steps=1,2", "gradient_accumulation_steps", [1, 2]),
     ],
 )
-def test_a_range_is_read_as_it_is_meant(given, name, values):
+def test_read_space_values(given, name, values):
+    """A range is read as it is meant."""
     found = read_space([given], TrainOptions())[name]
     assert found == values and [type(value) for value in found] == [type(value) for value in values]
 
@@ -459,18 +479,19 @@ def test_a_range_is_read_as_it_is_meant(given, name, values):
         ("learning_rate=", "write NAME=LOW..HIGH"),
         ("learning_rate=1..1", "write NAME=LOW..HIGH"),
         ("bf16=false..true", "write NAME=LOW..HIGH"),
-        ("lr=1..2", "is no training option"),
-        ("=1..2", "is no training option"),
-        ("block_size=16,32", "is no training option"),
-        ("seed=1,2", "is not to be searched"),
-        ("output_dir=a,b", "is not to be searched"),
+        ("lr=1..2", "is not a training option"),
+        ("=1..2", "is not a training option"),
+        ("block_size=16,32", "is not a training option"),
+        ("seed=1,2", "cannot be searched"),
+        ("output_dir=a,b", "cannot be searched"),
         ("learning_rate=fast,slow", "--learning-rate is 'fast'"),
         ("learning_rate=-1..1", "it must be more than 0"),
         ("lora_r=4..8", "add --lora"),
-        ("dropout=0..{", "is no value"),
+        ("dropout=0..{", "is not a value"),
     ],
 )
-def test_a_range_that_is_none_is_a_usage_error(given, words, corpus, tiny, tmp_path, capfdbinary):
+def test_read_space_refuses(given, words, corpus, tiny, tmp_path, capfdbinary):
+    """A range that is not valid is a usage error."""
     result = call(capfdbinary, "tune", corpus, "-m", tiny, "-o", tmp_path / "run", "--search", given)
     assert_fails(result, 2, words)
     assert not (tmp_path / "run").exists()
@@ -479,7 +500,8 @@ def test_a_range_that_is_none_is_a_usage_error(given, words, corpus, tiny, tmp_p
 # what is in the way
 
 
-def test_other_settings_in_the_same_folder_are_refused_and_overwritten_when_asked(tiny, corpus, copied, capfdbinary):
+def test_claim_refuses_other_settings(tiny, corpus, copied, capfdbinary):
+    """Other settings in the same folder are refused, and overwritten when asked."""
     before = sorted(copied.rglob("*"))
     for more, words in ((["--search", "dropout=0..0.1"], "dropout"), (["--max-steps", 5], "max_steps")):
         assert_fails(call(capfdbinary, *typed(corpus, tiny, copied, *more)), 1, f"other settings ({words})")
@@ -496,7 +518,8 @@ def test_other_settings_in_the_same_folder_are_refused_and_overwritten_when_aske
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
-def test_a_folder_with_anything_else_is_left_alone(tiny, corpus, tmp_path, capfdbinary, flags):
+def test_claim_refuses_foreign_files(tiny, corpus, tmp_path, capfdbinary, flags):
+    """A folder with anything else is left alone."""
     (tmp_path / "thesis.txt").write_text("ten years")
     assert_fails(
         call(capfdbinary, *typed(corpus, tiny, tmp_path, *flags)), 1, "holds thesis.txt, which hfkit did not write"
@@ -504,7 +527,8 @@ def test_a_folder_with_anything_else_is_left_alone(tiny, corpus, tmp_path, capfd
     assert (tmp_path / "thesis.txt").read_text() == "ten years"
 
 
-def test_killed_while_it_overwrites_a_folder_never_has_half_of_a_search(tmp_path):
+def test_claim_killed_while_overwriting(tmp_path):
+    """Killed while it is overwritten, a folder never has half of a search."""
     folder, old, new = tmp_path / "run", {"space": {"a": 1}, "recipe": {}}, {"space": {"b": 1}, "recipe": {}}
     (folder / "trial-0").mkdir(parents=True)
     for name in ("study.db", "trial-0/run.json", "trial-0/metrics.json"):
@@ -526,21 +550,21 @@ def test_killed_while_it_overwrites_a_folder_never_has_half_of_a_search(tmp_path
     assert len(seen) == 3
 
 
-def test_a_corpus_that_was_edited_is_not_searched_on(tiny, tmp_path):
+def test_tune_with_an_edited_corpus(tiny, tmp_path):
+    """A search does not go on with a corpus that was edited."""
     corpus = trials.write_corpus(tmp_path / "corpus.txt")
     first = tune(corpus, tiny, tmp_path / "run", n_trials=1)
     text = Path(corpus).read_text()
     Path(corpus).write_text(text.replace("rain", "hail"))
-    with pytest.raises(HfkitError, match="the corpus is not what it was"):
+    with pytest.raises(HfkitError, match="the corpus has changed"):
         tune(corpus, tiny, tmp_path / "run")
     Path(corpus).write_text(text)
     found = tune(corpus, tiny, tmp_path / "run")
     assert len(found.trials) == 2 and found.trials[0] == first.trials[0]
 
 
-def test_bad_requests_are_one_line_before_anything_is_trained(
-    tiny, corpus, tmp_path, capfdbinary, monkeypatch, searched
-):
+def test_tune_bad_requests(tiny, corpus, tmp_path, capfdbinary, monkeypatch, searched):
+    """Bad requests are one line before anything is trained."""
     monkeypatch.setattr(search_module, "finetune", lambda *_, **__: pytest.fail("it trains"))
     place = tmp_path / "run"
     assert_fails(call(capfdbinary, *typed(corpus, tiny, place, "--eval-fraction", 0)), 2, "add --eval-file")
@@ -554,9 +578,55 @@ def test_bad_requests_are_one_line_before_anything_is_trained(
     assert not place.exists()
 
 
-def test_where_the_corpus_is_too_small_to_hold_anything_out_it_is_said(tiny, tmp_path):
+def test_tune_too_small_a_corpus(tiny, tmp_path):
+    """A corpus that is too small to hold anything out is refused."""
     (tmp_path / "corpus.txt").write_text("one line")
     with pytest.raises(HfkitError, match="nothing is held out"):
         tune(str(tmp_path / "corpus.txt"), tiny, tmp_path / "run")
     with pytest.raises(OptionError, match="--n-trials is 0"):
         tune(str(tmp_path / "corpus.txt"), tiny, tmp_path / "run", n_trials=0)
+
+
+def test_tune_one_small_text(tiny, tmp_path):
+    """A text of three pages can be searched on: its end is held out."""
+    (tmp_path / "corpus.txt").write_text(" ".join(trials.WORDS * 70))
+    found = tune(str(tmp_path / "corpus.txt"), tiny, tmp_path / "run")
+    assert len(found.trials) == 2 and found.loss == min(trial["loss"] for trial in found.trials)
+
+
+def test_tune_of_nothing_held_out_trains_nothing(tiny, tmp_path, monkeypatch):
+    """It is reported before the first step, with a way out that leads somewhere."""
+    (tmp_path / "corpus.txt").write_text("one line")
+    monkeypatch.setattr("transformers.Trainer.training_step", lambda *_, **__: pytest.fail("it trains"))
+    with pytest.raises(HfkitError, match="raise --eval-fraction, or name another text with --eval-file"):
+        tune(str(tmp_path / "corpus.txt"), tiny, tmp_path / "run")
+    monkeypatch.undo()
+    held = trials.write_corpus(tmp_path / "held.txt", 4)
+    assert tune(str(tmp_path / "corpus.txt"), tiny, tmp_path / "other", eval_file=held).loss
+
+
+def test_card_of_a_trial_without_weights(tiny, corpus, tmp_path, monkeypatch):
+    """It says how to train the trial again, not how to load it."""
+    monkeypatch.setattr("hfkit.training.runs.make_files", make_files)
+    monkeypatch.setattr("hfkit.tuning.search.make_files", make_files)
+    found = tune(corpus, tiny, tmp_path, n_trials=3)
+    for trial in found.trials:
+        folder = tmp_path / trial["folder"]
+        has_weights = (folder / "model.safetensors").is_file()
+        assert has_weights == (trial["params"] == found.best)
+        card, metrics = (folder / "README.md").read_text(), json.loads((folder / "metrics.json").read_text())
+        assert metrics.get("has_weights", True) == has_weights
+        assert (f"hfkit generate -m {folder} " in card) == has_weights
+        assert (f"hfkit finetune --config {folder}/recipe.yaml" in card) != has_weights
+
+
+@pytest.mark.parametrize("shape", ["[]", "null", "[" * 100_000, "{", '{"space": 3}', '{"recipe": []}', "\xff"])
+def test_claim_where_the_file_has_another_shape(tmp_path, shape):
+    """A damaged search is refused, not searched on with other settings; it can be overwritten."""
+    asked = {"space": {"a": [1]}, "recipe": {}}
+    study_module.claim(tmp_path, asked, overwrite=False)
+    (tmp_path / "tuning.json").write_text(shape, encoding="latin-1")
+    with pytest.raises(HfkitError, match="holds a search with other settings .*: --overwrite"):
+        study_module.claim(tmp_path, asked, overwrite=False)
+    study_module.claim(tmp_path, asked, overwrite=True)
+    study_module.claim(tmp_path, asked, overwrite=False)

@@ -1,0 +1,157 @@
+"""Rows become texts, pairs or conversations in the known forms; a key whose meaning would be lost is refused."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hfkit.corpus.documents import Example, find_corpus, read_records
+from hfkit.errors import HfkitError
+from hfkit.options import CorpusOptions
+
+ASK = {"role": "user", "content": "Hi"}
+SAY = {"role": "assistant", "content": "Yo"}
+CHAT = {"messages": [ASK, SAY]}
+
+
+def read(tmp_path, *rows, **options) -> list:
+    """Records of rows: a text, or the row of an Example."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        record.row if isinstance(record, Example) else record.text
+        for record in read_records(find_corpus(path), CorpusOptions(**options))
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"id": "identity_0", "tokens": ["a", "b"]},
+        {"id": "a", "ner": {"tags": [1]}},
+        {"title": "a", "story": None},
+        {"id": "a", "dialogue": [{"speaker": 1, "line": "Hi"}]},
+    ],
+    ids=str,
+)
+def test_choose_text_column_never_by_elimination_beside_structure(tmp_path, row):
+    """Where another column is a list, an object or null, the only text may be an id."""
+    with pytest.raises(HfkitError, match=r"which column is the text .*line 1: .*--text-column"):
+        read(tmp_path, row)
+    name = next(iter(row))
+    assert read(tmp_path, row, text_column=name) == [row[name]]
+
+
+@pytest.mark.parametrize(
+    ("row", "note"),
+    [
+        ({"story": "x", "n": 1}, "the text is column 'story'"),
+        ({"tags": [1], "Text": "x"}, "the text is column 'Text'"),
+        ({"prompt": "a", "completion": "b"}, "the rows have prompt and completion"),
+        (CHAT, "the rows are conversations (messages)"),
+    ],
+    ids=str,
+)
+def test_read_records_says_what_it_takes(tmp_path, row, note, capfd):
+    """The note comes once, however often the corpus is read."""
+    for _ in range(2):
+        assert len(read(tmp_path, row, row)) == 2
+    assert capfd.readouterr().err == f"hfkit: {tmp_path}/rows.jsonl: {note}\n"
+
+
+def test_read_records_of_sharegpt(tmp_path):
+    """Speakers become roles."""
+    turns = [("system", "Be brief."), ("human", "Hi"), ("gpt", "Yo")]
+    row = {"id": "identity_0", "conversations": [{"from": name, "value": text} for name, text in turns]}
+    assert read(tmp_path, row) == [{"messages": [{"role": "system", "content": "Be brief."}, ASK, SAY]}]
+    assert read(tmp_path, {"conversations": [ASK, SAY], "system": "Be brief."}) == read(tmp_path, row)
+    row["conversations"][1]["from"] = "observation"
+    with pytest.raises(HfkitError, match="unknown speaker 'observation' .*line 1"):
+        read(tmp_path, row)
+
+
+def test_read_records_of_alpaca(tmp_path):
+    """Instruction and input are the question; history comes before it."""
+    rows = [
+        {"instruction": "Hi", "input": "", "output": "Yo", "text": "Below is an instruction"},
+        {"instruction": "Translate", "input": "rain", "output": "pluie", "history": [["Hi", "Yo"]]},
+    ]
+    assert read(tmp_path, *rows) == [
+        {"messages": [ASK, SAY]},
+        {"messages": [ASK, SAY, {"role": "user", "content": "Translate\n\nrain"},
+                      {"role": "assistant", "content": "pluie"}]},
+    ]  # fmt: skip
+    with pytest.raises(HfkitError, match="column 'input' is not text .*line 1"):
+        read(tmp_path, {"instruction": "Hi", "input": 7, "output": "Yo"})
+
+
+def test_read_records_joins_parts_of_type_text(tmp_path):
+    """OpenAI's content parts are one text, unless one is not text."""
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    assert read(tmp_path, {"messages": [{"role": "user", "content": parts}, SAY]}) == [CHAT]
+    picture = {"type": "image_url", "image_url": {"url": "x"}}
+    with pytest.raises(HfkitError, match=r"'content' has a part of type 'image_url' \(.*line 1, message 1\)"):
+        read(tmp_path, {"messages": [{"role": "user", "content": [*parts, picture]}, SAY]})
+
+
+def test_read_records_drops_nulls_of_columnar_files(tmp_path):
+    """In Parquet every message has every key: those without a value are not there for a chat template."""
+    rows = [{"messages": [ASK | {"tool_calls": None, "weight": None, "name": "Ann"}, SAY | {"weight": 1.0}]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (record,) = read_records(find_corpus(tmp_path / "a.parquet"), CorpusOptions())
+    assert record.row == {"messages": [ASK | {"name": "Ann"}, SAY]}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": [ASK, SAY | {"weight": 2}]}, "'weight' is 2"),
+        ({"messages": [ASK, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}, "'tool_calls'"),
+        (
+            {"messages": [ASK, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            "'tool_calls'",
+        ),
+        ({"messages": [ASK, {"role": "assistant", "content": None, "function_call": {}}]}, "'content' is null"),
+        ({"messages": [ASK, {"role": "assistant", "function_call": {"name": "f"}}]}, "'function_call'"),
+        ({"messages": [ASK, {"role": "assistant"}]}, "'content' is null"),
+        ({"messages": [ASK, {"content": "x"}]}, "no role"),
+        ({"messages": [ASK, SAY], "tools": {"type": "function"}}, "'tools'"),
+        ({"messages": [ASK, SAY], "functions": [{"name": "f"}]}, "'functions'"),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": " "}]}, "answer is empty"),
+        ({"messages": [ASK, SAY | {"content": ""}]}, "answer is empty"),
+        ({"prompt": "a", "completion": " \n"}, "answer is empty"),
+        ({"instruction": "a", "output": ""}, "answer is empty"),
+        ({"messages": "Hi"}, "messages must be a list"),
+        ({"conversations": [ASK]}, "without an assistant"),
+        ({"id": "a", "translation": {"en": "rain", "fr": "pluie"}}, "--template"),
+    ],
+    ids=str,
+)
+def test_read_records_refuses_what_would_be_lost(tmp_path, row, words):
+    """The error names the key and the line."""
+    with pytest.raises(HfkitError) as error:
+        read(tmp_path, row)
+    assert words in str(error.value) and "rows.jsonl, line 1" in str(error.value)
+
+
+def test_read_records_keeps_tools_and_weights(tmp_path):
+    """Tools, their calls and the weight 0 reach the chat template; arguments become an object, and nulls go."""
+    call = {"id": "1", "type": "function", "function": {"name": "rain", "arguments": '{"city": "Ulm"}'}}
+    tool = {"type": "function", "function": {"name": "rain", "parameters": {"city": {"type": "string", "enum": None}}}}
+    turns = [ASK, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "no"}]
+    rows = [{"messages": [*turns, SAY, ASK, SAY | {"weight": 0}], "tools": [tool]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (from_parquet,) = read_records(find_corpus(tmp_path / "a.parquet"), CorpusOptions())
+    (record,) = read(tmp_path, *rows)
+    assert record == from_parquet.row
+    assert record["tools"][0]["function"]["parameters"] == {"city": {"type": "string"}}
+    assert record["messages"][1]["tool_calls"][0]["function"] == {"name": "rain", "arguments": {"city": "Ulm"}}
+    assert record["messages"][1]["content"] == "" and record["messages"][-1] == SAY | {"weight": 0}
+    assert from_parquet.answers == ['{"name": "rain", "arguments": {"city": "Ulm"}}', "Yo"]
+
+
+def test_read_records_checks_every_row(tmp_path):
+    """A key that comes later is not dropped either."""
+    with pytest.raises(HfkitError, match=r"'weight' is 0\.5.*line 3, message 2"):
+        read(tmp_path, CHAT, CHAT, {"messages": [ASK, SAY | {"weight": 0.5}]})

@@ -1,0 +1,214 @@
+"""A folder is read without what hfkit or `datasets` wrote there, and whatever else lies beside its texts."""
+
+import datasets
+import pytest
+from support import trials
+from support.shell import assert_fails, call
+
+import hfkit
+from hfkit.corpus.documents import Example, Piece, find_corpus, read_records, read_table
+from hfkit.errors import HfkitError
+from hfkit.options import CorpusOptions
+
+pytestmark = pytest.mark.usefixtures("brisk")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with one text."""
+    (tmp_path / "texts").mkdir()
+    trials.write_corpus(tmp_path / "texts" / "plain.txt")
+    return tmp_path / "texts"
+
+
+def names(sources, **options) -> list[str]:
+    """The files of a corpus, relative to its folder."""
+    return [str(path.relative_to(sources)) for path in find_corpus(sources, **options).files]
+
+
+def read(source, **options) -> list[str]:
+    """The texts of a corpus of short documents."""
+    records = list(read_records(find_corpus(source), CorpusOptions(**options)))
+    assert all(isinstance(record, Piece) and record.last for record in records)
+    return [record.text for record in records]
+
+
+# runs and models
+
+
+@pytest.mark.parametrize("output", ["run", "deep/er/run"])
+def test_finetune_a_folder_that_holds_the_run(folder, output, tiny):
+    """The run ends, can be resumed, and a second run trains on the same texts."""
+    options = trials.SMALL | {"model": tiny, "output_dir": str(folder / output)}
+    run = hfkit.finetune(str(folder), **options)
+    assert (folder / output / "model.safetensors").is_file()
+    assert names(folder) == ["plain.txt"]
+    assert hfkit.finetune(str(folder), resume=True, **options).metrics["loss"] == run.metrics["loss"]
+    again = hfkit.finetune(str(folder), overwrite=True, **options)
+    assert again.metrics["loss"] == run.metrics["loss"]
+
+
+def test_list_folder_without_runs_models_and_the_output(folder, tiny, copy, capfd):
+    """They are counted, and files of the same names that belong to no run or model are read."""
+    copy(tiny).rename(folder / "model")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    (folder / "adapter" / "adapter_model.safetensors").touch()
+    (folder / "adapter" / "README.md").write_text("card")
+    for name, content in {
+        "old/run.json": '{"recipe": {}, "versions": {}}',
+        "new/.hfkit.json": '{"files": []}',
+        "site/config.json": '{"title": "not a model"}',
+        "site/run.json": '{"recipe": "cake"}',
+    }.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+        (folder / name).with_name("notes.txt").write_text("notes")
+    (folder / "out").mkdir()
+    (folder / "out" / "draft.txt").write_text("draft")
+    read = ["plain.txt", "site/config.json", "site/notes.txt", "site/run.json"]
+    assert names(folder) == ["out/draft.txt", *read]
+    assert names(folder, exclude=folder / "out") == read
+    notes = capfd.readouterr().err
+    assert "left out 4 folders with a run or a model, such as" in notes and "left out 5 folders" in notes
+
+
+def test_find_corpus_refuses_a_model(tiny, folder, tmp_path, copy, capfdbinary):
+    """The error asks for -m: in a command line with a forgotten -m the model is taken for a corpus."""
+    model = copy(tiny)
+    for command in (["evaluate", folder, model], ["finetune", folder, model, "-o", tmp_path / "run"]):
+        assert_fails(call(capfdbinary, *command), 1, f"{model} is a model: did you mean -m {model}?")
+    weights = model / "model.safetensors"
+    assert_fails(call(capfdbinary, "evaluate", folder, weights), 1, f"{weights} is a model", f"-m {weights}?")
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF\3\0\0\0")
+    assert_fails(call(capfdbinary, "prepare", tmp_path / "tiny.gguf"), 1, f"did you mean -m {tmp_path}/tiny.gguf?")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / ".hfkit.json").write_text('{"files": []}')
+    with pytest.raises(HfkitError, match="begun is a run: did you mean -m"):
+        find_corpus(tmp_path / "begun")
+
+
+def test_find_corpus_of_a_glob_leaves_runs_out(folder, tiny, copy):
+    """A glob that reaches into a model takes no file of it."""
+    copy(tiny).rename(folder / "model")
+    assert names_of_glob(folder, "**/*.*") == ["plain.txt"]
+
+
+def names_of_glob(folder, pattern) -> list[str]:
+    return [str(path.relative_to(folder)) for path in find_corpus(f"{folder}/{pattern}").files]
+
+
+# links
+
+
+def test_list_folder_follows_links_once(folder, tmp_path, capfd):
+    """Links to folders are read once, wherever they lead, and a note names what lies outside."""
+    (tmp_path / "outside" / "deep").mkdir(parents=True)
+    (tmp_path / "outside" / "deep" / "a.txt").write_text("outside")
+    for name, target in {
+        "link": tmp_path / "outside",
+        "twice": tmp_path / "outside" / "deep",
+        "loop": folder,
+        "gone": tmp_path / "nowhere",
+    }.items():
+        (folder / name).symlink_to(target)
+    assert names(folder) == ["link/deep/a.txt", "plain.txt"]
+    assert f"lead to 1 files outside it, which are read ({tmp_path}/outside/deep/a.txt)" in capfd.readouterr().err
+    (folder / "self").mkdir()
+    (folder / "self" / "again").symlink_to(folder / "self")
+    (folder / "link").unlink()
+    assert names(folder) == ["plain.txt", "twice/a.txt"]
+
+
+# data sets
+
+
+def test_list_folder_reads_what_a_saved_data_set_names(tmp_path):
+    """Files that `map` cached beside the data are not read."""
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(str(tmp_path / "saved"))
+    saved = datasets.load_from_disk(str(tmp_path / "saved"))
+    saved.map(lambda row: {"text": row["text"] + " more"}, cache_file_name=str(tmp_path / "saved" / "cache-1.arrow"))
+    assert (tmp_path / "saved" / "cache-1.arrow").is_file()
+    assert read(tmp_path / "saved") == read(tmp_path) == ["one", "two"]
+    (tmp_path / "saved" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(HfkitError, match="lacks a file .*data-00000-of-00001.arrow"):
+        find_corpus(tmp_path)
+
+
+def test_read_records_of_one_split_of_a_data_set(tmp_path, capfd):
+    """`train` is read, or what --dataset-split names; a note says so."""
+    datasets.disable_progress_bars()
+    splits = {name: datasets.Dataset.from_dict({"text": [name], "label": ["a"]}) for name in ("test", "train")}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    assert read(tmp_path / "saved") == ["train"] and "reading 'train' (--dataset-split)" in capfd.readouterr().err
+    assert read(tmp_path / "saved", dataset_split="test") == ["test"] and "reading 'test'" in capfd.readouterr().err
+    table = read_table(find_corpus(tmp_path / "saved"), CorpusOptions(dataset_split="test"))
+    assert [row["text"] for row, _ in table] == ["test"]
+    with pytest.raises(HfkitError, match="no split 'dev' .*'test', 'train'.*--dataset-split"):
+        read(tmp_path / "saved", dataset_split="dev")
+    datasets.DatasetDict(validation=splits["test"]).save_to_disk(str(tmp_path / "single"))
+    assert read(tmp_path / "single") == ["test"]
+
+
+def test_fingerprint_tells_a_split_from_all_its_files(tmp_path):
+    """What is cached for one split of a data set is not taken for all of them."""
+    datasets.disable_progress_bars()
+    splits = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("test", "train")}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    one, both = find_corpus(tmp_path / "saved"), find_corpus([tmp_path / "saved/test", tmp_path / "saved/train"])
+    assert one.files == both.files and one.fingerprint() != both.fingerprint()
+
+
+# by-catch
+
+
+def test_read_records_leaves_out_rows_without_a_text(folder, capfd):
+    """A settings file or a table of numbers beside the texts does not stop a folder; named, it does."""
+    (folder / "plain.txt").write_text("plain")
+    (folder / "manifest.json").write_text('{"icons": [{"src": "a.png", "sizes": "1x1", "type": "image/png"}]}')
+    (folder / "data.csv").write_text("x,y\n1,2\n")
+    (folder / "z.jsonl").write_text('{"text": "last", "id": "a"}\n')
+    assert read(folder) == ["plain", "last"]
+    notes = capfd.readouterr().err
+    assert "left out 2 files of rows without a clear text, such as: which column is the text (" in notes
+    assert "data.csv, line 2: 'x', 'y'" in notes and "z.jsonl: the text is column 'text'" in notes
+    with pytest.raises(HfkitError, match="which column is the text .*manifest.json"):
+        read(folder / "manifest.json")
+    for name in ("plain.txt", "z.jsonl"):
+        (folder / name).unlink()
+    with pytest.raises(HfkitError, match="which column is the text .*data.csv"):
+        read(folder)
+
+
+def test_read_table_leaves_out_plain_texts_of_a_folder(folder, capfd):
+    """A README beside the rows does not stop a template or a head; a folder of texts does."""
+    (folder / "rows.jsonl").write_text('{"en": "rain", "fr": "pluie"}\n')
+    corpus, options = find_corpus(folder), CorpusOptions(template="{en}={fr}")
+    assert [row for row, _ in read_table(corpus, options)] == [{"en": "rain", "fr": "pluie"}]
+    assert [type(record) for record in read_records(corpus, options)] == [Example]
+    assert f"left out plain texts such as {folder}/plain.txt" in capfd.readouterr().err
+    with pytest.raises(HfkitError, match="plain.txt is a plain text"):
+        list(read_table(find_corpus([folder / "plain.txt", folder / "rows.jsonl"]), options))
+    (folder / "rows.jsonl").unlink()
+    with pytest.raises(HfkitError, match="plain.txt is a plain text"):
+        list(read_table(find_corpus(folder), options))
+
+
+def test_finetune_refuses_a_web_address(capfdbinary, tmp_path):
+    """The error says how to get the file."""
+    for address, remedy in {
+        "https://example.org/a.txt": "curl -LO https://example.org/a.txt",
+        "http://example.org/": "download",
+        "https://huggingface.co/datasets/rajpurkar/squad/viewer": "did you mean hf://rajpurkar/squad?",
+    }.items():
+        result = call(capfdbinary, "finetune", address, "-o", tmp_path / "run")
+        assert_fails(result, 1, f"{address} is a web address", remedy)
+
+
+def test_prepared_corpus_in_a_folder_is_left_out(folder, tiny):
+    """What `prepare` wrote into a corpus folder is not read again."""
+    hfkit.prepare(str(folder), model=tiny, output_dir=folder / "prepared")
+    assert names(folder) == ["plain.txt"]
+    again = hfkit.prepare(str(folder), model=tiny, output_dir=folder / "prepared")
+    assert again.prepared.cached
