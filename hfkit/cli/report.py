@@ -36,7 +36,7 @@ def export(
 ) -> None:
     """Write a model as one folder, with adapters merged or another precision; or push it to the Hub."""
     if not options.output_dir and not options.push_to_hub:
-        options = replace(options, output_dir=f"{Path(model).name}-export")  # printed in the end
+        options = replace(options, output_dir=f"{Path(model).resolve().name}-export")  # printed in the end
     target = options.output_dir
     if target and os.path.isdir(target) and os.listdir(target) and not options.overwrite:
         raise HfkitError(f"{target} exists: --overwrite replaces it, or name another --output-dir")
