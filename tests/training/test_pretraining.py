@@ -139,7 +139,7 @@ def test_what_does_not_go_together_is_a_usage_error(corpus, tmp_path, options, w
 
 def test_a_new_model_learns_from_texts_only(tmp_path, capfdbinary):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 20)
-    result = call(capfdbinary, "pretrain", tmp_path / "rows.jsonl", "-o", tmp_path / "run")
+    result = call(capfdbinary, "pretrain", tmp_path / "rows.jsonl", "-o", tmp_path / "run", "-q")
     assert_fails(result, 1, "a new model learns from texts, not from examples")
 
 
