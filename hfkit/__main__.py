@@ -1,6 +1,20 @@
-"""`python -m hfkit`, which also makes `accelerate launch -m hfkit` and `torchrun -m hfkit` work."""
+"""The `hfkit` command and `python -m hfkit`, which `accelerate launch` and `torchrun` start as well."""
 
-from hfkit.cli.app import main
+import signal
+
+
+def main() -> None:
+    """Run one command. Ctrl-C while Python imports or tears down ends the process without a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not in the background, where it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from hfkit.cli import app
+
+    try:
+        app.main()
+    finally:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 
 if __name__ == "__main__":
     main()

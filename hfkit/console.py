@@ -50,8 +50,16 @@ def printable(text: str) -> str:
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def write(text: str, file: IO[str] | None = None) -> None:
-    """Write a result to stdout and flush it: unchanged to a pipe or file, printable to a terminal."""
+def has_colour(file: IO[str]) -> bool:
+    """Whether `file` is a terminal whose user has not turned colours off."""
+    return file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def write(text: str, file: IO[str] | None = None, *, dim: bool = False) -> None:
+    """Write a result to stdout and flush it: unchanged to a pipe or file, printable to a terminal.
+
+    dim: on a terminal with colours, show it less bright.
+    """
     file = file or sys.stdout
     encoding = getattr(file, "encoding", None) or "utf-8"
     text = printable(text) if file.isatty() else text
@@ -60,7 +68,7 @@ def write(text: str, file: IO[str] | None = None) -> None:
     if encodable != text and encoding.lower().replace("-", "") != "utf8" and not state.warned_of_encoding:
         state.warned_of_encoding = True
         note(f"the output is {encoding}, which lacks some characters: they are '?'; PYTHONIOENCODING=utf-8 keeps them")
-    file.write(encodable)
+    file.write(f"\x1b[2m{encodable}\x1b[22m" if dim and has_colour(file) else encodable)
     file.flush()
 
 
@@ -112,11 +120,11 @@ def detail(text: str) -> None:
         note(text)
 
 
-def fail(text: str) -> None:
-    """Print the one line of an error to stderr."""
+def fail(text: str, *, label: str = "error: ") -> None:
+    """Print the one line of an error, or of another end, to stderr."""
     line = " ".join(printable(text).split("\n"))
     with contextlib.suppress(OSError):  # stderr is closed
-        print(f"hfkit: error: {line}", file=sys.stderr, flush=True)
+        print(f"hfkit: {label}{line}", file=sys.stderr, flush=True)
 
 
 def progress(total: int | None, unit: str, label: str = "", **options: Any) -> Any:

@@ -77,7 +77,9 @@ class GenerateOptions(Options):
     renormalize_logits: bool | None = option(None, "Renormalise after the last processor.")
     use_cache: bool | None = option(None, "Reuse keys and values of earlier tokens.")
     max_time: float | None = option(None, "Stop after this many seconds.", above=0)
-    stop_strings: list[str] | None = option(None, "End before this text; may be repeated.", short="--stop")
+    stop_strings: list[str] | None = option(
+        None, r"End before this text; \n is a newline; may be repeated.", short="--stop"
+    )
     bad_words: list[str] | None = option(None, "Never produce this text; may be repeated.")
     sequence_bias: list[str] | None = option(None, "TEXT=BIAS: add BIAS to the logit of TEXT; may be repeated.")
     negative_prompt: str | None = option(None, "What --guidance-scale moves away from. [default: the last token]")

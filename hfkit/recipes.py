@@ -1,7 +1,6 @@
 """A recipe is a YAML file: a flat mapping from option names to values."""
 
 import re
-import shutil
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 from hfkit.console import note
 from hfkit.declaration import Options, divide, explain_unknown_name
 from hfkit.errors import HfkitError, OptionError
+from hfkit.storage import write_bytes
 
 _LARGEST = 1_000_000  # bytes; a person writes a recipe
 _BY_FLAG = ("trust_remote_code", "overwrite")
@@ -133,7 +133,7 @@ def copy_recipe(name: str, folder: Path) -> list[Path]:
         raise HfkitError(f"{folder / taken[0]} exists: remove it, or copy to another folder")
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(recipe.parent / name, folder / name)
+        write_bytes(folder / name, (recipe.parent / name).read_bytes())
     return [folder / name for name in names]
 
 

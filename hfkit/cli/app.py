@@ -1,8 +1,10 @@
 """The `hfkit` command: registers every subcommand, and turns each failure into one line and an exit code."""
 
 import gc
+import io
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -64,8 +66,13 @@ for _command in (report, export, info):
 def main() -> NoReturn:
     """Run one command, then exit. Nothing but SystemExit leaves this function."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # the parent process closed it
+        stream = getattr(sys, name)
+        if stream is None:  # the parent process closed it
             setattr(sys, name, open(os.devnull, mode))
+        elif name != "stdin" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # no character is worth the loss of a text
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see __main__
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if processes.count == 1:
         # Raise on SIGTERM, so that `finally` blocks run. One of several processes must end at once instead: it may be
         # waiting for a peer that is gone. A training run installs its own handler.
@@ -96,8 +103,10 @@ def explain(error: BaseException) -> int:
             return 130
         case BrokenPipeError():
             return 141  # the reader of a pipe has gone: the code that SIGPIPE gives
-        case StoppedError() if processes.rank > 0:
-            return error.exit_code  # process 0 prints the line
+        case StoppedError():
+            if processes.rank == 0:
+                console.fail(f"{error}: {shlex.join(_resume_line(sys.argv[1:]))}", label="")
+            return error.exit_code
         case HfkitError():
             if processes.rank > 0:
                 # If process 0 fails in the same way, the launcher ends this one before it prints the line again.
@@ -113,7 +122,7 @@ def explain(error: BaseException) -> int:
             console.fail(explain_usage(error))
             return int(getattr(error, "exit_code", 2))
         case MemoryError():
-            console.fail("out of memory: use a smaller model, a smaller --batch-size, or --quantize int8")
+            console.fail("out of memory: use a smaller model, smaller batches, or --quantize int8")
         case OSError() if error.strerror:
             where = f" ({error.filename})" if error.filename else ""
             console.fail(f"{error.strerror}{where}: fix that and try again")
@@ -122,6 +131,12 @@ def explain(error: BaseException) -> int:
                 f"this should not happen: {type(error).__name__}: {error}; run again with --debug and report it"
             )
     return 1
+
+
+def _resume_line(arguments: list[str]) -> list[str]:
+    """Return the command line that continues a run. `tune` continues without a flag."""
+    arguments = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
+    return ["hfkit", *arguments, *(["--resume"] if arguments[0] in ("finetune", "pretrain") else [])]
 
 
 def close_stdout() -> None:

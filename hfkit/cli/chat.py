@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from hfkit import console
 from hfkit.cli.flags import flags
 from hfkit.cli.generation_setup import load_for_generation, with_seed
 from hfkit.cli.prompt_files import to_line
-from hfkit.errors import HfkitError, OptionError
+from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.models.sources import find_model
 from hfkit.options import GenerateOptions, ModelOptions
 from hfkit.recipes import read_value
@@ -18,10 +20,10 @@ from hfkit.recipes import read_value
 if TYPE_CHECKING:
     from hfkit.models.loading import LanguageModel
 
-_HELP = '''/set NAME VALUE  change an option, such as /set temperature 0.5; /set alone lists what is set
+_HELP = '''/set NAME VALUE  change an option: /set temperature 0.5; /set alone lists all
 /reset           forget the conversation
 /save FILE       write the conversation to FILE
-/exit            leave, as Ctrl-D does; Ctrl-C ends a reply
+/exit            leave, as exit alone and Ctrl-D do; Ctrl-C ends a reply
 """              begins and ends a text of several lines
 An empty line lets a base model continue by itself.'''
 
@@ -39,7 +41,11 @@ def chat(model: ModelOptions, sampling: GenerateOptions) -> None:
     talk = Conversation(lm, replace(with_seed(lm, sampling), truncate=True))
     manner = "through its chat template" if talk.has_template else "as raw text that it continues"
     console.note(f"{lm.name} gets your turns {manner}; /help lists the commands")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # a bad byte must not end the chat
     while (text := _read_turn()) is not None:
+        if text.strip().lower() in ("exit", "quit"):
+            return
         if text.startswith("/"):
             if not _obey(talk, text):
                 return
@@ -59,27 +65,43 @@ class Conversation:
     def __init__(self, lm: LanguageModel, options: GenerateOptions) -> None:
         self.lm, self.options = lm, options
         self.messages: list[dict[str, str]] = []  # with a chat template
-        self.text = ""  # without one
+        self.text = self._text_before = ""  # without one; before the last turn
 
     @property
     def has_template(self) -> bool:
-        return bool(self.lm.tokenizer.chat_template)
+        """Whether the turns go through the model's chat template."""
+        return bool(self.lm.tokenizer.chat_template) and not self.options.raw
 
     def add_turn(self, text: str) -> str | list[int]:
-        """Add the user's turn. Return the prompt of the reply; the oldest turns go if it would not fit the model."""
+        """Add the user's turn. Return the prompt of the reply; the oldest turns go if it would not fit the model.
+
+        Raises:
+            HfkitError: the turn is not UTF-8, or the chat template cannot be used. Call `undo` then.
+        """
+        self._text_before = self.text
+        _check_utf8(text)
         if not self.has_template:
             self.text += text
             return self.text
         self.messages.append({"role": "user", "content": text})
         ids: list[int] = []
         for first in range(0, len(self.messages), 2):
-            prompt = self.lm.tokenizer.apply_chat_template(
-                self.messages[first:], add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-            ids = cast(list[int], prompt)  # one conversation, tokenized
+            ids = self._apply_template(self.messages[first:])
             if len(ids) + (self.options.max_new_tokens or 100) <= (self.lm.context or sys.maxsize):
                 break
         return ids
+
+    def _apply_template(self, messages: list[dict[str, str]]) -> list[int]:
+        try:
+            prompt = self.lm.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            return cast(list[int], prompt)  # of one conversation, tokenized
+        except Exception as error:  # a template is a program: it can fail in every way
+            reason = first_line(error)
+            raise HfkitError(
+                f"the chat template of {self.lm.name} fails: {reason}; /set raw true leaves it out"
+            ) from error
 
     def add_reply(self, text: str) -> None:
         """Add the model's turn."""
@@ -90,12 +112,13 @@ class Conversation:
 
     def undo(self) -> None:
         """Remove the user's last turn, which got no reply."""
-        if self.has_template:
+        if self.messages and self.messages[-1]["role"] == "user":
             self.messages.pop()
+        self.text = self._text_before
 
     def reset(self) -> None:
         """Forget all turns."""
-        self.messages, self.text = [], ""
+        self.messages, self.text, self._text_before = [], "", ""
 
     def set_option(self, name: str, value: str) -> None:
         """Change one option; OptionError if there is no such option or value."""
@@ -122,13 +145,30 @@ def _read_turn() -> str | None:
     lines: list[str] = []
     try:
         while not lines or sum(line.count('"""') for line in lines) % 2:
-            lines.append(input(("... " if lines else "> ") if terminal else ""))
+            lines.append(input(_prompt_sign("... " if lines else "> ") if terminal else ""))
     except EOFError:
         if not lines:
             return None
-    except UnicodeDecodeError as error:
-        raise OptionError(f"stdin is not UTF-8 text (byte {error.start + 1}): convert it") from error
     return "\n".join(lines).replace('"""', "")
+
+
+def _prompt_sign(sign: str) -> str:
+    """Return the sign that asks for a turn, bold and cyan where the terminal has colours.
+
+    Without a terminal on stdout, `input` would write it there: then it goes to stderr.
+    """
+    if not sys.stdout.isatty():
+        print(sign, end="", file=sys.stderr, flush=True)
+        return ""
+    # readline does not count what stands between \001 and \002.
+    return f"\001\x1b[1;36m\002{sign}\001\x1b[0m\002" if console.has_colour(sys.stdout) else sign
+
+
+def _check_utf8(text: str) -> None:
+    """HfkitError if the turn had bytes that are not UTF-8, which stand as surrogates in it."""
+    if bad := re.search("[\ud800-\udfff]", text):
+        place = len(text[: bad.start()].encode()) + 1
+        raise HfkitError(f"this turn is not UTF-8 text (byte {place}) and is left out: convert it")
 
 
 def _obey(talk: Conversation, line: str) -> bool:
@@ -141,8 +181,9 @@ def _obey(talk: Conversation, line: str) -> bool:
             case "set", [name, value]:
                 talk.set_option(name, value)
             case "set", []:
-                values = {field.name: getattr(talk.options, field.name) for field in fields(talk.options)}
+                values = {name: getattr(talk.options, name) for name in talk.options.names()}
                 console.note(", ".join(f"{name} {value}" for name, value in values.items() if value is not None))
+                console.note("not set: " + ", ".join(name for name, value in values.items() if value is None))
             case "reset", []:
                 talk.reset()
             case "save", [_, *_]:
@@ -161,10 +202,14 @@ def _print_reply(talk: Conversation, text: str) -> str:
     pieces = generation.stream(talk.add_turn(text), model=talk.lm, options=talk.options)
     reply = ""
     try:
-        for piece in pieces:
+        while True:
+            piece = next(pieces)
             console.write(piece)
             reply += piece
     except KeyboardInterrupt:
         pieces.close()
+    except StopIteration as stop:
+        if stop.value.finish_reason == "length" and sys.stdout.isatty():
+            console.write(f" [cut after {stop.value.tokens} tokens]", dim=True)
     console.write("\n")
     return reply

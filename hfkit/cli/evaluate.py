@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from json import dumps
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -34,19 +33,20 @@ def write_evaluation(
     corpus: list[str], models: ManyModelsOptions, read: CorpusOptions, options: EvaluateOptions, *, json: bool
 ) -> None:
     """Evaluate every model on the corpus and print the results."""
-    from hfkit.evaluation.perplexity import Evaluation, evaluate
-    from hfkit.evaluation.tasks import Assessment
-
     shared: dict[str, Any] = {each.name: getattr(models, each.name) for each in fields(ModelOptions)}
     names: list[str | None] = [*models.model] if models.model else [None]
     chosen = [ModelOptions(**shared | {"model": name}) for name in names]
-    find_corpus(corpus)
+    sources = find_corpus(corpus)
     for model in chosen:
-        find_model(model)  # a wrong name fails before the first model is evaluated
-    results = [evaluate(corpus, model=model, read=read, options=options) for model in chosen]
+        find_model(model)  # a wrong name fails before torch is imported
+
+    from hfkit.evaluation.perplexity import Evaluation, evaluate
+    from hfkit.evaluation.tasks import Assessment
+
+    results = [evaluate(sources, model=model, read=read, options=options) for model in chosen]
     if json:
         rows = [result.to_dict() for result in results]
-        console.write(dumps(rows if len(rows) > 1 else rows[0], ensure_ascii=False) + "\n")
+        console.write_json(rows if len(rows) > 1 else rows[0])
         return
     if evaluations := [result for result in results if isinstance(result, Evaluation)]:
         _write_evaluations(evaluations)
@@ -61,26 +61,13 @@ def _write_evaluations(evaluations: list[Evaluation]) -> None:
         console.write_figures(head, [_row(evaluation, first) for evaluation in evaluations])
         console.write(_compare(evaluations) + "\n")
     else:
-        console.write("".join(f"{name:<16} {value}\n" for name, value in _describe(first).items()))
+        console.write("".join(f"{name:<16} {value}\n" for name, value in first.describe().items()))
         sentence = (
             "On average the model is as unsure as if it chose among {:,.1f} equally likely tokens; lower is better."
         )
         console.write(sentence.format(first.perplexity) + "\n")
     if not isfinite(first.loss_stderr):
         console.write("No ± is shown: the corpus is a single passage, and a spread takes two documents or more.\n")
-
-
-def _describe(evaluation: Evaluation) -> dict[str, str]:
-    return {
-        "model": evaluation.model,
-        "perplexity": with_error(evaluation.perplexity, evaluation.perplexity_stderr, ".3f"),
-        "loss": with_error(evaluation.loss, evaluation.loss_stderr, ".4f") + " nats per token",
-        "bits per byte": with_error(evaluation.bits_per_byte, evaluation.bits_per_byte_stderr, ".4f"),
-        "token accuracy": f"{evaluation.token_accuracy:.2%} (in the five likeliest: {evaluation.top5_accuracy:.2%})",
-        "corpus": f"{evaluation.documents:,} documents, {evaluation.tokens:,} tokens, {evaluation.words:,} words, "
-        f"{evaluation.bytes:,} bytes",
-        "how": f"windows of {evaluation.window:,} tokens, {evaluation.stride:,} new in each, in {evaluation.dtype}",
-    }
 
 
 def _row(evaluation: Evaluation, first: Evaluation) -> tuple[str, ...]:
@@ -113,10 +100,9 @@ def _compare(evaluations: list[Evaluation]) -> str:
 
 def _write_assessments(assessments: list[Assessment]) -> None:
     """A row for each model and each baseline, a column for each figure; then which answers were taken for which."""
-    first = assessments[0]
-    rows = [(each.model, *(each.format(name) for name in first.names)) for each in assessments]
-    rows += [(f"({name})", *(first.format(figure, name) for figure in first.names)) for name in first.baselines]
-    console.write_figures((f"{first.examples:,} examples", *first.names), rows)
+    from hfkit.evaluation.tasks import table
+
+    console.write_figures(*table(assessments))
     for assessment in assessments:
         confusion = assessment.metrics.get("confusion")
         if confusion and len(confusion["labels"]) <= _MAX_LABELS:
@@ -126,4 +112,4 @@ def _write_assessments(assessments: list[Assessment]) -> None:
             ]
             head = ("right ↓  answered →", *confusion["labels"])
             console.write_figures(head, counts, title=assessment.model if len(assessments) > 1 else None)
-        console.write(assessment.verdict + "\n")
+        console.write(assessment.verdict() + "\n")

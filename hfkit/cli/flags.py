@@ -1,6 +1,7 @@
 """Teach Typer that a dataclass parameter is a group of flags, and that `--config` fills them from a recipe."""
 
 import functools
+import glob
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -12,7 +13,7 @@ import typer
 from hfkit import console
 from hfkit.declaration import Options
 from hfkit.errors import HfkitError, OptionError
-from hfkit.recipes import read_values
+from hfkit.recipes import read_values, shipped
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 CorpusArgument = Annotated[list[str], typer.Argument(help="Files, folders, globs, hf://NAME, or what `prepare` made.")]
@@ -90,6 +91,11 @@ def _read_recipe(context: typer.Context, path: Path | None) -> None:
     context.default_map = values
 
 
+def _complete_recipe(incomplete: str) -> list[str]:
+    """Return shipped recipes and files for tab completion."""
+    return [name for name in shipped() if name.startswith(incomplete)] + glob.glob(f"{glob.escape(incomplete)}*")
+
+
 _COMMON = [
     _flag(
         "config",
@@ -98,6 +104,7 @@ _COMMON = [
         {"help": "YAML recipe: its values replace the defaults, flags win.", "short": "-c"},
         is_eager=True,
         callback=_read_recipe,
+        autocompletion=_complete_recipe,
     ),
     _flag("quiet", bool, False, {"help": "No notes on stderr.", "short": "-q", "negatable": False}),
     _flag("verbose", bool, False, {"help": "Print choices made and speeds.", "short": "-v", "negatable": False}),

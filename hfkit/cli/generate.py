@@ -98,11 +98,13 @@ def _print_streams(lm: LanguageModel, sampling: GenerateOptions, prompt: Request
 
 
 def _print_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: Request, prompt_shown: bool) -> None:
+    from hfkit.corpus.templates import task_of
     from hfkit.inference import generation
 
     started, first_token = time.perf_counter(), None
-    if prompt_shown and not lm.model.config.is_encoder_decoder:
-        console.write(str(prompt.prompt))
+    continues = not lm.model.config.is_encoder_decoder and (sampling.raw or not task_of(lm.tokenizer))
+    if prompt_shown and continues:
+        console.write(str(prompt.prompt), dim=True)
     pieces = generation.stream(prompt, model=lm, options=sampling)
     while True:
         try:
@@ -110,7 +112,7 @@ def _print_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: Request,
         except StopIteration as stop:
             _describe([stop.value], time.perf_counter() - started, first_token)
             return
-        console.write(piece)
+        console.write(piece if continues or first_token else piece.lstrip())  # an answer stands alone
         first_token = first_token or time.perf_counter() - started
 
 

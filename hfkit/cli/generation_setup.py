@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfkit import console
-from hfkit.models.sources import find_model
+from hfkit.models.sources import BUNDLED, find_model
 from hfkit.options import GenerateOptions, ModelOptions
 
 if TYPE_CHECKING:
@@ -33,6 +37,8 @@ def load_with_prompt(
 
     controls.check_options(sampling)
     source = find_model(model)
+    if source.folder == BUNDLED and sys.stdout.isatty():
+        _introduce_bundled_model()
     generation.novel_index(sampling)
     tokenizer, config = loading.load_tokenizer(source), loading.load_config(source)
     architecture.check_head(source.name, config, "text")
@@ -40,6 +46,20 @@ def load_with_prompt(
     if request and ends_in_space(request, tokenizer):
         console.note("the prompt ends in a space, but words of this model begin with theirs: leave it out")
     return loading.load_weights(source, model, tokenizer), request
+
+
+def _introduce_bundled_model() -> None:
+    """Say once to each user what the bundled model can do; a file in the user's cache remembers it."""
+    mark = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hfkit" / "introduced"
+    with contextlib.suppress(OSError):
+        if mark.exists():
+            return
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    console.note(
+        "the bundled model is a small GPT-2 that has read old story books: it continues stories, and knows no facts; "
+        "-m gpt2 downloads a larger one"
+    )
 
 
 def with_seed(lm: LanguageModel, sampling: GenerateOptions) -> GenerateOptions:

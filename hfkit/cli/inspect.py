@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +17,7 @@ from hfkit.options import InspectOptions, ModelOptions
 from hfkit.storage import make_writable, write_bytes
 
 if TYPE_CHECKING:
-    from hfkit.inference.inspection import Inspection, Token
+    from hfkit.inference.inspection import Inspection
 
 
 @flags
@@ -45,7 +45,7 @@ def write_inspection(text: str, model: ModelOptions, options: InspectOptions, *,
     if options.layer is not None and options.layer >= layers:
         raise OptionError(f"--layer is {options.layer}: {inspection.model} has layers 0 to {layers - 1}")
     if json:
-        console.write(dumps(inspection.to_dict(), ensure_ascii=False) + "\n")
+        console.write_json(inspection.to_dict())
     else:
         _write_tokens(inspection)
         _write_next(inspection)
@@ -80,29 +80,27 @@ def check_output(options: InspectOptions) -> Path | None:
 
 
 def _write_tokens(inspection: Inspection) -> None:
-    """The text in colours on a terminal, a line for each token elsewhere."""
-    if sys.stdout.isatty():
+    """The text in colours on a terminal; a line for each token elsewhere, and where colours are not wanted."""
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         from rich.console import Console
         from rich.text import Text
 
         line = Text()
-        for token in inspection.tokens:
-            line.append(console.printable(token.text).replace("·", " "), style=_style(token))
-            line.append("\n" if "↵" in token.text else "")
+        for part in inspection.characters:
+            line.append(console.printable(part.text).replace("·", " "), style=_style(part.bits))
+            line.append("\n" if "↵" in part.text else "")
         Console(highlight=False).print(line)
     else:
-        for token in inspection.tokens:
-            bits, rank = ("-", "-") if token.bits is None else (f"{token.bits:.2f}", str(token.rank))
-            console.write(f"{bits:>7} {rank:>6}  {token.text}\n")
+        console.write("".join(f"{line}\n" for line in inspection.lines()))
     model = console.printable(inspection.model)
     console.write(f"{inspection.bits:.1f} bits in {len(inspection.tokens)} tokens under {model}\n")
 
 
-def _style(token: Token) -> str:
-    """No colour for an expected token, red for a very surprising one."""
-    if token.bits is None or token.bits < 1:
+def _style(bits: float) -> str:
+    """No colour for what was expected, red for what was very surprising."""
+    if bits < 1:
         return ""
-    return ("on dark_green" if token.bits < 4 else "on dark_goldenrod" if token.bits < 8 else "on dark_red") + " white"
+    return ("on dark_green" if bits < 4 else "on dark_goldenrod" if bits < 8 else "on dark_red") + " white"
 
 
 def _write_next(inspection: Inspection) -> None:

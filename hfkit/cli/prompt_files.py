@@ -169,15 +169,25 @@ class Results:
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
         """Append the records of whole prompts."""
-        self._file.write(b"".join(to_line(record).encode() for record in records))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._named_errors():
+            self._file.write(b"".join(to_line(record).encode() for record in records))
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def finish(self) -> None:
         """Give the complete file its name."""
-        self._file.close()
-        os.replace(self.partial, self.path)
-        self._settings_path.unlink(missing_ok=True)
+        with self._named_errors():
+            self._file.close()
+            os.replace(self.partial, self.path)
+            self._settings_path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Say which file could not be written: an error of a full disk does not."""
+        try:
+            yield
+        except OSError as error:
+            raise HfkitError(f"cannot write {self.partial}: {error.strerror}; fix that and try again") from error
 
 
 def to_line(record: dict[str, Any]) -> str:

@@ -21,9 +21,13 @@ def list_recipes(context: typer.Context) -> None:
         console.note("next: hfkit recipes copy NAME")
 
 
+def _complete(incomplete: str) -> list[str]:
+    return [name for name in shipped() if name.startswith(incomplete)]
+
+
 @app.command(cls=Command)
 def copy(
-    name: Annotated[str, typer.Argument(help="A recipe, as `hfkit recipes` lists it.")],
+    name: Annotated[str, typer.Argument(help="A recipe, as `hfkit recipes` lists it.", autocompletion=_complete)],
     to: Annotated[Path, typer.Option(help="Folder.")] = Path(),
 ) -> None:
     """Copy a recipe and its data; print the files and the commands that use them."""

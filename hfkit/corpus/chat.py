@@ -56,6 +56,8 @@ def render_chat(
         HfkitError: the template fails, or it leaves out the text of an answer.
     """
     template = tokenizer.get_chat_template(None if tokenizer.chat_template else CHAT_TEMPLATE, tools)
+    if tools and "tools" not in template:
+        raise HfkitError(f"the chat template has no place for 'tools' ({where}): delete them, or use another model")
     render = partial(_render, tokenizer, template, tools, where)
     turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     learned = [turn for turn in turns if messages[turn].get("weight", 1)]
@@ -67,7 +69,7 @@ def render_chat(
     chats = [_render_answer(messages[: turn + 1], render) for turn in learned]
     for turn, chat in zip(learned, chats, strict=True):
         if not _holds(chat, [messages[turn]]):
-            raise HfkitError(f"the chat template leaves out an answer's text ({where}): fix the row or the template")
+            raise HfkitError(f"the chat template leaves out an answer ({where}): fix the row or the template")
     if all(text.startswith(chat.text) for chat in chats):
         return [RenderedChat(text, [span for chat in chats for span in chat.answers])]
     return chats

@@ -15,6 +15,7 @@ from hfkit.console import note_once
 from hfkit.corpus.examples import Convert, choose_form
 from hfkit.corpus.folders import FolderFiles, describe_output, list_folder
 from hfkit.corpus.formats import kind_of, read_text
+from hfkit.corpus.pieces import cut_text
 from hfkit.corpus.rows import Row, column_names, read_hub_rows, read_notebook, read_rows
 from hfkit.corpus.templates import make_task
 from hfkit.errors import HfkitError, first_line
@@ -23,10 +24,6 @@ from hfkit.options import CorpusOptions
 END = "<|endoftext|>"  # separates documents in a plain text, as in GPT-2's own corpora
 PREPARED = "prepared.json"  # marks a folder made by `hfkit prepare`
 Corpora = str | Path | Sequence[str | Path]
-_PIECE, _LONGEST = 4000, 16_000  # characters of a piece; _LONGEST where there is no good place to cut
-_SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")  # as in Unicode
-# GPT-2's pre-tokenizer always splits here, so cutting here cannot change the tokens.
-_BORDER = re.compile(rf"[^\s](?=[{_SPACE}])|[^\W_](?=[^\w\s])")
 
 
 class Piece(NamedTuple):
@@ -47,7 +44,9 @@ class Example(NamedTuple):
         """The texts that are learned."""
         if "messages" not in self.row:
             return [self.row["completion"]]
-        return [turn["content"] for turn in self.row["messages"] if turn["role"] == "assistant"]
+        turns = [turn for turn in self.row["messages"] if turn["role"] == "assistant" and turn.get("weight", 1)]
+        calls = [[json.dumps(call["function"]) for call in turn.get("tool_calls", [])] for turn in turns]
+        return ["".join([turn["content"], *called]) for turn, called in zip(turns, calls, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,12 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """SHA-256 of the files' content; names and time stamps do not matter."""
-        total = hashlib.sha256(repr((self.kinds, self.hub)).encode())
+        # Of files in a folder those without a clear text are left out.
+        roles = [
+            (kind, self.splits.get(path), kind != "text" and path in self.from_folder)
+            for path, kind in zip(self.files, self.kinds, strict=True)
+        ]
+        total = hashlib.sha256(repr((roles, self.hub)).encode())
         for path in self.files:
             with path.open("rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())
@@ -98,6 +102,8 @@ def find_corpus(sources: Corpora | Corpus, exclude: Path | None = None) -> Corpu
         is_single = len(listing.files) == 1 and not Path(source).expanduser().is_dir()
         kinds = {path: kind for path in listing.files if (kind := kind_of(path, is_single))}
         if not kinds:
+            for path in listing.files:
+                kind_of(path, chosen=True)  # says what it is, if it is a PDF or the like
             raise HfkitError(f"nothing to read ({source}): it has no text, CSV, JSON, Parquet or Arrow files")
         unread = len(listing.files) - len(kinds)
         _note_left_out(source, unread, listing.skipped)
@@ -114,8 +120,9 @@ def _list_source(source: str, exclude: Path | None) -> FolderFiles:
     """The files that a source stands for, whatever they hold."""
     if not source:  # Path("") would be the current folder
         raise HfkitError("no corpus '': name a file, a folder or hf://NAME")
-    if re.match("https?://", source):
-        raise HfkitError(f"{source} is a web address: download the file first (curl -LO {source})")
+    if address := re.match(r"https?://(?:huggingface\.co/datasets/([\w.-]+(?:/[\w.-]+)?))?", source):
+        remedy = f"did you mean hf://{address[1]}?" if address[1] else f"download the file first (curl -LO {source})"
+        raise HfkitError(f"{source} is a web address: {remedy}")
     try:
         path = Path(source).expanduser()
         if is_prepared(path):
@@ -254,7 +261,7 @@ def cut_pieces(chunks: Iterable[str]) -> Iterator[Piece]:
         *documents, rest = (rest + chunk).split(END)
         for text in documents:
             yield from _cut_document(text)
-        *pieces, rest = _cut(rest, len(rest) - len(END))  # the last characters may be the start of an END
+        *pieces, rest = cut_text(rest, len(rest) - len(END))  # the last characters may be the start of an END
         yield from (Piece(text, False) for text in pieces)
         ended = (ended or bool(documents)) and not pieces
     if rest.strip() or not ended:
@@ -262,31 +269,9 @@ def cut_pieces(chunks: Iterable[str]) -> Iterator[Piece]:
 
 
 def _cut_document(text: str) -> Iterator[Piece]:
-    *pieces, rest = _cut(text, len(text))
+    *pieces, rest = cut_text(text, len(text))
     yield from (Piece(piece, False) for piece in pieces)
     yield Piece(rest, True)
-
-
-def _cut(text: str, size: int) -> list[str]:
-    """Pieces of the first `size` characters of a text that may go on, and then the rest."""
-    pieces, start = [], 0
-    while size > start + 2 * _PIECE and (end := _find_cut(text, start, size)):
-        pieces.append(text[start:end])
-        start = end
-    return [*pieces, text[start:]]
-
-
-def _find_cut(text: str, start: int, size: int) -> int:
-    """Where the piece that starts at `start` ends; 0 if the first `size` characters do not show it."""
-    low, high, last = start + _PIECE // 2, start + _PIECE, start + _LONGEST
-    for mark in ("\n\n", "\n", " "):
-        end = text.rfind(mark, low, high)
-        end = low + len(text[low:end].rstrip(_SPACE)) if end > low else low
-        if end > low:
-            return end
-    if border := _BORDER.search(text, high, min(size, last)):
-        return border.end()
-    return last if size > last else 0
 
 
 def name_of(sources: Corpora) -> str:

@@ -1,5 +1,6 @@
 """From a row to what is learned: a text, a prompt with its completion, or a conversation, in the known forms."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,8 +12,7 @@ _SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"), "system": "system",
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
 }  # fmt: skip
-_CALLS = ("tool_calls", "function_call", "audio")  # of a message: what an assistant does instead of writing
-_TOOLS = ("tools", "functions")  # of a row
+_ELSEWHERE = ("function_call", "audio")  # of a message: what an assistant does instead of writing
 Values = str | dict[str, Any]
 Convert = Callable[[dict[str, Any], str], Values]
 
@@ -126,37 +126,68 @@ def _make_conversation(row: dict[str, Any], messages: Any, where: str) -> Values
     """{"messages": turns}, each with a role and a text. HfkitError names a key whose meaning would be lost."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise HfkitError(f'messages must be a list of {{"role", "content"}} ({where}): fix or delete the row')
-    for name in _TOOLS:
-        if row.get(name):
-            raise HfkitError(f"{name!r} are not learned ({where}): write such rows as prompt and completion")
+    if row.get("functions"):
+        raise HfkitError(f"'functions' are not learned ({where}): write them as 'tools'")
+    tools = row.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise HfkitError(f"'tools' must be a list of objects ({where}): fix or delete the row")
     turns = [_read_turn(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)]
     system = row.get("system")
     if isinstance(system, str) and system and not any(turn["role"] == "system" for turn in turns):
         turns.insert(0, {"role": "system", "content": system})
     if not any(turn["role"] == "assistant" for turn in turns):
         raise HfkitError(f"messages without an assistant ({where}): there is no answer to learn")
-    return {"messages": turns}
+    return {"messages": turns, **({"tools": _without_nulls(tools)} if tools else {})}
+
+
+def _without_nulls(value: Any) -> Any:
+    """Columnar files give every object all the keys of the others, with nulls."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """An assistant's calls of tools, as OpenAI has them; the arguments as an object, which chat templates expect."""
+    read: list[dict[str, Any]] = []
+    try:
+        for call in map(_without_nulls, calls):
+            read.append(call)
+            function = call["function"]
+            if isinstance(function.get("arguments"), str):
+                function["arguments"] = json.loads(function["arguments"])
+            if not isinstance(function["name"], str) or not isinstance(function.setdefault("arguments", {}), dict):
+                raise TypeError
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        form = '{"function": {"name": ..., "arguments": {...}}}'
+        raise HfkitError(f"'tool_calls' must be a list of {form} ({where}): fix or delete the row") from error
+    return read
 
 
 def _read_turn(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """A message whose content is a text."""
-    for name in _CALLS:
+    """A message whose content is a text, which may be empty beside calls of tools."""
+    for name in _ELSEWHERE:
         if message.get(name):
             raise HfkitError(f"{name!r} is not learned ({where}): write the row as prompt and completion")
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
         raise HfkitError(f"a message has no role ({where}): fix or delete the row")
-    if message.get("weight") not in (None, 1):
-        raise HfkitError(f"'weight' is {message['weight']!r}, but hfkit learns every answer ({where}): delete the row")
+    if message.get("weight") not in (None, 0, 1):
+        raise HfkitError(f"'weight' is {message['weight']!r}, but an answer is learned or not ({where}): write 0 or 1")
+    calls = _read_calls(message["tool_calls"], where) if message.get("tool_calls") else []
+    if calls and content is None:
+        content = ""
     if isinstance(content, list):
         content = _join_parts(content, where)
     if not isinstance(content, str):
         raise HfkitError(f"'content' is {'null' if content is None else 'not text'} ({where}): fix or delete the row")
-    if role == "assistant":
+    if role == "assistant" and not calls:
         _check_answer(content, where)
     # Columnar files have every key in every message; a chat template would take a null for a value.
-    others = {name: value for name, value in message.items() if value is not None and name != "weight"}
-    return {**others, "role": role, "content": content}
+    others = {name: value for name, value in message.items() if value is not None}
+    if others.get("weight") == 1:
+        del others["weight"]
+    return {**others, "role": role, "content": content, **({"tool_calls": calls} if calls else {})}
 
 
 def _join_parts(parts: list[Any], where: str) -> str:

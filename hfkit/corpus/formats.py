@@ -16,7 +16,7 @@ from typing import IO
 from hfkit.errors import HfkitError
 
 LONGEST_LINE = 1 << 28  # characters of a line or a field: a small compressed file may hold gigabytes of zeros
-_LONGEST_VALUE = 1 << 29  # characters of a JSON array
+_LONGEST_VALUE = 1 << 27  # characters of a JSON object that holds all rows
 _CHUNK = 1 << 20  # bytes
 _MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "stream"}
 _SUFFIXES = {
@@ -188,7 +188,7 @@ def read_whole(path: Path, errors: str) -> str:
         size += len(text)
         if size > _LONGEST_VALUE:
             limit = f"{_LONGEST_VALUE >> 20} million characters"
-            raise HfkitError(f"a JSON array of more than {limit} ({path}): write each object on a line (JSON Lines)")
+            raise HfkitError(f"a JSON object of more than {limit} ({path}): write each row on a line (JSON Lines)")
     return "".join(parts)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hfkit.console import note_once
-from hfkit.corpus.formats import LONGEST_LINE, read_lines, read_whole, unpacked
+from hfkit.corpus.formats import LONGEST_LINE, read_lines, read_text, read_whole, unpacked
 from hfkit.errors import HfkitError, first_line
 from hfkit.hub import endpoint, reach_hub
 from hfkit.options import CorpusOptions, DataOptions
@@ -17,12 +17,13 @@ from hfkit.options import CorpusOptions, DataOptions
 csv.field_size_limit(LONGEST_LINE)
 _BATCH = 128  # rows
 _SURROGATE = re.compile("[\ud800-\udfff]")  # an unpaired one: JSON can express it, UTF-8 cannot
+_START, _NEXT = re.compile(r"\s*\[\s*(?P<end>])?"), re.compile(r"\s*(,\s*|(?P<end>]))")  # of a JSON array
 _ROW_COLUMNS = {"text", "messages", "conversations", "prompt", "question"}  # in an object that is a row itself
 Row = tuple[dict[str, Any], str]  # columns, and where the row is: "FILE, line N"
 
 
 def read_rows(path: Path, kind: str, errors: str, split: str = "train") -> Iterator[Row]:
-    """Rows of a file of this kind. A JSON array is read at once, all else in small parts.
+    """Rows of a file of this kind, read in small parts; only a JSON object that holds the rows is read at once.
 
     split: which of the arrays of a JSON object to read, if it has several.
 
@@ -35,7 +36,7 @@ def read_rows(path: Path, kind: str, errors: str, split: str = "train") -> Itera
         case "lines":
             return _read_lines(path, errors)
         case "json":
-            return _read_array(path, errors, split)
+            return _read_json(path, errors, split)
         case _:
             return _read_columnar(path, kind)
 
@@ -51,22 +52,60 @@ def _read_lines(path: Path, errors: str) -> Iterator[Row]:
             yield _check_object(_parse_json(line, path, number, errors), f"{path}, line {number}")
 
 
-def _read_array(path: Path, errors: str, split: str) -> Iterator[Row]:
-    value = _parse_json(read_whole(path, errors), path, 1, errors)
-    if isinstance(value, dict):
-        value = _choose_array(value, path, split)
-    if not isinstance(value, list):
-        raise HfkitError(f"no rows ({path}): write an array of objects, or an object on each line")
-    for number, entry in enumerate(value, 1):
-        row, where = _check_object(entry, f"{path}, row {number}")
+def _read_json(path: Path, errors: str, split: str) -> Iterator[Row]:
+    """The rows of a JSON array, or of one in a JSON object; SQuAD's articles become a row for each question."""
+    start = next(filter(None, map(str.lstrip, read_text(path, errors))), "")
+    values: Iterable[Any]
+    if start.startswith("["):
+        values = _read_array(path, errors)
+    else:
+        values = _choose_array(_parse_json(read_whole(path, errors), path, 1, errors), path, split)
+    for number, value in enumerate(values, 1):
+        row, where = _check_object(value, f"{path}, row {number}")
         if "paragraphs" in row:
             yield from _squad_rows(row, where)
         else:
             yield row, where
 
 
-def _choose_array(value: dict[str, Any], path: Path, split: str) -> list[Any]:
+def _read_array(path: Path, errors: str) -> Iterator[Any]:
+    """The values of a JSON array, one after the other: no more than one of them has to be in memory."""
+    chunks, decode = read_text(path, errors), json.JSONDecoder().raw_decode
+    text, position = "", 0  # what has been read, and how much of it is done
+    line, column = 1, 1  # where `text` starts
+    separator = _START
+    while True:
+        try:
+            match = separator.match(text, position)
+            if not match:
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+            if match["end"]:
+                if "".join([text[match.end() :], *chunks]).strip():
+                    raise json.JSONDecodeError("Extra data", text, match.end())
+                return
+            value, stop = decode(text, match.end())
+            if stop == len(text):  # a number may go on
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, stop)
+        except json.JSONDecodeError as error:
+            more = list(islice(chunks, 1 + (len(text) >> 20)))  # as much again
+            if not more or len(text) - position > LONGEST_LINE:
+                start = column if error.lineno == 1 else 1
+                where = f"{path}, line {line + error.lineno - 1}, column {start + error.colno - 1}"
+                raise HfkitError(f"not valid JSON ({where}): {error.msg}") from None
+            done = text[:position]
+            column = position - done.rfind("\n") if "\n" in done else column + position
+            line, text, position = line + done.count("\n"), "".join([text[position:], *more]), 0
+            continue
+        except (ValueError, RecursionError) as error:
+            raise HfkitError(f"not valid JSON ({path}, line {line}): {first_line(error)}") from None
+        yield _check_surrogates(value, text[match.end() : stop], f"{path}, line {line}", errors)
+        separator, position = _NEXT, stop
+
+
+def _choose_array(value: Any, path: Path, split: str) -> list[Any]:
     """The rows in a JSON object such as {"data": [...]}, or the object itself as the only row."""
+    if not isinstance(value, dict):
+        raise HfkitError(f"no rows ({path}): write an array of objects, or an object on each line")
     arrays = [name for name, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
     if not arrays or value.keys() & _ROW_COLUMNS:
         return [value]
@@ -111,12 +150,17 @@ def _parse_json(text: str, path: Path, line: int, errors: str) -> Any:
         raise HfkitError(f"not valid JSON ({where}): {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise HfkitError(f"not valid JSON ({path}, line {line}): {first_line(error)}") from None
+    return _check_surrogates(value, text, f"{path}, line {line}", errors)
+
+
+def _check_surrogates(value: Any, text: str, where: str, errors: str) -> Any:
+    """The value of a JSON `text`, its unpaired surrogates replaced or refused."""
     if "\\ud" in text or "\\uD" in text:
         decoded = json.dumps(value, ensure_ascii=False)
         if _SURROGATE.search(decoded):
             if errors == "strict":
-                raise HfkitError(f"an unpaired surrogate ({path}, line {line}): fix it, or --errors replace")
-            value = json.loads(_SURROGATE.sub("\ufffd", decoded))
+                raise HfkitError(f"an unpaired surrogate ({where}): fix it, or --errors replace")
+            return json.loads(_SURROGATE.sub("\ufffd", decoded))
     return value
 
 

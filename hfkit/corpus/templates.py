@@ -72,14 +72,12 @@ class Task:
         return text[len(text.rstrip(" ")) :] + answer + self.end
 
     def example(self, row: Mapping[str, Any], where: str = "") -> dict[str, str]:
-        """A row as prompt and completion, for training.
+        """A row as prompt and completion, for training. An empty answer says that there is none: its end is learned.
 
         Raises:
-            HfkitError: a column is missing, or the answer is empty or not one of the labels.
+            HfkitError: a column is missing, or the answer is not one of the labels.
         """
         answer = _value_of(row, self.answer, where)
-        if not answer:
-            raise HfkitError(f"column {self.answer!r} is empty ({where}): fix or delete the row")
         if self.labels and answer not in self.labels:
             raise HfkitError(f"{self.answer} is {answer!r} ({where}): the labels are {', '.join(self.labels)}")
         return {"prompt": self.prompt(row, where), "completion": self.complete(answer)}

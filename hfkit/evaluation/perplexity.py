@@ -1,33 +1,31 @@
 """`evaluate`: how well a model predicts a text, by sliding windows over each document."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
 
 from hfkit.console import detail, progress, with_error
-from hfkit.corpus.documents import Corpora, Example, Piece, find_corpus, read_records
-from hfkit.corpus.encoding import IGNORED, encode_documents, encode_examples, first_tokens, number_documents
-from hfkit.corpus.sequences import Item, group
+from hfkit.corpus.documents import Corpora, Corpus, find_corpus, read_records
+from hfkit.corpus.sequences import Item
 from hfkit.errors import HfkitError
 from hfkit.evaluation.metrics import find_metric
 from hfkit.evaluation.tasks import Assessment, assess, find_task
+from hfkit.evaluation.windows import WindowReader, batch_windows
 from hfkit.inference.likelihood import Scores, exp, jsonable, ratio_stderr, score_batches
 from hfkit.inference.twins import in_eval_mode, precise_head
 from hfkit.models.architecture import computes_faster_in_bfloat16, head_of
 from hfkit.models.loading import LanguageModel, loaded, split_options
 from hfkit.models.quantization import bits_of
 from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions
+from hfkit.reporting.templates import render
 
 _WINDOW = 1024  # tokens, where the model sets no limit
 _BATCH = {"cpu": 1024, "cuda": 16_384}  # tokens scored at once; their logits take most of the memory
-_SORTED = 256  # windows that are sorted by length together
 _CLOSE = 1.5e-3  # nats per token that bfloat16 may change in the first batch; over more tokens it averages out
 
 
@@ -101,6 +99,29 @@ class Evaluation:
 
     __repr__ = __str__
 
+    def describe(self) -> dict[str, str]:
+        """Every figure with its name, to be read."""
+        return {
+            "model": self.model,
+            "perplexity": with_error(self.perplexity, self.perplexity_stderr, ".3f"),
+            "loss": with_error(self.loss, self.loss_stderr, ".4f") + " nats per token",
+            "bits per byte": with_error(self.bits_per_byte, self.bits_per_byte_stderr, ".4f"),
+            "token accuracy": f"{self.token_accuracy:.2%} (in the five likeliest: {self.top5_accuracy:.2%})",
+            "corpus": f"{self.documents:,} documents, {self.tokens:,} tokens, {self.words:,} words, "
+            f"{self.bytes:,} bytes",
+            "how": f"windows of {self.window:,} tokens, {self.stride:,} new in each, in {self.dtype}",
+        }
+
+    def verdict(self) -> str:
+        """The perplexity in words."""
+        choices = f"{self.perplexity:,.1f}"
+        return (
+            f"On average the model is as unsure as if it chose among {choices} equally likely tokens; lower is better."
+        )
+
+    def _repr_html_(self) -> str:
+        return render("figures.html.jinja", head=(), rows=list(self.describe().items()), sentence=self.verdict())
+
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints; None where a figure is not known."""
         figures = [name for name, member in vars(type(self)).items() if isinstance(member, property)]
@@ -121,7 +142,7 @@ class Evaluation:
 
 
 def evaluate(
-    corpus: Corpora,
+    corpus: Corpora | Corpus,
     *,
     model: str | ModelOptions | LanguageModel | None = None,
     read: CorpusOptions | None = None,
@@ -146,14 +167,14 @@ def evaluate(
         find_metric(name)  # a wrong name fails before anything is computed
     sources, lm = find_corpus(corpus), loaded(model, "text", "classification", "question-answering")
     is_text = head_of(lm.model.config) == "text"
-    if (task := find_task(lm, corpus, read) if is_text else None) or not is_text:
-        return assess(lm, corpus, read, task)
+    if (task := find_task(lm, sources, read) if is_text else None) or not is_text:
+        return assess(lm, sources, read, task)
     if lm.model.config.is_encoder_decoder:
         raise HfkitError(f"{lm.name} has an encoder: a text alone has no perplexity under it")
     window = int(min(options.max_length or lm.context or _WINDOW, lm.context or math.inf))
     stride = min(options.stride or window, window)
     with progress(sources.size, "B", "evaluating") as bar:
-        reader = _Reader(lm.tokenizer, window, stride, bar)
+        reader = WindowReader(lm.tokenizer, window, stride, bar)
         wants_float32 = isinstance(model, ModelOptions) and model.dtype == "float32"
         scores, dtype = _score_windows(lm, reader.windows(read_records(sources, read)), wants_float32)
     if not scores.count:
@@ -172,101 +193,10 @@ def evaluate(
     )
 
 
-class _Reader:
-    """Cuts a corpus into windows, and counts what it reads."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, window: int, stride: int, bar: Any) -> None:
-        self._tokenizer, self._window, self._stride, self._bar = tokenizer, window, stride, bar
-        begin = first_tokens(tokenizer)
-        # What stands before the first token, unless the tokenizer writes it itself.
-        self._begin = [] if tokenizer("a")["input_ids"][:1] == begin else begin
-        self.documents, self.words = 0, 0
-        self.bytes: list[int] = []  # of each passage
-
-    def windows(self, records: Iterator[Piece | Example]) -> Iterator[Item]:
-        """`input_ids`, `targets`, and `units` (the passage that each target belongs to); (length,) each."""
-        first = next(records, None)
-        records = chain([first] if first else [], records)
-        if isinstance(first, Example):
-            yield from self._answers(records)
-            return
-        rows = enumerate(encode_documents(self._counted(records), self._tokenizer, close=False))
-        for number, passages in groupby(rows, key=lambda row: row[1]["document"]):
-            self.documents = number + 1
-            texts = (_passage(row["input_ids"], row["input_ids"], unit) for unit, row in passages)
-            yield from slide(texts, self._begin, self._window, self._stride)
-
-    def _counted(self, pieces: Iterable[Any]) -> Iterator[Piece]:
-        for _, _, piece in number_documents(pieces):
-            self._count([piece.text])
-            self._bar.update(self.bytes[-1])
-            yield piece
-
-    def _answers(self, examples: Iterable[Any]) -> Iterator[Item]:
-        for unit, example in enumerate(examples):
-            rows = list(encode_examples([example], self._tokenizer))  # several where each answer has its own text
-            self.documents += 1
-            self._count(example.answers)
-            self._bar.update(sum(row["bytes"] for row in rows))
-            for row in rows:
-                text = _passage(row["input_ids"], row["labels"], unit)
-                has_no_prompt = len(text[0]) and text[1, 0] != IGNORED
-                yield from slide([text], self._begin if has_no_prompt else [], self._window, self._stride)
-
-    def _count(self, texts: list[str]) -> None:
-        self.words += sum(len(text.split()) for text in texts)
-        self.bytes.append(sum(len(text.encode()) for text in texts))
-
-
-def _passage(ids: np.ndarray, labels: np.ndarray, unit: int) -> np.ndarray:
-    """Token ids, labels (IGNORED where a token does not count) and the passage's number, (3, tokens)."""
-    return np.stack([ids, labels, np.full(len(ids), unit)]).astype(np.int64)
-
-
-def slide(passages: Iterable[np.ndarray], begin: list[int], window: int, stride: int) -> Iterator[Item]:
-    """Cut one document, which comes in passages, (3, tokens) each, into windows; the token ids `begin` precede it.
-
-    Every token that counts is a target exactly once: all tokens of the first window, then `stride` new ones in each.
-    The last window reaches back to be full.
-    """
-    text = _passage(np.array(begin, np.int64), np.full(len(begin), IGNORED), 0)
-    offset = 0  # the document's position of text[:, 0]
-    done = 0  # the position of the last token that was a target
-
-    def cut(end: int) -> Iterator[Item]:
-        start = max(0, end - window)
-        _, labels, units = text[:, start + 1 - offset : end + 1 - offset]
-        targets = np.where(np.arange(start + 1, end + 1) > done, labels, IGNORED)
-        if (targets != IGNORED).any():
-            yield {"input_ids": text[0, start - offset : end - offset], "targets": targets, "units": units}
-
-    for passage in passages:
-        keep = max(0, done - window - offset)
-        offset += keep
-        text = np.concatenate([text[:, keep:], passage], 1)
-        while offset + text.shape[1] - 1 >= (end := done + stride if done else window):
-            yield from cut(end)
-            done = end
-    if offset + text.shape[1] - 1 > done:
-        yield from cut(offset + text.shape[1] - 1)
-
-
-def _batches(windows: Iterator[Item], tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
-    """Batches of windows of similar length, padded on the right, where a causal model does not look."""
-    while nearby := list(islice(windows, _SORTED)):
-        nearby.sort(key=lambda item: len(item["input_ids"]))
-        for items in group(nearby, tokens):
-            ids, targets, units = (
-                pad_sequence([torch.tensor(item[name]) for item in items], batch_first=True, padding_value=padding)
-                for name, padding in (("input_ids", 0), ("targets", IGNORED), ("units", 0))
-            )
-            yield ids, targets, units.numpy()
-
-
 def _score_windows(lm: LanguageModel, windows: Iterator[Item], wants_float32: bool) -> tuple[Scores, str]:
     """Scores, and the precision used: bfloat16 where that is faster and does not change the first batch."""
     model, device = precise_head(in_eval_mode(lm).model), lm.model.device.type
-    batches = _batches(windows, _BATCH.get(device, _BATCH["cpu"]))
+    batches = batch_windows(windows, _BATCH.get(device, _BATCH["cpu"]))
     dtype = str(model.dtype).removeprefix("torch.")
     first = list(islice(batches, 2))
     batches = chain(first[1:], batches)

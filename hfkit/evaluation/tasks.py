@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from hfkit.console import progress, with_error
-from hfkit.corpus.documents import Corpora, find_corpus, read_table
+from hfkit.corpus.documents import Corpus, read_table
 from hfkit.corpus.labelled import classification_rows, question_rows
 from hfkit.corpus.rows import Row
 from hfkit.corpus.templates import Task, make_task, task_of
@@ -20,7 +20,8 @@ from hfkit.inference.generation import generate_each
 from hfkit.inference.likelihood import jsonable
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel
-from hfkit.options import CorpusOptions, DataOptions, GenerateOptions, TaskOptions
+from hfkit.options import CorpusOptions, GenerateOptions, TaskOptions
+from hfkit.reporting.templates import render
 
 T = TypeVar("T")
 _PAIRS = Task("{prompt}{completion}")  # for rows without a template
@@ -51,7 +52,6 @@ class Assessment:
         figures = self.baselines[baseline] if baseline else self.metrics
         return with_error(figures[name], figures.get(f"{name}_stderr"), ".3g") if name in figures else ""
 
-    @property
     def verdict(self) -> str:
         """The first figure against the best baseline's, as a sentence."""
         name = self.names[0]
@@ -65,23 +65,34 @@ class Assessment:
             f"{rivals[rival]:.3g}."
         )
 
+    def _repr_html_(self) -> str:
+        head, rows = table([self])
+        return render("figures.html.jinja", head=head, rows=rows, sentence=self.verdict())
+
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
         values = {"model": self.model, "examples": self.examples, **self.metrics, "baselines": self.baselines}
         return cast(dict[str, Any], jsonable(values))
 
 
-def find_task(lm: LanguageModel, corpus: Corpora, options: CorpusOptions) -> Task | None:
+def table(assessments: Sequence[Assessment]) -> tuple[list[str], list[list[str]]]:
+    """A head, and a row for each model and for each baseline, with a column for each figure."""
+    first = assessments[0]
+    rows = [[each.model, *(each.format(name) for name in first.names)] for each in assessments]
+    rows += [[f"({name})", *(first.format(figure, name) for figure in first.names)] for name in first.baselines]
+    return [f"{first.examples:,} examples", *first.names], rows
+
+
+def find_task(lm: LanguageModel, corpus: Corpus, options: CorpusOptions) -> Task | None:
     """The task that the rows of `corpus` are for; None if they are a text to predict.
 
     Raises:
         HfkitError: a template or a metric was given, and the rows lack the columns that it needs.
     """
-    sources = find_corpus(corpus)
-    if "text" in sources.kinds and not options.metric and not options.template:
+    if "text" in corpus.kinds and not options.metric and not options.template:
         return None
     task = make_task(options) or task_of(lm.tokenizer)
-    row, _ = next(read_table(sources, options), ({}, ""))
+    row, _ = next(read_table(corpus, options), ({}, ""))
     if task and {*task.inputs, task.answer} <= set(row):
         return replace(task, metric=tuple(options.metric or task.metric), labels=tuple(options.labels or task.labels))
     if options.metric and {"prompt", "completion"} <= set(row):
@@ -92,7 +103,7 @@ def find_task(lm: LanguageModel, corpus: Corpora, options: CorpusOptions) -> Tas
     return None
 
 
-def assess(lm: LanguageModel, corpus: Corpora, options: CorpusOptions, task: Task | None) -> Assessment:
+def assess(lm: LanguageModel, corpus: Corpus, options: CorpusOptions, task: Task | None) -> Assessment:
     """Let a model answer or label every row of `corpus`, and score that.
 
     Args:
@@ -102,21 +113,20 @@ def assess(lm: LanguageModel, corpus: Corpora, options: CorpusOptions, task: Tas
         HfkitError: a row lacks what the task needs, or there are no rows.
     """
     head, metrics = head_of(lm.model.config), options.metric or ()
-    rows = cast(DataOptions, options)  # classification_rows and question_rows read CorpusOptions' fields only
     if head == "question-answering":
-        questions = question_rows(corpus, rows)
+        questions = question_rows(corpus, options)
         answers = find_answers(lm, [(row.question, row.context) for row in questions], 0.0)
         guesses = [answer.answer for answer in _with_progress(answers, len(questions))]
         return _measure(lm, guesses, [row.answers or [""] for row in questions], metrics or ("squad",))
     if head == "classification":
-        pairs = classification_rows(corpus, rows)
+        pairs = classification_rows(corpus, options)
         known = label_names(lm.model)
         if unknown := {label for _, label in pairs} - set(known):
             raise HfkitError(f"label {sorted(unknown)[0]!r} is not one of the model's: {', '.join(known)}")
         texts, labels = [text for text, _ in pairs], [label for _, label in pairs]
         return _measure_labels(lm, texts, labels, TaskOptions(), metrics)
     assert task is not None  # noqa: S101, a model that writes text comes here with a task only
-    table = list(read_table(find_corpus(corpus), options))
+    table = list(read_table(corpus, options))
     for row, where in table:
         task.example(row, where)  # raises where a field is missing
     right = [str(row[task.answer]).strip() for row, _ in table]

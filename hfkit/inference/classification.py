@@ -231,7 +231,7 @@ def label_scores(lm: LanguageModel, rows: list[list[int]], labels: list[list[int
     scores = torch.stack([start[:, label[0]] for label in labels], 1)
     if longest == 1:
         return scores
-    cache = getattr(first, "cache", None)
+    cache: Any = getattr(first, "cache", None)
     if not _can_repeat(cache):
         return _whole_scores(lm, rows, labels)
     cache.batch_repeat_interleave(len(labels))

@@ -2,8 +2,9 @@
 
 import base64
 import math
+import re
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import (
@@ -34,6 +35,7 @@ _WARPERS: dict[str, type[LogitsProcessor]] = {
 }
 _EXAMPLE: dict[str, Any] = {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.05}  # where no control is given
 _MOST_WEIGHTS = 30_000_000  # bytes of attention on a page, before base64
+_PART = re.compile("⟨(?:[0-9a-f]{2} ?)+⟩")  # as `readable` writes what is not a whole character
 _FULL = 12.0  # bits of surprise that get the strongest colour
 _SIGNS = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
 
@@ -46,6 +48,17 @@ class Token:
     id: int
     bits: float | None  # of surprise; None where nothing comes before
     rank: int | None  # 0: it was the likeliest
+
+
+class Characters(NamedTuple):
+    """A token, or the tokens whose bytes make up a character only together."""
+
+    text: str
+    tokens: list[Token]
+
+    @property
+    def bits(self) -> float:
+        return sum(token.bits or 0.0 for token in self.tokens)
 
 
 @dataclass(frozen=True)
@@ -65,15 +78,41 @@ class Inspection:
         """Surprise of the whole text."""
         return sum(token.bits or 0.0 for token in self.tokens)
 
+    @property
+    def characters(self) -> list[Characters]:
+        """The tokens, those joined that are parts of one character."""
+        joined: list[Characters] = []
+        waiting: list[Token] = []  # bytes that are not a character yet
+        for token in [*self.tokens, Token("", -1, None, None)]:
+            part = _PART.fullmatch(token.text)
+            waiting += [token] if part else []
+            raw = bytes.fromhex("".join(word.text[1:-1] for word in waiting))
+            if part and is_cut_off(raw):
+                continue
+            text = raw.decode(errors="ignore")
+            whole = text.encode() == raw
+            joined += [Characters(text, waiting)] if whole and waiting else [Characters(t.text, [t]) for t in waiting]
+            joined += [] if part else [Characters(token.text, [token])]
+            waiting = []
+        return joined[:-1]
+
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
         tokens = [vars(token) for token in self.tokens]
         return {"model": self.model, "bits": self.bits, "tokens": tokens, "next": self.following, "left": self.left}
 
+    def lines(self) -> list[str]:
+        """A head, and a line for each token; the last part of a character shows it whole."""
+        lines = [f"{'bits':>7} {'rank':>6}  token"]
+        for text, tokens in self.characters:
+            for token in tokens:
+                bits, rank = ("-", "-") if token.bits is None else (f"{token.bits:.2f}", str(token.rank))
+                whole = f"  {text}" if len(tokens) > 1 and token is tokens[-1] else ""
+                lines.append(f"{bits:>7} {rank:>6}  {token.text}{whole}")
+        return lines
+
     def __str__(self) -> str:
-        lines = [f"{'-' if t.bits is None else f'{t.bits:.2f}':>7} {'-' if t.rank is None else t.rank:>6}  {t.text}"
-                 for t in self.tokens]  # fmt: skip
-        lines += [f"{self.bits:.1f} bits in {len(self.tokens)} tokens under {self.model}", "next:"]
+        lines = [*self.lines(), f"{self.bits:.1f} bits in {len(self.tokens)} tokens under {self.model}", "next:"]
         return "\n".join([*lines, *(f"{cell(row['probability']):>7} {row['text']:>9}" for row in self.following)])
 
     def _repr_html_(self) -> str:
@@ -84,9 +123,13 @@ def _describe(token: Token) -> str:
     return f"token {token.id}" + ("" if token.bits is None else f": {token.bits:.2f} bits, rank {token.rank}")
 
 
-def _strength(token: Token) -> float:
-    """Of its colour, from 0 to 0.8."""
-    return 0.8 * min(1.0, (token.bits or 0.0) / _FULL)
+def is_cut_off(raw: bytes) -> bool:
+    """Whether `raw` is the beginning of a character in UTF-8, or whole ones and a beginning."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
+    return False
 
 
 def cell(value: str | float) -> str:
@@ -193,19 +236,19 @@ def readable(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 def _view(inspection: Inspection) -> dict[str, Any]:
     """What a page shows of an inspection."""
     names = ["probability", *inspection.left]
-    title = "".join(token.text for token in inspection.tokens).replace("·", " ").replace("↵", " ").strip()
+    title = "".join(part.text for part in inspection.characters).replace("·", " ").replace("↵", " ").strip()
     return {
         "model": inspection.model,
         "title": title if len(title) <= 60 else f"{title[:60]}…",
         "sentence": f"{inspection.bits:.1f} bits in {len(inspection.tokens)} tokens",
         "tokens": [
             {
-                "text": token.text,
-                "title": _describe(token),
-                "strength": _strength(token),
-                "ends_line": "↵" in token.text,
+                "text": part.text,
+                "title": "\n".join(map(_describe, part.tokens)),
+                "strength": 0.8 * min(1.0, part.bits / _FULL),
+                "ends_line": "↵" in part.text,
             }
-            for token in inspection.tokens
+            for part in inspection.characters
         ],
         "head": ["next token", "alone", *(f"{name}: {count:,} left" for name, count in inspection.left.items())],
         "rows": [

@@ -1,6 +1,8 @@
 """`export`: write a model to one folder or to the Hub, with its adapter merged and its precision changed."""
 
 import os
+import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +55,8 @@ def export(
     # A name that only this process uses: another export into this folder may be under way.
     staging = temporary(target.with_name(target.name[:40]))
     try:
-        _write(lm, source.adapter or source.folder, staging)
+        name = options.push_to_hub or str(target)
+        _write(lm, source.adapter or source.folder, staging, name)
         if options.push_to_hub:
             _push(staging, options)
         if options.output_dir:
@@ -90,15 +93,18 @@ def _check_target(target: Path, source: ModelFiles, overwrite: bool) -> None:
     check_free(target, overwrite=overwrite, flag="--output-dir")
 
 
-def _write(lm: LanguageModel, source: Path, folder: Path) -> None:
+def _write(lm: LanguageModel, source: Path, folder: Path, name: str) -> None:
+    """Write the model, and what its run left, to `folder`; its card calls it `name`."""
     with console.quiet_libraries():
         lm.model.save_pretrained(folder)
         lm.tokenizer.save_pretrained(folder)
-    for name in _KEPT:
-        if (source / name).is_file():
-            shutil.copy(source / name, folder)
-    if (card := folder / "README.md").is_file():  # the adapter is merged into a whole model
-        card.write_text(card.read_text("utf-8").replace("library_name: peft", "library_name: transformers"), "utf-8")
+    for kept in _KEPT:
+        if (source / kept).is_file():
+            shutil.copy(source / kept, folder)
+    if (card := folder / "README.md").is_file():
+        text = card.read_text("utf-8").replace("library_name: peft", "library_name: transformers")  # merged
+        own_name = re.compile(r"^(    hfkit \w+ -m )(?:'[^']*'|[^\s'])+", re.MULTILINE)
+        card.write_text(own_name.sub(lambda command: command[1] + shlex.quote(name), text), "utf-8")
     find_model(str(folder))  # raises if it cannot be read
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from markupsafe import Markup
+
 from hfkit.errors import HfkitError, first_line
 from hfkit.reporting.cards import make_card
 from hfkit.reporting.pictures import Curve, draw_curves, draw_measure, plot_trials, points, smooth, to_png, to_svg
@@ -27,7 +29,8 @@ CARD, PAGE, PICTURE = "README.md", "report.html", "loss.png"
 _MEASURES = {
     "eval_loss": "held-out loss",
     "loss": "training loss, smoothed",
-    "eval_token_accuracy": "held-out accuracy",
+    "eval_accuracy": "held-out accuracy",
+    "eval_token_accuracy": "held-out accuracy",  # of a head
     "learning_rate": "learning rate",
 }
 
@@ -144,16 +147,22 @@ def _group(kind: str, runs: list[_Run]) -> dict[str, Any]:
     head = list(
         dict.fromkeys(name for run in runs for name in run.cells if any(other.cells.get(name) for other in runs))
     )
-    charts = []
+    charts: dict[str, Markup] = {}
     for name, label in _MEASURES.items():
         curves = {run.folder: smooth(run.curves[name]) if name == "loss" else run.curves[name] for run in runs}
-        if any(curves.values()) and (name != "eval_token_accuracy" or "accuracy" in head):
-            charts.append((label, to_svg(draw_measure(curves, label))))
+        is_accuracy = label == "held-out accuracy"
+        if any(curves.values()) and not (is_accuracy and ("accuracy" not in head or label in charts)):
+            charts[label] = to_svg(draw_measure(curves, label))
     best = min(range(len(runs)), key=lambda number: runs[number].rank)
     headline = runs[best].summary.headline
+    if len(runs) > 1:
+        is_measured = runs[best].rank < math.inf
+        headline = (
+            f"Best of {len(runs)} runs: {runs[best].folder}. {headline}" if is_measured else "No run was measured"
+        )
     return {
         "title": kind,
-        "headline": headline if len(runs) == 1 else f"Best of {len(runs)} runs: {runs[best].folder}. {headline}",
+        "headline": headline,
         "head": head,
         "runs": runs,
         "charts": charts,
@@ -179,32 +188,33 @@ def _search_page(folder: Path) -> str:
             )
             for trial in [*trials, *unscored]
         ]
-        best, path = trials[0], shlex.quote(str(folder))
-        explanation = _explain_search(trials, str(folder / best["folder"]))
+        best = trials[0]
+        run_folder = folder / best["folder"]
+        metrics = _read(run_folder, METRICS, "run") | {"folder": str(run_folder)}
+        command, explanation = summarize(metrics).command, _explain_search(trials, metrics.get("loss_before"))
         picture = to_svg(plot_trials(search["trials"], search["importances"]))
-        model = f"{path}/{shlex.quote(best['folder'])}"
     return render(
         "search.html.jinja",
         folder=str(folder),
         headline=f"Best of {len(rows)} trials: held-out loss {best['loss']:.4f}",
         explanation=explanation,
-        command=f"hfkit generate -m {model}\nhfkit finetune --config {path}/best.yaml",
+        command=f"{command}\nhfkit finetune --config {shlex.quote(str(folder))}/best.yaml",
         picture=picture,
         head=["trial", "held-out loss", *options, "state"],
         rows=rows,
     )
 
 
-def _explain_search(trials: list[dict[str, Any]], best: str) -> str:
+def _explain_search(trials: list[dict[str, Any]], loss_before: float | None) -> str:
     """What the best trial gained over the defaults, if they were a trial, over the others and over no training."""
     loss = trials[0]["loss"]
     gains = {
         "the default settings": next((trial["loss"] for trial in trials if trial.get("default")), None),
         "the median trial": statistics.median(trial["loss"] for trial in trials) if len(trials) > 2 else None,
-        "the model before training": _read(Path(best), METRICS, "run").get("loss_before"),
+        "the model before training": loss_before,
     }
     parts = [f"{other - loss:.4f} below that of {what}" for what, other in gains.items() if other is not None]
-    return f"The loss of trial {trials[0]['number']} is {', '.join(parts)} (nats per token)." if parts else ""
+    return f"The loss of trial {trials[0]['number']} is {', '.join(parts)}." if parts else ""
 
 
 def _short(value: Any) -> str:

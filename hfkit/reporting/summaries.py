@@ -86,6 +86,10 @@ def _judge(metrics: dict[str, Any]) -> tuple[str, str]:
     before, after = metrics.get(f"{name}_before"), metrics.get(name)
     headline = f"Held-out {name}: {_number(before, name)} → {_number(after, name)}"
     gain, error = metrics.get("loss_gain"), metrics.get("loss_gain_stderr")
+    if baseline := metrics.get("baseline"):
+        verdict = "better" if after is not None and after > baseline["accuracy"] else "not better"
+        always = f"always answering {baseline['label']!r}, which is right in {baseline['accuracy']:.1%}"
+        return headline, f"On what it was not trained on the model is {verdict} than {always}."
     if gain is None:
         return headline, f"{'Higher' if name == 'accuracy' else 'Lower'} is better."
     by = f"{with_error(abs(gain), error, '.4f')} {_unit(metrics)}"
@@ -122,7 +126,11 @@ def _scores(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         rows.insert(0, ("held-out perplexity", before, _perplexity(metrics), ""))
     if metrics.get("accuracy") is not None:
         before, after = (_number(metrics[name], "accuracy") for name in ("accuracy_before", "accuracy"))
-        rows.append(("held-out accuracy", before, after, ""))
+        rows.insert(0, ("held-out accuracy", before, after, ""))
+    if baseline := metrics.get("baseline"):
+        rows.insert(
+            1, (f"accuracy of always {baseline['label']!r}", "", _number(baseline["accuracy"], "accuracy"), "")
+        )
     return rows
 
 

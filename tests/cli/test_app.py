@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import signal
 import struct
 import subprocess
@@ -13,11 +14,12 @@ import time
 
 import pytest
 import typer
-from support.shell import WATCH, assert_fails, call
+from support.shell import WATCH, assert_fails, call, run
 
 import hfkit
 from hfkit import console
 from hfkit.cli import app
+from hfkit.errors import StoppedError
 
 COMMANDS = sorted(typer.main.get_command(app.app).commands)
 HFKIT = [sys.executable, "-m", "hfkit"]
@@ -243,6 +245,7 @@ def drain(leader: int) -> bytes:
 def on_terminal(monkeypatch, *arguments) -> tuple[int, str]:
     """What `hfkit ARGUMENTS` shows on a terminal."""
     leader, follower = os.openpty()
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "argv", ["hfkit", *map(str, arguments)])
     with open(follower, "w", encoding="utf-8") as file:
         monkeypatch.setattr(sys, "stdout", file)
@@ -253,6 +256,7 @@ def on_terminal(monkeypatch, *arguments) -> tuple[int, str]:
 
 def test_generate_streams_the_same_text(capfdbinary, monkeypatch, tiny):
     """A stream on a terminal shows what a pipe gets."""
+    monkeypatch.setenv("NO_COLOR", "1")
     line = ["generate", "hi", "-m", tiny, "-s", 3, "-n", 20, "-q"]
     piped = call(capfdbinary, *line, "--num-return-sequences", 2)
     code, shown = on_terminal(monkeypatch, *line, "--num-return-sequences", 2)
@@ -264,4 +268,90 @@ def test_generate_escapes_the_completion(capfdbinary, monkeypatch, tiny):
     """What a model writes cannot control the terminal."""
     line = ["generate", "hi", "-m", tiny, "-s", 3, "-n", 4, "-q", "--sequence-bias", "\x1b=100"]
     assert call(capfdbinary, *line).stdout == b"hi" + 4 * b"\x1b" + b"\n"
-    assert on_terminal(monkeypatch, *line) == (0, "hi" + 4 * "\\x1b" + "\n")
+    assert on_terminal(monkeypatch, *line) == (0, "\x1b[2mhi\x1b[22m" + 4 * "\\x1b" + "\n")
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_write_without_colours(monkeypatch, name, value):
+    """The prompt is dimmed on a terminal with colours alone."""
+    for has_colour in (True, False):
+        leader, follower = os.openpty()
+        with open(follower, "w", encoding="utf-8", newline="") as file:
+            console.write("a\x1b", file, dim=True)
+        assert drain(leader) == (b"\x1b[2ma\\x1b\x1b[22m" if has_colour else b"a\\x1b")
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--sweep", "top_k=1,2"]])
+def test_write_in_another_encoding(tiny, encoding, flags):
+    """An output that lacks some characters gets the text all the same, with one note."""
+    line = ["generate", "Äpfel 😀", "-m", tiny, "-n", 2, "-s", 1, *flags]
+    result = run(*line, env={"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"})
+    assert result.returncode == 0 and b"Traceback" not in result.stderr
+    if "--sweep" not in flags:
+        assert ("Äpfel" if encoding == "latin-1" else "?pfel").encode("latin-1") in result.stdout
+        assert [line for line in result.stderr.splitlines() if b"PYTHONIOENCODING=utf-8" in line]
+    assert run("recipes", env={"PYTHONIOENCODING": encoding}).returncode == 0
+
+
+def test_file_names_cannot_drive_the_terminal(capfdbinary, tiny, tmp_path):
+    """A control character in a file's name never reaches stderr raw."""
+    path = tmp_path / "a\x1b[31mb\x9b.txt"
+    path.write_bytes(b"good\n\xff\n")
+    for line in (["-i", path], ["-i", f"{path}-not-there"], ["hi", "-c", f"{path}.yaml"], ["hi", "-o", path]):
+        result = call(capfdbinary, "generate", *line, "-m", tiny, "-n", 1, "-s", 1)
+        assert result.returncode and b"\\x1b[31m" in result.stderr
+        assert b"\x1b" not in result.stderr and "\x9b".encode() not in result.stderr
+
+
+# the end of a run
+
+
+def test_explain_stopped(capfdbinary, monkeypatch):
+    """A run that was stopped is no error, and the whole line that continues it is printed."""
+    for line, continued in (
+        ("finetune c.txt -o 'my run' --overwrite", "hfkit finetune c.txt -o 'my run' --resume"),
+        ("pretrain c.txt --resume", "hfkit pretrain c.txt --resume"),
+        ("tune c.txt", "hfkit tune c.txt"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["hfkit", *shlex.split(line)])
+        assert app.explain(StoppedError("stopped as asked: step 5 of 9 is saved", signal.SIGTERM)) == 143
+        assert capfdbinary.readouterr().err.decode() == f"hfkit: stopped as asked: step 5 of 9 is saved: {continued}\n"
+
+
+def test_main_ctrl_c_at_any_time():
+    """Ctrl-C while modules are imported, or while Python tears down, prints no traceback."""
+    script = """
+import os, signal, sys
+class AtImport:
+    def find_spec(self, name, *rest):
+        if name == sys.argv.pop():
+            sys.argv.append("recipes")
+            os.kill(os.getpid(), signal.SIGINT)
+        else:
+            sys.argv.append(wanted)
+wanted = sys.argv[-1]
+sys.meta_path.insert(0, AtImport())
+from hfkit.__main__ import main
+main()
+"""
+    for name in ("typer", "hfkit.cli.app", "yaml"):
+        result = subprocess.run([sys.executable, "-c", script, name], capture_output=True, timeout=60)
+        assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, b"", b""), name
+    late = (
+        "import atexit, os, signal; atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT));"
+        "from hfkit.__main__ import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", late, "--version"], capture_output=True, timeout=60)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, b"") and result.stdout.startswith(b"hfkit ")
+
+
+def test_main_ctrl_c_is_ignored_in_the_background():
+    """A process that was started with Ctrl-C ignored goes on ignoring it."""
+    script = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from hfkit.__main__ import main\n"
+        "try: main()\nfinally: assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN"
+    )
+    result = subprocess.run([sys.executable, "-c", script, "--version"], capture_output=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, b"")

@@ -1,11 +1,15 @@
 """hfkit chat, with turns from stdin as a script would give them."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-from support.shell import assert_fails, call, edit_json
+from support.shell import assert_fails, call, edit_json, run
 
 import hfkit
+from hfkit.cli import chat
 from hfkit.cli.chat import Conversation
 from hfkit.options import GenerateOptions
 
@@ -84,6 +88,90 @@ def test_chat_wrong_command(tiny, typed, capfdbinary, line):
     result = call(capfdbinary, "chat", "-m", tiny, "-n", 2, "-s", 1)
     assert result.returncode == 0 and result.stdout
     assert [row[:13] for row in result.stderr.decode().splitlines()[1:]] == ["hfkit: error:"]
+
+
+@pytest.mark.parametrize("word", ["exit", "Quit", " exit "])
+def test_chat_leaves(tiny, typed, capfdbinary, word):
+    """`exit` or `quit` alone leaves, whatever its case."""
+    typed(f"{word}\nab\n")
+    result = call(capfdbinary, "chat", "-m", tiny, "-n", 2, "-s", 1)
+    assert (result.returncode, result.stdout) == (0, b"")
+
+
+def test_chat_set_alone(tiny, typed, capfdbinary):
+    """/set alone lists every option."""
+    typed("/set\n")
+    lines = call(capfdbinary, "chat", "-m", tiny, "-s", 7, "-t", 0.5).stderr.decode().splitlines()[1:]
+    assert "seed 7" in lines[0] and "temperature 0.5" in lines[0] and "top_p" in lines[1]
+    assert all(name in " ".join(lines) for name in GenerateOptions.names())
+
+
+# turns that fail
+
+
+@pytest.mark.parametrize(("template", "bad"), [(None, b"caf\xe9"), (TEMPLATE, b"a\x80b\xff")])
+def test_chat_after_a_bad_byte(copy, tiny, template, bad):
+    """A turn that is not UTF-8 is left out, and the next one is answered as if it had not been."""
+    folder = copy(tiny)
+    edit_json(folder / "tokenizer_config.json", chat_template=template)
+    line = ["chat", "-m", folder, "-n", 3, "-t", 0]
+    result = run(*line, input=b"so\n" + bad + b"\nyes\n")
+    assert result.returncode == 0
+    assert result.stdout == run(*line, input=b"so\nyes\n").stdout and result.stdout.count(b"\n") >= 2
+    errors = [line for line in result.stderr.decode().splitlines() if "error" in line]
+    assert len(errors) == 1 and "not UTF-8 text (byte " in errors[0]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no\nsystem') }}",
+        "{{ nothing.at.all }}",
+        "{% for x in %}",
+        "{{ 1 / 0 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ messages[5].content.upper() }}",
+        {"tool_use": "x"},
+        ["x"],
+        7,
+    ],
+)
+def test_chat_with_a_bad_template(tiny, typed, capfdbinary, monkeypatch, template):
+    """A chat template that fails is one line for each turn; the chat continues, and /set raw true leaves it out."""
+    load = chat.load_for_generation
+
+    def load_bad(*arguments):
+        lm = load(*arguments)
+        monkeypatch.setattr(lm.tokenizer, "chat_template", template)
+        return lm
+
+    monkeypatch.setattr(chat, "load_for_generation", load_bad)
+    typed("ab\nab\n/set raw true\nab\n")
+    result = call(capfdbinary, "chat", "-m", tiny, "-n", 2, "-s", 1)
+    assert result.returncode == 0 and result.stdout.count(b"\n") >= 1
+    lines = result.stderr.decode().splitlines()[1:]
+    assert len(lines) == 2 and lines[0].startswith("hfkit: error: the chat template of ")
+    assert all("/set raw true" in line for line in lines) and "this should not happen" not in lines[0]
+
+
+def test_chat_sign_of_a_cut(tiny):
+    """On a terminal a reply that was cut at its limit says so; the prompt's sign is not written to a pipe."""
+    leader, follower = os.openpty()
+    os.write(leader, b"ab\n/exit\n")
+    command = [sys.executable, "-m", "hfkit", "chat", "-m", tiny, "-n", "3", "-s", "1"]
+    with subprocess.Popen(command, stdin=follower, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        out, err = process.communicate(timeout=60)
+    assert b"> " not in out and b"> " in err
+    os.write(leader, b"ab\n/exit\n")
+    with subprocess.Popen(command, stdin=follower, stdout=follower, stderr=subprocess.DEVNULL) as process:
+        assert process.wait(60) == 0
+    os.close(follower)
+    shown = b""
+    while b"[cut after 3 tokens]" not in shown:
+        shown += os.read(leader, 10_000)
+    os.close(leader)
 
 
 def test_conversation_save(templated, tmp_path):

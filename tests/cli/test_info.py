@@ -16,6 +16,14 @@ def test_info_json(tiny, capfdbinary):
     assert report["model"]["context"] == 64 and report["model"]["layers"] == 2
 
 
+def test_info_hides_passwords(monkeypatch, capfdbinary):
+    """The report does not show the password of a mirror."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://ann:secret@mirror.example:8443/hub")
+    for line in ([], ["--json"]):
+        out = call(capfdbinary, "info", *line).stdout
+        assert b"https://mirror.example:8443/hub" in out and b"secret" not in out and b"ann:" not in out
+
+
 def test_describe_model_counts_parameters(tiny):
     """Parameters are counted without loading the model."""
     import hfkit

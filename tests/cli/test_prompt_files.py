@@ -326,6 +326,21 @@ def test_generate_input_two_processes(whole, tmp_path):
     assert result.returncode == 1 and result.stderr.count(b"could not be run") == 1
 
 
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_generate_output_on_a_full_disk(tiny, many, tmp_path, monkeypatch, capfdbinary, step):
+    """A full disk is one line that names the file, and what is written so far can be resumed."""
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    flags = generate("-i", many(4), "-m", tiny, "-s", 5, "-o", tmp_path / "out.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr("hfkit.cli.generate_file.Results.begin", lambda self, settings: None)
+        patch.setattr(os, step, fail)
+        assert_fails(call(capfdbinary, *flags), 1, f"cannot write {tmp_path}/out.jsonl.partial: No space left")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 # reading and writing
 
 

@@ -175,6 +175,17 @@ def test_copy_refuses(kitchen, capfdbinary):
     assert_fails(call(capfdbinary, "recipes", "copy", "generation-poem"), 1, "did you mean 'generation-poems'")
 
 
+def test_copy_on_a_full_disk(kitchen, capfdbinary, monkeypatch):
+    """A full disk leaves no cut file, and the line names the file."""
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    assert_fails(call(capfdbinary, "recipes", "copy", "generation-poems"), 1, "generation-poems.yaml: No space left")
+    assert not list(kitchen.rglob("*.*"))
+
+
 def test_read_values_finds_shipped_recipes(kitchen):
     """A shipped recipe is found by name and finds its data."""
     from hfkit.options import DataOptions, TrainOptions

@@ -161,7 +161,7 @@ RAISING = "{{ raise_exception('roles must\nalternate') }}"
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (PARTS, "leaves out an answer's text"),
+        (PARTS, "leaves out an answer"),
         (RAISING, "rejects this conversation"),
         (RAISING + "{% generation %}{% endgeneration %}", "rejects this conversation"),
         ("{{ nonsense.nonsense.nonsense }}", "rejects this conversation"),
@@ -217,7 +217,7 @@ def test_encode_examples_accepts_what_templates_render(bundled, name, turns):
         return
     answers = [text for role, text in turns if role == "assistant"]
     if name == "r1" and any("<think>" in text for text in answers):
-        with pytest.raises(HfkitError, match="leaves out an answer's text"):
+        with pytest.raises(HfkitError, match="leaves out an answer"):
             list(encode_examples([example], bundled))
         return
     rows = list(encode_examples([example], bundled))
@@ -277,8 +277,12 @@ def test_encode_examples_gives_tools_to_the_template(bundled):
     (row,) = encode_examples([example], bundled)
     assert learned(row, bundled) == ['{"name": "weather", "arguments": {"city": "Ulm"}}\n', "It rains.\n"]
     assert bundled.decode(row["input_ids"]).startswith('[{"type": "function", "function": {"name": "weather"')
-    bundled.chat_template = bundled.chat_template.replace("c.function | tojson", "''")
-    with pytest.raises(HfkitError, match="leaves out an answer's text"):
+    with_tools = bundled.chat_template
+    bundled.chat_template = CHATML
+    with pytest.raises(HfkitError, match="no place for 'tools' .*line 7"):
+        list(encode_examples([example], bundled))
+    bundled.chat_template = with_tools.replace("c.function | tojson", "''")
+    with pytest.raises(HfkitError, match="leaves out an answer"):
         list(encode_examples([example], bundled))
 
 

@@ -106,13 +106,18 @@ def test_read_records_drops_nulls_of_columnar_files(tmp_path):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"messages": [ASK, SAY | {"weight": 0}]}, "'weight' is 0"),
+        ({"messages": [ASK, SAY | {"weight": 2}]}, "'weight' is 2"),
         ({"messages": [ASK, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}, "'tool_calls'"),
+        (
+            {"messages": [ASK, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            "'tool_calls'",
+        ),
         ({"messages": [ASK, {"role": "assistant", "content": None, "function_call": {}}]}, "'content' is null"),
         ({"messages": [ASK, {"role": "assistant", "function_call": {"name": "f"}}]}, "'function_call'"),
         ({"messages": [ASK, {"role": "assistant"}]}, "'content' is null"),
         ({"messages": [ASK, {"content": "x"}]}, "no role"),
-        ({"messages": [ASK, SAY], "tools": [{"type": "function"}]}, "'tools'"),
+        ({"messages": [ASK, SAY], "tools": {"type": "function"}}, "'tools'"),
+        ({"messages": [ASK, SAY], "functions": [{"name": "f"}]}, "'functions'"),
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": " "}]}, "answer is empty"),
         ({"messages": [ASK, SAY | {"content": ""}]}, "answer is empty"),
         ({"prompt": "a", "completion": " \n"}, "answer is empty"),
@@ -128,6 +133,22 @@ def test_read_records_refuses_what_would_be_lost(tmp_path, row, words):
     with pytest.raises(HfkitError) as error:
         read(tmp_path, row)
     assert words in str(error.value) and "rows.jsonl, line 1" in str(error.value)
+
+
+def test_read_records_keeps_tools_and_weights(tmp_path):
+    """Tools, their calls and the weight 0 reach the chat template; arguments become an object, and nulls go."""
+    call = {"id": "1", "type": "function", "function": {"name": "rain", "arguments": '{"city": "Ulm"}'}}
+    tool = {"type": "function", "function": {"name": "rain", "parameters": {"city": {"type": "string", "enum": None}}}}
+    turns = [ASK, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "no"}]
+    rows = [{"messages": [*turns, SAY, ASK, SAY | {"weight": 0}], "tools": [tool]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (from_parquet,) = read_records(find_corpus(tmp_path / "a.parquet"), CorpusOptions())
+    (record,) = read(tmp_path, *rows)
+    assert record == from_parquet.row
+    assert record["tools"][0]["function"]["parameters"] == {"city": {"type": "string"}}
+    assert record["messages"][1]["tool_calls"][0]["function"] == {"name": "rain", "arguments": {"city": "Ulm"}}
+    assert record["messages"][1]["content"] == "" and record["messages"][-1] == SAY | {"weight": 0}
+    assert from_parquet.answers == ['{"name": "rain", "arguments": {"city": "Ulm"}}', "Yo"]
 
 
 def test_read_records_checks_every_row(tmp_path):

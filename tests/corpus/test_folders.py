@@ -151,6 +151,15 @@ def test_read_records_of_one_split_of_a_data_set(tmp_path, capfd):
     assert read(tmp_path / "single") == ["test"]
 
 
+def test_fingerprint_tells_a_split_from_all_its_files(tmp_path):
+    """What is cached for one split of a data set is not taken for all of them."""
+    datasets.disable_progress_bars()
+    splits = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("test", "train")}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    one, both = find_corpus(tmp_path / "saved"), find_corpus([tmp_path / "saved/test", tmp_path / "saved/train"])
+    assert one.files == both.files and one.fingerprint() != both.fingerprint()
+
+
 # by-catch
 
 
@@ -188,9 +197,13 @@ def test_read_table_leaves_out_plain_texts_of_a_folder(folder, capfd):
 
 def test_finetune_refuses_a_web_address(capfdbinary, tmp_path):
     """The error says how to get the file."""
-    for address in ("https://example.org/a.txt", "http://example.org/"):
+    for address, remedy in {
+        "https://example.org/a.txt": "curl -LO https://example.org/a.txt",
+        "http://example.org/": "download",
+        "https://huggingface.co/datasets/rajpurkar/squad/viewer": "did you mean hf://rajpurkar/squad?",
+    }.items():
         result = call(capfdbinary, "finetune", address, "-o", tmp_path / "run")
-        assert_fails(result, 1, f"{address} is a web address", "curl -LO")
+        assert_fails(result, 1, f"{address} is a web address", remedy)
 
 
 def test_prepared_corpus_in_a_folder_is_left_out(folder, tiny):

@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from support.shell import assert_fails, call
 from support.trials import write_corpus
 
 import hfkit
+from hfkit.cli.prompt_files import Results
 from hfkit.corpus import overlap
 from hfkit.corpus.documents import END, Piece
 from hfkit.corpus.overlap import Index, index_corpus
@@ -184,6 +186,11 @@ def test_generate_novel_resumes_seeds(tiny, tmp_path, capfdbinary, monkeypatch):
     def texts(path: Path) -> list[tuple[str, int]]:
         return [(row["completion"], row["seed"]) for row in map(json.loads, path.read_text().splitlines())]
 
+    def begin(self, settings, begin=Results.begin) -> None:
+        begin(self, settings)
+        shutil.copy(f"{self.partial}.json", tmp_path / "settings.json")
+
+    monkeypatch.setattr(Results, "begin", begin)
     monkeypatch.setattr(Index, "look_up", look_up)
     monkeypatch.setattr(generation, "draw_seed", itertools.count(12, 100).__next__)
     line = ["generate", "-i", tmp_path / "prompts.txt", "-m", tiny, "-n", 8, "--novel", corpus]
@@ -197,6 +204,7 @@ def test_generate_novel_resumes_seeds(tiny, tmp_path, capfdbinary, monkeypatch):
         for number in {*far[:2], 3}:
             part.unlink(missing_ok=True)
             part.with_name("part.jsonl.partial").write_text("".join(row + "\n" for row in rows[: number + 1]))
+            shutil.copy(tmp_path / "settings.json", tmp_path / "part.jsonl.partial.json")
             result = call(capfdbinary, *line, "-o", part, "--resume", *seed)
             assert result.returncode == 0, result.stderr
             assert texts(part) == texts(whole)

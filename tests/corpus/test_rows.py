@@ -86,6 +86,28 @@ def test_read_array_of_one_split(tmp_path, capfd):
     assert read(tmp_path / "c.json", "json", row) == [row]
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64])
+def test_read_array_in_parts(tmp_path, monkeypatch, chunk):
+    """Rows and errors do not depend on where the parts of a file end."""
+    monkeypatch.setattr(formats, "_CHUNK", chunk)
+    values = [{"text": 'a, ]b ["\\\n\u2028é🎉', "n": [1, [2.5e-3, True]]}, {"text": ""}, {"n": 12345}, {}]
+    for indent in (None, 2):
+        text = json.dumps(values, indent=indent, ensure_ascii=indent is None)
+        assert read(tmp_path / "a.json", "json", f"  {text}\n ") == values
+    assert read(tmp_path / "a.json", "json", " [ ] ") == []
+    for text, words in {
+        '[{"a": 1},\n\n {"b": 2},\n  {"c" 3}]': "line 4, column 8): Expecting ':' delimiter",
+        '[{"a": 1}\n {"b": 2}]': "line 1, column 10): Expecting ','",
+        '[{"a": 1}]\n x': "line 1, column 11): Extra data",
+        '[{"a": 1}, ]': "Expecting value",
+        '[{"a": 1': "Expecting",
+        "[7]": "not an object",
+    }.items():
+        with pytest.raises(HfkitError) as error:
+            read(tmp_path / "a.json", "json", text)
+        assert words in str(error.value), text
+
+
 def test_question_rows_of_squads_own_json(tmp_path):
     """Articles, paragraphs and questions become rows."""
     questions = [
@@ -114,15 +136,16 @@ def test_question_rows_of_squads_own_json(tmp_path):
         ("b.jsonl", b'{"text": "a"}\n{"text": "' + b"x" * 3000, "b.jsonl.gz, line 2)"),
         ("a.csv", b'text\n"' + b"one line\n" * 3000, "field larger than field limit"),
         ("b.csv", b"text\n" + b"x" * 3000, "a line of more than"),
-        ("a.json", b'[{"text": "' + b"x" * 3000 + b'"}]', "a JSON array of more than"),
-        ("c.json", b'[{"text": "a"},' + b'{"text": "b"},' * 1000 + b'{"text": "c"}]', "write each object on a line"),
-        ("a.ipynb", b'{"cells": [{"source": "' + b"x" * 3000 + b'"}]}', "a JSON array of more than"),
+        ("a.json", b'[{"text": "a"},\n {"text": "' + b"x" * 3000 + b'"}]', "line 2, column 11): Unterminated string"),
+        ("c.json", b'{"data": [' + b'{"text": "b"},' * 1000 + b'{"text": "c"}]}', "write each row on a line"),
+        ("a.ipynb", b'{"cells": [{"source": "' + b"x" * 3000 + b'"}]}', "a JSON object of more than"),
     ],
 )
 def test_read_rows_of_unlimited_size(tmp_path, monkeypatch, name, content, words):
     """A small compressed file may hold gigabytes in one line, field or array: the error comes before they are read."""
     for limit in ("LONGEST_LINE", "_LONGEST_VALUE"):
         monkeypatch.setattr(formats, limit, 2000)
+    monkeypatch.setattr(rows, "LONGEST_LINE", 2000)
     monkeypatch.setattr(formats, "_CHUNK", 500)
     before = rows.csv.field_size_limit(2000)
     path = tmp_path / f"{name}.gz"
@@ -144,7 +167,7 @@ FOREIGN = {
     "a.epub": (b"PK\x03\x04" + bytes(26) + b"mimetypeapplication/epub+zip", "an e-book"),
     "a.txt.xz": (b"\xfd7zXZ\0\0", "compressed with xz", "unxz"),
     "a.txt.bz2": (b"BZh91AY", "compressed with bzip2", "bunzip2"),
-    "a.zst": (b"\x28\xb5\x2f\xfd", "Zstandard"),
+    "a.zst": (b"\x28\xb5\x2f\xfd", "compressed with Zstandard"),
     "a.tar": (b"name".ljust(257, b"\0") + b"ustar\x0000", "a tar archive", "tar xf"),
     "a.tgz": (gzip.compress(b"name".ljust(257, b"\0") + b"ustar  \0"), "a tar archive", "tar xf"),
     "a.pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a PDF", "pdftotext"),
@@ -162,6 +185,8 @@ def test_kind_of_names_a_format_that_is_not_read(tmp_path, name):
     with pytest.raises(HfkitError) as error:
         find_corpus(tmp_path / name)
     assert all(word in str(error.value) for word in [f"{tmp_path / name} is ", *words])
+    with pytest.raises(HfkitError, match=f"{name} is {words[0]}"):
+        find_corpus(tmp_path)
     (tmp_path / "z.txt").write_text("text")
     assert [path.name for path in find_corpus(tmp_path).files] == ["z.txt"]
 

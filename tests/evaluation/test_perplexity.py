@@ -1,5 +1,6 @@
 """Scores are those of a plain loop over the same windows, whatever is scored together and in what precision."""
 
+import contextlib
 import csv
 import io
 import json
@@ -12,15 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.chats import TEMPLATES
+from support.corpora import talk
+from support.pages import Page
 from support.shell import assert_fails, call
 
 import hfkit
 from hfkit.cli.evaluate import write_evaluation
 from hfkit.corpus.documents import END, Piece
-from hfkit.corpus.encoding import IGNORED
+from hfkit.corpus.encoding import IGNORED, encode_examples
 from hfkit.errors import HfkitError
-from hfkit.evaluation import perplexity
-from hfkit.evaluation.perplexity import slide
+from hfkit.evaluation import perplexity, windows
+from hfkit.evaluation.windows import slide
 from hfkit.inference import likelihood
 from hfkit.models import architecture
 from hfkit.models.loading import LanguageModel
@@ -119,7 +123,8 @@ def passages(sizes: list[int], counted: float = 1.0, seed: int = 0) -> list[np.n
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_every_token_is_a_target_once_after_as_many_as_there_are_before_it(seed):
+def test_slide_predicts_every_token_once(seed):
+    """Every token is a target exactly once, in the window that its position decides."""
     draw = random.Random(seed)
     window = draw.randint(1, 12)
     stride = draw.choice([window, draw.randint(1, window)])
@@ -143,7 +148,8 @@ def test_every_token_is_a_target_once_after_as_many_as_there_are_before_it(seed)
     assert seen == [label for label in text[1, first:].tolist() if label != IGNORED]
 
 
-def test_windows_are_cut_while_the_text_is_read():
+def test_slide_reads_only_what_it_needs():
+    """Windows are cut while the text is read."""
     read = []
 
     def source():
@@ -158,7 +164,7 @@ def test_windows_are_cut_while_the_text_is_read():
     assert sum(1 for _ in items) > 500
 
 
-def test_a_corpus_is_read_while_it_is_scored(tmp_path, lms, monkeypatch):
+def test_evaluate_reads_while_it_scores(tmp_path, lms, monkeypatch):
     """Not more than some hundred windows and pieces are held at a time."""
     read, ahead = [0], []
 
@@ -187,7 +193,8 @@ def test_a_corpus_is_read_while_it_is_scored(tmp_path, lms, monkeypatch):
 
 @BOTH
 @pytest.mark.parametrize("stride", [16, 8, 5])
-def test_a_text_is_scored_as_a_plain_loop_over_the_same_windows_does(lms, name, stride, tmp_path):
+def test_evaluate_equals_a_plain_loop(lms, name, stride, tmp_path):
+    """A text around the length of one, two or three windows scores as token by token."""
     lm = lms[name]
     for characters in (1, 14, 15, 16, 17, 24, 25, 33, 90):  # tokens, or nearly so: around one window, two, three
         documents = [text(characters)]
@@ -197,7 +204,7 @@ def test_a_text_is_scored_as_a_plain_loop_over_the_same_windows_does(lms, name, 
 
 
 @BOTH
-def test_many_documents_are_scored_as_a_plain_loop_does(lms, name, tmp_path):
+def test_evaluate_of_many_documents_equals_a_plain_loop(lms, name, tmp_path):
     lm = lms[name]
     documents = [text(1 + seed**2 % 217, seed) for seed in range(40)]
     found = hfkit.evaluate(save(tmp_path / "a.txt", *documents), model=lm, stride=lm.context // 2)
@@ -210,7 +217,7 @@ def test_many_documents_are_scored_as_a_plain_loop_does(lms, name, tmp_path):
 
 
 @BOTH
-def test_a_long_document_is_scored_as_a_plain_loop_does(lms, name, tmp_path):
+def test_evaluate_of_a_long_document_equals_a_plain_loop(lms, name, tmp_path):
     """It is read in pieces of some 4,000 characters, over whose borders the windows go."""
     lm, documents = lms[name], [text(9000), "a short one", text(12_500, 1)]
     found = hfkit.evaluate(save(tmp_path / "a.txt", *documents), model=lm)
@@ -218,7 +225,8 @@ def test_a_long_document_is_scored_as_a_plain_loop_does(lms, name, tmp_path):
     agree(found, reference(lm, documents, lm.context, lm.context))
 
 
-def test_several_files_and_rows_are_one_corpus_and_empty_documents_are_none(lms, tmp_path):
+def test_evaluate_of_files_and_rows(lms, tmp_path):
+    """Several files and rows are one corpus; empty documents do not count."""
     lm = lms["gpt2"]
     first, second = save(tmp_path / "a.txt", "the cat", "  \n ", "", "a dog"), tmp_path / "b.jsonl"
     second.write_text('{"text": "rain"}\n{"text": ""}\n{"text": "wind"}\n')
@@ -226,7 +234,8 @@ def test_several_files_and_rows_are_one_corpus_and_empty_documents_are_none(lms,
     agree(found, reference(lm, ["the cat", "a dog", "rain", "wind"], 64, 64))
 
 
-def test_a_stride_beyond_the_window_and_a_window_beyond_the_model_are_those(lms, tmp_path):
+def test_evaluate_limits_stride_and_window(lms, tmp_path):
+    """A stride above the window is the window; a window above the model's context is the context."""
     path = save(tmp_path / "a.txt", text(200))
     found = hfkit.evaluate(path, model=lms["gpt2"], max_length=1000, stride=500)
     assert (found.window, found.stride) == (64, 64)
@@ -235,25 +244,26 @@ def test_a_stride_beyond_the_window_and_a_window_beyond_the_model_are_those(lms,
     agree(one, reference(lms["gpt2"], [text(200)], 1, 1))
 
 
-def test_more_context_predicts_better_with_a_model_that_uses_it(tmp_path):
+def test_evaluate_with_a_smaller_stride_predicts_better(tmp_path):
+    """A smaller stride gives each token more context."""
     path = save(tmp_path / "a.txt", (Path(__file__).parents[2] / "LICENSE").read_text()[:1500])
     short, long = (hfkit.evaluate(path, max_length=64, stride=stride).loss for stride in (64, 16))
     assert long < short
 
 
-def test_the_size_of_a_batch_does_not_matter(lms, tmp_path, monkeypatch):
+def test_evaluate_does_not_depend_on_batch_size(lms, tmp_path, monkeypatch):
     path = save(tmp_path / "a.txt", *(text(1 + seed**2 % 217, seed) for seed in range(30)))
     found = hfkit.evaluate(path, model=lms["llama"])
     for tokens, together in ((1, 3), (700, 1)):
         monkeypatch.setattr(perplexity, "_BATCH", {"cpu": tokens})
-        monkeypatch.setattr(perplexity, "_SORTED", together)
+        monkeypatch.setattr(windows, "_SORTED", together)
         other = hfkit.evaluate(path, model=lms["llama"])
         assert other.scores.nll.tolist() == pytest.approx(found.scores.nll.tolist(), rel=1e-5)
         assert other.scores.top1.tolist() == found.scores.top1.tolist()
 
 
 @pytest.mark.slow
-def test_a_text_is_scored_as_lm_evaluation_harness_does(tiny, lms, tmp_path):
+def test_evaluate_equals_lm_evaluation_harness(tiny, lms, tmp_path):
     from lm_eval.api.instance import Instance
     from lm_eval.api.metrics import bits_per_byte, weighted_perplexity
     from lm_eval.models.huggingface import HFLM
@@ -279,7 +289,8 @@ def answer_nll(lm: LanguageModel, ids: list[int], labels: list[bool]) -> float:
     return -sum(rows[at - 1][ids[at]].item() for at in range(1, len(ids)) if labels[at])
 
 
-def test_of_a_prompt_and_its_completion_the_completion_counts(lms, tmp_path):
+def test_evaluate_of_completions_scores_no_prompt(lms, tmp_path):
+    """Of a prompt and its completion only the completion counts."""
     lm, encode = lms["gpt2"], lambda text: lms["gpt2"].tokenizer(text)["input_ids"]
     rows = [{"prompt": "the cat", "completion": " sat"}, {"prompt": "", "completion": "rain über"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -295,7 +306,8 @@ def test_of_a_prompt_and_its_completion_the_completion_counts(lms, tmp_path):
     assert found.bits_per_byte == pytest.approx(sum(nll) / math.log(2) / 14, rel=1e-4)
 
 
-def test_of_a_conversation_what_the_assistant_says_counts(lms, tmp_path):
+def test_evaluate_of_messages_scores_the_assistant(lms, tmp_path):
+    """Of a conversation only the assistant's turns count."""
     lm = lms["gpt2"]
     turns = [("user", "hi"), ("assistant", "ho"), ("user", "the cat?"), ("assistant", "sat")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
@@ -312,7 +324,8 @@ def test_of_a_conversation_what_the_assistant_says_counts(lms, tmp_path):
     assert found.scores.nll.tolist() == pytest.approx([answer_nll(lm, ids, labels)], rel=1e-4)
 
 
-def test_an_answer_that_is_longer_than_the_window_is_scored_whole(lms, tmp_path):
+def test_evaluate_of_an_answer_longer_than_the_window(lms, tmp_path):
+    """An answer that is longer than the window is scored to its end."""
     lm, answer = lms["gpt2"], text(300)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "the cat sat", "completion": answer}) + "\n")
     found = hfkit.evaluate(tmp_path / "rows.jsonl", model=lm)
@@ -330,7 +343,7 @@ def test_an_answer_that_is_longer_than_the_window_is_scored_whole(lms, tmp_path)
 # errors
 
 
-def test_the_error_of_the_loss_is_a_bootstraps_over_passages(lms, tmp_path):
+def test_evaluation_errors_equal_a_bootstrap(lms, tmp_path):
     found = hfkit.evaluate(
         save(tmp_path / "a.txt", *(text(20 + 10 * seed, seed) for seed in range(60))), model=lms["gpt2"]
     )
@@ -344,7 +357,8 @@ def test_the_error_of_the_loss_is_a_bootstraps_over_passages(lms, tmp_path):
     assert found.perplexity_stderr == pytest.approx(found.perplexity * found.loss_stderr)
 
 
-def test_models_with_different_tokenizers_are_compared_passage_by_passage(lms, tmp_path):
+def test_gain_over_compares_passage_by_passage(lms, tmp_path):
+    """Models with different tokenizers are compared by the bits of each passage."""
     path = save(tmp_path / "a.txt", *(text(20 + 10 * seed, seed) for seed in range(40)))
     one, other = (hfkit.evaluate(path, model=lms[name]) for name in ("gpt2", "llama"))
     assert one.tokens != other.tokens and one.bytes == other.bytes
@@ -367,7 +381,7 @@ def many(tmp_path_factory) -> Path:
     return save(tmp_path_factory.mktemp("corpus") / "many.txt", *(text(200, seed) for seed in range(40)))
 
 
-def test_bfloat16_is_used_where_it_is_fast_and_moves_the_figure_little(halves, many, capfdbinary):
+def test_evaluate_uses_bfloat16_where_it_is_fast(halves, many, capfdbinary):
     halves(False)
     exact = hfkit.evaluate(many)
     assert exact.dtype == "float32"
@@ -383,7 +397,7 @@ def test_bfloat16_is_used_where_it_is_fast_and_moves_the_figure_little(halves, m
     assert half.dtype == "bfloat16" and half.perplexity == pytest.approx(exact.perplexity, rel=1e-2)
 
 
-def test_bfloat16_is_not_used_where_it_moves_the_figure(halves, many, monkeypatch):
+def test_evaluate_keeps_float32_where_bfloat16_changes_the_loss(halves, many, monkeypatch):
     halves(True)
     exact = hfkit.evaluate(many, model=ModelOptions(dtype="float32"))
     monkeypatch.setattr(perplexity, "_CLOSE", 0.0)
@@ -391,12 +405,12 @@ def test_bfloat16_is_not_used_where_it_moves_the_figure(halves, many, monkeypatc
     assert found.dtype == "float32" and found.scores.nll.tolist() == exact.scores.nll.tolist()
 
 
-def test_what_is_one_batch_is_computed_once_and_in_float32(halves, tmp_path, tiny):
+def test_evaluate_of_one_batch_is_in_float32(halves, tmp_path, tiny):
     halves(True)
     assert hfkit.evaluate(save(tmp_path / "a.txt", text(200)), model=tiny).dtype == "float32"
 
 
-def test_a_quantised_model_says_so(tiny, tmp_path):
+def test_evaluate_of_a_quantized_model_says_so(tiny, tmp_path):
     path = save(tmp_path / "a.txt", text(200))
     exact = hfkit.evaluate(path, model=tiny)
     for bits in ("int8", "int4"):
@@ -407,7 +421,7 @@ def test_a_quantised_model_says_so(tiny, tmp_path):
 # at a shell
 
 
-def test_the_figures_are_printed_with_their_errors_and_as_json(tiny, tmp_path, capfdbinary):
+def test_write_evaluation_prints_errors_and_json(tiny, tmp_path, capfdbinary):
     path = save(tmp_path / "a.txt", *(text(200, seed) for seed in range(5)))
     found = hfkit.evaluate(path, model=tiny, stride=20)
     result = call(capfdbinary, "evaluate", path, "-m", tiny, "--stride", 20, "--json")
@@ -426,7 +440,8 @@ def test_the_figures_are_printed_with_their_errors_and_as_json(tiny, tmp_path, c
         assert words in shown
 
 
-def test_an_error_that_is_not_known_is_left_out(tiny, tmp_path, capfdbinary):
+def test_write_evaluation_explains_a_missing_error(tiny, tmp_path, capfdbinary):
+    """An error that is not known is left out, and the reason is given."""
     path = save(tmp_path / "a.txt", text(50))
     row = json.loads(call(capfdbinary, "evaluate", path, "-m", tiny, "--json").stdout, parse_constant=pytest.fail)
     assert row["perplexity_stderr"] is None and row["perplexity"] > 1
@@ -439,7 +454,8 @@ def test_an_error_that_is_not_known_is_left_out(tiny, tmp_path, capfdbinary):
         assert "±" not in figures and reason.startswith("No ± is shown: the corpus is a single passage")
 
 
-def test_several_models_are_one_table_with_what_the_later_ones_save(tiny, tiny_llama, tmp_path, capfdbinary):
+def test_write_evaluation_of_several_models_is_a_table(tiny, tiny_llama, tmp_path, capfdbinary):
+    """A table of the models, with the bits that the later ones save."""
     path = save(tmp_path / "a.txt", *(text(200, seed) for seed in range(30)))
     line = ["evaluate", path, "-m", tiny, "-m", tiny_llama, "-m", "bundled"]
     rows = json.loads(call(capfdbinary, *line, "--json").stdout)
@@ -524,10 +540,14 @@ def test_evaluation_prints_short(tiny, reviews, tmp_path):
     for one in (found, hfkit.evaluate(reviews, model=tiny, **labels)):
         assert str(one) == repr(one) and len(str(one).replace(tiny, "")) < 250 and tiny in str(one)
         assert "array" not in str(one) and "{" not in str(one)
+        page = Page(one._repr_html_())  # what a notebook shows
+        page.assert_alone()
+        assert tiny in page.text and len(page.tables) == 1 and page.text.rstrip().endswith(".")
     assert f"perplexity {found.perplexity:.2f} ± {found.perplexity_stderr:.2f}" in str(found)
 
 
-def test_a_models_name_is_no_markup(tiny, tmp_path, capfdbinary, copy, monkeypatch):
+def test_write_evaluation_shows_a_name_to_the_letter(tiny, tmp_path, capfdbinary, copy, monkeypatch):
+    """rich would read [red] as a colour."""
     monkeypatch.chdir(tmp_path)
     name = "./[red]m[:smile:"
     copy(tiny).rename(name)
@@ -536,7 +556,7 @@ def test_a_models_name_is_no_markup(tiny, tmp_path, capfdbinary, copy, monkeypat
     assert shown.count(name) == 5  # two rows, the head of the last column, and the sentence
 
 
-def test_a_wrong_name_is_told_before_the_first_model_is_asked(tiny, tmp_path, capfdbinary, monkeypatch):
+def test_write_evaluation_checks_all_names_first(tiny, tmp_path, capfdbinary, monkeypatch):
     monkeypatch.setattr("hfkit.cli.evaluate.evaluate", None)
     path = save(tmp_path / "a.txt", text(50))
     assert_fails(call(capfdbinary, "evaluate", path, "-m", tiny, "-m", tmp_path / "none"), 1, "none")
@@ -551,12 +571,12 @@ def test_a_wrong_name_is_told_before_the_first_model_is_asked(tiny, tmp_path, ca
         (["--template", "{a}{b}"], 1, "plain text"),
     ],
 )
-def test_a_bad_option_is_one_line(tiny, tmp_path, capfdbinary, flags, code, words):
+def test_evaluate_refuses_a_bad_option_in_one_line(tiny, tmp_path, capfdbinary, flags, code, words):
     path = save(tmp_path / "a.txt", text(50))
     assert_fails(call(capfdbinary, "evaluate", path, "-m", tiny, *flags), code, words)
 
 
-def test_what_cannot_be_scored_is_one_line(tiny, tiny_t5, tmp_path, capfdbinary, copy):
+def test_evaluate_refuses_what_cannot_be_scored_in_one_line(tiny, tiny_t5, tmp_path, capfdbinary, copy):
     assert_fails(call(capfdbinary, "evaluate", tmp_path / "none.txt", "-m", tiny), 1, "none.txt")
     (tmp_path / "blank.txt").write_text(" \n \n")
     assert_fails(call(capfdbinary, "evaluate", tmp_path / "blank.txt", "-m", tiny), 1, "holds no text")
@@ -571,7 +591,7 @@ def test_what_cannot_be_scored_is_one_line(tiny, tiny_t5, tmp_path, capfdbinary,
 # tasks
 
 
-def test_a_task_is_scored_by_the_metrics_that_are_asked_for(tiny, tmp_path, capfdbinary):
+def test_evaluate_of_pairs_uses_the_metrics_asked_for(tiny, tmp_path, capfdbinary):
     rows = [{"prompt": "the cat", "completion": "sat"}, {"prompt": "a", "completion": "a dog"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     line = ["evaluate", tmp_path / "rows.jsonl", "-m", tiny, "--metric", "exact_match", "--metric", "chrf"]
@@ -587,7 +607,7 @@ def test_a_task_is_scored_by_the_metrics_that_are_asked_for(tiny, tmp_path, capf
     assert "exact_match" in shown and "(most frequent answer)" in shown
 
 
-def test_the_f1_of_labels_is_that_of_a_classification(lms, tmp_path):
+def test_evaluate_of_labels_takes_f1_for_the_classes(lms, tmp_path):
     with (tmp_path / "rows.csv").open("w", newline="") as file:
         rows = [(text(20, seed), "the good" if seed % 3 else "a good") for seed in range(8)]
         csv.writer(file).writerows([("text", "label"), *rows])
@@ -609,7 +629,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 @pytest.mark.slow
-def test_twenty_times_the_text_takes_the_same_memory(tmp_path):
+def test_evaluate_takes_constant_memory(tmp_path):
     """With a vocabulary as large as GPT-2's, of a model so narrow that it is done in minutes."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -627,3 +647,36 @@ def test_twenty_times_the_text_takes_the_same_memory(tmp_path):
         result = subprocess.run(command, capture_output=True, check=True, timeout=900)
         peaks.append(int(result.stdout))
     assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+@pytest.mark.parametrize(("template", "texts"), [("phi", 2), ("r1", 1)])
+def test_evaluate_scores_every_answer_once(tiny_llama, tmp_path, template, texts):
+    """Answers of one conversation count once, whether the template needs a text for each of them or not."""
+    lm = hfkit.load(tiny_llama)
+    turns = [("user", "rain?"), ("assistant", "the cat"), ("user", "so"), ("assistant", "a mat."), ("user", "?")]
+    example = talk(*turns)
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(example.row))
+    with patched_template(lm.tokenizer, TEMPLATES[template]):
+        rows = list(encode_examples([example], lm.tokenizer))
+        evaluation = hfkit.evaluate(str(path), model=lm)
+    assert len(rows) == texts and max(len(row["input_ids"]) for row in rows) <= evaluation.window
+    losses = [loop_losses(lm.model, row) for row in rows]
+    assert evaluation.loss == pytest.approx(float(torch.cat(losses).mean()), abs=1e-4)
+    assert evaluation.passages.tolist() == [len("the cat" + "a mat.")] and evaluation.documents == 1
+
+
+def loop_losses(model, row) -> torch.Tensor:
+    """Nats of each token that is learned, by one forward pass over the whole row."""
+    ids, labels = (torch.from_numpy(row[name].astype(np.int64)) for name in ("input_ids", "labels"))
+    with torch.inference_mode():
+        scores = model(ids[None]).logits[0].float().log_softmax(-1)
+    learned = labels[1:] != IGNORED
+    return -scores[:-1][learned].gather(1, labels[1:][learned][:, None])[:, 0]
+
+
+@contextlib.contextmanager
+def patched_template(tokenizer, template: str):
+    before, tokenizer.chat_template = tokenizer.chat_template, template
+    yield
+    tokenizer.chat_template = before

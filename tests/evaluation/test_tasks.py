@@ -95,7 +95,7 @@ def by_sklearn(predictions, references) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("kind", ["head", "tiny", "tiny_llama"])
-def test_labels_are_scored_as_scikit_learn_scores_the_same_predictions(kind, request, reviews):
+def test_assess_labels_equals_scikit_learn(kind, request, reviews):
     folder, asked = request.getfixturevalue(kind), {} if kind == "head" else ASKED
     rows = [json.loads(line) for line in Path(reviews).read_text().splitlines()]
     right = [row["label"] for row in rows]
@@ -124,12 +124,13 @@ def test_labels_are_scored_as_scikit_learn_scores_the_same_predictions(kind, req
     assert found.metrics["calibration_error"] == pytest.approx(error, abs=1e-3)
 
 
-def test_the_f1_of_labels_is_not_that_of_their_words(tiny, reviews):
+def test_assess_labels_has_the_f1_of_classes(tiny, reviews):
+    """Not SQuAD's F1, which is that of words."""
     plain, asked = (hfkit.evaluate(reviews, model=tiny, **ASKED, metric=metric) for metric in (None, ["f1"]))
     assert asked.metrics == plain.metrics and "exact_match" not in asked.metrics
 
 
-def test_a_label_that_is_none_is_told_with_its_place(tiny, head, tmp_path, capfdbinary):
+def test_assess_names_an_unknown_label_and_its_place(tiny, head, tmp_path, capfdbinary):
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "label": "good"}, {"text": "b", "label": "new"}])
     asked = ["--template", ASKED["template"], *(word for label in LABELS for word in ("--labels", label))]
     result = call(capfdbinary, "evaluate", path, "-m", tiny, *asked)
@@ -138,7 +139,8 @@ def test_a_label_that_is_none_is_told_with_its_place(tiny, head, tmp_path, capfd
     assert_fails(result, 1, "label 'new' is not one of the model's: good, bad, so so")
 
 
-def test_rows_of_one_label_are_scored_too(head, tmp_path, capfdbinary):
+def test_assess_one_row(head, tmp_path, capfdbinary):
+    """One row has figures, but no errors."""
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "rain", "label": "bad"}])
     found = strictly(call(capfdbinary, "evaluate", path, "-m", head, "--json").stdout)
     assert found["examples"] == 1 and found["accuracy"] in (0, 1)
@@ -148,7 +150,7 @@ def test_rows_of_one_label_are_scored_too(head, tmp_path, capfdbinary):
 # answers
 
 
-def test_a_text_models_answers_are_what_generate_gives(tiny, pairs):
+def test_assess_answers_are_those_of_generate(tiny, pairs):
     rows = [json.loads(line) for line in Path(pairs).read_text().splitlines()]
     task = Task("{en}: {fr};")
     prompts = [task.prompt(row) for row in rows]
@@ -161,7 +163,8 @@ def test_a_text_models_answers_are_what_generate_gives(tiny, pairs):
     assert {f"{name}_stderr" for name in ("exact_match", "f1", "chrf", "bleu")} <= found.metrics.keys()
 
 
-def test_baselines_are_the_source_and_the_most_frequent_answer(tiny, pairs):
+def test_assess_baselines(tiny, pairs):
+    """The baselines are the copied input and the most frequent answer."""
     rows = [json.loads(line) for line in Path(pairs).read_text().splitlines()]
     sources, right = [row["en"] for row in rows], [row["fr"] for row in rows]
     found = hfkit.evaluate(pairs, model=tiny, template="{en}: {fr};", metric=["chrf", "exact_match"])
@@ -173,7 +176,7 @@ def test_baselines_are_the_source_and_the_most_frequent_answer(tiny, pairs):
     assert copied["exact_match_stderr"] == pytest.approx(np.std([0, 1, 0, 0, 0], ddof=1) / math.sqrt(5))
 
 
-def test_of_several_fields_there_is_nothing_to_copy(tiny, tmp_path):
+def test_assess_of_several_inputs_has_no_copying_baseline(tiny, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"a": "x", "b": "y", "c": "x"}] * 2)
     assert list(hfkit.evaluate(path, model=tiny, template="{a}{b}:{c}").baselines) == ["most frequent answer"]
 
@@ -195,7 +198,7 @@ SQUAD = [
 ]
 
 
-def test_answers_are_scored_as_squad_defines_it(finder, tmp_path, monkeypatch, capfdbinary):
+def test_assess_questions_equals_squad(finder, tmp_path, monkeypatch, capfdbinary):
     rows = [{"question": f"{number}?", "context": "rain", "answers": {"text": right, "answer_start": [0] * len(right)}}
             for number, (_, right, _, _) in enumerate(SQUAD)]  # fmt: skip
     path, asked = write_rows(tmp_path / "rows.jsonl", rows), []
@@ -216,7 +219,7 @@ def test_answers_are_scored_as_squad_defines_it(finder, tmp_path, monkeypatch, c
     assert baseline["exact_match"] == 6 / 12  # "rain" comes first in most rows, and is right in these
 
 
-def test_answers_in_a_column_are_scored_the_same_way(tiny, tmp_path, monkeypatch):
+def test_assess_answers_in_a_column_equals_squad(tiny, tmp_path, monkeypatch):
     cases = [case for case in SQUAD if len(case[1]) == 1 and case[0]]
     rows = [{"q": str(number), "a": right[0]} for number, (_, right, _, _) in enumerate(cases)]
 
@@ -232,7 +235,7 @@ def test_answers_in_a_column_are_scored_the_same_way(tiny, tmp_path, monkeypatch
     assert found.metrics["f1"] == pytest.approx(np.mean([case[3] for case in cases]))
 
 
-def test_a_finder_is_asked_each_question(finder, tmp_path):
+def test_assess_questions_asks_each_one(finder, tmp_path):
     rows = [{"question": "what", "context": f"the {word} falls", "answer": word} for word in trials.WORDS]
     found = hfkit.evaluate(write_rows(tmp_path / "rows.jsonl", rows), model=finder)
     said = [hfkit.answer("what", row["context"], model=finder).answer for row in rows]
@@ -251,7 +254,8 @@ def carrying(folder: Path, model: str, task: Task) -> str:
     return str(folder)
 
 
-def test_a_model_brings_its_task_and_what_is_asked_for_wins(tiny, reviews, pairs, tmp_path):
+def test_find_task_prefers_what_is_asked_for(tiny, reviews, pairs, tmp_path):
+    """A model brings its task; a template or a metric that is given wins."""
     folder = carrying(tmp_path / "m", tiny, Task(ASKED["template"], tuple(LABELS), ("accuracy",)))
     assert hfkit.evaluate(reviews, model=folder).metrics == hfkit.evaluate(reviews, model=tiny, **ASKED).metrics
     found = hfkit.evaluate(pairs, model=folder, template="{en}: {fr};")
@@ -261,14 +265,16 @@ def test_a_model_brings_its_task_and_what_is_asked_for_wins(tiny, reviews, pairs
     assert "exact_match" in hfkit.evaluate(pairs, model=folder, metric=["exact_match"]).metrics
 
 
-def test_a_model_with_a_task_still_predicts_texts_and_other_rows(tiny, corpus, tmp_path):
+def test_find_task_leaves_texts_and_other_rows(tiny, corpus, tmp_path):
+    """A model with a task still predicts texts, and rows without the task's columns."""
     folder = carrying(tmp_path / "m", tiny, Task("{en}: {fr};"))
     assert isinstance(hfkit.evaluate(corpus, model=folder), Evaluation)
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "the rain falls"}])
     assert isinstance(hfkit.evaluate(path, model=folder), Evaluation)
 
 
-def test_prompts_and_completions_are_a_task_where_a_metric_is_named(tiny, tmp_path):
+def test_find_task_of_pairs_needs_a_metric(tiny, tmp_path):
+    """Prompts and completions are a task only where a metric is named."""
     path = write_rows(
         tmp_path / "rows.jsonl", [{"prompt": "rain:", "completion": " a"}, {"prompt": "a:", "completion": "a"}]
     )
@@ -280,7 +286,7 @@ def test_prompts_and_completions_are_a_task_where_a_metric_is_named(tiny, tmp_pa
 # bad input, and how it is shown
 
 
-def test_what_is_wrong_is_one_line(tiny, head, finder, corpus, reviews, pairs, tmp_path, capfdbinary):
+def test_assess_refuses_in_one_line(tiny, head, finder, corpus, reviews, pairs, tmp_path, capfdbinary):
     nothing = tmp_path / "nothing.csv"
     nothing.write_text("text,label\n")
     long = write_rows(tmp_path / "long.jsonl", [{"en": "a", "fr": "b"}, {"en": "w" * 80, "fr": "b"}])
@@ -301,7 +307,7 @@ def test_what_is_wrong_is_one_line(tiny, head, finder, corpus, reviews, pairs, t
         assert_fails(call(capfdbinary, "evaluate", *arguments), code, *words)
 
 
-def test_scores_are_shown_with_their_errors_beside_the_baselines(head, reviews, capfdbinary):
+def test_write_assessments_shows_errors_and_baselines(head, reviews, capfdbinary):
     result = call(capfdbinary, "evaluate", reviews, "-m", head)
     lines = result.stdout.decode().splitlines()
     assert result.returncode == 0 and result.stderr == b""
@@ -311,7 +317,8 @@ def test_scores_are_shown_with_their_errors_beside_the_baselines(head, reviews, 
     assert f"{found.metrics['calibration_error']:.3g}" in result.stdout.decode()
 
 
-def test_json_has_the_usual_names_and_numbers_only(head, reviews, capfdbinary):
+def test_write_assessments_as_json(head, reviews, capfdbinary):
+    """The usual names, and numbers only."""
     one = strictly(call(capfdbinary, "evaluate", reviews, "-m", head, "--json").stdout)
     assert {"model", "examples", "accuracy", "precision", "recall", "f1", "accuracy_stderr", "loss", "loss_stderr",
             "calibration_error", "classes", "confusion", "baselines"} <= set(one)  # fmt: skip

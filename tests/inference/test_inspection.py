@@ -17,7 +17,7 @@ import hfkit
 from hfkit.cli import inspect
 from hfkit.console import printable
 from hfkit.errors import HfkitError
-from hfkit.inference.inspection import readable
+from hfkit.inference.inspection import Inspection, Token, readable
 from hfkit.models.loading import LanguageModel
 from hfkit.reporting import pictures
 
@@ -177,12 +177,37 @@ def test_inspect_to_a_pipe(tiny, capfdbinary):
     """Without a terminal there are plain columns."""
     lines = call(capfdbinary, "inspect", "a b\n", "-m", tiny, "--top", 3).stdout.decode().splitlines()
     found = hfkit.inspect("a b\n", model=tiny, top=3)
+    assert lines.pop(0).split() == ["bits", "rank", "token"]
     for line, token in zip(lines, found.tokens, strict=False):
         assert line.split() == [f"{token.bits:.2f}", str(token.rank), token.text]
     rest = "\n".join(lines[len(found.tokens) :])
     assert f"{found.bits:.1f} bits in 4 tokens" in rest and "\x1b" not in rest
     assert all(f"{row['probability']:.2%}" in rest for row in found.following)
     assert call(capfdbinary, "inspect", "-m", tiny).returncode == 1  # stdin is empty
+
+
+def test_characters_join_the_parts_of_one(lms):
+    """A model without the character reads its bytes; a reader sees the character, with their surprise together."""
+    found = hfkit.inspect("a雨🙂b\x00é", model=lms["gpt2"])
+    assert [part.text for part in found.characters] == ["a", "雨", "🙂", "b", "\x00", "é"]
+    assert [len(part.tokens) for part in found.characters] == [1, 3, 4, 1, 1, 2]
+    assert [token for part in found.characters for token in part.tokens] == found.tokens
+    assert found.characters[1].bits == pytest.approx(sum(token.bits for token in found.tokens[1:4]))
+    lines = str(found).splitlines()
+    assert [line.split()[2:] for line in lines[2:5]] == [["⟨e9⟩"], ["⟨9b⟩"], ["⟨a8⟩", "雨"]]
+    page = Page(found._repr_html_())
+    assert "雨" in page.text and "⟨" not in page.text.partition("bits in")[0]
+
+
+@pytest.mark.parametrize("raw", [b"\xe9\x9b", b"\x9b\xa8", b"\xe9a", b"\xf0\x9f\x99", b"\xff"])
+def test_characters_keep_bytes_that_make_no_character(lms, raw):
+    """Where a character is cut off, its bytes stay as they are."""
+    vocabulary = lms["llama"].tokenizer.get_vocab()
+    ids = [vocabulary[f"<0x{byte:02X}>"] for byte in raw]
+    tokens = [Token(readable(lms["llama"].tokenizer, token), token, 1.0, 0) for token in ids]
+    found = Inspection(model="m", tokens=tokens, following=[], left={}, words=[])
+    assert [part.text for part in found.characters] == [token.text for token in tokens]
+    assert [part.tokens for part in found.characters] == [[token] for token in tokens]
 
 
 class Terminal(io.StringIO):
@@ -204,6 +229,18 @@ def test_inspect_on_a_terminal(tiny, monkeypatch):
     assert "\x1b" not in shown and len(shown) < len(raw)
     lines = [line.rstrip() for line in shown.splitlines()]
     assert lines[0] == "a cat \\x1b[2J[red]b↵" and lines[1] == "c"
+
+
+def test_write_inspection_without_colours_shows_the_figures(tiny, monkeypatch):
+    """NO_COLOR must not lose the surprise."""
+    from hfkit.options import InspectOptions, ModelOptions
+
+    monkeypatch.setattr("sys.stdout", screen := Terminal())
+    monkeypatch.setenv("NO_COLOR", "1")
+    inspect.write_inspection("a b", ModelOptions(model=tiny), InspectOptions(), json=False)
+    lines = screen.getvalue().splitlines()
+    found = hfkit.inspect("a b", model=tiny)
+    assert [line.split()[0] for line in lines[:4]] == ["bits", *(f"{token.bits:.2f}" for token in found.tokens)]
 
 
 def test_to_page_is_alone(tiny, tmp_path, capfdbinary):
@@ -246,6 +283,7 @@ def test_inspection_str(lms):
     """It prints as a table, and its repr has no arrays."""
     found = hfkit.inspect("the cat", model=lms["gpt2"], attention=True)
     lines = str(found).splitlines()
+    assert lines.pop(0).split() == ["bits", "rank", "token"]
     for line, token in zip(lines, found.tokens, strict=False):
         assert line.split() == [f"{token.bits:.2f}", str(token.rank), token.text]
     assert lines[len(found.tokens)] == f"{found.bits:.1f} bits in 7 tokens under {found.model}"
@@ -348,7 +386,9 @@ def test_check_output(tiny, capfdbinary, monkeypatch, flags, code, words):
 
 def test_inspect_errors(tiny, tiny_t5, capfdbinary, tmp_path):
     """What cannot be inspected is one line."""
-    assert_fails(call(capfdbinary, "inspect", "", "-m", tiny), 1, "nothing to inspect")
+    assert_fails(call(capfdbinary, "inspect", "", "-m", tiny), 2, "give a text to inspect")
+    with pytest.raises(HfkitError, match="nothing to inspect"):
+        hfkit.inspect("", model=tiny)
     assert_fails(call(capfdbinary, "inspect", "a" * 64, "-m", tiny), 1, "65 tokens", "64")
     assert_fails(call(capfdbinary, "inspect", "a\udcff", "-m", tiny), 2, "UTF-8")
     assert_fails(call(capfdbinary, "inspect", "a", "-m", tiny_t5), 1, "encoder")

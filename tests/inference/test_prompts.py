@@ -47,7 +47,7 @@ def test_fit_prompt_gives_a_request_that_generate_and_stream_take(lm, encoded):
     assert encoded == []
 
 
-WRONG = [None, 5, 2.5, Path("a.txt"), b"bytes", bytearray(b"x"), object()]
+WRONG = [None, 5, 2.5, Path("a.txt"), b"bytes", bytearray(b"x"), Ellipsis]
 
 
 @pytest.mark.parametrize("wrong", [*WRONG, [], [1, "a"], ["a"], {"a"}], ids=repr)

@@ -53,6 +53,18 @@ def test_export_merged_adapter(tiny, adapter, tmp_path, capfdbinary):
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
+def test_export_card_names_the_export(tiny, tmp_path, copy):
+    """What the card says to type loads the export, not the run that it came from."""
+    run = copy(tiny)
+    for old in ("runs/a", "'runs/my model'"):
+        (run / "README.md").write_text(f"# a\n\n    hfkit generate -m {old} 'Once upon'\n\nhfkit generate -m runs/a")
+        hfkit.export(str(run), output_dir=tmp_path / "my export", overwrite=True)
+        card = (tmp_path / "my export" / "README.md").read_text()
+        assert (
+            card == f"# a\n\n    hfkit generate -m '{tmp_path / 'my export'}' 'Once upon'\n\nhfkit generate -m runs/a"
+        )
+
+
 def test_export_card_of_adapter(adapter, tmp_path):
     """The card of a merged adapter is that of a whole model."""
     (Path(adapter) / "README.md").write_text("---\nlibrary_name: peft\n---\n# A run")

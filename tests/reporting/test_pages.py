@@ -305,6 +305,19 @@ def test_report_opens_with_a_verdict(metrics, gain, error, words):
     assert page.text.index("hfkit generate -m") < page.text.index("Sample 1") < page.text.index("Curves")
 
 
+@pytest.mark.parametrize(("accuracy", "word"), [(0.75, "better"), (0.5, "not better"), (0.25, "not better")])
+def test_report_compares_labels_with_the_most_frequent_one(metrics, accuracy, word):
+    """A low perplexity of the labels' tokens says nothing: the model may always give the same answer."""
+    task = {"template": "{text}: {label}", "labels": ["a", "b"], "metric": []}
+    scores = {"accuracy_before": 0.0, "accuracy": accuracy, "baseline": {"label": "a", "accuracy": 0.5}}
+    files = make_files(metrics | {"task": task} | scores)
+    for page in (Page(files["report.html"]), shown(files["README.md"])):
+        assert f"Held-out accuracy: 0.0% → {accuracy:.1%}" in page.text
+        assert f"the model is {word} than always answering 'a', which is right in 50.0%" in flat(page.text)
+        rows = {row[0]: row[1:] for table in page.tables for row in table}
+        assert rows["accuracy of always 'a'"][1] == "50.0%"
+
+
 def test_report_marks_the_prompt_and_where_the_last_sentence_ends(metrics):
     texts = ["Once upon a time. It", "Once there was a fox. It ran"]
     source = make_files(metrics | {"prompt": "Once", "samples": texts})["report.html"]

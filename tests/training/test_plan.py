@@ -111,7 +111,8 @@ def test_plan_batch_size(machine, sequences, processes, batch):
     machine()
     found = plan(sequences=sequences, processes=processes)
     assert found.options.per_device_train_batch_size == batch
-    assert found.steps == math.ceil(3 * math.ceil(sequences / (batch * processes)))
+    epochs = found.options.num_train_epochs
+    assert found.steps == math.ceil(epochs * math.ceil(sequences / (batch * processes)))
     assert plan(sequences=sequences, per_device_train_batch_size=5).options.per_device_train_batch_size == 5
     assert 9 <= math.ceil(found.steps / found.options.eval_steps) <= 10 or found.steps < 10
 
@@ -147,6 +148,19 @@ def test_plan_epochs_of_a_new_model(machine):
     epochs = [plan(parameters=size, fresh=True).options.num_train_epochs for size in (10**3, 10**4, 5 * 10**4, 10**9)]
     assert epochs == [3, 3, 10, 20]
     assert plan(parameters=10**9, fresh=True, num_train_epochs=1).options.num_train_epochs == 1
+
+
+def test_plan_epochs_of_a_small_corpus(machine):
+    """Three pages of text are seen as often as it takes to learn them; such a run stops when it gets worse."""
+    machine()
+    found = {tokens: plan(sequences=4, length=tokens / 4).options for tokens in (1000, 2000, 6000, 20_000, 10**6)}
+    epochs = [options.num_train_epochs for options in found.values()]
+    assert epochs == sorted(epochs, reverse=True) and epochs[0] == epochs[1] >= 15 and epochs[-2:] == [3, 3]
+    assert [options.early_stopping_patience for options in found.values()] == [3, 3, 3, None, None]
+    chosen = plan(sequences=4, num_train_epochs=2).options
+    assert (chosen.num_train_epochs, chosen.early_stopping_patience) == (2, None)
+    assert plan(sequences=4, early_stopping_patience=9).options.early_stopping_patience == 9
+    assert plan(sequences=4, max_steps=5).options.early_stopping_patience is None
 
 
 def test_plan_attention_dropout(tiny, corpus, tmp_path, monkeypatch, machine):

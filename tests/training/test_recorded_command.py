@@ -1,22 +1,25 @@
-"""A run records the hfkit command that began it, and nothing of the program around it."""
+"""A run records the hfkit command that begins it again, and nothing of the program around it."""
 
 import json
+import subprocess
 import sys
 
 import pytest
 
-import hfkit
-
-pytestmark = pytest.mark.usefixtures("brisk")
+SCRIPT = "import hfkit; hfkit.finetune({!r}, model={!r}, output_dir={!r}, max_steps=1, bf16=False)"
 
 
-@pytest.mark.parametrize("program", ["program.py", "-c", "/usr/bin/hfkit", "/lib/hfkit/__main__.py"])
-def test_begin_records_command(tmp_path, tiny, corpus, monkeypatch, program):
-    """The arguments of a Python program may hold a password; those of hfkit are what was typed."""
-    monkeypatch.setattr(sys, "argv", [program, "--password", "hunter2 "])
-    run = hfkit.finetune(corpus, model=tiny, output_dir=tmp_path / "run", max_steps=1, bf16=False)
-    files = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
-    is_ours = "hfkit" in program
-    expected = "hfkit --password 'hunter2 '" if is_ours else "hfkit finetune --config recipe.yaml"
-    assert json.loads(files["run.json"])["command"] == run.metrics["command"] == expected
-    assert is_ours or not [name for name, content in files.items() if b"hunter2" in content]
+@pytest.mark.parametrize("how", ["script", "-c", "-m hfkit"])
+def test_begin_records_command(tmp_path, tiny, corpus, how):
+    """The arguments of a Python program may hold a password."""
+    run, script = tmp_path / "run", tmp_path / "program.py"
+    script.write_text(SCRIPT.format(corpus, tiny, str(run)))
+    line = {"script": [script], "-c": ["-c", script.read_text()]}.get(how)
+    line = [*line, "--password", "hunter2"] if line else ["-m", "hfkit", "finetune", corpus, "-m", tiny, "-o", run]
+    line += [] if how != "-m hfkit" else ["--max-steps", "1", "--no-bf16"]
+    result = subprocess.run([sys.executable, *map(str, line)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for name in ("run.json", "metrics.json"):
+        command = json.loads((run / name).read_text())["command"]
+        assert command == f"hfkit finetune {corpus} --model {tiny} --output-dir {run} --max-steps 1 --no-bf16"
+    assert not [path for path in run.iterdir() if path.is_file() and b"hunter2" in path.read_bytes()]

@@ -1,6 +1,7 @@
 """A trained run is not lost, says how it ended, and is watched by what matters."""
 
 import json
+import random
 import shlex
 import sys
 from pathlib import Path
@@ -318,3 +319,30 @@ def test_find_newest_where_a_manifest_has_another_shape(tmp_path, shape):
         commit(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-2" / "manifest.json").write_text(shape, encoding="latin-1")
     assert find_newest(tmp_path) == tmp_path / "checkpoint-1"
+
+
+# three pages of one's own text
+
+
+@pytest.mark.slow
+def test_finetune_three_pages(tmp_path, capfd):
+    """Without any option, a text of three pages is learned: its names are in the samples, its end is held out."""
+    draw = random.Random(0)
+    places = "the mill,the harbour,the old bridge,the orchard,the lighthouse,the market,her garden,his workshop".split(
+        ","
+    )
+    deeds = "mended a net,found a letter,counted the boats,lost a button,heard a song,planted a pear tree".split(",")
+    lines = []
+    while sum(map(len, lines)) < 6000:
+        one, other = draw.sample(["Ottaviel", "Marwenna", "Brimbold"], 2)
+        when, where, deed = (
+            draw.choice(["One morning", "That night", "Later"]),
+            draw.choice(places),
+            draw.choice(deeds),
+        )
+        lines.append(f"{when} {one} went to {where} and {deed}. “Come and see,” said {one}, and {other} came.\n")
+    (tmp_path / "corpus.txt").write_text("".join(lines))
+    run = hfkit.finetune(tmp_path / "corpus.txt", output_dir=tmp_path / "run")
+    assert run.perplexity < 0.5 * run.metrics["perplexity_before"]
+    assert any(name in text for text in run.metrics["samples"] for name in ("Ottaviel", "Marwenna", "Brimbold"))
+    assert not any("nothing is held out" in line for line in told(capfd))
