@@ -33,6 +33,7 @@ from hfkit.corpus.splitting import content_of, hold_out_texts
 from hfkit.declaration import divide, set_fields
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.architecture import choose_device
+from hfkit.models.integrity import LOADING
 from hfkit.options import DataOptions, ModelOptions, SizeOptions, TrainOptions
 from hfkit.training import run_folder
 from hfkit.training.finetuning import set_training_mode
@@ -124,10 +125,11 @@ def pretrain(
 
 def new_model(config: Any, head: str | None) -> Any:
     """A model with random weights."""
-    if not head:
-        return GPT2LMHeadModel(config)
-    kind = AutoModelForSequenceClassification if head == "classification" else AutoModelForQuestionAnswering
-    return kind.from_config(config)  # type: ignore[no-untyped-call]
+    with LOADING:
+        if not head:
+            return GPT2LMHeadModel(config)
+        kind = AutoModelForSequenceClassification if head == "classification" else AutoModelForQuestionAnswering
+        return kind.from_config(config)  # type: ignore[no-untyped-call]
 
 
 def _make_trainable(config: Any, plan: Plan) -> Any:
