@@ -106,20 +106,12 @@ def pretrain(
         if dry_run:
             return None
         job = Job(
-            command="pretrain",
-            name="a new BERT" if train.head else "a new GPT-2",
-            files=files,
-            folder=folder,
+            command="pretrain", name="a new BERT" if train.head else "a new GPT-2", files=files, folder=folder,
             recipe=run_folder.make_recipe(corpus, shape, data, plan.options) | {"device": device},
-            facts=dataset.fingerprint | {"processes": processes.count, "command": line},
-            tokenizer=tokenizer,
+            facts=dataset.fingerprint | {"processes": processes.count, "command": line}, tokenizer=tokenizer,
             make_model=partial(_make_trainable, config, plan),
-            dataset=dataset,
-            plan=plan,
-            block_size=block_size,
-            data=data,
-            callbacks=callbacks,
-        )
+            dataset=dataset, plan=plan, block_size=block_size, data=data, callbacks=callbacks,
+        )  # fmt: skip
         return execute(job, keep=partial(tokenizer.save_pretrained, folder / _TOKENIZER))
 
 
