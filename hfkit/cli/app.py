@@ -7,9 +7,10 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
 import traceback
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -80,11 +81,14 @@ def main() -> NoReturn:
     if sys.argv[1:2] == ["help"]:
         sys.argv[1:] = [*sys.argv[2:], "--help"]
     gc.set_threshold(50_000)  # importing transformers creates many objects and no garbage: saves a sixth of its time
+    hook, sys.unraisablehook = sys.unraisablehook, send_again
     try:
         code = app(prog_name="hfkit", standalone_mode=False)
         sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001, every failure ends here
         code = explain(error)
+    finally:
+        sys.unraisablehook = hook
     if code:
         close_stdout()
     sys.exit(code if isinstance(code, int) else 0)
@@ -131,6 +135,19 @@ def explain(error: BaseException) -> int:
                 f"this should not happen: {type(error).__name__}: {error}; run again with --debug and report it"
             )
     return 1
+
+
+def send_again(lost: Any) -> None:
+    """A `sys.unraisablehook`: deliver a signal again that arrived in a destructor, where Python drops exceptions."""
+    match lost.exc_value:
+        case KeyboardInterrupt():
+            number = signal.SIGINT
+        case SystemExit(code=code) if code == 128 + signal.SIGTERM:
+            number = signal.SIGTERM
+        case _:
+            sys.__unraisablehook__(lost)
+            return
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # sent from here it would be dropped, too
 
 
 def _resume_line(arguments: list[str]) -> list[str]:

@@ -39,11 +39,14 @@ def classify(
     make_task(task)  # report a wrong template before a model is loaded
     if input:
         check_input(input)
+    elif text is not None:
+        text = read_prompt(text, wanted="text to label")
     _check_labels(find_model(model), task)
     if input:
         _label_file(input, model, task, json=json)
         return
-    text = read_prompt(text, wanted="text to label")
+    if text is None:
+        text = read_prompt(None, wanted="text to label")
     _print_label(hfkit.classify(text, model=model, options=task), json)
 
 

@@ -62,8 +62,7 @@ def _flag(name: str, type_: Any, default: Any, metadata: Mapping[str, Any], **ex
     if type_ in (bool, bool | None) and metadata.get("negatable", True):
         long += "/--no-" + name.replace("_", "-")
     names = [long, short] if short else [long]
-    help_text = metadata["help"].replace("[", r"\[")  # rich would take "[default: 3]" for markup
-    keywords: dict[str, Any] = {"help": help_text, **metadata.get("typer", {}), **extra}
+    keywords: dict[str, Any] = {"help": metadata["help"], **metadata.get("typer", {}), **extra}
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,

@@ -1,6 +1,5 @@
 """`hfkit info`: what is installed, what this machine has, what a model needs, and what is wrong."""
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -43,11 +42,13 @@ def info(model: ModelOptions, json: Json = False) -> None:
 
 def find_versions() -> dict[str, str | None]:
     """Return the version of Python and of each package that matters; None if it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
+            versions[package] = version(package)
+        except PackageNotFoundError:
             versions[package] = None
     return versions
 
@@ -142,10 +143,12 @@ def find_problems(report: dict[str, Any]) -> list[str]:
 
 def _version_problems(versions: dict[str, str | None]) -> list[str]:
     """Compare what is installed with what hfkit requires; extras do not count."""
+    from importlib.metadata import requires
+
     from packaging.requirements import Requirement
 
     problems = []
-    for requirement in map(Requirement, importlib.metadata.requires("hfkit") or []):
+    for requirement in map(Requirement, requires("hfkit") or []):
         installed = versions.get(requirement.name)
         needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         if needed and installed and not requirement.specifier.contains(installed, prereleases=True):

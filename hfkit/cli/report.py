@@ -1,5 +1,6 @@
 """`hfkit report` and `hfkit export` at a shell."""
 
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -36,8 +37,8 @@ def export(
     """Write a model as one folder, with adapters merged or another precision; or push it to the Hub."""
     if not options.output_dir and not options.push_to_hub:
         options = replace(options, output_dir=f"{Path(model).name}-export")  # printed in the end
-    target = Path(options.output_dir or "")
-    if options.output_dir and target.is_dir() and any(target.iterdir()) and not options.overwrite:
+    target = options.output_dir
+    if target and os.path.isdir(target) and os.listdir(target) and not options.overwrite:
         raise HfkitError(f"{target} exists: --overwrite replaces it, or name another --output-dir")
     place = hfkit.export(model, options)
     console.write(f"{place}\n")

@@ -104,12 +104,10 @@ def prepare(
     preparation = hfkit.prepare(corpus, model=model, data=data, output_dir=output, show=show)
     if json:
         console.write_json(preparation.to_dict())
-    else:
-        console.write("".join(f"{line}\n" for line in preparation.lines()))
+        return
+    console.write("".join(f"{line}\n" for line in preparation.lines()))
     chosen = ["-m", model.model] if model.model else []
-    console.note(
-        f"next: hfkit finetune {shlex.join([str(output)] if output else corpus)} {shlex.join(chosen)}".strip()
-    )
+    console.note(f"next: {shlex.join(['hfkit', 'finetune', *([str(output)] if output else corpus), *chosen])}")
 
 
 @flags
@@ -127,9 +125,9 @@ def tune(
     if json:
         values = {name: value for name, value in vars(search).items() if name != "run"}
         console.write_json(values | {"metrics": search.run.metrics if search.run else None})
-    else:
-        _print_trials(search)
-        console.write(f"{search.recipe}\n")
+        return
+    _print_trials(search)
+    console.write(f"{search.recipe}\n")
     console.note(f"next: hfkit finetune --config {shlex.quote(str(search.recipe))}")
 
 

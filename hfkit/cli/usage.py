@@ -62,6 +62,10 @@ _METAVARS = {"int": "N", "int range": "N", "float": "X", "float range": "X", "st
 class Command(TyperCommand):
     """A command whose help fits 80 columns, cuts no name, and ends with examples."""
 
+    def collect_usage_pieces(self, ctx: Context) -> list[str]:
+        """Return the parts of the usage line, arguments in capitals."""
+        return [piece.upper().replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
     def format_options(self, ctx: Context, formatter: HelpFormatter) -> None:
         """Write the arguments and options, a section for each group."""
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -99,7 +103,7 @@ def _names(param: Any, ctx: Context) -> str:
 
 def _help_text(param: Any, ctx: Context) -> str:
     """Return the help text, with the values that there are and the default."""
-    text = (param.help or "").replace(r"\[", "[")
+    text = param.help or ""
     if "|" in (kind := _value_kind(param, ctx)):
         text += f" One of {kind.replace('|', ', ')}."
     if (highest := getattr(param, "max", None)) is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from hfkit import console
+from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.hub import reach_hub
 from hfkit.models.loading import LanguageModel, load_tokenizer, load_weights
@@ -27,7 +28,8 @@ def export(
 
     Args:
         model: what `load` takes: a run of `finetune`, an adapter, a .gguf file ...
-        options: where and how to write it. Every field of `ExportOptions` is a keyword, too.
+        options: where and how to write it. Every field of it and of `ModelOptions` is a keyword, too; `dtype` is the
+            precision to write.
 
     Returns:
         The folder, or the address on the Hub if there is no folder.
@@ -35,10 +37,11 @@ def export(
     Raises:
         HfkitError: the model cannot be loaded, the folder is not free, or the Hub cannot be reached.
     """
-    options = ExportOptions.make(options, overrides)
+    chosen, options = divide(overrides, (ModelOptions, model), (ExportOptions, options))
+    if chosen.quantize:
+        raise OptionError("an export has whole weights: leave --quantize out, and quantize when you load it")
     if not options.output_dir and not options.push_to_hub:
         raise OptionError("export needs a place: give --output-dir or --push-to-hub OWNER/NAME")
-    chosen = ModelOptions.make(model)
     target = Path(options.output_dir or f".hfkit-export-{Path(str(options.push_to_hub)).name}")
     source = find_model(chosen)
     _check_target(target, source, options.overwrite)

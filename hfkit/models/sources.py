@@ -111,6 +111,9 @@ def _check_folder(source: ModelFiles) -> None:
     folder, name = source.folder, source.name
     if _names_kernel(source.config):
         raise HfkitError(f"config.json asks for code from the Hub ({folder}): remove its attn_implementation")
+    architectures = source.config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise HfkitError(f"config.json is damaged ({folder}): architectures is {architectures!r}; get the model again")
     if "transformers_weights" in source.config:
         # transformers would load that file, or the shards that it lists, unchecked.
         raise HfkitError(f"config.json names other weights ({folder}): remove its transformers_weights")
@@ -122,7 +125,7 @@ def _check_folder(source: ModelFiles) -> None:
         raise HfkitError(f"{what} ({folder}): save the model again with save_pretrained")
     for shard in shards:
         path = folder / shard
-        if Path(shard).name != shard or not is_inside(path, folder):
+        if not shard.isprintable() or Path(shard).name != shard or not is_inside(path, folder):
             raise HfkitError(f"weights outside of the model's folder ({folder}: {shard}): refused")
         if not path.is_file():
             raise HfkitError(f"a part of the weights is missing ({path}): get the model again")

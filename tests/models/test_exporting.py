@@ -39,7 +39,8 @@ def test_export_merged_adapter(tiny, adapter, tmp_path, capfdbinary):
     from peft import AutoPeftModelForCausalLM
 
     result = call(capfdbinary, "export", adapter, "-o", tmp_path / "whole")
-    assert (result.returncode, result.stdout.decode(), result.stderr) == (0, f"{tmp_path / 'whole'}\n", b"")
+    assert (result.returncode, result.stdout.decode()) == (0, f"{tmp_path / 'whole'}\n")
+    assert result.stderr.decode() == f"hfkit: next: hfkit generate -m {tmp_path / 'whole'}\n"
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     together = AutoPeftModelForCausalLM.from_pretrained(adapter)
     torch.testing.assert_close(logits(merged), logits(together), rtol=1e-4, atol=1e-4)

@@ -99,7 +99,7 @@ def test_prepare_output(rows, tmp_path, capfdbinary, tiny):
     assert figures["training"]["parameters"] > 0 and figures["training"]["memory"] > 0
     result = call(capfdbinary, "prepare", rows, "-m", tiny)
     text = result.stdout.decode()
-    assert (result.returncode, result.stderr) == (0, b"")
+    assert (result.returncode, result.stderr.decode()) == (0, f"hfkit: next: hfkit finetune {rows} -m {tiny}\n")
     for name in ("documents", "characters", "tokens", "blocks", "duplicates", "empty"):
         assert f"{figures[name]:,}" in text
     assert "U+0007 2 times" in text and "Cyrillic" in text and f"{figures['training']['parameters']:,}" in text
@@ -121,7 +121,8 @@ def test_prepare_left_out_files(tmp_path, capfdbinary, tiny):
     (tmp_path / "a" / "c.txt").touch()
     result = call(capfdbinary, "prepare", tmp_path / "a", "-m", tiny)
     assert result.returncode == 0 and result.stderr.decode().splitlines() == [
-        f"hfkit: {tmp_path / 'a'}: left out 2 files that are empty or not text"
+        f"hfkit: {tmp_path / 'a'}: left out 2 files that are empty or not text",
+        f"hfkit: next: hfkit finetune {tmp_path / 'a'} -m {tiny}",
     ]
 
 

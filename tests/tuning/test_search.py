@@ -105,7 +105,8 @@ def test_tune_at_a_shell(tiny, corpus, tmp_path, capfdbinary):
     lines, folder = result.stdout.decode().splitlines(), tmp_path / "run"
     assert (result.returncode, lines[-1]) == (0, f"{folder / 'best.yaml'}"), result.stderr
     assert "held-out loss" in lines[1] and "learning_rate" in lines[1] and "weight_decay" in lines[1]
-    said = result.stderr.decode().splitlines()
+    *said, last = result.stderr.decode().splitlines()
+    assert last == f"hfkit: next: hfkit finetune --config {folder / 'best.yaml'}"
     assert [line.partition(", ")[0].rpartition(" ")[0] for line in said] == [
         f"hfkit: trial {number}: held-out loss" for number in (0, 1)
     ]
