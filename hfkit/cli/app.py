@@ -57,11 +57,11 @@ def _root(
 ) -> None: ...
 
 
-for _command in (generate, chat, finetune, pretrain, prepare, evaluate, inspect, classify, answer, tune):
+for _command in (
+    *(generate, chat, finetune, pretrain, prepare, evaluate, inspect, classify, answer, tune, report, export, info),
+):
     app.command(cls=Command)(_command)
 app.add_typer(recipes.app, name="recipes")
-for _command in (report, export, info):
-    app.command(cls=Command)(_command)
 
 
 def main() -> NoReturn:

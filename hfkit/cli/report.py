@@ -36,7 +36,7 @@ def export(
 ) -> None:
     """Write a model as one folder, with adapters merged or another precision; or push it to the Hub."""
     if not options.output_dir and not options.push_to_hub:
-        options = replace(options, output_dir=f"{Path(model).name}-export")  # printed in the end
+        options = replace(options, output_dir=f"{Path(model).resolve().name}-export")  # printed in the end
     if options.output_dir:  # before torch is imported
         check_target(Path(options.output_dir), find_model(model), overwrite=options.overwrite)
     place = hfkit.export(model, options)
