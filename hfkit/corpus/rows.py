@@ -219,10 +219,11 @@ def _read_columnar(path: Path, kind: str) -> Iterator[Row]:
     try:
         with unpacked(path) as plain, pa.memory_map(str(plain)) as source:
             for batch in _read_batches(source, kind):
+                labels = _label_names(batch.schema.metadata)
                 for start in range(0, batch.num_rows, _BATCH):
                     for row in batch.slice(start, _BATCH).to_pylist():
                         number += 1
-                        yield row, f"{path}, row {number}"
+                        yield _name_labels(row, labels), f"{path}, row {number}"
     except (pa.ArrowException, ValueError, OSError) as error:  # ValueError: also a string that is not UTF-8
         raise HfkitError(f"cannot read the corpus ({path}, after row {number}): {first_line(error)}") from error
 
@@ -239,6 +240,24 @@ def _read_batches(source: Any, kind: str) -> Iterator[Any]:
             yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
         case _:
             yield from pa.ipc.open_stream(source)
+
+
+def _label_names(metadata: dict[bytes, bytes] | None) -> dict[str, dict[int, str]]:
+    """The names of the labels in each column that `datasets` wrote as a ClassLabel, by their numbers."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            column: dict(enumerate(feature["names"]))
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (LookupError, ValueError, TypeError, AttributeError):  # the file was not written by `datasets`
+        return {}
+
+
+def _name_labels(row: dict[str, Any], labels: dict[str, dict[int, str]]) -> dict[str, Any]:
+    """A row with names for the numbers of its labels. A row that has no label has -1: it gets None."""
+    return row | {column: names.get(row[column]) for column, names in labels.items() if column in row}
 
 
 def read_hub_rows(name: str, options: CorpusOptions) -> Iterator[Row]:
@@ -269,8 +288,6 @@ def read_hub_rows(name: str, options: CorpusOptions) -> Iterator[Row]:
             column: dict(enumerate(kind.names)) for column, kind in features.items() if isinstance(kind, ClassLabel)
         }
         for number, row in enumerate(rows, 1):
-            # A ClassLabel is stored as a number; -1 means that the row has no label.
-            row |= {column: names.get(row[column]) for column, names in labels.items()}
-            yield row, f"hf://{name}, row {number}"
+            yield _name_labels(row, labels), f"hf://{name}, row {number}"
     except Exception as error:  # the Hub's and the format's own errors, of many classes
         raise HfkitError(f"cannot read hf://{name} (after row {number}): {first_line(error)}") from error

@@ -286,6 +286,26 @@ def test_classification_rows_of_the_hub_have_label_names(monkeypatch):
         classification_rows("hf://owner/name", DataOptions())
 
 
+@pytest.mark.parametrize("form", ["saved", "parquet"])
+def test_classification_rows_of_files_have_label_names(tmp_path, form):
+    """Files that `datasets` wrote store numbers, as the Hub does: -1 is no label, and no class of its own."""
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+    )
+
+    def save(*labels: int) -> str:
+        rows = datasets.Dataset.from_dict({"text": ["rain"] * len(labels), "label": list(labels)}, features)
+        path = tmp_path / f"{form}{len(labels)}"
+        (rows.save_to_disk if form == "saved" else rows.to_parquet)(str(path))
+        return str(path)
+
+    assert classification_rows(save(0, 1), DataOptions()) == [("rain", "neg"), ("rain", "pos")]
+    with pytest.raises(HfkitError, match="column 'label' has no label .*row 3"):
+        classification_rows(save(0, 1, -1), DataOptions())
+
+
 def test_question_rows_of_squad_or_with_a_text(tmp_path):
     """SQuAD's columns and plain texts are both read."""
     context = "the rain of the light and the rain"
