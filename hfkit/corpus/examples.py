@@ -84,6 +84,10 @@ def _read_pair(row: dict[str, Any], where: str) -> Values:
     prompt, completion = row.get("prompt"), row.get("completion")
     if row.get("label") is False:  # of preference data: the completion is a bad example
         raise HfkitError(f"'label' is false, but hfkit learns every completion ({where}): delete the row")
+    if row.get("system") and not isinstance(prompt, list):
+        raise HfkitError(
+            f"'system' would be lost beside a prompt ({where}): put it into the prompt, or write messages"
+        )
     if isinstance(prompt, list) and isinstance(completion, list):
         if any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in prompt):
             raise HfkitError(f"the prompt has answers, which would be learned ({where}): write the row as messages")

@@ -19,6 +19,7 @@ _BATCH = 128  # rows
 _SURROGATE = re.compile("[\ud800-\udfff]")  # an unpaired one: JSON can express it, UTF-8 cannot
 _START, _NEXT = re.compile(r"\s*\[\s*(?P<end>])?"), re.compile(r"\s*(,\s*|(?P<end>]))")  # of a JSON array
 _ROW_COLUMNS = {"text", "messages", "conversations", "prompt", "question"}  # in an object that is a row itself
+_ROW_TEXTS = ("content", "document", "body")  # likewise, where they are texts
 Row = tuple[dict[str, Any], str]  # columns, and where the row is: "FILE, line N"
 
 
@@ -107,7 +108,7 @@ def _choose_array(value: Any, path: Path, split: str) -> list[Any]:
     if not isinstance(value, dict):
         raise HfkitError(f"no rows ({path}): write an array of objects, or an object on each line")
     arrays = [name for name, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
-    if not arrays or value.keys() & _ROW_COLUMNS:
+    if not arrays or value.keys() & _ROW_COLUMNS or any(isinstance(value.get(name), str) for name in _ROW_TEXTS):
         return [value]
     if len(arrays) == 1:
         return list(value[arrays[0]])
@@ -177,7 +178,10 @@ def _read_table(path: Path, lines: Iterator[str], kind: str) -> Iterator[Row]:
     if kind == "tsv":
         reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
     else:
-        reader = csv.reader(text, delimiter=_find_delimiter(head), strict=True)
+        delimiter = _find_delimiter(head)
+        # A quote after a space opens a field only if the space is skipped.
+        spaced = any(re.match(' +"', field) for row in csv.reader(head, delimiter=delimiter) for field in row)
+        reader = csv.reader(text, delimiter=delimiter, skipinitialspace=spaced, strict=True)
     names: list[str] = []
     start = 1  # line of the row, which may have several
     try:

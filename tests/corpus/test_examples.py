@@ -126,6 +126,7 @@ def test_read_records_drops_nulls_of_columnar_files(tmp_path):
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": " "}]}, "answer is empty"),
         ({"messages": [ASK, SAY | {"content": ""}]}, "answer is empty"),
         ({"prompt": "a", "completion": " \n"}, "answer is empty"),
+        ({"system": "Be brief.", "prompt": "a", "completion": "b"}, "'system' would be lost"),
         ({"prompt": "a", "completion": "b", "label": False}, "'label' is false"),
         ({"prompt": [ASK, SAY, ASK], "completion": [SAY]}, "write the row as messages"),
         ({"instruction": "a", "output": ""}, "answer is empty"),

@@ -6,6 +6,8 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from support import trials
@@ -231,8 +233,10 @@ def test_classification_rows_find_text_and_label(tmp_path):
         ("NaN", "has no label"),
         (" ", "has no label"),
         (None, "has no label"),
-        ([0, 1], "has a list or an object"),
-        ({"a": 1}, "has a list or an object"),
+        ([0, 1], "has a list, an object or bytes"),
+        ({"a": 1}, "has a list, an object or bytes"),
+        ("2.5e-1", "has the fraction 2.5e-1"),
+        ("2E-1", "has the fraction 2E-1"),
     ],
 )
 def test_classification_rows_refuse_what_is_not_a_label(tmp_path, label, words):
@@ -242,9 +246,16 @@ def test_classification_rows_refuse_what_is_not_a_label(tmp_path, label, words):
         rows_of(tmp_path, rows, classification_rows)
 
 
+def test_classification_rows_refuse_bytes(tmp_path):
+    """A binary column of a Parquet file is not the text b'pos'."""
+    pq.write_table(pa.table({"text": ["rain"], "label": [b"pos"]}), tmp_path / "a.parquet")
+    with pytest.raises(HfkitError, match=r"column 'label' has a list, an object or bytes .*row 1"):
+        classification_rows(tmp_path / "a.parquet", DataOptions())
+
+
 def test_classification_rows_read_one_class_however_it_is_written(tmp_path):
     """1, "1", 1.0 and " 1.0 " are one class; other texts are only stripped."""
-    labels = [1, "1", 1.0, " 1.0 ", "007", "v1.0", "pos ", "pos", -0.0, True]
+    labels = [1, "1", 1.0, "1e0", "007", "v1.0", "pos ", "pos", -0.0, True]
     rows = [{"text": "rain", "label": label} for label in labels]
     found = [label for _, label in rows_of(tmp_path, rows, classification_rows)]
     assert found == ["1", "1", "1", "1", "007", "v1.0", "pos", "pos", "0", "True"]
@@ -331,6 +342,8 @@ def test_question_rows_of_squad_or_with_a_text(tmp_path):
         (base | {"answer": None}, "must have"),
         (base | {"context": None, "answer": "x"}, r"column 'context' is not text .*line 1"),
         (base | {"answers": [3]}, r"an answer is not text .*line 1"),
+        (base | {"answers": "{'text': ['rain'], 'answer_start': [4]}"}, r"a list written as text .*line 1"),
+        (base | {"answers": '["rain"]'}, r"a list written as text .*line 1"),
     ):
         with pytest.raises(HfkitError, match=words):
             rows_of(tmp_path, [row], question_rows)

@@ -111,7 +111,7 @@ def test_example_reports_a_missing_or_empty_column():
     task = Task("{q}: {a}", labels=("yes", "no"))
     with pytest.raises(HfkitError, match=r"no column 'q' \(f, line 3\): there are 'a', 'b'"):
         task.prompt({"a": "yes", "b": 1}, "f, line 3")
-    for value in (None, ["yes"], {"text": "yes"}):
+    for value in (None, ["yes"], {"text": "yes"}, float("nan"), b"yes"):
         with pytest.raises(HfkitError, match=r"column 'a' is not text \(f, line 3\)"):
             task.example({"q": "?", "a": value}, "f, line 3")
     with pytest.raises(HfkitError, match="a is 'maybe' .*: the labels are yes, no"):
