@@ -124,7 +124,8 @@ class Options:
     def _check_range(
         self, name: str, value: float, *, above: float | None, min: float | None = None, max: float | None = None
     ) -> None:
-        is_finite = abs(value) <= sys.float_info.max  # neither infinite nor an integer that no float can hold
+        # Not infinite, and no whole number that has no place in 64 bits.
+        is_finite = abs(value) < 2**63 if isinstance(value, int) else abs(value) <= sys.float_info.max
         is_inside = is_finite and (min is None or value >= min) and (max is None or value <= max)
         if not is_inside or (above is not None and value <= above):
             lower = f"more than {above}" if above is not None else "finite" if min is None else f"at least {min}"

@@ -152,9 +152,9 @@ def write_bytes(path: Path, content: bytes) -> None:
             aside.unlink()
 
 
-def check_regular(path: Path) -> None:
-    """Raise HfkitError if `path` is a device, a pipe or a folder, which a file must not replace."""
-    if path.exists() and not path.is_file():
+def check_regular(path: Path, *, links: bool = True) -> None:
+    """Raise HfkitError if `path` is a device, a pipe or a folder; without `links`, also if it is a link."""
+    if (path.exists() and not path.is_file()) or (path.is_symlink() and not links):
         raise HfkitError(f"{path} is not a regular file: name another file")
 
 
@@ -177,18 +177,14 @@ def sync_folder(folder: Path) -> None:
 
 def make_durable(folder: Path) -> None:
     """Sync everything in a folder that hfkit alone has written, and give files the mode of the umask."""
-    _make_durable([folder, *folder.rglob("*")])
+    make_names_durable(folder, (path.relative_to(folder) for path in folder.rglob("*")))
 
 
-def make_names_durable(folder: Path, names: Iterable[str]) -> None:
+def make_names_durable(folder: Path, names: Iterable[str | Path]) -> None:
     """`make_durable` for these files of a folder that may hold files of others."""
-    _make_durable([folder, *(folder / name for name in names)])
-
-
-def _make_durable(paths: list[Path]) -> None:
     mask = os.umask(0)
     os.umask(mask)
-    for path in sorted(paths, reverse=True):  # what is in a folder before the folder
+    for path in sorted([folder, *(folder / name for name in names)], reverse=True):  # a folder after what is in it
         if path.is_symlink():
             continue
         if path.is_dir():

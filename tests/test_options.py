@@ -18,7 +18,7 @@ NAN, INF = float("nan"), float("inf")
 # name -> values that are refused by flag, recipe and Python alike, however they are written
 BAD = {
     "temperature": [-1, -0.1, NAN, INF, -INF, 1e-45, 1e-9, 101, "hot"],
-    "top_k": [-1, 2.5, "many"],
+    "top_k": [-1, 2.5, "many", 2**63, 10**30],
     "top_p": [0, -0.1, 1.5, NAN, INF],
     "min_p": [-0.1, 1.5, NAN],
     "top_h": [0, 1.1, NAN],

@@ -169,6 +169,18 @@ def test_write_links_and_devices(corpus, tiny, tmp_path, capfdbinary):
         call(capfdbinary, "finetune", corpus, "-m", tiny, *FAST, "-o", tmp_path / "run")
         assert (tmp_path / "precious").read_text() == "precious"
         shutil.rmtree(tmp_path / "run")
+    (tmp_path / "prompts.txt").write_text("a")
+    for name in ("output.jsonl.partial", "output.jsonl.partial.json"):
+        (tmp_path / name).symlink_to(tmp_path / "precious")
+        line = ["generate", "-i", tmp_path / "prompts.txt", "-m", tiny, "-n", 1, "-o", tmp_path / "output.jsonl"]
+        result = call(capfdbinary, *line, "--overwrite")
+        assert result.returncode == (1 if name.endswith("partial") else 0), result.stderr
+        (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "prepared" / ".tokens").symlink_to(tmp_path / "precious")
+    result = call(capfdbinary, "prepare", corpus, "-m", tiny, "-o", tmp_path / "prepared")
+    assert_fails(result, 1, "is not a regular file")
+    assert (tmp_path / "precious").read_text() == "precious"
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "prompts.txt").write_text("a")
     for command in (["generate", "-i", tmp_path / "prompts.txt", "-m", tiny], ["generate", "a", "-m", tiny]):

@@ -124,6 +124,7 @@ class Results:
         if path.is_dir():
             raise HfkitError(f"{path} is a folder: name a file as --output")
         check_regular(path)
+        check_regular(self.partial, links=False)
         if path.exists() and not overwrite:
             raise HfkitError(f"{path} exists: --overwrite replaces it, or name another --output")
         try:

@@ -23,7 +23,7 @@ from hfkit.corpus.documents import PREPARED, Corpus, Example, Piece, is_prepared
 from hfkit.corpus.encoding import BATCH, encode_records, fingerprint, is_empty, sha256_of, texts_of
 from hfkit.errors import HfkitError, first_line
 from hfkit.options import DataOptions
-from hfkit.storage import add_owned, check_owned, lock, make_names_durable, make_writable, write_text
+from hfkit.storage import add_owned, check_owned, check_regular, lock, make_names_durable, make_writable, write_text
 
 _VERSION = 7  # of the files on disk
 _SAMPLE = 1_000_000  # characters that are examined for their script
@@ -183,6 +183,7 @@ def _write_rows(target: Path, rows: Iterator[dict[str, Any]], report: Report, vo
     features = datasets.Features({name: types.get(name, number) for name in first[0]})
     schema, aside = features.arrow_schema, target / _ASIDE
     names = (PREPARED, _DATA, _INFO, _STATE)
+    check_regular(aside, links=False)
     try:
         with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             for batch in chain([first], batches):

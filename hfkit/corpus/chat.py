@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\\nAssistant:' }}{% endif %}"
 )
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")  # marks what the assistant says in a template
-Message = dict[str, Any]  # role, content and what else the template reads
+Message = dict[str, Any]  # role, content (a text), and what else the template reads
 _Render = Callable[..., tuple[str, list[tuple[int, int]]]]  # as `_render`, of messages
 
 
@@ -34,12 +34,6 @@ class RenderedChat(NamedTuple):
 def set_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a tokenizer without a chat template CHAT_TEMPLATE, so that the template is saved with the model."""
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
-
-
-def text_of(message: Message) -> str:
-    """The text of a message: a string, the texts of its parts, or nothing."""
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def render_chat(
@@ -90,10 +84,9 @@ def _render(
     """
     options: dict[str, Any] = {"return_assistant_tokens_mask": bool(_GENERATION.search(template))}
     options |= tokenizer.special_tokens_map
-    chat = [{name: value for name, value in message.items() if value is not None} for message in messages]
     try:
         rendered: Any = render_jinja_template(
-            [chat], tools, chat_template=template, add_generation_prompt=prompt, **options
+            [messages], tools, chat_template=template, add_generation_prompt=prompt, **options
         )
     except Exception as error:  # a template can raise anything
         raise HfkitError(f"the chat template rejects this conversation ({where}): {first_line(error)}") from error
@@ -106,7 +99,7 @@ def _render_answer(messages: list[Message], render: _Render) -> RenderedChat:
     text, _ = render(messages)
     # A prompt can go on where the answer does not, with the beginning of a thought.
     start = len(os.path.commonprefix([_render_prompt(messages, text, render), text]))
-    if (place := text.rfind(text_of(messages[-1]).strip())) >= 0:
+    if (place := text.rfind(messages[-1]["content"].strip())) >= 0:
         start = min(start, place)
     return RenderedChat(text, [(start, len(text))])
 
@@ -123,5 +116,6 @@ def _render_prompt(messages: list[Message], text: str, render: _Render) -> str:
 def _holds(chat: RenderedChat, messages: list[Message]) -> bool:
     """Whether the text of each message, or the name of each function that it calls, is in what is learned."""
     learned = "".join("".join(chat.text[start:stop] for start, stop in chat.answers).split())
-    names = [call["function"]["name"] for message in messages for call in message.get("tool_calls") or []]
-    return all("".join(text.split()) in learned for text in [*map(text_of, messages), *names])
+    expected = [message["content"] for message in messages]
+    expected += [call["function"]["name"] for message in messages for call in message.get("tool_calls", [])]
+    return all("".join(text.split()) in learned for text in expected)

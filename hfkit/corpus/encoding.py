@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from hfkit.corpus.chat import CHAT_TEMPLATE, RenderedChat, render_chat, text_of
+from hfkit.corpus.chat import CHAT_TEMPLATE, RenderedChat, render_chat
 from hfkit.corpus.documents import Example, Piece
 from hfkit.corpus.splitting import content_of
 from hfkit.errors import HfkitError, OptionError
@@ -40,7 +40,8 @@ def sha256_of(text: str) -> str:
 
 def texts_of(row: dict[str, Any]) -> list[str]:
     """The texts of an example."""
-    return [text_of(m) for m in row["messages"]] if "messages" in row else [row["prompt"], row["completion"]]
+    turns = row.get("messages")
+    return [turn["content"] for turn in turns] if turns else [row["prompt"], row["completion"]]
 
 
 def encode_records(records: Iterator[Piece | Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:

@@ -81,9 +81,20 @@ def _check_answer(answer: str, where: str) -> str:
 
 
 def _read_pair(row: dict[str, Any], where: str) -> Values:
-    if not all(isinstance(row.get(name), str) for name in ("prompt", "completion")):
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if row.get("label") is False:  # of preference data: the completion is a bad example
+        raise HfkitError(f"'label' is false, but hfkit learns every completion ({where}): delete the row")
+    if row.get("system") and not isinstance(prompt, list):
+        raise HfkitError(
+            f"'system' would be lost beside a prompt ({where}): put it into the prompt, or write messages"
+        )
+    if isinstance(prompt, list) and isinstance(completion, list):
+        if any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in prompt):
+            raise HfkitError(f"the prompt has answers, which would be learned ({where}): write the row as messages")
+        return _make_conversation(row, [*prompt, *completion], where)
+    if not isinstance(prompt, str) or not isinstance(completion, str):
         raise HfkitError(f"prompt and completion must be texts ({where}): fix or delete the row")
-    return {"prompt": row["prompt"], "completion": _check_answer(row["completion"], where)}
+    return {"prompt": prompt, "completion": _check_answer(completion, where)}
 
 
 def _read_messages(row: dict[str, Any], where: str) -> Values:

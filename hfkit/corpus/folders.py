@@ -38,41 +38,43 @@ def list_folder(folder: Path, exclude: Path | None = None) -> FolderFiles:
     Raises:
         HfkitError: a data set that `datasets` saved lacks a file.
     """
-    found, root = FolderFiles(), folder.resolve()
-    _walk(folder, found, seen={root}, exclude=exclude and exclude.resolve())
-    outside = [path for path in found.files if not path.resolve().is_relative_to(root)]
+    found, root, outside = FolderFiles(), folder.resolve(), []
+    seen = {root, exclude.resolve() if exclude else root}
+
+    def walk(folder: Path) -> None:
+        if splits := _read_object(folder / "dataset_dict.json").get("splits"):
+            for split in map(str, splits):
+                count = len(found.files)
+                walk(folder / split)
+                found.splits |= dict.fromkeys(found.files[count:], split)
+            return
+        if names := _read_object(folder / "state.json").get("_data_files"):
+            files = [folder / str(name["filename"]) for name in names]
+            if missing := [path for path in files if not path.is_file()]:
+                raise HfkitError(f"the saved data set lacks a file ({missing[0]}): save it again")
+            found.files += files
+            return
+        try:
+            paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        except PermissionError:
+            found.skipped.append(folder)
+            return
+        for path in paths:
+            if path.is_symlink() and path.exists() and not path.resolve().is_relative_to(root):
+                outside.append(path)
+            if path.is_file():
+                found.files.append(path)
+            elif path.is_dir() and (target := path.resolve()) not in seen:
+                seen.add(target)
+                if describe_output(path):
+                    found.skipped.append(path)
+                else:
+                    walk(path)
+
+    walk(folder)
     if outside:
-        note_once(f"{folder}: links lead to {len(outside)} files outside it, which are read ({outside[0].resolve()})")
+        note_once(f"{folder} has links that lead out of it, which are read ({outside[0]} to {outside[0].resolve()})")
     return found
-
-
-def _walk(folder: Path, found: FolderFiles, seen: set[Path], exclude: Path | None) -> None:
-    if splits := _read_object(folder / "dataset_dict.json").get("splits"):
-        for split in map(str, splits):
-            count = len(found.files)
-            _walk(folder / split, found, seen, exclude)
-            found.splits |= dict.fromkeys(found.files[count:], split)
-        return
-    if names := _read_object(folder / "state.json").get("_data_files"):
-        files = [folder / str(name["filename"]) for name in names]
-        if missing := [path for path in files if not path.is_file()]:
-            raise HfkitError(f"the saved data set lacks a file ({missing[0]}): save it again")
-        found.files += files
-        return
-    try:
-        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except PermissionError:
-        found.skipped.append(folder)
-        return
-    for path in paths:
-        if path.is_file():
-            found.files.append(path)
-        elif path.is_dir() and (target := path.resolve()) not in seen:
-            seen.add(target)
-            if target == exclude or describe_output(path):
-                found.skipped.append(path)
-            else:
-                _walk(path, found, seen, exclude)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

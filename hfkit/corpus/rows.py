@@ -19,6 +19,7 @@ _BATCH = 128  # rows
 _SURROGATE = re.compile("[\ud800-\udfff]")  # an unpaired one: JSON can express it, UTF-8 cannot
 _START, _NEXT = re.compile(r"\s*\[\s*(?P<end>])?"), re.compile(r"\s*(,\s*|(?P<end>]))")  # of a JSON array
 _ROW_COLUMNS = {"text", "messages", "conversations", "prompt", "question"}  # in an object that is a row itself
+_ROW_TEXTS = ("content", "document", "body")  # likewise, where they are texts
 Row = tuple[dict[str, Any], str]  # columns, and where the row is: "FILE, line N"
 
 
@@ -107,7 +108,7 @@ def _choose_array(value: Any, path: Path, split: str) -> list[Any]:
     if not isinstance(value, dict):
         raise HfkitError(f"no rows ({path}): write an array of objects, or an object on each line")
     arrays = [name for name, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
-    if not arrays or value.keys() & _ROW_COLUMNS:
+    if not arrays or value.keys() & _ROW_COLUMNS or any(isinstance(value.get(name), str) for name in _ROW_TEXTS):
         return [value]
     if len(arrays) == 1:
         return list(value[arrays[0]])
@@ -177,7 +178,10 @@ def _read_table(path: Path, lines: Iterator[str], kind: str) -> Iterator[Row]:
     if kind == "tsv":
         reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
     else:
-        reader = csv.reader(text, delimiter=_find_delimiter(head), strict=True)
+        delimiter = _find_delimiter(head)
+        # A quote after a space opens a field only if the space is skipped.
+        spaced = any(re.match(' +"', field) for row in csv.reader(head, delimiter=delimiter) for field in row)
+        reader = csv.reader(text, delimiter=delimiter, skipinitialspace=spaced, strict=True)
     names: list[str] = []
     start = 1  # line of the row, which may have several
     try:
@@ -219,10 +223,11 @@ def _read_columnar(path: Path, kind: str) -> Iterator[Row]:
     try:
         with unpacked(path) as plain, pa.memory_map(str(plain)) as source:
             for batch in _read_batches(source, kind):
+                labels = _label_names(batch.schema.metadata)
                 for start in range(0, batch.num_rows, _BATCH):
                     for row in batch.slice(start, _BATCH).to_pylist():
                         number += 1
-                        yield row, f"{path}, row {number}"
+                        yield _name_labels(row, labels), f"{path}, row {number}"
     except (pa.ArrowException, ValueError, OSError) as error:  # ValueError: also a string that is not UTF-8
         raise HfkitError(f"cannot read the corpus ({path}, after row {number}): {first_line(error)}") from error
 
@@ -239,6 +244,24 @@ def _read_batches(source: Any, kind: str) -> Iterator[Any]:
             yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
         case _:
             yield from pa.ipc.open_stream(source)
+
+
+def _label_names(metadata: dict[bytes, bytes] | None) -> dict[str, dict[int, str]]:
+    """The names of the labels in each column that `datasets` wrote as a ClassLabel, by their numbers."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            column: dict(enumerate(feature["names"]))
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (LookupError, ValueError, TypeError, AttributeError):  # the file was not written by `datasets`
+        return {}
+
+
+def _name_labels(row: dict[str, Any], labels: dict[str, dict[int, str]]) -> dict[str, Any]:
+    """A row with names for the numbers of its labels. A row that has no label has -1: it gets None."""
+    return row | {column: names.get(row[column]) for column, names in labels.items() if column in row}
 
 
 def read_hub_rows(name: str, options: CorpusOptions) -> Iterator[Row]:
@@ -269,8 +292,6 @@ def read_hub_rows(name: str, options: CorpusOptions) -> Iterator[Row]:
             column: dict(enumerate(kind.names)) for column, kind in features.items() if isinstance(kind, ClassLabel)
         }
         for number, row in enumerate(rows, 1):
-            # A ClassLabel is stored as a number; -1 means that the row has no label.
-            row |= {column: names.get(row[column]) for column, names in labels.items()}
-            yield row, f"hf://{name}, row {number}"
+            yield _name_labels(row, labels), f"hf://{name}, row {number}"
     except Exception as error:  # the Hub's and the format's own errors, of many classes
         raise HfkitError(f"cannot read hf://{name} (after row {number}): {first_line(error)}") from error

@@ -184,7 +184,7 @@ def gather_training_data(
     if held is not None:
         train_set, held_out = cut_sequences(prepared, block_size), held
     else:
-        train_set, held_out = _split(prepared, data.eval_fraction, block_size, seed)
+        train_set, held_out = _split(prepared, tokenizer, data.eval_fraction, block_size, seed)
         if not len(held_out):
             note("nothing is held out: the corpus is too small, or --eval-fraction is 0")
     if not len(train_set):
@@ -227,7 +227,9 @@ def _rows_that_fit(prepared: Prepared, block_size: int) -> np.ndarray:
     return np.flatnonzero(fits)
 
 
-def _split(prepared: Prepared, fraction: float, block_size: int, seed: int) -> tuple[Any, Any]:
+def _split(
+    prepared: Prepared, tokenizer: PreTrainedTokenizerBase, fraction: float, block_size: int, seed: int
+) -> tuple[Any, Any]:
     """A corpus as sequences to train on and sequences to measure on."""
     dataset = prepared.dataset
     documents, contents, sizes = (dataset.data.column(name).to_numpy() for name in ("document", "content", "bytes"))
@@ -237,11 +239,19 @@ def _split(prepared: Prepared, fraction: float, block_size: int, seed: int) -> t
         return Examples(dataset, fit[kept]), Examples(dataset, fit[held])
     shares = hold_out_texts(documents, contents, sizes, fraction, seed)
     stops = np.round(lengths(dataset) * (1 - shares)).astype(np.int64)  # of what is trained on
+    for row in np.flatnonzero((shares > 0) & (shares < 1)):
+        stops[row] = _next_word(_cell(dataset, "input_ids", row), int(stops[row]), tokenizer)
     kept, held = np.flatnonzero(shares < 1), np.flatnonzero(shares > 0)
     return (
         Blocks(dataset, kept, block_size, stops=stops[kept]),
         Blocks(dataset, held, block_size, starts=stops[held]),
     )
+
+
+def _next_word(ids: np.ndarray, start: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Where the next word begins, from `start` on; `start` itself in a script without spaces."""
+    tokens = tokenizer.convert_ids_to_tokens(ids[start : start + 16].tolist())
+    return next((start + place for place, token in enumerate(tokens) if token.startswith(("▁", "Ġ", "Ċ", " "))), start)
 
 
 def show_examples(sequences: Blocks | Examples, tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:

@@ -126,7 +126,7 @@ def _value_of(row: Mapping[str, Any], name: str, where: str) -> str:
     if name not in row:
         raise HfkitError(f"no column {name!r}{place}: there are {', '.join(map(repr, row))}")
     value = row[name]
-    if value is None or isinstance(value, list | dict):
+    if value is None or isinstance(value, list | dict | bytes) or value != value:  # noqa: PLR0124, NaN alone differs
         raise HfkitError(f"column {name!r} is not text{place}: fix or delete the row")
     return str(value).strip()
 

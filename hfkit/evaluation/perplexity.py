@@ -12,7 +12,6 @@ import torch
 from hfkit.console import detail, progress, with_error
 from hfkit.corpus.documents import Corpora, Corpus, find_corpus, read_records
 from hfkit.corpus.sequences import Item
-from hfkit.declaration import divide
 from hfkit.errors import HfkitError
 from hfkit.evaluation.metrics import find_metric
 from hfkit.evaluation.tasks import Assessment, assess, find_task
@@ -20,7 +19,7 @@ from hfkit.evaluation.windows import WindowReader, batch_windows
 from hfkit.inference.likelihood import Scores, exp, jsonable, ratio_stderr, score_batches
 from hfkit.inference.twins import in_eval_mode, precise_head
 from hfkit.models.architecture import computes_faster_in_bfloat16, head_of
-from hfkit.models.loading import LanguageModel, loaded
+from hfkit.models.loading import LanguageModel, loaded, split_options
 from hfkit.models.quantization import bits_of
 from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions
 from hfkit.reporting.templates import render
@@ -158,12 +157,12 @@ def evaluate(
     Args:
         corpus: files, folders, globs or `hf://NAME`; of `prompt`/`completion` and `messages` rows the answers count.
         model: what `load` returned or takes.
-        read, options: every field of `CorpusOptions` and `EvaluateOptions` is a keyword, too.
+        read, options: every field of `CorpusOptions`, `EvaluateOptions` and `ModelOptions` is a keyword, too.
 
     Raises:
         HfkitError: the corpus or the model cannot be read, or there is nothing to score.
     """
-    read, options = divide(overrides, (CorpusOptions, read), (EvaluateOptions, options))
+    model, read, options = split_options(model, overrides, (CorpusOptions, read), (EvaluateOptions, options))
     for name in read.metric or []:
         find_metric(name)  # a wrong name fails before anything is computed
     sources, lm = find_corpus(corpus), loaded(model, "text", "classification", "question-answering")

@@ -16,7 +16,7 @@ from hfkit.errors import HfkitError, NotFiniteError
 from hfkit.inference.generation import generate
 from hfkit.inference.twins import in_eval_mode
 from hfkit.models.architecture import head_of
-from hfkit.models.loading import LanguageModel, Model, loaded
+from hfkit.models.loading import LanguageModel, Model, loaded, split_options
 from hfkit.options import GenerateOptions
 
 _LONGEST = 30  # tokens of an answer
@@ -61,7 +61,7 @@ def answer(
         model: what `load` returned or takes.
         no_answer_threshold: how much likelier (difference of logits) "no answer" must be than the best span to be
             returned; raise it to get more answers.
-        overrides: options of `generate`, for a causal model.
+        overrides: fields of `ModelOptions`; and options of `generate`, which a causal model uses.
 
     Raises:
         HfkitError: the texts are empty or do not fit, or the model cannot be loaded.
@@ -71,11 +71,13 @@ def answer(
             raise HfkitError(f"question and context are a str, not {type(text).__name__} ({text!r:.60}): convert it")
     if not question.strip() or not context.strip():
         raise HfkitError("give a question, and a text to answer it from")
+    model, _ = split_options(model, overrides, (GenerateOptions, None))
     lm = loaded(model, "question-answering", "text")
     if head_of(lm.model.config) == "question-answering":
-        GenerateOptions.make(None, overrides)  # a head does not use them, but a wrong name is an error all the same
         return next(find_answers(lm, [(question, context)], no_answer_threshold))
-    return _write(lm, question, context, overrides)
+    return _write(
+        lm, question, context, {name: overrides[name] for name in overrides if name in GenerateOptions.names()}
+    )
 
 
 def _write(lm: LanguageModel, question: str, context: str, overrides: dict[str, Any]) -> Answer:

@@ -19,7 +19,7 @@ from hfkit.errors import HfkitError, NotFiniteError, OptionError
 from hfkit.inference.prompts import Text, check_text, list_texts
 from hfkit.inference.twins import in_eval_mode
 from hfkit.models.architecture import check_causal, head_of
-from hfkit.models.loading import LanguageModel, Model, loaded
+from hfkit.models.loading import LanguageModel, Model, loaded, split_options
 from hfkit.options import TaskOptions
 
 _WINDOW = 128  # texts that are sorted by length together
@@ -69,7 +69,7 @@ def classify(
     Args:
         text: a text, or the columns of a row where the template has several; or a list of such.
         model: a model with a classification head, one that learned a task, or any causal model with `labels`.
-        options: every field of `TaskOptions` is a keyword, too: `labels=["good", "bad"]`.
+        options: every field of `TaskOptions` and `ModelOptions` is a keyword, too: `labels=["good", "bad"]`.
 
     Returns:
         A `Classification` for a text, a list of them for a list.
@@ -77,7 +77,7 @@ def classify(
     Raises:
         HfkitError: there are no labels, a text does not fit, or the model cannot be loaded.
     """
-    options = TaskOptions.make(options, overrides)
+    model, options = split_options(model, overrides, (TaskOptions, options))
     texts, is_single = list_texts(text, "a text")
     lm = loaded(model, "text", "classification")
     results: list[Classification] = []

@@ -19,11 +19,12 @@ from hfkit.options import SAMPLING, GenerateOptions
 # Options that GenerationConfig has by another name, in another form, or not at all.
 OWN = ("stop_strings", "bad_words", "sequence_bias", "negative_prompt", "watermark", "assistant_model",
        "novel", "novel_words", "src_lang", "tgt_lang", "raw", "truncate", "seed", "num_return_sequences")  # fmt: skip
-# Fields of a model's own generation_config.json that hfkit decides itself: the length, what comes back, and which of
-# transformers' decoding loops runs. Options that are set are applied after these.
+# Fields of a model's own generation_config.json that hfkit decides itself: the length, what comes back, where keys and
+# values are kept, and which of transformers' decoding loops runs. Options that are set are applied after these.
 _RESET = {
     **dict.fromkeys(("max_length", "stop_strings", "use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit")),
     **dict.fromkeys(("assistant_ensemble_weight", "speculation_type", "penalty_alpha", "dola_layers", "constraints")),
+    **dict.fromkeys(("cache_implementation", "cache_config", "max_cache_len", "compile_config")),
     **dict.fromkeys(("force_words_ids", "num_beam_groups", "diversity_penalty", "is_assistant")),
     **dict.fromkeys(("token_healing", "return_dict_in_generate", "output_scores", "output_logits"), False),
     **dict.fromkeys(("output_attentions", "output_hidden_states"), False),
@@ -48,6 +49,8 @@ def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: i
     if not config.do_sample:
         for name in SAMPLING:  # transformers warns about each of them
             setattr(config, name, None)
+    elif config.temperature == 0:  # the model's own, where the options ask for sampling all the same
+        config.temperature = None
     ends = sorted(endings(lm, options).tokens)
     config.eos_token_id = ends or None
     if config.pad_token_id is None:
@@ -113,7 +116,8 @@ def needs_equal_lengths(lm: LanguageModel, options: GenerateOptions) -> bool:
 def draws(lm: LanguageModel, options: GenerateOptions) -> bool:
     """Whether tokens are chosen at random.
 
-    By default they are. A model with an encoder follows its own config, and one that learned a task is greedy.
+    By default they are. A model with an encoder follows its own config, one that learned a task is greedy, and so is
+    one whose own temperature is 0.
     """
     if options.temperature == 0:
         return False
@@ -123,7 +127,7 @@ def draws(lm: LanguageModel, options: GenerateOptions) -> bool:
         return True
     if lm.model.config.is_encoder_decoder:
         return bool(_own_config(lm).do_sample)
-    return beams(lm, options) == 1 and not _task_of(lm, options)
+    return beams(lm, options) == 1 and not _task_of(lm, options) and _own_config(lm).temperature != 0
 
 
 def _task_of(lm: LanguageModel, options: GenerateOptions) -> Task | None:
@@ -158,10 +162,14 @@ def _unescape(text: str) -> str:
 
 
 def check_options(options: GenerateOptions) -> None:
-    """OptionError for options that have no effect without another one. Needs no model."""
+    """OptionError for options that have no effect without another one, or beside it. Needs no model."""
     for name, needed in (("num_assistant_tokens", "assistant_model"), ("novel_words", "novel")):
         if getattr(options, name) is not None and not getattr(options, needed):
             raise OptionError(f"{_flag(name)} has no effect alone: add {_flag(needed)}")
+    rivals = (("assistant_model", "prompt_lookup_num_tokens"), ("tgt_lang", "forced_bos_token_id"))
+    for name, other in rivals:
+        if getattr(options, name) is not None and getattr(options, other) is not None:
+            raise OptionError(f"{_flag(name)} and {_flag(other)} exclude each other: leave one of both out")
     if options.temperature == 0 and options.do_sample:
         raise OptionError("--temperature 0 is greedy, --do-sample is not: leave one of both out")
 

@@ -19,7 +19,7 @@ from hfkit.inference.controls import check_controls, check_options, draws, is_pl
 from hfkit.inference.decoding import Completion, repeats
 from hfkit.inference.prompts import Prompt, Request, Text, fit_prompt, list_texts
 from hfkit.inference.twins import in_eval_mode
-from hfkit.models.loading import LanguageModel, Model, loaded
+from hfkit.models.loading import LanguageModel, Model, loaded, split_options
 from hfkit.options import GenerateOptions
 
 _WINDOW = 8  # batches that are sorted by length together
@@ -89,7 +89,7 @@ def generate(
         prompt: a text, or a list of texts. With an empty text the model begins by itself. A model that learned a task
             puts the text into its template; where that has several fields, a mapping gives them.
         model: what `load` returned or takes. A model given by name stays loaded for the next call.
-        options: how to generate. Every field of `GenerateOptions` is a keyword, too: `generate(..., top_p=0.9)`.
+        options: how to generate. Every field of `GenerateOptions` and `ModelOptions` is a keyword, too: `top_p=0.9`.
         batch_size: most rows at a time; by default as many as the device is good for.
 
     Returns:
@@ -101,7 +101,7 @@ def generate(
 
     The seed of prompt `i`, sample `k` is `seed + i * num_return_sequences + k`; it alone gives the same text again.
     """
-    options = GenerateOptions.make(options, overrides)
+    model, options = split_options(model, overrides, (GenerateOptions, options))
     prompts, is_single = list_texts(prompt, "a prompt")
     check_options(options)  # before a model is loaded
     novel_index(options)
@@ -217,7 +217,7 @@ def stream(
     The pieces joined are the `completion` that `generate` gives for the same seed. The generator's return value (of
     `yield from`) is that `Generation`. Closing the generator ends the work. Arguments and errors: see `generate`.
     """
-    options = GenerateOptions.make(options, overrides)
+    model, options = split_options(model, overrides, (GenerateOptions, options))
     if (options.num_return_sequences or 1) > 1:
         raise OptionError("stream gives one text: leave num_return_sequences out, and change the seed")
     check_options(options)

@@ -23,7 +23,7 @@ from hfkit.inference.likelihood import score
 from hfkit.inference.twins import in_eval_mode, share_weights
 from hfkit.inference.vocabulary import token_writer
 from hfkit.models.architecture import check_causal
-from hfkit.models.loading import LanguageModel, Model, loaded
+from hfkit.models.loading import LanguageModel, Model, loaded, split_options
 from hfkit.options import InspectOptions
 from hfkit.reporting.templates import render
 
@@ -149,12 +149,12 @@ def inspect(
     Args:
         text: what the model reads. Its first token is read after the token that begins a text, if there is one.
         model: what `load` returned or takes.
-        options: every field of `InspectOptions` is a keyword, too.
+        options: every field of `InspectOptions` and `ModelOptions` is a keyword, too.
 
     Raises:
         HfkitError: the text is empty or does not fit the model, or the model cannot be loaded.
     """
-    options = InspectOptions.make(options, overrides)
+    model, options = split_options(model, overrides, (InspectOptions, options))
     if not isinstance(text, str):
         raise HfkitError(f"a text is a str, not {type(text).__name__} ({text!r:.60}): convert it")
     lm = in_eval_mode(loaded(model))

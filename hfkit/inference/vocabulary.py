@@ -1,5 +1,6 @@
 """What a tokenizer's tokens write into a text, and which of them would complete a text that must not come."""
 
+import bisect
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -48,15 +49,23 @@ def _written(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     return [b"" if word is None or index in special else write(word) for index, word in enumerate(words)]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=1)
+def _sorted_by_bytes(tokenizer: PreTrainedTokenizerBase) -> list[tuple[bytes, int]]:
+    return sorted((part, index) for index, part in enumerate(_written(tokenizer)))
+
+
+@functools.lru_cache(maxsize=128)
 def _completing(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[bytes, torch.Tensor]:
     """Tokens that complete `text`, by the part of it that must come directly before them; ids: (tokens,)."""
     whole, written = text.encode(errors="replace"), _written(tokenizer)
     completing = {b"": [index for index, part in enumerate(written) if whole in part]}
     completing[b""] += [index for name, index in special_tokens(tokenizer).items() if name == text]
+    ordered = _sorted_by_bytes(tokenizer)
     for length in range(1, len(whole)):
         rest = whole[length:]
-        completing[whole[:length]] = [index for index, part in enumerate(written) if part.startswith(rest)]
+        # Those that begin with the rest. The byte 0xFF is in no text.
+        first, end = bisect.bisect_left(ordered, (rest, 0)), bisect.bisect_left(ordered, (rest + b"\xff\xff", 0))
+        completing[whole[:length]] = [index for _, index in ordered[first:end]]
     return {before: torch.tensor(ids) for before, ids in completing.items() if ids}
 
 

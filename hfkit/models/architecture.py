@@ -3,10 +3,12 @@
 import os
 from typing import Any
 
+import psutil
 import torch
 
+from hfkit.console import note
 from hfkit.errors import HfkitError
-from hfkit.models.sources import ModelFiles
+from hfkit.models.sources import ModelFiles, count_parameters
 from hfkit.options import ModelOptions
 
 # These number the positions of a text from the padding token's id on.
@@ -68,6 +70,21 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float16 if device.type == "mps" else torch.float32
+
+
+def choose_bits(options: ModelOptions, source: ModelFiles, device: torch.device, dtype: torch.dtype) -> str | None:
+    """ "int8" or "int4", or None for whole weights. "auto" is int8 if these fill over half of the free memory."""
+    if options.quantize != "auto":
+        return options.quantize
+    if device.type not in ("cpu", "cuda"):
+        return None
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    needed = count_parameters(source) * dtype.itemsize
+    if 2 * needed < free:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    note(f"{source.name} needs {needed / 1e9:.1f} GB in {name}, {free / 1e9:.1f} GB are free: int8 weights instead")
+    return "int8"
 
 
 def spread_over_devices(device: torch.device, source: ModelFiles) -> str | None:

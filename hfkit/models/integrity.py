@@ -5,7 +5,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from transformers import PreTrainedModel
@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from hfkit.console import note, quiet_libraries
 from hfkit.errors import HfkitError, first_line
 from hfkit.models.sources import ModelFiles, needs_code
+from hfkit.options import GenerateOptions
 from hfkit.storage import check_weights
 
+_NUMBERS = [name for name, type_ in get_type_hints(GenerateOptions).items() if type_ in (float | None, int | None)]
 # Hold it while transformers makes a model. It replaces methods of its classes and torch's default precision for that
 # time, in the whole process: two threads at once would leave the replacements in place for good.
 LOADING = threading.RLock()
@@ -60,6 +62,13 @@ def check_names(folder: Path, **names: Iterable[object]) -> None:
             raise HfkitError(f"the weights do not fit the model ({folder}): {what} {shown}; get the model again")
 
 
+def check_sizes(source: ModelFiles, config: Any) -> None:
+    """Raise HfkitError for a negative size, with which transformers makes a model that fails at its first text."""
+    for name in ("num_attention_heads", "num_hidden_layers", "hidden_size"):
+        if isinstance(size := getattr(config, name, 1), int) and size < 1:
+            raise HfkitError(f"config.json is damaged ({source.folder}): {name} is {size}; get the model again")
+
+
 def check_report(source: ModelFiles, model: PreTrainedModel, report: dict[str, Any]) -> None:
     """Check the names that `from_pretrained` reports. Tensors that are left over change nothing: they are only noted.
 
@@ -90,11 +99,24 @@ def check_blocks(source: ModelFiles, config: Any) -> None:
         )
 
 
-def check_numbers(folder: Path, model: PreTrainedModel) -> None:
-    """Raise HfkitError if a weight is NaN or infinite. Weights on a GPU are not read."""
+def check_values(folder: Path, model: PreTrainedModel) -> None:
+    """Raise HfkitError for weights that are NaN or infinite, and for settings that are no numbers.
+
+    Weights on a GPU are not read. The settings are those of generation_config.json.
+    """
+    if settings := getattr(model, "generation_config", None):
+        _check_settings(folder, vars(settings))
     for name, tensor in model.named_parameters():
         if tensor.device.type != "cpu" or not tensor.is_floating_point():
             continue
         # A sum is one pass over memory that the first forward pass would read from the disk anyway.
         if not tensor.sum(dtype=torch.float32).isfinite():
             raise HfkitError(f"the weights hold values that are not numbers ({folder}: {name}): get the model again")
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        is_id = name.endswith("token_id")
+        numbers = value if is_id and isinstance(value, list) else [value]
+        if (is_id or name in _NUMBERS) and not all(isinstance(number, int | float | None) for number in numbers):
+            raise HfkitError(f"generation_config.json is damaged ({folder}): {name} is {value!r}; get the model again")

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +17,11 @@ from transformers import (
 )
 
 from hfkit.console import detail
-from hfkit.errors import HfkitError
+from hfkit.declaration import Options, divide
+from hfkit.errors import HfkitError, OptionError
 from hfkit.models.architecture import (
     check_head,
+    choose_bits,
     choose_device,
     choose_dtype,
     context_length,
@@ -32,9 +34,11 @@ from hfkit.models.integrity import (
     check_blocks,
     check_files,
     check_names,
-    check_numbers,
     check_report,
+    check_sizes,
+    check_values,
 )
+from hfkit.models.quantization import bitsandbytes_config, quantize
 from hfkit.models.sources import ModelFiles, find_model
 from hfkit.models.tokenizers import read_tokenizer
 from hfkit.options import ModelOptions
@@ -83,6 +87,22 @@ def load(model: str | os.PathLike[str] | ModelOptions | None = None, **overrides
     return load_weights(source, options, load_tokenizer(source))
 
 
+def split_options(model: Model, overrides: Mapping[str, Any], *groups: tuple[type[Options], Any]) -> list[Any]:
+    """For a call that takes `model=` and keywords: the model with its own ones, then the options of each group.
+
+    `model, options = split_options(model, overrides, (GenerateOptions, options))` makes `dtype="bfloat16"` a keyword.
+
+    Raises:
+        OptionError: such a keyword comes with a model that is loaded already.
+    """
+    if not isinstance(model, tuple):
+        return divide(overrides, (ModelOptions, model), *groups)
+    known = {name for group, _ in groups for name in group.names()}
+    if late := [name for name in overrides if name in {*ModelOptions.names()} - known]:
+        raise OptionError(f"{late[0]} is for loading, and the model is loaded: leave it out, or give the model's name")
+    return [model, *divide(overrides, *groups)]
+
+
 _kept: tuple[Any, LanguageModel] | None = None  # the model that `loaded` loaded last, and what it was loaded from
 
 
@@ -122,6 +142,7 @@ def load_config(source: ModelFiles) -> Any:
     with calling_library(source):
         extra = {"gguf_file": source.gguf} if source.gguf else {}
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code, **extra)
+    check_sizes(source, config)
     if source.gguf and config.model_type == "gpt2":
         # transformers reads the context of a GGUF GPT-2 into n_ctx, which its model ignores.
         config.n_positions = getattr(config, "n_ctx", None) or config.n_positions
@@ -144,9 +165,10 @@ def load_tokenizer(source: ModelFiles) -> PreTrainedTokenizerBase:
 
 
 def _check_size(source: ModelFiles, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    if len(tokenizer) > size:
+    count = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+    if count > size:
         where = source.tokenizer_folder
-        raise HfkitError(f"the tokenizer has {len(tokenizer)} tokens, the model {size} ({where}): use the model's own")
+        raise HfkitError(f"the tokenizer has {count} tokens, the model {size} ({where}): use the model's own")
 
 
 def _rows_of(model: PreTrainedModel) -> int:
@@ -171,8 +193,9 @@ def load_weights(
         arguments |= _gguf_arguments(source.gguf)
     else:
         arguments["use_safetensors"] = True
-    if options.quantize and device.type == "cuda":
-        arguments["quantization_config"] = _bitsandbytes(options.quantize)
+    bits = choose_bits(options, source, device, dtype)
+    if bits and device.type == "cuda":
+        arguments["quantization_config"] = bitsandbytes_config(bits)
         placement = placement or {"": device}
     if placement:
         arguments["device_map"] = placement
@@ -186,17 +209,15 @@ def load_weights(
     if source.adapter:
         model = _merge_adapter(model, source, source.adapter)
         _check_size(source, tokenizer, _rows_of(model))
-    check_numbers(source.folder, model)
+    check_values(source.folder, model)
     model.name_or_path = source.name
     if not placement:
         model = model.to(device)
-    if options.quantize and device.type != "cuda":
+    if bits and device.type != "cuda":
         if device.type != "cpu":
             raise HfkitError(f"--quantize works on a CPU and with CUDA, not on {device}: add --device cpu")
-        from hfkit.models.quantization import quantize
-
-        quantize(model, options.quantize)
-    precision = options.quantize or str(dtype).removeprefix("torch.")
+        quantize(model, bits)
+    precision = bits or str(dtype).removeprefix("torch.")
     detail(f"{source.name}: {model.num_parameters():,} parameters, {precision} on {placement or device}")
     return LanguageModel(model.eval(), tokenizer)
 
@@ -277,16 +298,3 @@ def _gguf_arguments(file: str) -> dict[str, Any]:
     reader.tqdm = lambda tensors, **_: tensors  # type: ignore[assignment, attr-defined]  # nothing else hides this progress bar
     # Without dequantize=True the model could not be saved.
     return {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)}
-
-
-def _bitsandbytes(bits: str) -> Any:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise HfkitError("--quantize on a GPU needs bitsandbytes: pip install 'hfkit[bitsandbytes]'") from error
-    from transformers import BitsAndBytesConfig
-
-    settings: dict[str, Any] = {"load_in_8bit": True}
-    if bits == "int4":
-        settings = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}
-    return BitsAndBytesConfig(**settings)  # type: ignore[no-untyped-call]

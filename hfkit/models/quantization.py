@@ -4,10 +4,14 @@ torch's own integer kernels do the arithmetic. They are several times faster wit
 float32, even on a processor without bfloat16 units. On a GPU bitsandbytes does this (`loading`).
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from hfkit.errors import HfkitError
 
 _GROUP = 32  # input features that share a scale in 4 bits
 _STEP = 32  # the 8-bit kernel reads past the end of a row unless its input features are a multiple of this
@@ -102,3 +106,17 @@ def quantize(model: PreTrainedModel, bits: str) -> None:
             weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # Conv1D keeps (in, out)
             small = bits == "int4" and layer is not head and Int4Linear.fits(weight)
             setattr(parent, name, (Int4Linear if small else Int8Linear)(weight.contiguous(), layer.bias))
+
+
+def bitsandbytes_config(bits: str) -> Any:
+    """What makes transformers load a model in "int8" or "int4" on a GPU."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise HfkitError("--quantize on a GPU needs bitsandbytes: pip install 'hfkit[bitsandbytes]'") from error
+    from transformers import BitsAndBytesConfig
+
+    settings: dict[str, Any] = {"load_in_8bit": True}
+    if bits == "int4":
+        settings = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+    return BitsAndBytesConfig(**settings)  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hfkit.console import note
@@ -34,13 +35,23 @@ def read_tokenizer(source: ModelFiles) -> PreTrainedTokenizerBase:
             kind = GPT2Tokenizer
     tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(folder, **options)
     # GPT2Tokenizer rebuilds a byte-level BPE from the vocabulary, whatever else tokenizer.json says.
-    if isinstance(tokenizer, GPT2Tokenizer) and not settings.get("add_prefix_space") and _differs(tokenizer, folder):
+    is_set = settings.get("add_prefix_space") or settings.get("add_bos_token")  # these change what the file says
+    if isinstance(tokenizer, GPT2Tokenizer) and not is_set and _differs(tokenizer, folder):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    if tokenizer.is_fast:
+        clear_limits(tokenizer.backend_tokenizer)
     return tokenizer
 
 
-def _differs(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
-    from tokenizers import Tokenizer
+def clear_limits(backend: Tokenizer) -> None:
+    """Turn off truncation and padding, as the first call does: there the change fails while another thread encodes."""
+    backend.no_truncation()
+    backend.no_padding()
 
+
+def _differs(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
     file = folder / "tokenizer.json"
-    return file.is_file() and Tokenizer.from_file(str(file)).encode(_PROBE).ids != tokenizer(_PROBE)["input_ids"]
+    if not file.is_file():
+        return False
+    clear_limits(backend := Tokenizer.from_file(str(file)))
+    return bool(backend.encode(_PROBE).ids != tokenizer(_PROBE)["input_ids"])

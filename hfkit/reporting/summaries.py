@@ -136,13 +136,13 @@ def _scores(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def _perplexity(metrics: dict[str, Any]) -> str:
     value, error = metrics.get("perplexity"), metrics.get("loss_stderr")
-    return "–" if value is None else with_error(value, value * error if error else None, ".2f")
+    return "–" if value is None else with_error(value, value * error if error else None, ",.2f")
 
 
 def _number(value: float | None, name: str) -> str:
     if value is None:
         return "–"
-    return f"{value:.1%}" if name == "accuracy" else f"{value:.4f}" if name == "loss" else f"{value:.2f}"
+    return f"{value:.1%}" if name == "accuracy" else f"{value:.4f}" if name == "loss" else f"{value:,.2f}"
 
 
 def _before_and_after(metrics: dict[str, Any]) -> list[Sample]:

@@ -43,8 +43,13 @@ class Answers:
         return count
 
 
-def find_answers(dataset: TrainingData, held_out: Any, tokenizer: PreTrainedTokenizerBase) -> Answers | None:
-    """The answers to `held_out`; None where nothing is held out, or any text may be an answer."""
+def find_answers(
+    dataset: TrainingData, held_out: Any, tokenizer: PreTrainedTokenizerBase, length: int
+) -> Answers | None:
+    """The answers to `held_out`; None where nothing is held out, or any text may be an answer.
+
+    length: tokens that the model takes: prompts that do not fit with every label are left out.
+    """
     task = task_of(tokenizer)
     if not len(held_out) or not (dataset.head == "classification" or (task and task.labels)):
         return None
@@ -55,11 +60,11 @@ def find_answers(dataset: TrainingData, held_out: Any, tokenizer: PreTrainedToke
     endings = encode_answers(whole, tokenizer)
     bare = encode_answers([text.removesuffix(task.end) for text in whole], tokenizer)
     nested = any(short is not long and long[: len(short)] == short for short in bare for long in bare)
-    prompts, right = [], []
+    prompts, right, room = [], [], length - max(map(len, endings))
     for item in items:
         ids, start = item["input_ids"].tolist(), int((item["labels"] != IGNORED).argmax())
         matches = [number for number, ending in enumerate(endings) if ids[start : start + len(ending)] == ending]
-        if start and matches:
+        if matches and 0 < start <= room:
             prompts.append(ids[:start])
             right.append(matches[0])
     return Answers(task.labels, right, prompts, endings if nested else bare) if right else None

@@ -101,7 +101,7 @@ def _train(job: Job, stop: Stop, rows: int, accumulation: int, checkpoint: Path 
         held_out = _sample_held_out(job.dataset.held_out, job.plan)
         monitor = HeldOutMonitor(
             held_out, collator=padding, prompt=job.prompt, plan=job.plan, stop=stop, tell=progress.tell,
-            answers=find_answers(job.dataset, held_out, job.tokenizer),
+            answers=find_answers(job.dataset, held_out, job.tokenizer, job.block_size),
         )  # fmt: skip
         trainer = _Trainer(
             job, stop, monitor, progress, model=model, args=arguments, data_collator=collator,

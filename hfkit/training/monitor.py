@@ -66,9 +66,8 @@ class Measurement:
 
     scores: Scores
     sample: str | None
-    is_head: bool
-    answers: Answers | None
-    accuracy: float | None  # share of the answers that are right
+    accuracy: float | None  # share of the answers that are right, where the model chooses one
+    baseline: dict[str, Any] | None  # the most frequent label, and the accuracy of always giving it
     gain: dict[str, float]  # how much lower the loss is than before the training, and the standard error of that
     seconds: float  # of training until now
 
@@ -90,22 +89,16 @@ class Measurement:
         entry = {"measured": step, "step": step, "seconds": self.seconds, "sample": self.sample}
         # Keep the loss of each sequence at step 0. Later gains are paired with them, since some sequences are harder
         # than others for every state of the model: the difference has a smaller error than either loss.
-        return entry if step else entry | {"units": self.scores.nll.tolist()} | self._baseline()
-
-    def _baseline(self) -> dict[str, Any]:
-        return {"baseline": self.answers.baseline} if self.answers else {}
+        return entry if step else entry | {"units": self.scores.nll.tolist(), "baseline": self.baseline}
 
     def __str__(self) -> str:
         """The scores in a few words; empty if nothing is held out."""
         scores = self.scores
         if not scores.count:
             return ""
-        if self.answers and self.accuracy is not None:
-            baseline = self.answers.baseline
-            always = f"always {baseline['label']!r}: {baseline['accuracy']:.1%}"
-            return f"held-out loss {scores.loss:.3f}, accuracy {self.accuracy:.1%} ({always})"
-        if self.is_head:
-            return f"held-out loss {scores.loss:.3f}, accuracy {scores.top1.sum() / scores.count:.1%}"
+        if self.accuracy is not None:
+            always = "" if not self.baseline else " (always {label!r}: {accuracy:.1%})".format(**self.baseline)
+            return f"held-out loss {scores.loss:.3f}, accuracy {self.accuracy:.1%}{always}"
         error = f" ± {scores.perplexity_stderr:.2f}" if math.isfinite(scores.perplexity_stderr) else ""
         return f"held-out perplexity {scores.perplexity:.2f}{error}"
 
@@ -146,8 +139,8 @@ class HeldOutMonitor:
         seconds = max((entry.get("seconds", 0.0) for entry in history), default=0.0) + now - self._clock
         self._clock = now
         measurement = Measurement(
-            scores=scores, sample=sample, is_head=self._is_head, answers=self._answers, accuracy=accuracy,
-            gain=_gain(history, scores), seconds=seconds,
+            scores=scores, sample=sample, accuracy=accuracy,
+            baseline=self._answers.baseline if self._answers else None, gain=_gain(history, scores), seconds=seconds,
         )  # fmt: skip
         score = str(measurement)
         self._tell(f"step {step} of {self._plan.steps}{': ' if score else ''}{score}")
@@ -165,10 +158,10 @@ class HeldOutMonitor:
         return total
 
     def _measure_accuracy(self, scores: Scores, lm: LanguageModel) -> float | None:
+        if self._is_head and scores.count:
+            return float(scores.top1.sum() / scores.count)
         if not self._answers:
             return None
-        if self._is_head:
-            return float(scores.top1.sum() / scores.count)
         counts = processes.gather([self._answers.count_right(lm, slice(processes.rank, None, processes.count))])
         return float(sum(counts) / len(self._answers.right))
 

@@ -3,13 +3,17 @@
 import json
 import os
 import random
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import pytest
 from support.chats import PARTS, TEMPLATES
 from support.corpora import CHATML, prepare, scrawl, talk, whole
 from support.models import byte_vocabulary
+from transformers import GPT2Tokenizer
 
 from hfkit.corpus.documents import END, Example, cut_pieces
 from hfkit.corpus.encoding import IGNORED, encode_documents, encode_examples
@@ -83,6 +87,29 @@ def test_encode_documents_changes_no_state(bundled, monkeypatch):
         (row,) = encode_documents(cut_pieces(["a text of more than two tokens"]), bundled)
         assert len(row["input_ids"]) > 3
         assert os.environ.get("TOKENIZERS_PARALLELISM") == value
+
+
+def test_encode_documents_in_threads(tmp_path, tiny, monkeypatch):
+    """Many threads encode with one tokenizer, whose file has truncation and padding, and none disturbs another."""
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+    folder = Path(shutil.copytree(tiny, tmp_path / "cutting"))
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    state["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                        "pad_type_id": 0, "pad_token": "!"}  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    tokenizer = load_tokenizer(find(ModelOptions(model=str(folder))))
+    assert isinstance(tokenizer, GPT2Tokenizer) and not tokenizer.backend_tokenizer.truncation
+
+    def encode_one(number: int) -> list[int]:
+        rows = encode_documents(cut_pieces([f"text {number} " * 40]), tokenizer)
+        return [i for row in rows for i in row["input_ids"].tolist()]
+
+    with ThreadPoolExecutor(8) as threads:
+        encoded = list(threads.map(encode_one, range(200)))
+    texts = [f"text {number} " * 40 for number in range(200)]
+    assert encoded == [whole([text], tokenizer) for text in texts]
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
 @pytest.mark.parametrize("words", [1 << 16, (1 << 16) + 1])
@@ -265,7 +292,7 @@ def test_encode_examples_gives_tools_to_the_template(bundled):
     """Tools reach the template, a call without a text is learned, and a template that drops calls is refused."""
     tool = {"type": "function", "function": {"name": "weather", "description": "?", "parameters": {}}}
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}
-    messages = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+    messages = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
                 {"role": "tool", "content": "yes"}, {"role": "assistant", "content": "It rains."}]  # fmt: skip
     example = Example({"messages": messages, "tools": [tool]}, "a.jsonl, line 7")
     bundled.chat_template = (

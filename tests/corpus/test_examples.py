@@ -86,6 +86,11 @@ def test_read_records_of_alpaca(tmp_path):
         read(tmp_path, {"instruction": "Hi", "input": 7, "output": "Yo"})
 
 
+def test_read_records_of_prompt_and_completion_in_messages(tmp_path):
+    """TRL's conversational form is one conversation."""
+    assert read(tmp_path, {"prompt": [ASK], "completion": [SAY], "label": True}) == [CHAT]
+
+
 def test_read_records_joins_parts_of_type_text(tmp_path):
     """OpenAI's content parts are one text, unless one is not text."""
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
@@ -121,6 +126,9 @@ def test_read_records_drops_nulls_of_columnar_files(tmp_path):
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": " "}]}, "answer is empty"),
         ({"messages": [ASK, SAY | {"content": ""}]}, "answer is empty"),
         ({"prompt": "a", "completion": " \n"}, "answer is empty"),
+        ({"system": "Be brief.", "prompt": "a", "completion": "b"}, "'system' would be lost"),
+        ({"prompt": "a", "completion": "b", "label": False}, "'label' is false"),
+        ({"prompt": [ASK, SAY, ASK], "completion": [SAY]}, "write the row as messages"),
         ({"instruction": "a", "output": ""}, "answer is empty"),
         ({"messages": "Hi"}, "messages must be a list"),
         ({"conversations": [ASK]}, "without an assistant"),

@@ -70,7 +70,7 @@ def test_list_folder_without_runs_models_and_the_output(folder, tiny, copy, capf
     assert names(folder) == ["out/draft.txt", *read]
     assert names(folder, exclude=folder / "out") == read
     notes = capfd.readouterr().err
-    assert "left out 4 folders with a run or a model, such as" in notes and "left out 5 folders" in notes
+    assert f"{folder}: left out 4 folders with a run or a model, such as {folder}/adapter" in notes
 
 
 def test_find_corpus_refuses_a_model(tiny, folder, tmp_path, copy, capfdbinary):
@@ -89,13 +89,21 @@ def test_find_corpus_refuses_a_model(tiny, folder, tmp_path, copy, capfdbinary):
 
 
 def test_find_corpus_of_a_glob_leaves_runs_out(folder, tiny, copy):
-    """A glob that reaches into a model takes no file of it."""
+    """A glob that reaches into a model or the output takes no file of it; one for a model alone is refused."""
     copy(tiny).rename(folder / "model")
-    assert names_of_glob(folder, "**/*.*") == ["plain.txt"]
+    (folder / "out").mkdir()
+    (folder / "out" / "draft.txt").write_text("draft")
+    pattern = f"{folder}/**/*.*"
+    assert [path.name for path in find_corpus(pattern).files] == ["draft.txt", "plain.txt"]
+    assert [path.name for path in find_corpus(pattern, exclude=folder / "out").files] == ["plain.txt"]
+    with pytest.raises(HfkitError, match=f"names files of {folder}/model, a run or a model: did you mean -m"):
+        find_corpus(f"{folder}/model/*.json")
 
 
-def names_of_glob(folder, pattern) -> list[str]:
-    return [str(path.relative_to(folder)) for path in find_corpus(f"{folder}/{pattern}").files]
+def test_find_corpus_of_a_file_in_a_run(folder):
+    """A file that is named is read wherever it lies."""
+    (folder / ".hfkit.json").write_text('{"files": []}')
+    assert find_corpus(folder / "plain.txt").files == (folder / "plain.txt",)
 
 
 # links
@@ -113,7 +121,7 @@ def test_list_folder_follows_links_once(folder, tmp_path, capfd):
     }.items():
         (folder / name).symlink_to(target)
     assert names(folder) == ["link/deep/a.txt", "plain.txt"]
-    assert f"lead to 1 files outside it, which are read ({tmp_path}/outside/deep/a.txt)" in capfd.readouterr().err
+    assert f"links that lead out of it, which are read ({folder}/link to {tmp_path}/outside)" in capfd.readouterr().err
     (folder / "self").mkdir()
     (folder / "self" / "again").symlink_to(folder / "self")
     (folder / "link").unlink()

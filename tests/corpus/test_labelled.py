@@ -6,6 +6,8 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from support import trials
@@ -231,8 +233,10 @@ def test_classification_rows_find_text_and_label(tmp_path):
         ("NaN", "has no label"),
         (" ", "has no label"),
         (None, "has no label"),
-        ([0, 1], "has a list or an object"),
-        ({"a": 1}, "has a list or an object"),
+        ([0, 1], "has a list, an object or bytes"),
+        ({"a": 1}, "has a list, an object or bytes"),
+        ("2.5e-1", "has the fraction 2.5e-1"),
+        ("2E-1", "has the fraction 2E-1"),
     ],
 )
 def test_classification_rows_refuse_what_is_not_a_label(tmp_path, label, words):
@@ -242,9 +246,16 @@ def test_classification_rows_refuse_what_is_not_a_label(tmp_path, label, words):
         rows_of(tmp_path, rows, classification_rows)
 
 
+def test_classification_rows_refuse_bytes(tmp_path):
+    """A binary column of a Parquet file is not the text b'pos'."""
+    pq.write_table(pa.table({"text": ["rain"], "label": [b"pos"]}), tmp_path / "a.parquet")
+    with pytest.raises(HfkitError, match=r"column 'label' has a list, an object or bytes .*row 1"):
+        classification_rows(tmp_path / "a.parquet", DataOptions())
+
+
 def test_classification_rows_read_one_class_however_it_is_written(tmp_path):
     """1, "1", 1.0 and " 1.0 " are one class; other texts are only stripped."""
-    labels = [1, "1", 1.0, " 1.0 ", "007", "v1.0", "pos ", "pos", -0.0, True]
+    labels = [1, "1", 1.0, "1e0", "007", "v1.0", "pos ", "pos", -0.0, True]
     rows = [{"text": "rain", "label": label} for label in labels]
     found = [label for _, label in rows_of(tmp_path, rows, classification_rows)]
     assert found == ["1", "1", "1", "1", "007", "v1.0", "pos", "pos", "0", "True"]
@@ -286,6 +297,26 @@ def test_classification_rows_of_the_hub_have_label_names(monkeypatch):
         classification_rows("hf://owner/name", DataOptions())
 
 
+@pytest.mark.parametrize("form", ["saved", "parquet"])
+def test_classification_rows_of_files_have_label_names(tmp_path, form):
+    """Files that `datasets` wrote store numbers, as the Hub does: -1 is no label, and no class of its own."""
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+    )
+
+    def save(*labels: int) -> str:
+        rows = datasets.Dataset.from_dict({"text": ["rain"] * len(labels), "label": list(labels)}, features)
+        path = tmp_path / f"{form}{len(labels)}"
+        (rows.save_to_disk if form == "saved" else rows.to_parquet)(str(path))
+        return str(path)
+
+    assert classification_rows(save(0, 1), DataOptions()) == [("rain", "neg"), ("rain", "pos")]
+    with pytest.raises(HfkitError, match="column 'label' has no label .*row 3"):
+        classification_rows(save(0, 1, -1), DataOptions())
+
+
 def test_question_rows_of_squad_or_with_a_text(tmp_path):
     """SQuAD's columns and plain texts are both read."""
     context = "the rain of the light and the rain"
@@ -299,16 +330,20 @@ def test_question_rows_of_squad_or_with_a_text(tmp_path):
         base | {"answer": "rain", "answer_start": 30},
         base | {"answer": "rain", "answer_start": 5},  # there it is not
         base | {"answer": "snow"},
+        base | {"answers": [{"text": "rain", "answer_start": 30}, {"text": "the rain", "answer_start": 26}]},
     ]
     result = rows_of(tmp_path, rows, question_rows)
-    assert [row.start for row in result] == [30, -1, 4, -1, 16, 30, 4, -1]
+    assert [row.start for row in result] == [30, -1, 4, -1, 16, 30, 4, -1, 30]
     assert [row.answers for row in result][:5] == [["rain", "the rain"], [], ["rain"], [], ["light", "the light"]]
     assert all(row.question == "what" and row.context == context for row in result)
     for row, words in (
         (base, "must have question, context and answer .*line 1: 'question', 'context'"),
         ({"question": "what", "answer": "x"}, "must have"),
         (base | {"answer": None}, "must have"),
+        (base | {"context": None, "answer": "x"}, r"column 'context' is not text .*line 1"),
         (base | {"answers": [3]}, r"an answer is not text .*line 1"),
+        (base | {"answers": "{'text': ['rain'], 'answer_start': [4]}"}, r"a list written as text .*line 1"),
+        (base | {"answers": '["rain"]'}, r"a list written as text .*line 1"),
     ):
         with pytest.raises(HfkitError, match=words):
             rows_of(tmp_path, [row], question_rows)

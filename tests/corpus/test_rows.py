@@ -53,6 +53,15 @@ def test_find_delimiter_outside_quotes_and_over_several_rows(tmp_path, content, 
         assert read(tmp_path / "a.csv", "csv", content)[0] == row
 
 
+def test_read_table_skips_a_space_before_a_quote(tmp_path):
+    """Such a space is not a part of the field, and the quotes are not either; other spaces stay."""
+    assert read(tmp_path / "a.csv", "csv", 'n, text\n1, "a, b"\n2, c\n') == [
+        {"n": "1", "text": "a, b"}, {"n": "2", "text": "c"}
+    ]  # fmt: skip
+    assert read(tmp_path / "b.csv", "csv", 'n,text\n1," ""a"", b"\n2, c\n')[0]["text"] == ' "a", b'
+    assert read(tmp_path / "c.csv", "csv", "n,text\n1, a\n") == [{"n": "1", "text": " a"}]
+
+
 def test_read_table_refuses_two_columns_of_one_name(tmp_path):
     """One of them would be lost; columns without a name may be there several times."""
     with pytest.raises(HfkitError, match=r"two columns are called 'text'.*rename one"):
@@ -82,8 +91,12 @@ def test_read_array_of_one_split(tmp_path, capfd):
     assert read(tmp_path / "b.json", "json", {"rows": [{"text": "only"}], "notes": ["x"]}) == [{"text": "only"}]
     with pytest.raises(HfkitError, match=r"several arrays of rows \(.*'dev', 'test'\): .*--dataset-split"):
         read(tmp_path / "a.json", "json", {"dev": splits["test"], "test": splits["test"]})
-    row = {"text": "one row", "links": [{"url": "x"}]}
-    assert read(tmp_path / "c.json", "json", row) == [row]
+    for row in (
+        {"text": "one row", "links": [{"url": "x"}]},
+        {"title": "x", "body": "one row", "comments": [{"text": "y"}]},
+    ):
+        assert read(tmp_path / "c.json", "json", row) == [row]
+    assert read(tmp_path / "d.json", "json", {"content": [{"text": "only"}]}) == [{"text": "only"}]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])

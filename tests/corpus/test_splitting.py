@@ -105,6 +105,13 @@ def test_hold_out_texts_takes_the_end_of_a_book():
     assert shares.tolist() == pytest.approx([0, 0, 335 / 4000, 1, 0])
 
 
+def test_hold_out_texts_of_many_books():
+    """Of many long texts, too, a megabyte is enough: the end of one of them."""
+    documents = np.repeat(np.arange(5000), 300)
+    shares = hold_out_texts(documents, np.arange(len(documents)), np.full(len(documents), 4000), 0.05, 0)
+    assert shares.sum() * 4000 == 600_000 and len({*documents[shares > 0]}) == 1
+
+
 def test_hold_out_texts_of_too_little():
     """Of next to nothing, and where nothing is asked for, nothing is held out."""
     assert not hold_out_texts(*pieces([(1, 400)], [(2, 400)]), 0.05, 0).any()
@@ -187,5 +194,5 @@ def test_gather_training_data_holds_out_the_end_of_one_text(tmp_path, datasets_c
     data = gather_training_data(write(tmp_path / "a.txt", [text]), bundled, DataOptions(), 64, seed=1)
     trained, held = ([i for item in part for i in item["input_ids"].tolist()]
                      for part in (data.train_set, data.held_out))  # fmt: skip
-    assert bundled.decode(trained + held) == text + END
+    assert bundled.decode(trained + held) == text + END and bundled.decode(held).startswith(" ")
     assert 0.03 < len(held) / len(trained + held) < 0.07 and data.held_out.tokens == len(held)

@@ -413,7 +413,7 @@ def test_classify_file_of_rows(headed, tiny, tmp_path, capfdbinary):
         (["rain"], 2, ["has no labels of its own", "--labels"]),
         (["rain", "--labels", "a"], 2, ["--labels"]),
         (["rain", "--labels", "a", "--labels", "a"], 2, ["give each once"]),
-        (["  "], 2, ["give a text"]),
+        (["  ", "--labels", "a", "--labels", "b"], 2, ["give a text"]),
         (["rain", "--input", "x.txt"], 2, ["leave the TEXT out"]),
         (["--input", "nowhere.txt"], 1, ["cannot read the input (nowhere.txt)"]),
         (["rain", "--template", "no field"], 2, ["--template is"]),

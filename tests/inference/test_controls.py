@@ -29,16 +29,17 @@ def lm(tiny) -> LanguageModel:
 
 
 @pytest.fixture
-def with_config(tiny):
+def with_config(lm):
     """A function that gives the model with fields in its own generation config."""
 
-    def load(**fields) -> LanguageModel:
-        lm = hfkit.load(tiny)
+    def change(**fields) -> LanguageModel:
+        model = copy.copy(lm.model)
+        model.generation_config = copy.deepcopy(model.generation_config)
         for name, value in fields.items():
-            setattr(lm.model.generation_config, name, value)
-        return lm
+            setattr(model.generation_config, name, value)
+        return LanguageModel(model, lm.tokenizer)
 
-    return load
+    return change
 
 
 # a model's own generation config
@@ -52,7 +53,9 @@ HARMLESS = {  # what else a file of 2023 to 2026 may hold: the text is that of t
     "max_new_tokens": 3, "use_cache": False, "low_memory": True, "num_assistant_tokens": 7,
     "transformers_version": "4.0.0", "prefill_chunk_size": 8, "remove_invalid_values": True, "bos_token_id": 5,
     "assistant_confidence_threshold": 0.1, "max_matching_ngram_size": 3, "length_penalty": 2.0,
-    "early_stopping": True, "renormalize_logits": True, "encoder_no_repeat_ngram_size": 0, "made_up": 5,
+    "early_stopping": True, "renormalize_logits": True, "cache_implementation": "quantized",
+    "cache_config": {"nbits": 4}, "max_cache_len": 3, "compile_config": {"mode": "default"},
+    "encoder_no_repeat_ngram_size": 0, "made_up": 5,
 }  # fmt: skip
 
 
@@ -88,6 +91,13 @@ def test_generation_config_leaves_sampling_of_the_models_own_out_of_greedy_decod
     assert not config.do_sample and all(getattr(config, name) is None for name in SAMPLING)
     greedy = hfkit.generate("the", model=own, temperature=0, **HOW)
     assert greedy == hfkit.generate("the", model=lm, temperature=0, **HOW)
+
+
+def test_draws_a_models_own_temperature_of_0_is_greedy(lm, with_config):
+    own = with_config(do_sample=True, temperature=0.0)
+    assert hfkit.generate("the", model=own, **HOW) == hfkit.generate("the", model=lm, temperature=0, **HOW)
+    expected = hfkit.generate("the", model=lm, top_k=20, **HOW)
+    assert hfkit.generate("the", model=own, top_k=20, **HOW) == expected
 
 
 # what ends a text
@@ -155,6 +165,8 @@ def test_draws_a_model_that_learned_a_task_is_greedy_unless_told(tiny):
         ({"num_assistant_tokens": 3}, "--assistant-model"),
         ({"novel_words": 5}, "--novel"),
         ({"temperature": 0, "do_sample": True}, "--do-sample"),
+        ({"assistant_model": "bundled", "prompt_lookup_num_tokens": 2}, "exclude each other"),
+        ({"tgt_lang": "fra_Latn", "forced_bos_token_id": 0}, "exclude each other"),
     ],
 )
 def test_check_options_refuses_what_has_no_effect_before_a_model_is_loaded(options, words, capfdbinary):
@@ -227,6 +239,16 @@ def test_needs_equal_lengths_looks_at_the_models_own_config(with_config, own):
     lm = with_config(**own)
     assert needs_equal_lengths(lm, GenerateOptions())
     how = {"model": lm, "max_new_tokens": 8, "temperature": 0, "sequence_bias": ["<|endoftext|>=30", "t=30"]}
+    together = hfkit.generate(PROMPTS, **how)
+    assert [text.completion for text in together] == [hfkit.generate(p, **how).completion for p in PROMPTS]
+
+
+def test_needs_equal_lengths_of_an_encoder_is_about_its_input(tiny_t5):
+    """Its padding would be an n-gram of the input; the output is never padded."""
+    lm = hfkit.load(tiny_t5)
+    assert not needs_equal_lengths(lm, GenerateOptions(no_repeat_ngram_size=2, forced_bos_token_id=3))
+    lm.model.generation_config.encoder_no_repeat_ngram_size = 2
+    how = {"model": lm, "max_new_tokens": 9, "sequence_bias": ["t=30", "e=29"]}
     together = hfkit.generate(PROMPTS, **how)
     assert [text.completion for text in together] == [hfkit.generate(p, **how).completion for p in PROMPTS]
 

@@ -1,5 +1,6 @@
 """Models of every kind are what they were saved as, or one sentence says why not."""
 
+import json
 import math
 import subprocess
 import sys
@@ -25,11 +26,11 @@ from transformers.pytorch_utils import Conv1D
 
 import hfkit
 from hfkit import storage
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, OptionError
 from hfkit.models import loading
 from hfkit.models.architecture import choose_dtype
 from hfkit.models.loading import load_weights
-from hfkit.models.quantization import Int4Linear, Int8Linear
+from hfkit.models.quantization import Int4Linear, Int8Linear, bits_of
 from hfkit.options import ModelOptions
 
 pytestmark = pytest.mark.usefixtures("brisk")
@@ -133,6 +134,33 @@ def test_load_in_threads(tiny):
     """The first calls of a process may come from several threads: the model is loaded once, with its tied weights."""
     result = subprocess.run([sys.executable, "-c", THREADS, tiny], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_split_options(tiny, corpus, tmp_path, still):
+    """Every call that takes a model takes the options of loading one; a loaded model cannot be loaded otherwise."""
+    lm, how = hfkit.load(tiny, dtype="bfloat16"), {"dtype": "bfloat16", "device": "cpu"}
+    calls = {
+        "generate": lambda **more: hfkit.generate("a", seed=1, max_new_tokens=3, **more),
+        "stream": lambda **more: list(hfkit.stream("a", seed=1, max_new_tokens=3, **more)),
+        "classify": lambda **more: hfkit.classify("a", labels=["a", "b"], **more),
+        "answer": lambda **more: hfkit.answer("Who?", "Ann.", max_new_tokens=3, **more),
+        "inspect": lambda **more: [token.text for token in hfkit.inspect("ab", **more).tokens],
+        "evaluate": lambda **more: hfkit.evaluate(corpus, **more).perplexity,
+    }
+    for name, use in calls.items():
+        by_name, as_one, as_model = (
+            use(model=tiny, **how), use(model=ModelOptions(model=tiny), **how), use(model=lm)
+        )  # fmt: skip
+        if name in ("stream", "inspect", "evaluate"):
+            assert by_name == as_one == as_model
+        with pytest.raises(OptionError, match="dtype is for loading, and the model is loaded"):
+            use(model=lm, **how)
+        with pytest.raises(TypeError, match="'dtyp': did you mean 'dtype'"):
+            use(model=tiny, dtyp="bfloat16")
+    export = hfkit.export(tiny, output_dir=tmp_path / "out", device="cpu", revision="main", dtype="bfloat16")
+    assert hfkit.load(export, dtype="auto").model.config.dtype == torch.float32
+    with pytest.raises(OptionError, match="an export has whole weights"):
+        hfkit.export(tiny, output_dir=tmp_path / "out", quantize="int8")
 
 
 # adapters
@@ -374,7 +402,10 @@ def test_load_config_of_another_size(copy, tiny):
         assert str(folder) in fails(folder)
 
 
-@pytest.mark.parametrize("wrong", [{"n_layer": "two"}, {"n_head": 3}, {"n_head": 0}, {"model_type": "nonsense"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"n_layer": "two"}, {"n_head": 3}, {"n_head": 0}, {"n_head": -2}, {"n_layer": -1}, {"model_type": "nonsense"}],
+)
 def test_load_config_without_sense(copy, tiny, wrong):
     """A config that makes no sense is one sentence."""
     folder = copy(tiny)
@@ -395,6 +426,20 @@ def test_check_head_refused(copy, tiny, capfdbinary):
     assert str(folder) in fails(folder)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"eos_token_id": "x"}, {"eos_token_id": [1, "x"]}, {"top_p": [1]}, {"top_k": "many"}],
+)  # fmt: skip
+def test_check_values_of_settings(copy, tiny, wrong):
+    """A setting of another type in generation_config.json is named, before anything is generated."""
+    folder = copy(tiny)
+    edit_json(folder / "generation_config.json", **wrong)
+    assert f"generation_config.json is damaged ({folder}): {list(wrong)[0]} is" in fails(folder)
+    right = {"eos_token_id": [256, 1], "pad_token_id": None, "top_p": 1, "top_k": 5}
+    edit_json(folder / "generation_config.json", **right)
+    assert hfkit.load(folder)
+
+
 # tokenizers
 
 
@@ -405,6 +450,15 @@ def test_load_tokenizer_too_large(copy, tiny):
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(folder)
     assert "258 tokens, the model 257" in fails(folder)
+
+
+def test_load_tokenizer_id_too_large(copy, tiny):
+    """An id for which the model has no embedding is refused, not only when a text has that token."""
+    folder = copy(tiny)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["model"]["vocab"]["q"] = 999
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    assert "1000 tokens, the model 257" in fails(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\x00", '{"model": {}}'])
@@ -500,6 +554,17 @@ def test_load_device_map(tiny):
     lm = hfkit.load(tiny, device_map="auto")
     assert hfkit.generate("a", model=lm, seed=1) == hfkit.generate("a", model=tiny, seed=1)
     assert tiny in fails(tiny, device_map="everywhere")
+
+
+def test_quantize_auto(tiny, monkeypatch, capsys):
+    """`auto` chooses int8, and says so, for a model that fills the memory; else whole weights."""
+    assert hfkit.load(tiny, quantize="auto").model.dtype == torch.float32 and not capsys.readouterr().err
+    memory = type("", (), {"available": 200_000})
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    lm = hfkit.load(tiny, quantize="auto")
+    assert bits_of(lm.model) == "int8" and "0.0 GB are free: int8 weights instead" in capsys.readouterr().err
+    memory.available = 10**9
+    assert bits_of(hfkit.load(tiny, quantize="auto").model) is None
 
 
 def test_quantize_other_device(tiny, monkeypatch):

@@ -202,6 +202,9 @@ def test_find_model_without_tokenizer(copy, tiny):
         (json.dumps({"_attn_implementation_internal": "owner/kernel"}), "asks for code"),
         (json.dumps({"attn_implementation": {"": "owner/kernel"}}), "asks for code"),
         (json.dumps({"text_config": {"attn_implementation": "owner/kernel"}}), "asks for code"),
+        (json.dumps({"architectures": 3}), "architectures is 3"),
+        (json.dumps({"architectures": "GPT2LMHeadModel"}), "architectures is"),
+        (json.dumps({"architectures": ["GPT2LMHeadModel", 3]}), "architectures is"),
         (json.dumps({"transformers_weights": "other.safetensors.index.json"}), "transformers_weights"),
         (json.dumps({"auto_map": {"AutoConfig": "code.Config"}}), "its own Python code"),
     ],
@@ -309,7 +312,9 @@ def test_load_shards(copy, tiny):
     assert "a part of the weights is missing" in fails(model=str(folder))
 
 
-@pytest.mark.parametrize("where", ["../outside.safetensors", "absolute", "link", "sub/inside.safetensors", ".."])
+@pytest.mark.parametrize(
+    "where", ["../outside.safetensors", "absolute", "link", "sub/inside.safetensors", "..", "a\0b", "\ud800"]
+)
 def test_find_shard_outside(copy, tiny, tmp_path, where):
     """A shard outside of the folder is refused."""
     folder, outside = copy(tiny), tmp_path / "outside.safetensors"

@@ -6,6 +6,8 @@ import itertools
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -69,8 +71,8 @@ def figures(metrics: dict) -> dict[str, str]:
     known = {name: metrics[name] for name in ("perplexity", "perplexity_before", "loss", "loss_before", "loss_stderr")}
     assert all(value > 0 for value in known.values())
     return {
-        "held-out perplexity": f"{metrics['perplexity_before']:.2f} {metrics['perplexity']:.2f} "
-        f"± {metrics['perplexity'] * metrics['loss_stderr']:.2f}",
+        "held-out perplexity": f"{metrics['perplexity_before']:,.2f} {metrics['perplexity']:,.2f} "
+        f"± {metrics['perplexity'] * metrics['loss_stderr']:,.2f}",
         "held-out loss (nats per token)": f"{metrics['loss_before']:.4f} {metrics['loss']:.4f} "
         f"{metrics['loss'] - metrics['loss_before']:+.4f} ± {metrics['loss_gain_stderr']:.4f}",
         "trained on": f"{metrics['tokens']:,} tokens in 6 steps",
@@ -98,6 +100,8 @@ def test_make_files_shows_the_figures_of_metrics_json(runs):
         assert folder.name in page.text and metrics["folder"] == str(folder)
         page.assert_policy()
         assert page.charts == ["loss and learning rate over the steps"] and page.tags.count("svg") == 1
+        for one in (page, card):  # evaluate's perplexity is another one
+            assert "hfkit evaluate scores each document on its own, and gives another perplexity" in flat(one.text)
         assert imread(folder / "loss.png").shape[1] > 500 and ("src", "loss.png") in card.attributes
 
 
@@ -160,6 +164,7 @@ def test_make_files_of_a_head_shows_its_accuracy(metrics):
     files = make_files({name: value for name, value in metrics.items() if name not in gone} | scored)
     for one in (Page(files["report.html"]), shown(files["README.md"])):
         rows = {flat(row[0]): flat(" ".join(row[1:])) for table in one.tables for row in table}
+        assert "another perplexity" not in one.text
         assert rows["held-out accuracy"] == "25.0% 87.5%" and "held-out perplexity" not in rows
     assert "pipeline_tag: text-classification" in files["README.md"] and "hfkit classify -m" in files["README.md"]
 
@@ -235,6 +240,13 @@ def test_smooth_is_a_running_mean():
     assert pictures.smooth([]) == []
 
 
+def test_matplotlib_is_imported_only_to_draw():
+    """Every `finetune --dry-run` would pay for it."""
+    script = "import sys, hfkit.reporting.pages, hfkit.tuning.search; print('matplotlib' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
+
+
 # several runs
 
 
@@ -256,8 +268,8 @@ def test_write_report_of_several_runs(runs, tmp_path, capfdbinary, monkeypatch):
     assert page.charts == ["held-out loss", "training loss, smoothed", "learning rate"]
     for folder, row, link in zip(runs, rows, page.links, strict=True):
         metrics, cells = read(folder), dict(zip(head, row, strict=True))
-        assert cells["perplexity"].startswith(f"{metrics['perplexity']:.2f} ± ")
-        assert cells["perplexity before"] == f"{metrics['perplexity_before']:.2f}"
+        assert cells["perplexity"].startswith(f"{metrics['perplexity']:,.2f} ± ")
+        assert cells["perplexity before"] == f"{metrics['perplexity_before']:,.2f}"
         assert cells["loss"] == f"{metrics['loss']:.4f}" and cells["learning rate"] == f"{metrics['learning_rate']:g}"
         assert cells["copied"] == f"{metrics['copied']['share']:.1%}" and "accuracy" not in cells
         assert cells["step"] == str(metrics["step"]) and metrics["command"] in page.text
@@ -300,7 +312,7 @@ def test_write_report_keeps_tasks_apart(metrics, tmp_path):
 def test_report_opens_with_a_verdict(metrics, gain, error, words):
     page = Page(make_files(metrics | {"loss_gain": gain, "loss_gain_stderr": error})["report.html"])
     start = flat(page.text)[:600]
-    assert f"Held-out perplexity: {metrics['perplexity_before']:.2f} → {metrics['perplexity']:.2f}" in start
+    assert f"Held-out perplexity: {metrics['perplexity_before']:,.2f} → {metrics['perplexity']:,.2f}" in start
     assert words in start and "words are from there" in start
     assert page.text.index("hfkit generate -m") < page.text.index("Sample 1") < page.text.index("Curves")
 

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 import hfkit
 from hfkit.errors import HfkitError, OptionError
 from hfkit.reporting.pages import make_files
+from hfkit.training import run_folder
 from hfkit.training.checkpoints import commit, find_newest
 from hfkit.training.monitor import best_step, is_stale
 from hfkit.training.runs import advise
@@ -162,7 +163,7 @@ def test_end_of_a_run(tiny, corpus, tmp_path, monkeypatch, capfd):
     run = train(corpus, tiny, tmp_path / "my run", learning_rate=1e-3)
     lines, figures = told(capfd), run.metrics
     at = lines.index("hfkit: writing samples and the report")
-    gained = f"{figures['perplexity_before']:.2f} → {figures['perplexity']:.2f}"
+    gained = f"{figures['perplexity_before']:,.2f} → {figures['perplexity']:,.2f}"
     assert f"held-out perplexity: {gained} (in blocks of 64 tokens" in lines[at + 1]
     assert lines[-2] == f"hfkit: report: {tmp_path}/my run/report.html"
     assert lines[-1].startswith(f"hfkit: next: hfkit generate -m '{tmp_path}/my run' ")
@@ -237,6 +238,15 @@ def test_labels_are_those_of_classify(tiny, reviews, tmp_path):
     assert run.metrics["accuracy"] == right / 5 and run.metrics["baseline"] == {"label": "bad", "accuracy": 0.6}
 
 
+def test_labels_longer_than_the_room(tiny, tmp_path):
+    """A prompt that fits with its own label, but not with a longer one, does not end the run."""
+    rows = [f"{'x' * (40 + number % 8)},{'no' if number % 2 else 'certainly'}" for number in range(40)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    options = {"template": "{text}: {label}", "labels": ["no", "certainly", "x" * 15], "eval_fraction": 0.3}
+    run = train(str(tmp_path / "rows.csv"), tiny, tmp_path / "run", **options)
+    assert 0 <= run.metrics["accuracy"] <= 1
+
+
 def test_labels_choose_the_step(tmp_path):
     """The highest accuracy is the best; of equal ones, the lowest loss."""
     history = [
@@ -278,18 +288,20 @@ def test_block_size_above_the_context_of_a_new_model(corpus, tmp_path):
     ("name", "words"),
     [
         ("tensorboard", "needs a package: pip install 'hfkit[tensorboard]'"),
-        ("comet_ml", "needs a package: pip install comet-ml"),
+        ("comet_ml", "needs a package: pip install not-installed"),
         ("nothing", "no such tracker; there are azure_ml,"),
         ("torch", "no such tracker"),
     ],
 )
-def test_report_to_what_is_not_there(corpus, tmp_path, monkeypatch, capfdbinary, name, words):
-    """It is reported before a model is looked for."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    result = call(capfdbinary, "finetune", corpus, "-m", "/no/such/model", "-o", tmp_path / "run", "--report-to", name)
-    assert_fails(result, 2, f"--report-to {name}", words)
+def test_report_to_what_is_not_there(tiny, corpus, tmp_path, monkeypatch, capfdbinary, name, words):
+    """It is reported before anything is written."""
+    if name in run_folder._TRACKERS:
+        monkeypatch.setitem(run_folder._TRACKERS, name, "not_installed")
+    for command in (["finetune", corpus, "-m", tiny], ["pretrain", corpus], ["tune", corpus, "-m", tiny]):
+        result = call(capfdbinary, *command, "-o", tmp_path / "run", "--report-to", name)
+        assert_fails(result, 2, f"--report-to {name}", words)
     with pytest.raises(OptionError, match=f"--report-to {name}"):
-        hfkit.finetune(corpus, model="/no/such/model", report_to=name, output_dir=tmp_path / "run")
+        hfkit.finetune(corpus, model=tiny, report_to=name, output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -325,8 +337,9 @@ def test_find_newest_where_a_manifest_has_another_shape(tmp_path, shape):
 
 
 @pytest.mark.slow
-def test_finetune_three_pages(tmp_path, capfd):
+def test_finetune_three_pages(tmp_path, monkeypatch, capfd):
     """Without any option, a text of three pages is learned: its names are in the samples, its end is held out."""
+    monkeypatch.setattr("hfkit.training.runs._TOKENS", 80)
     draw = random.Random(0)
     places = "the mill,the harbour,the old bridge,the orchard,the lighthouse,the market,her garden,his workshop".split(
         ","
