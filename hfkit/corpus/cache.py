@@ -25,7 +25,7 @@ from hfkit.errors import HfkitError, first_line
 from hfkit.options import DataOptions
 from hfkit.storage import add_owned, check_owned, check_regular, lock, make_names_durable, make_writable, write_text
 
-_VERSION = 7  # of the files on disk
+_VERSION = 8  # of the files on disk
 _SAMPLE = 1_000_000  # characters that are examined for their script
 _SCRIPTS = {"Cjk": "Han", "Masculine": "Latin", "Feminine": "Latin", "Micro": "Greek"}  # ª, º and µ
 _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ue000-\uf8ff\ufeff\ufffd]")

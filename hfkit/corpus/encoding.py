@@ -1,5 +1,6 @@
 """Text to token ids: documents, examples with labels, and prompts."""
 
+import functools
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ from itertools import chain, islice
 from typing import Any, cast
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from hfkit.corpus.chat import CHAT_TEMPLATE, RenderedChat, render_chat
@@ -74,11 +76,10 @@ def encode_documents(
     A document begins as the tokenizer begins a text, and ends with EOS if `close`.
     """
     begin, end = _frame(tokenizer)
-    space = _space(tokenizer)
     numbered = number_documents(pieces)
     while batch := list(islice(numbered, BATCH)):
         texts, follows = [piece.text for *_, piece in batch], [not first for _, first, _ in batch]
-        rows = _encode_parts(texts, follows, tokenizer, space)
+        rows = _encode_parts(texts, follows, tokenizer)
         for (document, first, piece), ids in zip(batch, rows, strict=True):
             ids = (begin if first else []) + ids + (end if piece.last and close else [])
             yield {"input_ids": np.array(ids, np.int32), **_origin(document, [piece.text])}
@@ -117,7 +118,7 @@ def _origin(document: int, texts: list[str], parts: int = 1) -> dict[str, int]:
 
 def encode_answers(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of texts that follow a prompt, without the space that some tokenizers write before any text."""
-    return _encode_parts(texts, [True] * len(texts), tokenizer, _space(tokenizer))
+    return _encode_parts(texts, [True] * len(texts), tokenizer)
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -127,25 +128,50 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     return begin, [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
 
 
-def _space(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token of a space, if the tokenizer writes one before each text: within a text it is one too many."""
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
-    return cast(int, tokenizer.convert_tokens_to_ids("▁")) if tokens and tokens[0].startswith("▁") else None
-
-
 def _encode_parts(
-    texts: Sequence[str], follows: Sequence[bool], tokenizer: PreTrainedTokenizerBase, space: int | None
+    texts: Sequence[str], follows: Sequence[bool], tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
-    """Token ids of texts, some of which follow another text. space: as `_space` returns it."""
-    if space is None:
+    """Token ids of texts, some of which follow another text: no space is written before these."""
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
+    if not tokens or not tokens[0].startswith(("▁", "Ġ")):  # it writes no space before a text
         return _encode_plain(texts, tokenizer)
+    inner = _backend_within_text(tokenizer, len(tokenizer)) if tokenizer.is_fast else None
+    pairs = list(zip(texts, follows, strict=True))
+    if inner:
+        firsts = iter(_encode_plain([text for text, after in pairs if not after], tokenizer))
+        others = iter(inner.encode_batch_fast([text for text, after in pairs if after], add_special_tokens=False))
+        return [next(others).ids if after else next(firsts) for after in follows]
+    space = tokenizer.convert_tokens_to_ids("▁")
     # The space that the tokenizer writes stands for the one that a text begins with; without one it must go.
-    bare = [text.removeprefix(" ") if after else text for text, after in zip(texts, follows, strict=True)]
-    rows = _encode_plain(bare, tokenizer)
+    rows = _encode_plain([text.removeprefix(" ") if after else text for text, after in pairs], tokenizer)
     return [
         ids[1:] if after and not text.startswith(" ") and ids[:1] == [space] else ids
-        for text, after, ids in zip(texts, follows, rows, strict=True)
+        for (text, after), ids in zip(pairs, rows, strict=True)
     ]
+
+
+@functools.lru_cache(maxsize=2)
+def _backend_within_text(tokenizer: PreTrainedTokenizerBase, size: int) -> Tokenizer | None:
+    """The tokenizer without the space that it writes before a text; None if that is the space of every word.
+
+    size: of the vocabulary, which may grow.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts: list[dict[str, Any]] = []
+    for part in filter(None, (state["normalizer"], state["pre_tokenizer"])):
+        parts += part.get("normalizers") or part.get("pretokenizers") or [part]
+    for part in parts:
+        match part["type"]:
+            case "WhitespaceSplit" | "Whitespace":
+                return None
+            case "Prepend":
+                part["prepend"] = ""
+            case "Metaspace":
+                part["prepend_scheme"] = "never"
+            case "ByteLevel":
+                part["add_prefix_space"] = False
+    state["truncation"] = state["padding"] = None
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def _encode_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

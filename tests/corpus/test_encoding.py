@@ -182,6 +182,33 @@ def test_encode_examples_learns_first_token(bundled):
     assert learned(row, bundled) == [" the answer\n"]
 
 
+@pytest.mark.parametrize("writes", ["Prepend", "Metaspace", "ByteLevel"])
+def test_encode_within_a_text_writes_no_space(writes):
+    """What a tokenizer writes before a text is not written before an answer, nor where a long text was cut."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    space = "Ġ" if writes == "ByteLevel" else "▁"
+    letters = ["<unk>", "<end>", space, "Ċ", *"\nabcdefghijklmnopqrstuvwxyz=.", f"{space}f", "fo", f"{space}fo"]
+    merges = [(space, "f"), ("f", "o"), (f"{space}f", "o")]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(letters)}, merges, unk_token="<unk>"))
+    if writes == "Prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Metaspace()
+    elif writes == "Metaspace":
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    else:
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<end>")
+    for prompt, answer in (("a=", "four"), ("a", " four"), ("a\n", "fo"), ("a", "\nfo"), ("a ", "fo")):
+        (row,) = encode_examples([Example({"prompt": prompt, "completion": answer}, "x")], tokenizer)
+        assert tokenizer.decode(row["input_ids"]).lstrip(" ") == f"{prompt}{answer}<end>"
+    text = "fo a fo.\n\nfour lines of fo " * 900
+    rows = list(encode_documents(cut_pieces([text]), tokenizer, close=False))
+    assert len(rows) > 2
+    assert [i for row in rows for i in row["input_ids"].tolist()] == tokenizer(text)["input_ids"]
+
+
 RAISING = "{{ raise_exception('roles must\nalternate') }}"
 
 
