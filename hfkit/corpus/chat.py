@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from hfkit.console import note_once
 from hfkit.errors import HfkitError, first_line
 
 # For conversations with a tokenizer that has no template of its own.
@@ -20,6 +21,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\\nAssistant:' }}{% endif %}"
 )
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")  # marks what the assistant says in a template
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what programs call the thoughts before an answer
 Message = dict[str, Any]  # role, content (a text), and what else the template reads
 _Render = Callable[..., tuple[str, list[tuple[int, int]]]]  # as `_render`, of messages
 
@@ -59,11 +61,13 @@ def render_chat(
     if learned == turns and _GENERATION.search(template):
         marked = RenderedChat(text, marks)
         if _holds(marked, [messages[turn] for turn in turns]):
+            _note_lost_thoughts([messages[turn] for turn in turns], text)
             return [marked]
     chats = [_render_answer(messages[: turn + 1], render) for turn in learned]
     for turn, chat in zip(learned, chats, strict=True):
         if not _holds(chat, [messages[turn]]):
             raise HfkitError(f"the chat template leaves out an answer ({where}): fix the row or the template")
+        _note_lost_thoughts([messages[turn]], chat.text)
     if all(text.startswith(chat.text) for chat in chats):
         return [RenderedChat(text, [span for chat in chats for span in chat.answers])]
     return chats
@@ -119,3 +123,10 @@ def _holds(chat: RenderedChat, messages: list[Message]) -> bool:
     expected = [message["content"] for message in messages]
     expected += [call["function"]["name"] for message in messages for call in message.get("tool_calls", [])]
     return all("".join(text.split()) in learned for text in expected)
+
+
+def _note_lost_thoughts(messages: list[Message], text: str) -> None:
+    """Say which thoughts of these messages are not in the rendered text. Many templates have a place for one name."""
+    for name in _THOUGHTS:
+        if any(str(message.get(name) or "").strip() not in text for message in messages):
+            note_once(f"the chat template leaves out {name!r} of answers: it is not learned")

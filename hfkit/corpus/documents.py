@@ -69,7 +69,7 @@ class Corpus:
         """SHA-256 of the files' content; names and time stamps do not matter."""
         # Of files in a folder those without a clear text are left out.
         roles = [
-            (kind, self.splits.get(path), kind != "text" and path in self.from_folder)
+            (kind, self.splits.get(path), kind != "text" and path in self.from_folder, _is_notebook(path))
             for path, kind in zip(self.files, self.kinds, strict=True)
         ]
         total = hashlib.sha256(repr((roles, self.hub)).encode())
@@ -243,8 +243,11 @@ def read_table(corpus: Corpora | Corpus, options: CorpusOptions) -> Iterator[Row
 
 
 def _read_plain(path: Path, errors: str) -> Iterator[str]:
-    is_notebook = path.name.lower().removesuffix(".gz").endswith(".ipynb")
-    return read_notebook(path, errors) if is_notebook else read_text(path, errors)
+    return read_notebook(path, errors) if _is_notebook(path) else read_text(path, errors)
+
+
+def _is_notebook(path: Path) -> bool:
+    return path.name.lower().removesuffix(".gz").endswith(".ipynb")
 
 
 def _make_records(rows: Iterable[Row], convert: Convert, description: str) -> Iterator[Piece | Example]:

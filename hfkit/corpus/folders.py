@@ -1,6 +1,7 @@
 """The files of a folder that belong to a corpus: none that are hidden, and none that hfkit wrote or a model needs."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from hfkit.errors import HfkitError
 from hfkit.storage import LIST
 
 _CONFIGS = ("config.json", "adapter_config.json")
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)([-_]\d.*)?", re.IGNORECASE)  # the name of a file
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf")
 
 
@@ -74,6 +76,9 @@ def list_folder(folder: Path, exclude: Path | None = None) -> FolderFiles:
     walk(folder)
     if outside:
         note_once(f"{folder} has links that lead out of it, which are read ({outside[0]} to {outside[0].resolve()})")
+    matches = [_SPLIT.fullmatch(path.name.partition(".")[0]) for path in found.files if path not in found.splits]
+    if len(names := sorted({match[1].lower() for match in matches if match})) > 1:
+        note_once(f"{folder} has files called {' and '.join(names)}: all are read; to keep some out, name the others")
     return found
 
 

@@ -15,6 +15,7 @@ from support.corpora import CHATML, prepare, scrawl, talk, whole
 from support.models import byte_vocabulary
 from transformers import GPT2Tokenizer
 
+from hfkit.console import note_once
 from hfkit.corpus.documents import END, Example, cut_pieces
 from hfkit.corpus.encoding import IGNORED, encode_documents, encode_examples
 from hfkit.errors import HfkitError
@@ -207,6 +208,17 @@ def test_encode_within_a_text_writes_no_space(writes):
     rows = list(encode_documents(cut_pieces([text]), tokenizer, close=False))
     assert len(rows) > 2
     assert [i for row in rows for i in row["input_ids"].tolist()] == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.thinking }}{{ m.content }}\n{% endfor %}"])
+def test_encode_examples_says_which_thoughts_it_leaves_out(bundled, template, capfd):
+    """A template reads the thoughts of an answer by one name, or not at all."""
+    bundled.chat_template = template
+    note_once.cache_clear()
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "thinking": "hm"}]}
+    list(encode_examples([Example(row, "x")], bundled))
+    lost = "the chat template leaves out 'thinking' of answers: it is not learned"
+    assert (lost in capfd.readouterr().err) == (template is None)
 
 
 RAISING = "{{ raise_exception('roles must\nalternate') }}"

@@ -159,6 +159,15 @@ def test_read_records_of_one_split_of_a_data_set(tmp_path, capfd):
     assert read(tmp_path / "single") == ["test"]
 
 
+@pytest.mark.parametrize(("other", "is_told"), [("test-00000-of-00001.jsonl", True), ("testament.jsonl", False)])
+def test_list_folder_says_that_it_reads_all_splits(tmp_path, other, is_told, capfd):
+    """Only a data set that was saved as splits says which one is meant; files in a folder only look like some."""
+    for name in ("train.jsonl", other):
+        (tmp_path / name).write_text('{"text": "one"}\n')
+    assert read(tmp_path) == ["one", "one"]
+    assert ("has files called test and train: all are read" in capfd.readouterr().err) == is_told
+
+
 def test_fingerprint_tells_a_split_from_all_its_files(tmp_path):
     """What is cached for one split of a data set is not taken for all of them."""
     datasets.disable_progress_bars()

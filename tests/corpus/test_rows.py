@@ -204,6 +204,14 @@ def test_kind_of_names_a_format_that_is_not_read(tmp_path, name):
     assert [path.name for path in find_corpus(tmp_path).files] == ["z.txt"]
 
 
+def test_fingerprint_tells_a_notebook_from_a_text(tmp_path):
+    """The same bytes are read as cells or as a text, so the tokens of one are not those of the other."""
+    for name in ("a.ipynb", "a.txt", "b.txt"):
+        (tmp_path / name).write_text('{"cells": [{"source": "print(1)"}]}')
+    notebook, text, copy = (find_corpus(tmp_path / name).fingerprint() for name in ("a.ipynb", "a.txt", "b.txt"))
+    assert notebook != text == copy
+
+
 def test_read_notebook_reads_the_cells(tmp_path):
     """Outputs, with their pictures as base64, are no text."""
     cells = [
