@@ -22,19 +22,14 @@ class ModelOptions(Options):
 
     named_by: ClassVar[str] = "model"
     model: str | None = option(
-        None,
-        "bundled, a Hub name such as gpt2, a folder (model, LoRA adapter) or a .gguf file. [default: $HFKIT_MODEL, "
-        "else bundled]",
-        short="-m",
+        None, "bundled, a Hub name (gpt2), a folder, a .gguf file. [default: $HFKIT_MODEL, else bundled]", short="-m"
     )
     revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps ...")
     dtype: _Dtype = option("auto", "Precision of the weights.")
-    device_map: str | None = option(
-        None, "Spread the model over devices with accelerate: auto, balanced, sequential ..."
-    )
+    device_map: str | None = option(None, "Spread the model over devices: auto, balanced, sequential ...")
     quantize: Literal["auto", "int8", "int4"] | None = option(
-        None, "Store the weights in 8 or 4 bits: less memory, faster. auto: int8 for a model too large otherwise."
+        None, "Weights in 8 or 4 bits: less memory, faster. auto: int8 if the whole ones fill most of the memory."
     )
     trust_remote_code: bool = option(False, "Run code that comes with a local model, or one with --revision COMMIT.")
 
@@ -78,7 +73,7 @@ class GenerateOptions(Options):
     use_cache: bool | None = option(None, "Reuse keys and values of earlier tokens.")
     max_time: float | None = option(None, "Stop after this many seconds.", above=0)
     stop_strings: list[str] | None = option(
-        None, r"End before this text; \n is a newline; may be repeated.", short="--stop"
+        None, r"End before this text (\n: newline); may be repeated.", short="--stop"
     )
     bad_words: list[str] | None = option(None, "Never produce this text; may be repeated.")
     sequence_bias: list[str] | None = option(None, "TEXT=BIAS: add BIAS to the logit of TEXT; may be repeated.")
@@ -89,9 +84,7 @@ class GenerateOptions(Options):
     novel_words: int | None = option(None, "Words in a row that may be copied from it. [default: 8]", min=1, max=1000)
     raw: bool = option(False, "Use the prompt as it is, without the template that the model was trained with.")
     truncate: bool = option(False, "Cut the beginning of a prompt that is too long.")
-    seed: int | None = option(
-        None, "Random seed; sample k uses SEED+k. [default: random, printed]", short="-s", min=0, max=2**63 - 1
-    )
+    seed: int | None = option(None, "Random seed. [default: random, printed]", short="-s", min=0, max=2**63 - 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,9 +122,7 @@ class TaskOptions(Options):
 
     template: str | None = option(None, r"Prompt and answer from a row's columns: 'English: {en}\nFrench: {fr}'.")
     labels: list[str] | None = option(None, "A possible answer; repeat it for all of them.")
-    metric: list[str] | None = option(
-        None, "accuracy, f1, exact_match, bleu, chrf, rouge1 ...; may be repeated. [default: by the task]"
-    )
+    metric: list[str] | None = option(None, "accuracy, f1, bleu, chrf ...; may be repeated. [default: by the task]")
 
 
 @dataclass(frozen=True, kw_only=True)

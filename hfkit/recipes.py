@@ -72,7 +72,8 @@ def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
         raise OptionError(f"not a readable recipe ({where}): {problem}") from error
     values = {key: value for key, value in recipe.items() if value is not None}
     for name in _BY_FLAG:  # a recipe may be somebody else's: it neither runs code nor replaces files
-        if values.pop(name, False):
+        if values.get(name):
+            del values[name]
             note(f"{path} sets {name}, which only a flag may: it is ignored, add --{name.replace('_', '-')}")
     return values | {key: _find_data(values[key], path) for key in ("corpus", "eval_file") if key in values}
 

@@ -101,7 +101,7 @@ def test_read_values_refused(read, text, words, tmp_path, monkeypatch):
 
 def test_read_values_missing_file(capfdbinary, tmp_path):
     """A recipe that does not exist is a usage error."""
-    assert_fails(call(capfdbinary, "generate", "hi", "-c", tmp_path / "none.yaml"), 2, "none.yaml", "No such file")
+    assert_fails(call(capfdbinary, "generate", "hi", "-c", tmp_path / "none.yaml"), 2, "none.yaml", "no recipe")
     assert_fails(call(capfdbinary, "generate", "hi", "-c", tmp_path), 2, "directory")
 
 

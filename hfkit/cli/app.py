@@ -1,5 +1,6 @@
 """The `hfkit` command: registers every subcommand, and turns each failure into one line and an exit code."""
 
+import atexit
 import gc
 import io
 import os
@@ -57,11 +58,11 @@ def _root(
 ) -> None: ...
 
 
-for _command in (generate, chat, finetune, pretrain, prepare, evaluate, inspect, classify, answer, tune):
+for _command in (
+    *(generate, chat, finetune, pretrain, prepare, evaluate, inspect, classify, answer, tune, report, export, info),
+):
     app.command(cls=Command)(_command)
 app.add_typer(recipes.app, name="recipes")
-for _command in (report, export, info):
-    app.command(cls=Command)(_command)
 
 
 def main() -> NoReturn:
@@ -81,6 +82,7 @@ def main() -> NoReturn:
     if sys.argv[1:2] == ["help"]:
         sys.argv[1:] = [*sys.argv[2:], "--help"]
     gc.set_threshold(50_000)  # importing transformers creates many objects and no garbage: saves a sixth of its time
+    atexit.register(gc.freeze)  # the collections of a process that ends take a second and free nothing of use
     hook, sys.unraisablehook = sys.unraisablehook, send_again
     try:
         code = app(prog_name="hfkit", standalone_mode=False)

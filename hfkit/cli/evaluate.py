@@ -25,7 +25,6 @@ def evaluate(
     corpus: CorpusArgument, model: ManyModelsOptions, read: CorpusOptions, options: EvaluateOptions, json: Json = False
 ) -> None:
     """Measure how well models predict a corpus: perplexity, bits per byte, accuracy, each with its error."""
-    find_corpus(corpus)  # report a wrong path before torch is imported
     write_evaluation(corpus, model, read, options, json=json)
 
 

@@ -93,8 +93,10 @@ def _print_streams(lm: LanguageModel, sampling: GenerateOptions, prompt: Request
     samples = sampling.num_return_sequences or 1
     for k in range(samples):
         sample = replace(sampling, num_return_sequences=None, seed=(sampling.seed or 0) + k)
-        _print_stream(lm, sample, prompt, prompt_shown)
-        console.write("\n" if k == samples - 1 else "\n----\n")
+        try:
+            _print_stream(lm, sample, prompt, prompt_shown)
+        finally:  # after Ctrl-C, too
+            console.write("\n" if k == samples - 1 else "\n----\n")
 
 
 def _print_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: Request, prompt_shown: bool) -> None:

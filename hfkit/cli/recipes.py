@@ -30,6 +30,6 @@ def copy(
     name: Annotated[str, typer.Argument(help="A recipe, as `hfkit recipes` lists it.", autocompletion=_complete)],
     to: Annotated[Path, typer.Option(help="Folder.")] = Path(),
 ) -> None:
-    """Copy a recipe and its data; print the files and the commands that use them."""
+    """Copy a recipe and its data; print the commands that use them."""
     files = copy_recipe(name, to)
     console.write("".join(f"{file}\n" for file in files) + "\n" + "\n".join(head_comment(files[0])) + "\n")

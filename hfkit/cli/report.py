@@ -1,6 +1,5 @@
 """`hfkit report` and `hfkit export` at a shell."""
 
-import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import hfkit
 from hfkit import console
 from hfkit.cli.flags import flags
 from hfkit.errors import HfkitError
+from hfkit.models.sources import check_target, find_model
 from hfkit.options import ExportOptions
 
 
@@ -36,10 +36,9 @@ def export(
 ) -> None:
     """Write a model as one folder, with adapters merged or another precision; or push it to the Hub."""
     if not options.output_dir and not options.push_to_hub:
-        options = replace(options, output_dir=f"{Path(model).name}-export")  # printed in the end
-    target = options.output_dir
-    if target and os.path.isdir(target) and os.listdir(target) and not options.overwrite:
-        raise HfkitError(f"{target} exists: --overwrite replaces it, or name another --output-dir")
+        options = replace(options, output_dir=f"{Path(model).resolve().name}-export")  # printed in the end
+    if options.output_dir:  # before torch is imported
+        check_target(Path(options.output_dir), find_model(model), overwrite=options.overwrite)
     place = hfkit.export(model, options)
     console.write(f"{place}\n")
     if options.output_dir:

@@ -140,9 +140,14 @@ def _list_source(source: str, exclude: Path | None) -> FolderFiles:
         raise HfkitError(f"cannot read the corpus ({source}): {first_line(error)}") from error
     if not paths:
         raise HfkitError(f"no corpus {source!r}: no such file or folder")
-    outputs = [folder for folder in {path.parent for path in paths} if folder == exclude or describe_output(folder)]
+    folders = dict.fromkeys(path.parent for path in paths)
+    outputs = [
+        folder for folder in folders if describe_output(folder) or (exclude and folder.resolve() == exclude.resolve())
+    ]
     files = [path for path in paths if path.parent not in outputs]
-    return FolderFiles(files, skipped=outputs) if files else FolderFiles(paths)
+    if not files:
+        raise HfkitError(f"{source} names files of {outputs[0]}, a run or a model: did you mean -m {outputs[0]}?")
+    return FolderFiles(files, skipped=outputs)
 
 
 def is_prepared(folder: Path) -> bool:
@@ -213,7 +218,8 @@ def _open_sources(
     elif splits and split not in splits:
         raise HfkitError(f"no split {split!r} (there are {column_names(splits)}): choose one with --dataset-split")
     elif splits:
-        note_once(f"{corpus.files[0].parents[1]} has {column_names(splits)}: reading {split!r} (--dataset-split)")
+        folder = next(iter(corpus.splits)).parents[1]
+        note_once(f"{folder} has {column_names(splits)}: reading {split!r} (--dataset-split)")
     has_rows = bool(corpus.hub) or any(kind != "text" for kind in corpus.kinds)
     for path, kind in zip(corpus.files, corpus.kinds, strict=True):
         if corpus.splits.get(path, split) != split:

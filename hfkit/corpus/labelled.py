@@ -130,13 +130,15 @@ def question_rows(corpus: Corpora | Corpus, options: CorpusOptions) -> list[Ques
     """
     rows = []
     for row, where in read_table(corpus, options):
-        question, context = row.get("question"), row.get("context")
         answers: Any = row.get("answers", row.get("answer"))
         starts = [row.get("answer_start")]
         if isinstance(answers, Mapping):  # SQuAD's {"text": [...], "answer_start": [...]}
             answers, starts = answers.get("text"), list(answers.get("answer_start") or [])
-        if not isinstance(question, str) or not isinstance(context, str) or answers is None:
+        elif isinstance(answers, list) and all(isinstance(answer, Mapping) for answer in answers):
+            answers, starts = ([answer.get(key) for answer in answers] for key in ("text", "answer_start"))
+        if not row.keys() >= {"question", "context"} or answers is None:
             raise HfkitError(f"rows must have question, context and answer ({where}: {column_names(row)})")
+        question, context = (check_text(row[name], name, where) for name in ("question", "context"))
         if isinstance(answers, str) and answers[:1] in ("[", "{") and answers not in context:
             raise HfkitError(f"answers are a list written as text ({where}): write JSON Lines, or one answer a row")
         answers = [answer for answer in ([answers] if isinstance(answers, str) else answers) if answer]

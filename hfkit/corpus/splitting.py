@@ -62,26 +62,26 @@ def hold_out_texts(
     wanted = min(fraction * sizes.sum(), _MOST)
     if wanted < _LEAST:
         return shares
-    units = _number_copies(documents, contents)
+    starts = np.flatnonzero(np.diff(documents, prepend=-1))  # the first row of each document
+    units = _number_copies(contents, starts)
     bulk = np.bincount(units, sizes)
     if len(bulk) * wanted >= sizes.sum():  # at least one whole document
         shares[hold_out(units, sizes, fraction, seed)[1]] = 1
         return shares
-    copies = [np.unique(documents[units == unit]) for unit in range(len(bulk))]
-    largest = int(np.argmax([size / len(copy) for size, copy in zip(bulk, copies, strict=True)]))
-    each = min(wanted, bulk[largest] / 2) / len(copies[largest])
-    for copy in copies[largest]:
+    largest = np.argmax(bulk / np.bincount(units[starts]))
+    copies = documents[starts][units[starts] == largest]
+    each = min(wanted, bulk[largest] / 2) / len(copies)
+    for copy in copies:
         rows = np.flatnonzero(documents == copy)
         after = sizes[rows][::-1].cumsum()[::-1] - sizes[rows]  # bytes of the document after each row
         shares[rows] = ((each - after) / sizes[rows]).clip(0, 1)
     return shares
 
 
-def _number_copies(documents: np.ndarray, contents: np.ndarray) -> np.ndarray:
-    """(rows,) the same number for all rows of a document and of its copies."""
-    starts = np.flatnonzero(np.diff(documents, prepend=-1))
-    counts = np.diff(starts, append=len(documents))
-    places = np.arange(len(documents)) - np.repeat(starts, counts)
+def _number_copies(contents: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """(rows,) the same number for all rows of a document, which begin at `starts`, and of its copies."""
+    counts = np.diff(starts, append=len(contents))
+    places = np.arange(len(contents)) - np.repeat(starts, counts)
     # Odd factors keep the order of the rows in the sum. 64-bit arithmetic wraps around.
     wholes = np.add.reduceat(contents.astype(np.uint64) * (2 * places + 1).astype(np.uint64), starts)
     return np.repeat(np.unique(wholes, return_inverse=True)[1], counts)

@@ -14,9 +14,9 @@ from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.hub import reach_hub
 from hfkit.models.loading import LanguageModel, load_tokenizer, load_weights
-from hfkit.models.sources import ModelFiles, find_model
+from hfkit.models.sources import check_target, find_model
 from hfkit.options import ExportOptions, ModelOptions
-from hfkit.storage import add_owned, check_free, check_owned, check_space, make_writable, publish, temporary
+from hfkit.storage import add_owned, check_space, publish, temporary
 
 _KEPT = ("README.md", "loss.png", "report.html", "metrics.json")  # files of a training run to copy
 
@@ -44,7 +44,7 @@ def export(
         raise OptionError("export needs a place: give --output-dir or --push-to-hub OWNER/NAME")
     target = Path(options.output_dir or f".hfkit-export-{Path(str(options.push_to_hub)).name}")
     source = find_model(chosen)
-    _check_target(target, source, options.overwrite)
+    check_target(target, source, overwrite=options.overwrite)
     check_space(target.parent, source.size)
     if options.push_to_hub:
         reach_hub(options.push_to_hub)
@@ -70,27 +70,6 @@ def export(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return f"https://huggingface.co/{options.push_to_hub}"
-
-
-def _check_target(target: Path, source: ModelFiles, overwrite: bool) -> None:
-    make_writable(target.parent)
-    try:
-        target.lstat()
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:  # a folder cannot have this name
-        raise HfkitError(f"cannot write to {target}: {first_line(error)}; name another --output-dir") from error
-    if target.is_symlink() or not target.is_dir():
-        raise HfkitError(f"{target} is not a folder: name another --output-dir")
-    if not any(target.iterdir()):
-        return
-    for folder in (source.folder, source.adapter or source.folder):
-        if folder.resolve().is_relative_to(target.resolve()):
-            raise HfkitError(f"{target} holds the model itself: name another --output-dir")
-    check_owned(target, hidden=True)  # the whole folder is replaced
-    if not (target / "config.json").is_file():
-        raise HfkitError(f"{target} does not hold a model: name another --output-dir")
-    check_free(target, overwrite=overwrite, flag="--output-dir")
 
 
 def _write(lm: LanguageModel, source: Path, folder: Path, name: str) -> None:

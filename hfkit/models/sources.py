@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import hfkit
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, first_line
 from hfkit.models.download import from_hub
 from hfkit.models.folder import check_header, has_tokenizer, is_inside, read_json, weight_files
 from hfkit.options import ModelOptions
+from hfkit.storage import check_free, check_owned, make_writable
 
 BUNDLED = Path(hfkit.__file__).parent / "bundled"
 
@@ -172,3 +173,25 @@ def count_parameters(source: ModelFiles) -> int:
         with safe_open(path, framework="np") as file:
             total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     return total
+
+
+def check_target(target: Path, source: ModelFiles, *, overwrite: bool) -> None:
+    """Raise HfkitError unless a model made from `source` can be written to `target` and nothing of value is lost."""
+    make_writable(target.parent)
+    try:
+        target.lstat()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:  # a folder cannot have this name
+        raise HfkitError(f"cannot write to {target}: {first_line(error)}; name another --output-dir") from error
+    if target.is_symlink() or not target.is_dir():
+        raise HfkitError(f"{target} is not a folder: name another --output-dir")
+    if not any(target.iterdir()):
+        return
+    for folder in (source.folder, source.adapter or source.folder):
+        if folder.resolve().is_relative_to(target.resolve()):
+            raise HfkitError(f"{target} holds the model itself: name another --output-dir")
+    check_owned(target, hidden=True)  # the whole folder is replaced
+    if not (target / "config.json").is_file():
+        raise HfkitError(f"{target} does not hold a model: name another --output-dir")
+    check_free(target, overwrite=overwrite, flag="--output-dir")

@@ -35,7 +35,8 @@ def read_tokenizer(source: ModelFiles) -> PreTrainedTokenizerBase:
             kind = GPT2Tokenizer
     tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(folder, **options)
     # GPT2Tokenizer rebuilds a byte-level BPE from the vocabulary, whatever else tokenizer.json says.
-    if isinstance(tokenizer, GPT2Tokenizer) and not settings.get("add_prefix_space") and _differs(tokenizer, folder):
+    is_set = settings.get("add_prefix_space") or settings.get("add_bos_token")  # these change what the file says
+    if isinstance(tokenizer, GPT2Tokenizer) and not is_set and _differs(tokenizer, folder):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     if tokenizer.is_fast:
         clear_limits(tokenizer.backend_tokenizer)
@@ -53,4 +54,4 @@ def _differs(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
     if not file.is_file():
         return False
     clear_limits(backend := Tokenizer.from_file(str(file)))
-    return backend.encode(_PROBE).ids != tokenizer(_PROBE)["input_ids"]
+    return bool(backend.encode(_PROBE).ids != tokenizer(_PROBE)["input_ids"])

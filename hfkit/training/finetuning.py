@@ -77,24 +77,15 @@ def finetune(
         describe_plan(dataset.report, plan)
         if dry_run:
             return None
-        return execute(
-            Job(
-                command="finetune",
-                name=source.name,
-                files=files,
-                folder=folder,
-                recipe=run_folder.make_recipe(corpus, replace(options, model=source.name), data, plan.options),
-                facts=dataset.fingerprint
-                | {"model_bytes": source.size, "processes": processes.count, "command": line},
-                tokenizer=tokenizer,
-                make_model=partial(make_trainable, source, options, plan, tokenizer, dataset),
-                dataset=dataset,
-                plan=plan,
-                block_size=block_size,
-                data=data,
-                callbacks=callbacks,
-            )
-        )
+        facts = {"model_bytes": source.size, "processes": processes.count, "command": line}
+        job = Job(
+            command="finetune", name=source.name, files=files, folder=folder,
+            recipe=run_folder.make_recipe(corpus, replace(options, model=source.name), data, plan.options),
+            facts=dataset.fingerprint | facts, tokenizer=tokenizer,
+            make_model=partial(make_trainable, source, options, plan, tokenizer, dataset),
+            dataset=dataset, plan=plan, block_size=block_size, data=data, callbacks=callbacks,
+        )  # fmt: skip
+        return execute(job)
 
 
 def _choose_head(source: ModelFiles, config: Any, train: TrainOptions) -> TrainOptions:

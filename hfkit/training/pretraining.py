@@ -33,6 +33,7 @@ from hfkit.corpus.splitting import content_of, hold_out_texts
 from hfkit.declaration import divide, set_fields
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.architecture import choose_device
+from hfkit.models.integrity import LOADING
 from hfkit.options import DataOptions, ModelOptions, SizeOptions, TrainOptions
 from hfkit.training import run_folder
 from hfkit.training.finetuning import set_training_mode
@@ -105,29 +106,22 @@ def pretrain(
         if dry_run:
             return None
         job = Job(
-            command="pretrain",
-            name="a new BERT" if train.head else "a new GPT-2",
-            files=files,
-            folder=folder,
+            command="pretrain", name="a new BERT" if train.head else "a new GPT-2", files=files, folder=folder,
             recipe=run_folder.make_recipe(corpus, shape, data, plan.options) | {"device": device},
-            facts=dataset.fingerprint | {"processes": processes.count, "command": line},
-            tokenizer=tokenizer,
+            facts=dataset.fingerprint | {"processes": processes.count, "command": line}, tokenizer=tokenizer,
             make_model=partial(_make_trainable, config, plan),
-            dataset=dataset,
-            plan=plan,
-            block_size=block_size,
-            data=data,
-            callbacks=callbacks,
-        )
+            dataset=dataset, plan=plan, block_size=block_size, data=data, callbacks=callbacks,
+        )  # fmt: skip
         return execute(job, keep=partial(tokenizer.save_pretrained, folder / _TOKENIZER))
 
 
 def new_model(config: Any, head: str | None) -> Any:
     """A model with random weights."""
-    if not head:
-        return GPT2LMHeadModel(config)
-    kind = AutoModelForSequenceClassification if head == "classification" else AutoModelForQuestionAnswering
-    return kind.from_config(config)  # type: ignore[no-untyped-call]
+    with LOADING:
+        if not head:
+            return GPT2LMHeadModel(config)
+        kind = AutoModelForSequenceClassification if head == "classification" else AutoModelForQuestionAnswering
+        return kind.from_config(config)  # type: ignore[no-untyped-call]
 
 
 def _make_trainable(config: Any, plan: Plan) -> Any:

@@ -40,7 +40,8 @@ from hfkit.storage import (
 )
 
 RECIPE, FACTS, CHECKPOINTS = "recipe.yaml", "run.json", "checkpoints"
-_NOT_IN_RECIPE = ("output_dir", "resume", "overwrite")  # they do not change what is trained
+# They do not change what is trained, and trust is not given by a file.
+_NOT_IN_RECIPE = ("output_dir", "resume", "overwrite", "trust_remote_code")
 # What transformers reports to, and the module that it needs for that.
 _TRACKERS = {"azure_ml": "azureml", "clearml": "clearml", "codecarbon": "codecarbon", "comet_ml": "comet_ml",
              "dagshub": "dagshub", "dvclive": "dvclive", "flyte": "flytekit", "mlflow": "mlflow",

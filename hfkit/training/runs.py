@@ -185,36 +185,36 @@ def held_out_scores(history: list[dict[str, Any]], step: int, head: str | None =
 
 def outcome_lines(metrics: dict[str, Any], job: Job) -> list[str]:
     """What the run gained, what would bring more, where its report is, and the command to type next."""
-    summary, folder = summarize(metrics), job.folder
-    lines = [summary.headline[:1].lower() + summary.headline[1:]]
-    if metrics.get("perplexity") is not None and metrics.get("accuracy") is None:
-        lines[0] += f" (in blocks of {job.block_size} tokens, as it was trained)"
-    if baseline := metrics.get("baseline"):
-        label, share = repr(baseline["label"]), f"{baseline['accuracy']:.1%}"
-        better = (metrics.get("accuracy") or 0.0) > baseline["accuracy"]
-        lines[0] += f"; always answering {label}: {share}"
-        lines += (
-            [] if better else [f"it is not better than always answering {label}: more rows or more epochs may help"]
-        )
-    lines += advise(metrics, job.plan)
-    lines += [f"report: {folder / PAGE}"] if (folder / PAGE).is_file() else []
-    return [*lines, f"next: {summary.command}"]
+    summary, page, baseline = summarize(metrics), job.folder / PAGE, metrics.get("baseline")
+    gained, advice = summary.headline[:1].lower() + summary.headline[1:], advise(metrics, job.plan)
+    if metrics["loss"] is None:
+        gained += ": nothing was held out"
+    elif baseline:
+        always = f"always answering {baseline['label']!r}"
+        gained += f"; {always}: {baseline['accuracy']:.1%}"
+        if (metrics["accuracy"] or 0.0) <= baseline["accuracy"]:
+            advice = [f"it is not better than {always}: more rows or more epochs may help"]
+    elif not metrics["head"]:
+        gained += f" (in blocks of {job.block_size} tokens, as it was trained)"
+    report = [f"report: {page}"] if page.is_file() else []
+    return [gained, *advice, *report, f"next: {summary.command}"]
 
 
 def advise(metrics: dict[str, Any], plan: Plan) -> list[str]:
     """What the held-out losses say about training longer."""
-    losses = [(entry["step"], entry["eval_loss"]) for entry in evaluations(metrics["history"])]
-    trained = [(step, loss) for step, loss in losses if step]
-    before, step = metrics.get("loss_before"), metrics["step"]
-    if not trained or before is None or metrics.get("loss") is None:
+    trained = [entry for entry in evaluations(metrics["history"]) if entry["step"]]
+    before, kept = metrics["loss_before"], metrics["step"]
+    if not trained or before is None:
         return []
-    if min(loss for _, loss in trained) >= before:
+    if min(entry["eval_loss"] for entry in trained) >= before:
         rate = f"--learning-rate (it was {plan.options.learning_rate:g})"
         return [f"it only got worse: the held-out loss rose from {before:.3f}; lower {rate}, or give more text"]
-    if len(trained) > 1 and step == trained[-1][0] == plan.steps and trained[-1][1] < trained[-2][1]:
+    if len(trained) == 1:
+        return []
+    if kept < trained[-1]["step"]:
+        return [f"it was best at step {kept} of {metrics['steps']}: more text would bring more, more epochs would not"]
+    if kept == plan.steps and trained[-1]["eval_loss"] < trained[-2]["eval_loss"]:
         return ["the held-out loss was still falling: more epochs (--num-train-epochs) would bring more"]
-    if len(trained) > 1 and step < trained[-1][0]:
-        return [f"it was best at step {step} of {metrics['steps']}: more text would bring more, more epochs would not"]
     return []
 
 

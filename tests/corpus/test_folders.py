@@ -89,13 +89,21 @@ def test_find_corpus_refuses_a_model(tiny, folder, tmp_path, copy, capfdbinary):
 
 
 def test_find_corpus_of_a_glob_leaves_runs_out(folder, tiny, copy):
-    """A glob that reaches into a model takes no file of it."""
+    """A glob that reaches into a model or the output takes no file of it; one for a model alone is refused."""
     copy(tiny).rename(folder / "model")
-    assert names_of_glob(folder, "**/*.*") == ["plain.txt"]
+    (folder / "out").mkdir()
+    (folder / "out" / "draft.txt").write_text("draft")
+    pattern = f"{folder}/**/*.*"
+    assert [path.name for path in find_corpus(pattern).files] == ["draft.txt", "plain.txt"]
+    assert [path.name for path in find_corpus(pattern, exclude=folder / "out").files] == ["plain.txt"]
+    with pytest.raises(HfkitError, match=f"names files of {folder}/model, a run or a model: did you mean -m"):
+        find_corpus(f"{folder}/model/*.json")
 
 
-def names_of_glob(folder, pattern) -> list[str]:
-    return [str(path.relative_to(folder)) for path in find_corpus(f"{folder}/{pattern}").files]
+def test_find_corpus_of_a_file_in_a_run(folder):
+    """A file that is named is read wherever it lies."""
+    (folder / ".hfkit.json").write_text('{"files": []}')
+    assert find_corpus(folder / "plain.txt").files == (folder / "plain.txt",)
 
 
 # links

@@ -333,15 +333,17 @@ def test_question_rows_of_squad_or_with_a_text(tmp_path):
         base | {"answer": "rain", "answer_start": "30"},
         base | {"answer": "rain", "answer_start": 30.0},
         base | {"answer": "rain", "answer_start": ""},
+        base | {"answers": [{"text": "rain", "answer_start": 30}, {"text": "the rain", "answer_start": 26}]},
     ]
     result = rows_of(tmp_path, rows, question_rows)
-    assert [row.start for row in result] == [30, -1, 4, -1, 16, 30, 4, -1, 30, 30, 4]
+    assert [row.start for row in result] == [30, -1, 4, -1, 16, 30, 4, -1, 30, 30, 4, 30]
     assert [row.answers for row in result][:5] == [["rain", "the rain"], [], ["rain"], [], ["light", "the light"]]
     assert all(row.question == "what" and row.context == context for row in result)
     for row, words in (
         (base, "must have question, context and answer .*line 1: 'question', 'context'"),
         ({"question": "what", "answer": "x"}, "must have"),
         (base | {"answer": None}, "must have"),
+        (base | {"context": None, "answer": "x"}, r"column 'context' is not text .*line 1"),
         (base | {"answers": [3]}, r"an answer is not text .*line 1"),
         (base | {"answers": "{'text': ['rain'], 'answer_start': [4]}"}, r"a list written as text .*line 1"),
         (base | {"answers": '["rain"]'}, r"a list written as text .*line 1"),

@@ -105,6 +105,13 @@ def test_hold_out_texts_takes_the_end_of_a_book():
     assert shares.tolist() == pytest.approx([0, 0, 335 / 4000, 1, 0])
 
 
+def test_hold_out_texts_of_many_books():
+    """Of many long texts, too, a megabyte is enough: the end of one of them."""
+    documents = np.repeat(np.arange(5000), 300)
+    shares = hold_out_texts(documents, np.arange(len(documents)), np.full(len(documents), 4000), 0.05, 0)
+    assert shares.sum() * 4000 == 600_000 and len({*documents[shares > 0]}) == 1
+
+
 def test_hold_out_texts_of_too_little():
     """Of next to nothing, and where nothing is asked for, nothing is held out."""
     assert not hold_out_texts(*pieces([(1, 400)], [(2, 400)]), 0.05, 0).any()

@@ -228,8 +228,9 @@ def test_generate_several_fields_take_rows_only(tiny, tmp_path, capfdbinary):
     assert AutoTokenizer.from_pretrained(run.output_dir).chat_template is None
     assert_fails(call(capfdbinary, "generate", "-m", run.output_dir, "text"), 1, "fields a, b", "--input")
     row = {"a": "1", "b": "x"}
-    generation = hfkit.generate(row, model=run.output_dir, seed=1, max_new_tokens=5)
-    plain = hfkit.generate("1-x:", model=run.output_dir, seed=1, max_new_tokens=5, raw=True, stop_strings=["\n"])
+    how = {"model": run.output_dir, "seed": 1, "max_new_tokens": 5, "temperature": 1.0}
+    generation = hfkit.generate(row, **how)
+    plain = hfkit.generate("1-x:", raw=True, stop_strings=["\n"], **how)
     assert generation.completion == plain.completion and generation.prompt == row
 
 

@@ -149,7 +149,7 @@ def test_pretrain_bad_options(corpus, tmp_path, options, words):
 def test_pretrain_refuses_examples(tmp_path, capfdbinary):
     """A new model learns from texts only."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 20)
-    result = call(capfdbinary, "pretrain", tmp_path / "rows.jsonl", "-o", tmp_path / "run")
+    result = call(capfdbinary, "pretrain", tmp_path / "rows.jsonl", "-o", tmp_path / "run", "-q")
     assert_fails(result, 1, "a new model learns from texts, not from examples")
 
 

@@ -106,10 +106,17 @@ def test_lock_ends_with_its_process(tmp_path):
         pass
 
 
-def test_lock_refuses_a_second_run(corpus, tmp_path, capfdbinary):
+@pytest.fixture
+def no_loading(monkeypatch):
+    """Fail where a model is loaded."""
+    for name in ("finetuning.load_tokenizer", "pretraining.train_tokenizer"):
+        monkeypatch.setattr(f"hfkit.training.{name}", lambda *_: pytest.fail("it loads"))
+
+
+def test_lock_refuses_a_second_run(tiny, corpus, tmp_path, capfdbinary, no_loading):
     """A second run in the same folder is refused while the first one holds it."""
     with lock(tmp_path):
-        result = call(capfdbinary, "finetune", corpus, "-m", "/no/such/model", "-o", tmp_path)
+        result = call(capfdbinary, "finetune", corpus, "-m", tiny, "-o", tmp_path)
     assert_fails(result, 1, str(tmp_path), f"process {os.getpid()} on {socket.gethostname()}")
 
 
@@ -359,21 +366,21 @@ def bad_places(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("command", ["finetune", "pretrain"])
-def test_check_free_unwritable(corpus, tmp_path, capfdbinary, command):
+def test_check_free_unwritable(tiny, corpus, tmp_path, capfdbinary, no_loading, command):
     """A folder that cannot be written is one line before a model is loaded."""
     for what, place in bad_places(tmp_path).items():
-        model = ["-m", "/no/such/model"] if command == "finetune" else []
+        model = ["-m", tiny] if command == "finetune" else []
         result = call(capfdbinary, command, corpus, *model, "-o", place)
         assert_fails(result, 1, "cannot write to ", "name another --output-dir")
         assert result.stderr.decode().isprintable or what
 
 
-def test_check_free_on_a_full_disk(corpus, tmp_path, capfdbinary):
+def test_check_free_on_a_full_disk(tiny, corpus, tmp_path, capfdbinary, no_loading):
     """A full disk is noticed before a model is loaded."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
     try:
-        result = call(capfdbinary, "finetune", corpus, "-m", "/no/such/model", "-o", tmp_path / "run")
+        result = call(capfdbinary, "finetune", corpus, "-m", tiny, "-o", tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert_fails(result, 1, "cannot write to ", str(tmp_path / "run"))
