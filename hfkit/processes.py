@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from typing import Any
 
 rank = int(os.environ.get("RANK", 0))
@@ -39,3 +40,12 @@ def _state() -> Any:
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+def leave() -> None:
+    """End the connections to the other processes. Torch's threads for them abort a process that ends with them."""
+    if count > 1 and "torch" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()

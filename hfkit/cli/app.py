@@ -1,6 +1,5 @@
 """The `hfkit` command: registers every subcommand, and turns each failure into one line and an exit code."""
 
-import atexit
 import gc
 import io
 import os
@@ -82,11 +81,11 @@ def main() -> NoReturn:
     if sys.argv[1:2] == ["help"]:
         sys.argv[1:] = [*sys.argv[2:], "--help"]
     gc.set_threshold(50_000)  # importing transformers creates many objects and no garbage: saves a sixth of its time
-    atexit.register(gc.freeze)  # the collections of a process that ends take a second and free nothing of use
     hook, sys.unraisablehook = sys.unraisablehook, send_again
     try:
         code = app(prog_name="hfkit", standalone_mode=False)
         sys.stdout.flush()
+        processes.leave()
     except BaseException as error:  # noqa: BLE001, every failure ends here
         code = explain(error)
     finally:
