@@ -12,9 +12,9 @@ import typer
 from hfkit import console
 from hfkit.cli import prompt_files
 from hfkit.cli.flags import Json, flags
-from hfkit.errors import HfkitError, OptionError
+from hfkit.errors import OptionError
 from hfkit.options import InspectOptions, ModelOptions
-from hfkit.storage import make_writable, write_bytes
+from hfkit.storage import check_free, make_writable, write_bytes
 
 if TYPE_CHECKING:
     from hfkit.inference.inspection import Inspection
@@ -73,8 +73,7 @@ def check_output(options: InspectOptions) -> Path | None:
         raise OptionError(f"--output is {path}: it must end in .png or .html")
     if path.suffix == ".png" and not options.attention:
         raise OptionError("--output takes a .png with --attention only: write a .html")
-    if path.exists() and not options.overwrite:
-        raise HfkitError(f"{path} exists: --overwrite replaces it, or name another --output")
+    check_free(path, overwrite=options.overwrite, flag="--output")
     make_writable(path.parent)
     return path
 

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from hfkit import console
 from hfkit.errors import HfkitError, OptionError
-from hfkit.storage import check_regular, lock_file, write_text
+from hfkit.storage import check_free, check_regular, lock_file, write_text
 
 STDIN = Path("-")
 
@@ -125,8 +125,7 @@ class Results:
             raise HfkitError(f"{path} is a folder: name a file as --output")
         check_regular(path)
         check_regular(self.partial, links=False)
-        if path.exists() and not overwrite:
-            raise HfkitError(f"{path} exists: --overwrite replaces it, or name another --output")
+        check_free(path, overwrite=overwrite, flag="--output")
         try:
             self._file = self.partial.open("a+b")
             is_locked = lock_file(self._file)

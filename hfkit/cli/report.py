@@ -10,9 +10,9 @@ import typer
 import hfkit
 from hfkit import console
 from hfkit.cli.flags import flags
-from hfkit.errors import HfkitError
 from hfkit.models.sources import check_target, find_model
 from hfkit.options import ExportOptions
+from hfkit.storage import check_free
 
 
 @flags
@@ -22,10 +22,9 @@ def report(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it exists.")] = False,
 ) -> None:
     """Show training runs side by side on one page, or the trials of a search: results, curves, settings, samples."""
+    check_free(output, overwrite=overwrite, flag="--output")  # before anything heavy is imported
     from hfkit.reporting.pages import write_report
 
-    if output.exists() and not overwrite:
-        raise HfkitError(f"{output} exists: --overwrite replaces it, or name another --output")
     console.write(f"{write_report(run, output)}\n")
 
 

@@ -65,7 +65,7 @@ def check_request(
     folder = folder_for(command, corpus, train)
     find_files(corpus, folder)
     if not dry_run:
-        check_free(folder, resume=train.resume, overwrite=train.overwrite, inputs=[*corpus, *inputs])
+        check_run_folder(folder, resume=train.resume, overwrite=train.overwrite, inputs=[*corpus, *inputs])
         with lock(folder):
             pass
 
@@ -96,7 +96,7 @@ def check_trackers(names: Iterable[str]) -> None:
             raise OptionError(f"--report-to {name} needs a package: pip install {package}")
 
 
-def check_free(folder: Path, *, resume: bool, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
+def check_run_folder(folder: Path, *, resume: bool, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
     """Check that a run may begin, or go on, in `folder`.
 
     inputs: what the run reads, a corpus or a model: overwriting the folder must not delete it.

@@ -59,7 +59,7 @@ def reserve(
     folder = run_folder.folder_for(command, corpus, train)
     with contextlib.ExitStack() as stack:
         if not dry_run and processes.rank == 0:
-            run_folder.check_free(folder, resume=train.resume, overwrite=train.overwrite, inputs=inputs)
+            run_folder.check_run_folder(folder, resume=train.resume, overwrite=train.overwrite, inputs=inputs)
             stack.enter_context(lock(folder))
         processes.gather([])
         yield folder, run_folder.settle(folder, train)
