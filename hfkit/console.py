@@ -179,6 +179,11 @@ def _silenced() -> Iterator[None]:
             library.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: "1 document", "2,000 documents"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def duration(seconds: float) -> str:
     """A time in words: "90 seconds", "2 hours"."""
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):

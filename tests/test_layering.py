@@ -103,7 +103,7 @@ def test_help_imports_nothing_heavy():
         top = top_of(FILES[name])
         assert not HEAVY & {module.partition(".")[0] for module in imports_of(top)}, name
         waiting += own_imports(top)
-    assert {"options", "cli.generate", "models.sources", "corpus.documents"} <= seen
+    assert {"options", "cli.generate", "models.sources", "corpus.files"} <= seen
 
 
 @pytest.mark.parametrize("name", sorted(FILES))

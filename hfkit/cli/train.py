@@ -15,7 +15,7 @@ import typer
 import hfkit
 from hfkit import console, processes
 from hfkit.cli.flags import CorpusArgument, Json, flags
-from hfkit.corpus.documents import find_corpus, is_prepared
+from hfkit.corpus.files import find_corpus, is_prepared
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, LaunchOptions, ModelOptions, SizeOptions, TrainOptions, TuneOptions
@@ -43,7 +43,7 @@ def finetune(
     from hfkit.training import run_folder
 
     inputs = [*(data.eval_file or []), *filter(None, [model.model])]
-    run_folder.check_request("finetune", corpus, train, inputs=inputs, dry_run=dry_run)
+    run_folder.check_request("finetune", corpus, data, train, inputs=inputs, dry_run=dry_run)
     if not launch_processes(launch):
         _print_run(hfkit.finetune(corpus, model=model, data=data, train=train, dry_run=dry_run), json)
 
@@ -63,7 +63,8 @@ def pretrain(
     _check_inputs(corpus, data)
     from hfkit.training import run_folder
 
-    run_folder.check_request("pretrain", corpus, train, inputs=data.eval_file or [], dry_run=dry_run)
+    inputs = data.eval_file or []
+    run_folder.check_request("pretrain", corpus, data, train, inputs=inputs, dry_run=dry_run)
     if not launch_processes(launch):
         run = hfkit.pretrain(corpus, size=size, data=data, train=train, device=device, dry_run=dry_run)
         _print_run(run, json)
@@ -73,9 +74,9 @@ def _check_inputs(corpus: list[str], data: DataOptions, model: ModelOptions | No
     """HfkitError if a corpus or the model does not exist. Call it before torch is imported."""
     if processes.count > 1:
         return  # the launcher has checked them
-    for paths in filter(None, (corpus, data.eval_file)):
-        if not is_prepared(Path(paths[0])):
-            find_corpus(paths)
+    for paths, options in ((corpus, data), (data.eval_file, None)):
+        if paths and not is_prepared(Path(paths[0])):
+            find_corpus(paths, options)
     if model:
         find_model(model)
 

@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from hfkit.console import note, progress
-from hfkit.corpus.documents import PREPARED, Corpus, Example, Piece, is_prepared, read_records
-from hfkit.corpus.encoding import BATCH, encode_records, fingerprint, is_empty, sha256_of, texts_of
+from hfkit.console import counted, note, progress
+from hfkit.corpus.documents import Example, Piece, read_records
+from hfkit.corpus.encoding import BATCH, encode_records, fingerprint, is_empty, sha256_of
+from hfkit.corpus.files import PREPARED, Corpus, is_prepared
 from hfkit.errors import HfkitError, first_line
 from hfkit.options import DataOptions
 from hfkit.storage import add_owned, check_owned, check_regular, lock, make_names_durable, make_writable, write_text
@@ -88,7 +89,7 @@ def encode_corpus(
             raise
         raise HfkitError(f"cannot write to the cache ({target.parent}): set HF_DATASETS_CACHE") from error
     with lock(target, wait=True):
-        if is_prepared(target) and (folder or not corpus.hub):  # a data set on the Hub may have changed since
+        if is_prepared(target) and (folder or corpus.is_local):  # a data set on the Hub may have changed since
             try:
                 prepared = load_prepared(target)
             except HfkitError:
@@ -140,7 +141,7 @@ def _measure_records(
     for record in records:
         if isinstance(record, Example) and report.kind != "messages":
             report.kind = "messages" if "messages" in record.row else "completion"
-        texts = [record.text] if isinstance(record, Piece) else texts_of(record.row)
+        texts = record.texts
         for text in texts:
             report.characters += len(text)
             report.bytes += len(text.encode())
@@ -218,11 +219,10 @@ def _make_column(values: list[Any], type_: pa.DataType) -> pa.Array:
 
 def corpus_lines(report: Report) -> list[str]:
     """What is in a corpus, for people; a line each."""
-    what = "documents" if report.kind == "text" else "examples"
-    lines = [
-        f"{report.documents:,} {what}, {report.characters:,} characters, {report.tokens:,} tokens "
-        f"({report.characters / max(1, report.tokens):.2f} characters a token)",
-    ]
+    noun = "document" if report.kind == "text" else "example"
+    sizes = [(report.documents, noun), (report.characters, "character"), (report.tokens, "token")]
+    ratio = report.characters / max(1, report.tokens)
+    lines = [f"{', '.join(counted(*size) for size in sizes)} ({ratio:.2f} characters a token)"]
     if report.characters < 0.9 * report.tokens:
         lines.append(
             "less than one character a token: the tokenizer spells this text byte by byte; 'hfkit pretrain' makes a "
@@ -232,9 +232,9 @@ def corpus_lines(report: Report) -> list[str]:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in report.scripts.items())
         lines.append(f"scripts: {shares or 'no letters'}")
     if report.duplicates:
-        lines.append(f"{report.duplicates:,} {what} are copies of earlier ones and count twice")
+        lines.append(f"copies of earlier ones, which count twice: {counted(report.duplicates, noun)}")
     if report.empty:
-        lines.append(f"{report.empty:,} empty {what} are left out")
+        lines.append(f"empty and left out: {counted(report.empty, noun)}")
     if report.odd:
         odd = sorted(report.odd.items(), key=lambda item: -item[1])[:6]
         lines.append("odd characters: " + ", ".join(f"{name} {count:,} times" for name, count in odd))

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from hfkit.console import note
-from hfkit.corpus.documents import Corpora, Corpus, Example, Piece, find_corpus, read_records
+from hfkit.corpus.documents import Example, Piece, read_records
+from hfkit.corpus.files import Corpora, Corpus, find_corpus
 from hfkit.options import CorpusOptions
 
 WORDS = 8  # in a row that count as copied
@@ -93,7 +94,7 @@ def _run_hashes(ids: np.ndarray, length: int) -> np.ndarray:
 
 def index_corpus(corpus: Corpora | Corpus, options: CorpusOptions | None = None, length: int = WORDS) -> Index:
     """The index of a corpus; of examples, only their answers."""
-    index = Index(_pieces(read_records(find_corpus(corpus), options or CorpusOptions())), length)
+    index = Index(_pieces(read_records(find_corpus(corpus, options), options or CorpusOptions())), length)
     if not index.is_whole:
         note(f"copies are looked for only in the first {MOST:,} words of the corpus")
     return index

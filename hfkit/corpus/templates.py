@@ -53,6 +53,11 @@ class Task:
         return self._fields[-1][1]
 
     @property
+    def columns(self) -> list[str]:
+        """All columns that a row must have, the answer's last."""
+        return [name for _, name in self._fields]
+
+    @property
     def end(self) -> str:
         """The text after the answer, which ends it; a newline if the template has none."""
         text, name = _parse(self.template)[-1]
@@ -150,7 +155,14 @@ def task_of(tokenizer: PreTrainedTokenizerBase) -> Task | None:
 
 def give_task(tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
     """Make `tokenizer` carry `task`; saving the tokenizer saves it, too."""
-    whole, bare = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
-    begin = "".join(tokenizer.convert_ids_to_tokens(whole[: whole.index(bare[0])])) if bare else ""
+    begin, _ = special_tokens(tokenizer)
     tokenizer.init_kwargs[_KEY] = asdict(task)
-    tokenizer.chat_template = task.chat_template(begin) or tokenizer.chat_template
+    template = task.chat_template("".join(tokenizer.convert_ids_to_tokens(begin)))
+    tokenizer.chat_template = template or tokenizer.chat_template
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer writes before and after a text."""
+    whole, bare = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    start = whole.index(bare[0]) if bare else 0
+    return whole[:start], whole[start + len(bare) :]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, overload
 
-from hfkit.corpus.documents import find_corpus
+from hfkit.corpus.files import find_corpus
 from hfkit.corpus.overlap import WORDS, Index, index_corpus
 from hfkit.corpus.templates import task_of
 from hfkit.errors import HfkitError, OptionError

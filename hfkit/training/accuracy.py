@@ -9,8 +9,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hfkit.corpus.encoding import IGNORED, encode_answers
-from hfkit.corpus.sequences import TrainingData, group
+from hfkit.corpus.sequences import group
 from hfkit.corpus.templates import task_of
+from hfkit.corpus.training_data import TrainingData
 from hfkit.inference.classification import label_scores
 from hfkit.models.loading import LanguageModel
 

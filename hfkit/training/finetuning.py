@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hfkit import processes
-from hfkit.corpus.documents import Corpora, Corpus
+from hfkit.corpus.files import Corpora, Corpus
 from hfkit.corpus.labelled import gather_labelled_data
-from hfkit.corpus.sequences import TrainingData, gather_training_data
 from hfkit.corpus.templates import give_task, make_task
+from hfkit.corpus.training_data import TrainingData, gather_training_data
 from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.models.architecture import check_head, choose_device, context_length, head_of
@@ -56,7 +56,7 @@ def finetune(
     inputs = [*run_folder.sources_of(corpus), *(data.eval_file or []), *filter(None, [options.model])]
     line = run_folder.command_line("finetune", corpus, options, data, train)
     with reserve("finetune", corpus, train, dry_run, inputs) as (folder, train):
-        files, source = run_folder.find_files(corpus, folder), find_model(options)
+        files, source = run_folder.find_files(corpus, data, folder), find_model(options)
         if train.overwrite:
             run_folder.check_not_input(folder, [source.folder, source.adapter or source.folder])
         tokenizer, config = load_tokenizer(source), load_config(source)

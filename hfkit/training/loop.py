@@ -32,7 +32,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from hfkit import console, processes
-from hfkit.corpus.sequences import Collator, Examples, HeadCollator
+from hfkit.corpus.sequences import Collator, Examples
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.options import TrainOptions
 from hfkit.storage import check_space, folder_size
@@ -241,12 +241,12 @@ def _option_errors(progress: ProgressCallback) -> Iterator[None]:
         raise OptionError(f"Trainer does not take these options: {first_line(error)}") from error
 
 
-def _collators(job: Job, rows: int) -> tuple[Any, Collator | HeadCollator]:
+def _collators(job: Job, rows: int) -> tuple[Any, Collator]:
     """What makes batches of items to train on, and of items to measure on."""
     pad = job.tokenizer.pad_token_id
     pad = pad if pad is not None else job.tokenizer.eos_token_id or 0
     if job.dataset.head:
-        return HeadCollator(pad), HeadCollator(pad)
+        return Collator(pad, has_mask=True), Collator(pad, has_mask=True)
     # A compiled model is compiled anew for each shape of a batch.
     is_static = job.plan.compile and not isinstance(job.dataset.train_set, Examples)
     return Collator(pad, (rows, job.block_size) if is_static else None), Collator(pad)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from hfkit import console, processes
-from hfkit.corpus.sequences import Collator, HeadCollator, group
+from hfkit.corpus.sequences import Collator, group
 from hfkit.errors import HfkitError
 from hfkit.inference.generation import generate
 from hfkit.inference.likelihood import Scores, ratio_stderr, score_batches, score_items, shift
@@ -110,7 +110,7 @@ class HeldOutMonitor:
         self,
         held_out: Any,
         *,
-        collator: Collator | HeadCollator,
+        collator: Collator,
         prompt: str | None,
         plan: Plan,
         stop: Stop,
@@ -118,7 +118,7 @@ class HeldOutMonitor:
         answers: Answers | None = None,
     ) -> None:
         """held_out: items to score, possibly none. tell: shows a line to the user. answers: those of `held_out`."""
-        self._answers, self._is_head = answers, isinstance(collator, HeadCollator)
+        self._answers, self._is_head = answers, collator.has_mask
         self._held_out, self._collator, self._prompt, self._plan = held_out, collator, prompt, plan
         self._stop, self._tell, self._clock = stop, tell, time.monotonic()
 

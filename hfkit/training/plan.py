@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from hfkit import console, processes
 from hfkit.console import duration, note
 from hfkit.corpus.cache import Report, corpus_lines
-from hfkit.corpus.documents import Corpora, Corpus
-from hfkit.corpus.sequences import TrainingData
+from hfkit.corpus.files import Corpora, Corpus
+from hfkit.corpus.training_data import TrainingData
 from hfkit.errors import OptionError
 from hfkit.models.architecture import has_bfloat16_units
 from hfkit.options import DataOptions, TrainOptions

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hfkit.corpus.cache import Prepared, corpus_lines, encode_corpus
-from hfkit.corpus.documents import Corpora, find_corpus, is_prepared
+from hfkit.corpus.files import Corpora, find_corpus, is_prepared
 from hfkit.corpus.sequences import cut_sequences, show_examples
 from hfkit.declaration import divide
 from hfkit.models.architecture import choose_device, context_length
@@ -75,7 +75,7 @@ def prepare(
         make_writable(folder)
         if not is_prepared(folder):
             check_owned(folder)
-    files, source = find_corpus(corpus), find_model(options)
+    files, source = find_corpus(corpus, data), find_model(options)
     tokenizer, config = load_tokenizer(source), load_config(source)
     prepared = encode_corpus(files, tokenizer, data, folder)
     block_size = block_size_for(context_length(config), data.block_size)

@@ -25,11 +25,11 @@ from transformers import (
 )
 
 from hfkit import console, processes
-from hfkit.corpus.documents import Corpora, Corpus, Piece, find_corpus, read_records
-from hfkit.corpus.encoding import number_documents
+from hfkit.corpus.documents import Piece, read_records
+from hfkit.corpus.encoding import content_of, number_documents
+from hfkit.corpus.files import Corpora, Corpus, find_corpus
 from hfkit.corpus.labelled import classification_rows, gather_labelled_data, question_rows
-from hfkit.corpus.sequences import gather_training_data
-from hfkit.corpus.splitting import content_of, hold_out_texts
+from hfkit.corpus.training_data import gather_training_data, hold_out_texts
 from hfkit.declaration import divide, set_fields
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.architecture import choose_device
@@ -81,7 +81,7 @@ def pretrain(
     inputs = [*run_folder.sources_of(corpus), *(data.eval_file or [])]
     line = run_folder.command_line("pretrain", corpus, shape, data, train, ModelOptions(device=device))
     with reserve("pretrain", corpus, train, dry_run, inputs) as (folder, train):
-        files = find_corpus(corpus, folder)
+        files = find_corpus(corpus, data, folder)
         resumed = train.resume and not train.overwrite and run_folder.is_begun(folder)
         tokenizer = _load_tokenizer(folder) if resumed else _train_tokenizer_once(files, shape, data, train)
         sizes = shape_of(shape)
@@ -164,7 +164,7 @@ def train_tokenizer(
     Raises:
         HfkitError: the corpus does not consist of texts.
     """
-    files = find_corpus(corpus)
+    files = find_corpus(corpus, data)
     rows = np.array(
         [(number, content_of(piece.text), len(piece.text.encode())) for number, _, piece in _pieces(files, data)],
         np.int64,

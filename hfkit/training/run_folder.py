@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from hfkit import processes
-from hfkit.corpus.documents import Corpora, Corpus, find_corpus, is_prepared, name_of
+from hfkit.corpus.files import Corpora, Corpus, find_corpus, is_prepared, name_of
 from hfkit.declaration import Options, set_fields
 from hfkit.errors import HfkitError, OptionError, first_line
-from hfkit.options import TrainOptions
+from hfkit.options import DataOptions, TrainOptions
 from hfkit.reporting.pages import METRICS
 from hfkit.storage import (
     add_owned,
@@ -56,25 +56,31 @@ _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "gen
 
 
 def check_request(
-    command: str, corpus: Sequence[str], train: TrainOptions, *, inputs: Sequence[str], dry_run: bool
+    command: str,
+    corpus: Sequence[str],
+    data: DataOptions,
+    train: TrainOptions,
+    *,
+    inputs: Sequence[str],
+    dry_run: bool,
 ) -> None:
     """Check what takes no time to check: that there is a corpus, and that the folder is free."""
     if processes.count > 1:
         return  # the process that started this one has done it
     check_trackers(train.report_to or [])
     folder = folder_for(command, corpus, train)
-    find_files(corpus, folder)
+    find_files(corpus, data, folder)
     if not dry_run:
         check_run_folder(folder, resume=train.resume, overwrite=train.overwrite, inputs=[*corpus, *inputs])
         with lock(folder):
             pass
 
 
-def find_files(corpus: Corpora, folder: Path) -> Corpora | Corpus:
+def find_files(corpus: Corpora, data: DataOptions, folder: Path) -> Corpora | Corpus:
     """The files of a corpus, but for the run's own folder; the name of a folder that `prepare` made stays a name."""
     sources = sources_of(corpus)
     is_alone = len(sources) == 1
-    return corpus if is_alone and is_prepared(Path(sources[0]).expanduser()) else find_corpus(corpus, folder)
+    return corpus if is_alone and is_prepared(Path(sources[0]).expanduser()) else find_corpus(corpus, data, folder)
 
 
 def folder_for(command: str, corpus: Corpora, train: TrainOptions) -> Path:

@@ -11,14 +11,14 @@ import pytest
 import torch
 from support.corpora import CHATML, prepare, talk, whole, write
 
-from hfkit.corpus import streams
+from hfkit.corpus import sequences
 from hfkit.corpus.chat import CHAT_TEMPLATE
-from hfkit.corpus.documents import END, find_corpus
+from hfkit.corpus.documents import END
 from hfkit.corpus.encoding import IGNORED, encode_examples
-from hfkit.corpus.sequences import Blocks, Collator, Examples, pad_rows, show_examples
+from hfkit.corpus.files import find_corpus
+from hfkit.corpus.sequences import Blocks, Collator, Examples, Stream, pad_rows, show_examples
 from hfkit.corpus.sequences import cut_sequences as cut
-from hfkit.corpus.sequences import gather_training_data as gather_material
-from hfkit.corpus.streams import Stream
+from hfkit.corpus.training_data import gather_training_data as gather_material
 from hfkit.errors import HfkitError
 from hfkit.models.loading import load_tokenizer
 from hfkit.models.sources import find_model as find
@@ -90,7 +90,7 @@ def test_cut_sequences_leaves_long_examples_out(tmp_path, datasets_cache, bundle
     wanted = list(encode_examples(talks, bundled))
     examples = cut(prepared, 60)
     assert isinstance(examples, Examples) and len(examples) == 2
-    assert "1 of 3 examples are longer than 60 tokens" in note_of(capsys)
+    assert "examples of more than 60 tokens are left out: 1 of 3" in note_of(capsys)
     for example, row in zip(examples, (wanted[0], wanted[2]), strict=True):
         assert all(example[name].tolist() == row[name].tolist() for name in ("input_ids", "labels"))
     assert examples.tokens == sum(len(example["labels"]) for example in examples)
@@ -128,7 +128,7 @@ def test_stream_gives_every_token(numbers, bundled):
     blocks, orders = Counter(), []
     for start in range(0, len(wanted), 16):
         blocks[tuple(wanted[start : start + 16])] += 1
-    assert blocks.total() > streams._WINDOW * 2
+    assert blocks.total() > sequences._WINDOW * 2
     source = stream(numbers, bundled)
     for epoch in range(3):
         items = [tuple(ids([item])) for item in source.read_shuffled(epoch)]
