@@ -1,6 +1,5 @@
 """A corpus as tokens: encoded once, kept on disk by content, and found again."""
 
-import hashlib
 import json
 import os
 import re
@@ -21,12 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from hfkit.console import counted, note, progress
 from hfkit.corpus.documents import Example, Piece, read_records
 from hfkit.corpus.encoding import BATCH, encode_records, fingerprint, is_empty, sha256_of
-from hfkit.corpus.files import PREPARED, Corpus, is_prepared
+from hfkit.corpus.files import PREPARED, Corpus, hash_files, is_prepared
 from hfkit.errors import HfkitError, first_line
 from hfkit.options import DataOptions
 from hfkit.storage import add_owned, check_owned, check_regular, lock, make_names_durable, make_writable, write_text
 
 _VERSION = 8  # of the files on disk
+_DECIDING = ("text_column", "errors", "dataset_config_name", "dataset_split", "template", "labels")  # options
 _SAMPLE = 1_000_000  # characters that are examined for their script
 _SCRIPTS = {"Cjk": "Han", "Masculine": "Latin", "Feminine": "Latin", "Micro": "Greek"}  # ª, º and µ
 _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ue000-\uf8ff\ufeff\ufffd]")
@@ -74,11 +74,7 @@ def encode_corpus(
     Raises:
         HfkitError: the corpus cannot be read or is empty, or `folder` holds another one.
     """
-    read = (
-        *(options.text_column, options.errors, options.dataset_config_name, options.dataset_split),
-        *(options.template, options.labels),
-    )
-    content = sha256_of(repr((corpus.fingerprint(), *read, _VERSION)))
+    content = sha256_of(repr((corpus.fingerprint(), [getattr(options, name) for name in _DECIDING], _VERSION)))
     report = Report(fingerprint=content, tokenizer=fingerprint(tokenizer))
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "hfkit"
     target = folder or cache / sha256_of(report.fingerprint + report.tokenizer)
@@ -94,10 +90,9 @@ def encode_corpus(
                 prepared = load_prepared(target)
             except HfkitError:
                 note(f"the tokens are damaged ({target}): making them anew")
-                prepared = None
-            if prepared and prepared.report.fingerprint == content and prepared.report.tokenizer == report.tokenizer:
-                return prepared
-            if prepared:
+            else:
+                if (prepared.report.fingerprint, prepared.report.tokenizer) == (report.fingerprint, report.tokenizer):
+                    return prepared
                 raise HfkitError(f"{folder} holds another corpus, or this for another model: name a new folder")
         check_owned(target)
         with progress(corpus.size, "B", f"tokenizing {corpus.files[0].name if corpus.files else ''}") as bar:
@@ -110,23 +105,18 @@ def load_prepared(folder: Path) -> Prepared:
     """Load the tokens that `hfkit prepare` wrote to `folder`. HfkitError if they are damaged."""
     try:
         content = json.loads((folder / PREPARED).read_text("utf-8"))
-        digest = content.pop("sha256", None)
-        report = Report(**content)
+        digest, report = content.pop("sha256", None), Report(**content)
         if _digest(folder, report) != digest:  # a flipped bit ends the process, or is trained on
             raise ValueError("it is not what was written")
         return Prepared(datasets.load_from_disk(str(folder)), report, folder, cached=True)
     except (OSError, ValueError, TypeError, LookupError) as error:
-        reason = first_line(error)
-        raise HfkitError(f"the prepared corpus cannot be read ({folder}): {reason}; prepare it again") from error
+        reason = f"the prepared corpus cannot be read ({folder}): {first_line(error)}"
+        raise HfkitError(f"{reason}; prepare it again") from error
 
 
 def _digest(folder: Path, report: Report) -> str:
     """SHA-256 of everything that is kept in `folder`."""
-    total = hashlib.sha256(repr(report).encode())
-    for name in (_DATA, _INFO, _STATE):
-        with (folder / name).open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+    return hash_files([folder / name for name in (_DATA, _INFO, _STATE)], report)
 
 
 def _measure_records(

@@ -57,8 +57,8 @@ class Example(NamedTuple):
 def read_records(corpus: Corpus, options: CorpusOptions) -> Iterator[Piece | Example]:
     """All records of `corpus` in order: Examples from rows with an answer, Pieces from texts and other rows.
 
-    Files in a folder that clearly are not meant are left out, with a note: rows without a text, and a README or the
-    like beside examples.
+    Two kinds of files in a folder are left out, with a note: rows without a text, and a README or the like beside
+    examples.
 
     Raises:
         HfkitError: a file is damaged, a row lacks a column (the message has the line), or the corpus has both Pieces
@@ -68,11 +68,12 @@ def read_records(corpus: Corpus, options: CorpusOptions) -> Iterator[Piece | Exa
         for row, where in read_table(corpus, options, task.columns):
             yield Example(task.example(row, where), where)
         return
+    has_examples = any(source.is_description for source in corpus.sources) and _has_examples(corpus, options)
     kind: type[Piece | Example] | None = None
     unclear: list[HfkitError] = []
     for source, rows in _open_sources(corpus, options):
         if rows is None:
-            if source.is_description and _has_examples(corpus, options):
+            if source.is_description and has_examples:
                 note_once(f"left out {source}, which only describes the examples")
                 continue
             chunks = (read_notebook if source.kind == "notebook" else read_text)(source.path, options.errors)
@@ -101,7 +102,7 @@ def read_records(corpus: Corpus, options: CorpusOptions) -> Iterator[Piece | Exa
 
 
 def _has_examples(corpus: Corpus, options: CorpusOptions) -> bool:
-    """Whether the rows of a corpus have answers, judged by the first row whose form is clear."""
+    """Whether the rows of a corpus have answers: so says the first row whose form is clear."""
     for _, rows in _open_sources(corpus, options):
         try:
             for row, where in rows or ():

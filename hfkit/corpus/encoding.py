@@ -12,10 +12,9 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from hfkit.corpus.chat import CHAT_TEMPLATE, RenderedChat, render_chat
 from hfkit.corpus.documents import Example, Piece
 from hfkit.corpus.rows import row_error
-from hfkit.corpus.templates import special_tokens
+from hfkit.corpus.templates import CHAT_TEMPLATE, RenderedChat, render_chat, special_tokens
 from hfkit.errors import HfkitError, OptionError
 
 IGNORED = -100  # label of a token that is not learned and does not count in a score

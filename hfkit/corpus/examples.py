@@ -15,11 +15,7 @@ _SPEAKERS = {"system": "system", "user": "user", "human": "user", **dict.fromkey
 
 
 def choose_form(row: dict[str, Any], where: str, text_column: str | None) -> tuple[Convert, str]:
-    """How rows like this one become what is learned, and a note about that.
-
-    Raises:
-        HfkitError: the row has no known form; the message names its columns.
-    """
+    """How rows like this one become what is learned, and a note about that. HfkitError if its form is not known."""
     for columns, convert, name in _FORMS if not text_column else ():
         if row.keys() >= set(columns):
             return convert, name

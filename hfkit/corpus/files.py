@@ -8,14 +8,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hfkit.console import counted, note_once
-from hfkit.corpus.formats import kind_of
+from hfkit.corpus.formats import TEXTS, kind_of
 from hfkit.errors import HfkitError, first_line
 from hfkit.options import CorpusOptions
 from hfkit.storage import LIST
@@ -55,7 +55,6 @@ class Corpus:
     """Files and Hub data sets, found but not yet read."""
 
     sources: tuple[Source, ...]
-    left_out: int = 0  # files in folders that are empty or not text
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -67,6 +66,12 @@ class Corpus:
         return len(self.files) == len(self.sources)
 
     @property
+    def has_texts(self) -> bool:
+        """Whether there are plain texts, apart from those that describe the rows beside them."""
+        texts = [source for source in self.sources if source.kind in TEXTS]
+        return len(texts) == len(self.sources) or not all(source.is_description for source in texts)
+
+    @property
     def size(self) -> int:
         """Bytes of the files."""
         return sum(path.stat().st_size for path in self.files)
@@ -74,11 +79,16 @@ class Corpus:
     def fingerprint(self) -> str:
         """SHA-256 of the files' content; names, but for those of descriptions, and time stamps do not matter."""
         roles = [(*source[1:], source.is_description, source.kind == "hub" and source.path) for source in self.sources]
-        total = hashlib.sha256(repr(roles).encode())
-        for path in self.files:
-            with path.open("rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
-        return total.hexdigest()
+        return hash_files(self.files, roles)
+
+
+def hash_files(paths: Iterable[Path], roles: object) -> str:
+    """SHA-256 of the content of files, in this order, and of what they are for."""
+    total = hashlib.sha256(repr(roles).encode())
+    for path in paths:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
 
 
 @dataclass
@@ -136,34 +146,38 @@ def find_corpus(sources: Corpora | Corpus, options: CorpusOptions | None = None,
     names = [str(name) for name in ([sources] if isinstance(sources, str | Path) else sources)]
     patterns = dict.fromkeys((options and options.exclude) or (), False)  # whether each matches a file
     found: dict[str, Source] = {}
-    left_out = 0
     for name in names:
-        if name.startswith("hf://"):
-            found[name] = Source(Path(name.removeprefix("hf://")), "hub")
-            continue
-        listing = _list_files(name, output)
-        folder = Path(name).expanduser()
-        is_named = len(listing.files) == 1 and not folder.is_dir()
-        paths = [path for path in listing.files if not _is_excluded(path, folder, patterns)]
-        kinds = {path: kind for path in paths if (kind := kind_of(path, is_named))}
-        if not kinds and (paths or not listing.files):
-            for path in paths:
-                kind_of(path, chosen=True)  # says what it is, if it is a PDF or the like
-            raise HfkitError(f"nothing to read ({name}): it has no text, CSV, JSON, Parquet or Arrow files")
-        unread = len(paths) - len(kinds)
-        left_out += unread
-        _note_left_out(name, unread, listing.unread)
-        for path, kind in kinds.items():
-            if is_named or str(path) not in found:
-                found[str(path)] = Source(path, kind, not is_named, listing.files[path])
-    for pattern, matches in patterns.items():
-        if not matches:
+        for source in _find_sources(name, patterns, output):
+            if not source.in_folder or str(source) not in found:
+                found[str(source)] = source
+    for pattern, has_match in patterns.items():
+        if not has_match:
             note_once(f"--exclude {pattern!r} matches no file of the corpus")
-    if names and not found:
-        raise HfkitError(f"--exclude leaves no file of the corpus ({names[0]}): {', '.join(patterns)}")
-    if not found:
+    if not names:
         raise HfkitError("no corpus: name a file, a folder or hf://NAME")
-    return Corpus(tuple(found.values()), left_out)
+    if not found:
+        raise HfkitError(f"--exclude leaves no file of the corpus ({names[0]}): {', '.join(patterns)}")
+    return Corpus(tuple(found.values()))
+
+
+def _find_sources(name: str, patterns: dict[str, bool], output: Path | None) -> list[Source]:
+    """The sources that a name stands for, without those that a pattern matches."""
+    if name.startswith("hf://"):
+        return [Source(Path(name.removeprefix("hf://")), "hub")]
+    folder, listing = Path(name).expanduser(), _list_files(name, output)
+    is_named = len(listing.files) == 1 and not folder.is_dir()
+    paths = [path for path in listing.files if not _is_excluded(path, folder, patterns)]
+    kinds = {path: kind for path in paths if (kind := kind_of(path, is_named))}
+    if not kinds and (paths or not listing.files):
+        for path in paths:
+            kind_of(path, chosen=True)  # says what it is, if it is a PDF or the like
+        raise HfkitError(f"nothing to read ({name}): it has no text, CSV, JSON, Parquet or Arrow files")
+    unread, outputs = len(paths) - len(kinds), listing.unread
+    parts = [f"{counted(unread, 'file')} without text"] if unread else []
+    parts += [f"{counted(len(outputs), 'folder')} with a run or a model, such as {outputs[0]}"] if outputs else []
+    if parts:
+        note_once(f"{name}: left out {' and '.join(parts)}")
+    return [Source(path, kind, not is_named, listing.files[path]) for path, kind in kinds.items()]
 
 
 def _is_excluded(path: Path, folder: Path, patterns: dict[str, bool]) -> bool:
@@ -179,13 +193,6 @@ def _is_excluded(path: Path, folder: Path, patterns: dict[str, bool]) -> bool:
     ]
     patterns.update(dict.fromkeys(matches, True))
     return bool(matches)
-
-
-def _note_left_out(name: str, files: int, folders: list[Path]) -> None:
-    parts = [f"{counted(files, 'file')} without text"] if files else []
-    parts += [f"{counted(len(folders), 'folder')} with a run or a model, such as {folders[0]}"] if folders else []
-    if parts:
-        note_once(f"{name}: left out {' and '.join(parts)}")
 
 
 def _list_files(name: str, output: Path | None) -> _Listing:

@@ -1,7 +1,5 @@
 """Rows for models with a head, which label a text or find an answer in it: read, encoded, and cut into windows."""
 
-import functools
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from hfkit.console import note, note_once
 from hfkit.corpus.cache import Report
 from hfkit.corpus.documents import read_table
-from hfkit.corpus.encoding import backend_of, content_of, encode, fingerprint
+from hfkit.corpus.encoding import backend_of, content_of, encode, fingerprint, sha256_of
 from hfkit.corpus.examples import choose_text_column, text_of
 from hfkit.corpus.files import Corpora, Corpus
-from hfkit.corpus.rows import column_names
+from hfkit.corpus.rows import column_names, row_error
 from hfkit.corpus.sequences import LabelledItem
 from hfkit.corpus.templates import special_tokens
 from hfkit.corpus.training_data import TrainingData, hold_out
@@ -57,6 +55,7 @@ def gather_labelled_data(
     read = classification_rows if head == "classification" else question_rows
     rows: list[Any] = read(corpus, data)
     held: list[Any] = read(data.eval_file, replace(data, exclude=None)) if data.eval_file else []
+    texts = 1 if head == "classification" else 2  # a row begins with its text, or with its question and context
     if head == "classification":
         labels = labels or sorted({label for _, label in rows})
         if len(labels) < 2:
@@ -64,35 +63,31 @@ def gather_labelled_data(
         counts = Counter(label for _, label in rows).most_common()
         shown = ", ".join(f"{label!r} {count:,}" for label, count in counts[:20])
         note(f"{len(counts)} labels: {shown}{' ...' if len(counts) > 20 else ''}")
-        encode_rows = functools.partial(encode_labelled, tokenizer=tokenizer, labels=list(labels), length=length)
-    else:
-        encode_rows = functools.partial(encode_questions, tokenizer=tokenizer, length=length)
-    texts = 1 if labels else 2  # a row begins with its text, or with its question and context
     if not held:
         sizes = np.array([len(row[0]) for row in rows])
         contents = np.array([content_of("\0".join(row[:texts])) for row in rows])
         kept, out = hold_out(contents, sizes, data.eval_fraction, seed)
         rows, held = [rows[i] for i in kept], [rows[i] for i in out]
-    train_set, held_out = encode_rows(rows), encode_rows(held)
+    train_set, held_out = (
+        encode_labelled(part, tokenizer, list(labels or ()), length)
+        if head == "classification"
+        else encode_questions(part, tokenizer, length)
+        for part in (rows, held)
+    )
     if not train_set:
         raise HfkitError("there is nothing to train on: the corpus is too small")
-    tokens = sum(len(item["input_ids"]) for item in train_set)
-    report = Report(
-        kind=head, documents=len(rows) + len(held), tokens=tokens,
-        characters=sum(len(text) for row in rows for text in row[:texts]),
-        fingerprint=hashlib.sha256(repr((rows, held)).encode()).hexdigest(), tokenizer=fingerprint(tokenizer),
-    )  # fmt: skip
-    return TrainingData(
-        train_set, held_out, sequences=len(train_set), length=tokens / len(train_set), report=report, head=head,
-        labels=tuple(labels or ()),
-    )  # fmt: skip
+    report = Report(kind=head, documents=len(rows) + len(held), tokenizer=fingerprint(tokenizer))
+    report.tokens = sum(len(item["input_ids"]) for item in train_set)
+    report.characters = sum(len(text) for row in rows for text in row[:texts])
+    report.fingerprint = sha256_of(repr((rows, held)))
+    sizes_of_set = len(train_set), report.tokens / len(train_set)
+    return TrainingData(train_set, held_out, *sizes_of_set, report, head=head, labels=tuple(labels or ()))
 
 
 def classification_rows(corpus: Corpora | Corpus, options: CorpusOptions) -> list[tuple[str, str]]:
-    """(text, label) of every row. A label is a text or a whole number: 1, "1" and 1.0 are the same.
+    """(text, label) of every row. HfkitError if a row has none.
 
-    Raises:
-        HfkitError: a column is missing, or a label is not one; the message has the line.
+    A label is a text or a whole number: 1, "1" and 1.0 are the same.
     """
     rows: list[tuple[str, str]] = []
     name, column = options.label_column, ""
@@ -118,16 +113,13 @@ def _read_label(value: Any, column: str, where: str) -> str:
         return str(int(float(label)))
     else:
         reason = f"has the fraction {label}, but a class is a text or a whole number"
-    raise HfkitError(f"column {column!r} {reason} ({where}): fix or delete the row")
+    raise row_error(f"column {column!r} {reason}", where)
 
 
 def question_rows(corpus: Corpora | Corpus, options: CorpusOptions) -> list[Question]:
     """Every row as a Question, without answers where the context has none.
 
-    Rows are those of SQuAD, or have texts in `answer` or `answers`.
-
-    Raises:
-        HfkitError: a column is missing.
+    Rows are those of SQuAD, or have texts in `answer` or `answers`. HfkitError if a column is missing.
     """
     rows = []
     for row, where in read_table(corpus, options, ["question", "context"]):
@@ -141,10 +133,10 @@ def question_rows(corpus: Corpora | Corpus, options: CorpusOptions) -> list[Ques
             raise HfkitError(f"rows must have question, context and answer ({where}: {column_names(row)})")
         question, context = (text_of(row, name, where) for name in ("question", "context"))
         if isinstance(answers, str) and answers[:1] in ("[", "{") and answers not in context:
-            raise HfkitError(f"answers are a list written as text ({where}): write JSON Lines, or one answer a row")
+            raise row_error("answers are a list written as text", where, "write JSON Lines, or one answer a row")
         answers = [answer for answer in ([answers] if isinstance(answers, str) else answers) if answer]
         if not all(isinstance(answer, str) for answer in answers):
-            raise HfkitError(f"an answer is not text ({where}): fix or delete the row")
+            raise row_error("an answer is not text", where)
         rows.append(Question(question, context, answers, _find_answer(context, answers, starts)))
     return rows
 

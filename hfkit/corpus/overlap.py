@@ -1,9 +1,8 @@
 """How much of a text stands word for word in a corpus."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -94,12 +93,9 @@ def _run_hashes(ids: np.ndarray, length: int) -> np.ndarray:
 
 def index_corpus(corpus: Corpora | Corpus, options: CorpusOptions | None = None, length: int = WORDS) -> Index:
     """The index of a corpus; of examples, only their answers."""
-    index = Index(_pieces(read_records(find_corpus(corpus, options), options or CorpusOptions())), length)
+    options = options or CorpusOptions()
+    records = read_records(find_corpus(corpus, options), options)
+    index = Index((Piece("\n".join(r.answers), True) if isinstance(r, Example) else r for r in records), length)
     if not index.is_whole:
         note(f"copies are looked for only in the first {MOST:,} words of the corpus")
     return index
-
-
-def _pieces(records: Iterable[Any]) -> Iterator[Piece]:
-    for record in records:
-        yield Piece("\n".join(record.answers), True) if isinstance(record, Example) else record

@@ -36,10 +36,7 @@ def column_names(row: Iterable[Any]) -> str:
 def read_rows(path: Path, kind: str, errors: str, split: str = "train") -> Iterator[Row]:
     """Rows of a file of this kind, read in small parts; only a JSON object that holds the rows is read at once.
 
-    split: which of the arrays of a JSON object to read, if it has several.
-
-    Raises:
-        HfkitError: the file is damaged; the message has the line or the row.
+    split: which of the arrays of a JSON object to read, if it has several. HfkitError names the line of any damage.
     """
     match kind:
         case "csv" | "tsv":
@@ -112,9 +109,7 @@ def _read_array(path: Path, errors: str, *, is_bare: bool = False) -> Iterator[A
             where = f"{path}, line {line + error.lineno - 1}, column {start + error.colno - 1}"
             if len(text) - position > LONGEST:
                 limit = f"{LONGEST >> 20} million characters"
-                raise HfkitError(
-                    f"a JSON value of more than {limit} ({where}): write each row on a line (JSON Lines)"
-                ) from None
+                raise row_error(f"a JSON value of more than {limit}", where, "write each row on a line") from None
             more = list(islice(chunks, 1 + (len(text) >> 20)))  # as much again
             if not more:
                 raise HfkitError(f"not valid JSON ({where}): {error.msg}") from None
@@ -201,8 +196,8 @@ def _read_table(path: Path, lines: Iterator[str], kind: str) -> Iterator[Row]:
         for row in reader:
             if not names:
                 names = row
-                if twice := next((name for name in names if name and names.count(name) > 1), None):
-                    raise csv.Error(f"two columns are called {twice!r}; rename one")
+                if twice := [name for name in names if name and names.count(name) > 1]:
+                    raise csv.Error(f"two columns are called {twice[0]!r}; rename one")
             elif any(row):  # not an empty line
                 if kind == "tsv" and any(re.fullmatch(r'".*"', field) for field in row):
                     note_once(f"{path}: quotes around fields are read as text; if they are not, save it as CSV")
@@ -270,11 +265,7 @@ def _name_labels(row: dict[str, Any], labels: dict[str, dict[int, str]]) -> dict
 
 
 def read_hub_rows(name: str, options: CorpusOptions) -> Iterator[Row]:
-    """Rows of a data set on the Hub.
-
-    Raises:
-        HfkitError: the Hub cannot be reached within seconds, or the data set cannot be read.
-    """
+    """Rows of a data set on the Hub. HfkitError within seconds if the Hub cannot be reached."""
     from datasets import load_dataset
     from huggingface_hub import constants
 
@@ -282,10 +273,8 @@ def read_hub_rows(name: str, options: CorpusOptions) -> Iterator[Row]:
         try:
             reach_hub(name)
         except HfkitError as error:
-            raise HfkitError(
-                f"the Hub cannot be reached ({endpoint()}): go online, set HF_ENDPOINT to a mirror, "
-                f"or HF_HUB_OFFLINE=1 if {name} is cached"
-            ) from error
+            remedy = f"go online, set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 if {name} is cached"
+            raise HfkitError(f"the Hub cannot be reached ({endpoint()}): {remedy}") from error
     streaming = isinstance(options, DataOptions) and options.streaming
     number = 0
     try:

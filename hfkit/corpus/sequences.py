@@ -26,55 +26,42 @@ LabelledItem = dict[str, Any]  # lists of token ids, and a number for each label
 _WINDOW = 256  # sequences among which a stream is shuffled
 
 
-class Blocks(Dataset[Item]):
-    """Rows of tokens, joined and cut into blocks. The last block is shorter, so that no token is lost."""
+class TokenDataset(Dataset[Item]):
+    """Rows of tokens as sequences: texts joined and cut into blocks, or each example as it is.
+
+    The last block is shorter, so that no token is lost.
+    """
 
     def __init__(
-        self,
-        dataset: datasets.Dataset,
-        rows: np.ndarray,
-        block_size: int,
-        starts: np.ndarray | None = None,
-        stops: np.ndarray | None = None,
+        self, dataset: datasets.Dataset, rows: np.ndarray, block_size: int, starts: Any = 0, stops: Any = None
     ) -> None:
         """rows: which rows of `dataset`, in their order. starts, stops: which tokens of each; all without these."""
-        self._dataset, self._rows, self._size = dataset, rows, block_size
-        self._starts = np.zeros(len(rows), np.int64) if starts is None else starts
+        self._dataset, self._rows = dataset, rows
+        self._starts = np.broadcast_to(starts, len(rows))
         self._stops = lengths(dataset)[rows] if stops is None else stops
-        self._ends = np.cumsum(self._stops - self._starts)  # of each row, in the joined tokens
-
-    @property
-    def tokens(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        self._row_ends = np.cumsum(self._stops - self._starts)  # in the joined tokens
+        self.tokens = int(self._row_ends[-1]) if len(rows) else 0
+        self.is_joined = "labels" not in dataset.column_names
+        blocks = np.arange(0, self.tokens, block_size) + block_size
+        self._ends = blocks.clip(max=self.tokens) if self.is_joined else self._row_ends
 
     def __len__(self) -> int:
-        return -(-self.tokens // self._size)
+        return len(self._ends)
 
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start, stop = index * self._size, (index + 1) * self._size
-        first, last = np.searchsorted(self._ends, [start, stop - 1], "right")
+        start, stop = self._ends[index - 1] if index else 0, self._ends[index]
+        first, last = np.searchsorted(self._row_ends, [start, stop - 1], "right")
+        skipped = start - (self._row_ends[first - 1] if first else 0)
         spans = [array[first : last + 1] for array in (self._rows, self._starts, self._stops)]
-        parts = [cell(self._dataset, "input_ids", row)[a:b] for row, a, b in zip(*spans, strict=True)]
-        skipped = start - (int(self._ends[first - 1]) if first else 0)
-        ids = np.concatenate(parts)[skipped : skipped + self._size].astype(np.int64)
-        return {"input_ids": ids, "labels": ids}
 
+        def join(column: str) -> np.ndarray:
+            parts = [cell(self._dataset, column, row)[a:b] for row, a, b in zip(*spans, strict=True)]
+            return np.concatenate(parts)[skipped : skipped + stop - start].astype(np.int64)
 
-class Examples(Dataset[Item]):
-    """Rows that have labels: a sequence each."""
-
-    def __init__(self, dataset: datasets.Dataset, rows: np.ndarray) -> None:
-        self._dataset, self._rows = dataset, rows
-        self.tokens = int(lengths(dataset)[rows].sum())
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Item:
-        row = self._rows[index]
-        return {name: cell(self._dataset, name, row).astype(np.int64) for name in ("input_ids", "labels")}
+        ids = join("input_ids")
+        return {"input_ids": ids, "labels": ids if self.is_joined else join("labels")}
 
 
 def cell(dataset: datasets.Dataset, column: str, row: np.integer) -> np.ndarray:
@@ -139,16 +126,14 @@ class Stream(IterableDataset[Item]):
             yield {"input_ids": rest, "labels": rest}
 
 
-def cut_sequences(prepared: Prepared, block_size: int) -> Blocks | Examples:
+def cut_sequences(prepared: Prepared, block_size: int) -> TokenDataset:
     """A corpus as sequences of at most `block_size` tokens."""
-    if prepared.report.kind == "text":
-        return Blocks(prepared.dataset, np.arange(len(prepared.dataset)), block_size)
-    return Examples(prepared.dataset, rows_that_fit(prepared, block_size))
+    return TokenDataset(prepared.dataset, rows_that_fit(prepared, block_size), block_size)
 
 
 def rows_that_fit(prepared: Prepared, block_size: int) -> np.ndarray:
-    """Rows of at most `block_size` tokens."""
-    fits = lengths(prepared.dataset) <= block_size
+    """All rows of texts, and the rows of examples that have at most `block_size` tokens."""
+    fits = (lengths(prepared.dataset) <= block_size) | (prepared.report.kind == "text")
     if not fits.all():
         note(f"examples of more than {block_size} tokens are left out: {(~fits).sum()} of {len(fits)}")
     return np.flatnonzero(fits)
@@ -191,32 +176,29 @@ class Collator:
     has_mask: bool = False  # for a model that looks in both directions
 
     def __call__(self, items: Sequence[Item | LabelledItem]) -> dict[str, torch.Tensor]:
-        batch: dict[str, torch.Tensor] = {}
+        columns: dict[str, list[Any]] = {name: [item[name] for item in items] for name in items[0]}
         if self.has_mask:
-            batch["attention_mask"] = pad_rows([[1] * len(item["input_ids"]) for item in items], 0)
+            columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
         fills = {"input_ids": self.pad, "labels": IGNORED}
-        for name, example in items[0].items():
-            values = [item[name] for item in items]
-            is_number = isinstance(example, int)
-            batch[name] = (
-                torch.tensor(values) if is_number else pad_rows(values, fills.get(name, 0), shape=self.shape)
-            )
-        return batch
+        return {
+            name: torch.tensor(values)
+            if isinstance(values[0], int)
+            else pad_rows(values, fills.get(name, 0), shape=self.shape)
+            for name, values in columns.items()
+        }
 
 
-def show_examples(sequences: Blocks | Examples, tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
+def show_examples(sequences: TokenDataset, tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
     """The first sequences as the model sees them, as text; what is learned stands between ⟦ and ⟧."""
     return [_show(sequences[number], tokenizer) for number in range(min(count, len(sequences)))]
 
 
 def _show(item: Item, tokenizer: PreTrainedTokenizerBase) -> str:
     ids, learned = item["input_ids"].tolist(), item["labels"] != IGNORED
-    parts: list[str] = []
-    start = 0
+    text, shown, start = cast(str, tokenizer.decode(ids)), "", 0
     for number, border in enumerate([*np.flatnonzero(np.diff(learned, prepend=False)), len(ids)]):
         # Beginnings are decoded, not parts: some tokenizers drop the space that a text begins with.
         stop = len(tokenizer.decode(ids[:border]))
-        part = tokenizer.decode(ids)[start:stop]
-        parts.append(f"⟦{part}⟧" if number % 2 else str(part))
+        shown += f"⟦{text[start:stop]}⟧" if number % 2 else text[start:stop]
         start = stop
-    return "".join(parts)
+    return shown

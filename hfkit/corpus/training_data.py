@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from hfkit.console import note
 from hfkit.corpus.cache import Prepared, Report, encode_corpus, load_prepared
-from hfkit.corpus.chat import set_template
 from hfkit.corpus.documents import Example, read_records
 from hfkit.corpus.encoding import IGNORED, fingerprint
 from hfkit.corpus.files import Corpora, Corpus, find_corpus, is_prepared
-from hfkit.corpus.sequences import Blocks, Examples, Stream, cell, cut_sequences, lengths, rows_that_fit
+from hfkit.corpus.sequences import Stream, TokenDataset, cell, cut_sequences, lengths, rows_that_fit
+from hfkit.corpus.templates import set_template
 from hfkit.errors import HfkitError
 from hfkit.options import DataOptions
 
@@ -46,14 +46,10 @@ class TrainingData:
 def gather_training_data(
     corpus: Corpora | Corpus, tokenizer: PreTrainedTokenizerBase, data: DataOptions, block_size: int, seed: int
 ) -> TrainingData:
-    """Tokenize a corpus, or find its tokens, and hold a part of it out.
-
-    Raises:
-        HfkitError: there is nothing to train on.
-    """
-    held = None
+    """Tokenize a corpus, or find its tokens, and hold a part of it out. HfkitError if there is nothing to train on."""
+    held_out: Any = []
     if data.eval_file:
-        held = cut_sequences(_encode(data.eval_file, tokenizer, replace(data, exclude=None)), block_size)
+        held_out = cut_sequences(_encode(data.eval_file, tokenizer, replace(data, exclude=None)), block_size)
     if data.streaming:
         stream = Stream(find_corpus(corpus, data), tokenizer, data, block_size, seed)
         if not next(stream.read(), None):
@@ -61,24 +57,18 @@ def gather_training_data(
         first = next(read_records(stream.corpus, data))
         if isinstance(first, Example) and "messages" in first.row:
             set_template(tokenizer)
-        return TrainingData(stream, held or [], 0, block_size, None, _prompt(held or [], tokenizer))
+        return TrainingData(stream, held_out, 0, block_size, None, _prompt(held_out, tokenizer))
     prepared = _encode(corpus, tokenizer, data)
-    if held is not None:
-        train_set, held_out = cut_sequences(prepared, block_size), held
+    if data.eval_file:
+        train_set = cut_sequences(prepared, block_size)
     else:
         train_set, held_out = _split(prepared, tokenizer, data.eval_fraction, block_size, seed)
         if not len(held_out):
             note("nothing is held out: the corpus is too small, or --eval-fraction is 0")
     if not len(train_set):
         raise HfkitError(_NOTHING)
-    return TrainingData(
-        train_set=train_set,
-        held_out=held_out,
-        sequences=len(train_set),
-        length=train_set.tokens / len(train_set),
-        report=prepared.report,
-        prompt=_prompt(held_out or train_set, tokenizer),
-    )
+    prompt, length = _prompt(held_out or train_set, tokenizer), train_set.tokens / len(train_set)
+    return TrainingData(train_set, held_out, len(train_set), length, prepared.report, prompt)
 
 
 def _encode(corpus: Corpora | Corpus, tokenizer: PreTrainedTokenizerBase, data: DataOptions) -> Prepared:
@@ -97,23 +87,21 @@ def _encode(corpus: Corpora | Corpus, tokenizer: PreTrainedTokenizerBase, data: 
 
 def _split(
     prepared: Prepared, tokenizer: PreTrainedTokenizerBase, fraction: float, block_size: int, seed: int
-) -> tuple[Any, Any]:
+) -> tuple[TokenDataset, TokenDataset]:
     """A corpus as sequences to train on and sequences to measure on."""
     dataset = prepared.dataset
     documents, contents, sizes = (dataset.data.column(name).to_numpy() for name in ("document", "content", "bytes"))
     if prepared.report.kind != "text":
         fit = rows_that_fit(prepared, block_size)
         kept, held = hold_out(contents[fit], sizes[fit], fraction, seed)
-        return Examples(dataset, fit[kept]), Examples(dataset, fit[held])
+        return TokenDataset(dataset, fit[kept], block_size), TokenDataset(dataset, fit[held], block_size)
     shares = hold_out_texts(documents, contents, sizes, fraction, seed)
     stops = np.round(lengths(dataset) * (1 - shares)).astype(np.int64)  # of what is trained on
     for row in np.flatnonzero((shares > 0) & (shares < 1)):
         stops[row] = _next_word(cell(dataset, "input_ids", row), int(stops[row]), tokenizer)
     kept, held = np.flatnonzero(shares < 1), np.flatnonzero(shares > 0)
-    return (
-        Blocks(dataset, kept, block_size, stops=stops[kept]),
-        Blocks(dataset, held, block_size, starts=stops[held]),
-    )
+    train_set = TokenDataset(dataset, kept, block_size, stops=stops[kept])
+    return train_set, TokenDataset(dataset, held, block_size, starts=stops[held])
 
 
 def _next_word(ids: np.ndarray, start: int, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -10,7 +10,6 @@ import numpy as np
 from hfkit.console import progress, with_error
 from hfkit.corpus.documents import read_table
 from hfkit.corpus.files import Corpus
-from hfkit.corpus.formats import TEXTS
 from hfkit.corpus.labelled import classification_rows, question_rows
 from hfkit.corpus.rows import Row
 from hfkit.corpus.templates import Task, make_task, task_of
@@ -91,7 +90,7 @@ def find_task(lm: LanguageModel, corpus: Corpus, options: CorpusOptions) -> Task
     Raises:
         HfkitError: a template or a metric was given, and the rows lack the columns that it needs.
     """
-    if any(source.kind in TEXTS for source in corpus.sources) and not options.metric and not options.template:
+    if corpus.has_texts and not options.metric and not options.template:
         return None
     task = make_task(options) or task_of(lm.tokenizer)
     columns = task.columns if task else _PAIRS.columns if options.metric else []

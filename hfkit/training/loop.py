@@ -32,7 +32,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from hfkit import console, processes
-from hfkit.corpus.sequences import Collator, Examples
+from hfkit.corpus.sequences import Collator
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.options import TrainOptions
 from hfkit.storage import check_space, folder_size
@@ -248,7 +248,7 @@ def _collators(job: Job, rows: int) -> tuple[Any, Collator]:
     if job.dataset.head:
         return Collator(pad, has_mask=True), Collator(pad, has_mask=True)
     # A compiled model is compiled anew for each shape of a batch.
-    is_static = job.plan.compile and not isinstance(job.dataset.train_set, Examples)
+    is_static = job.plan.compile and getattr(job.dataset.train_set, "is_joined", True)
     return Collator(pad, (rows, job.block_size) if is_static else None), Collator(pad)
 
 

@@ -131,7 +131,7 @@ def test_read_rows_across_chunks(tmp_path, kind):
 # sources
 
 
-def test_find_corpus_in_a_folder(tmp_path):
+def test_find_corpus_in_a_folder(tmp_path, capfd):
     """All files of a folder are read, except hidden ones, empty ones and those that are not text."""
     folder = tmp_path / "folder"
     for name, content in {
@@ -154,7 +154,7 @@ def test_find_corpus_in_a_folder(tmp_path):
     corpus = find_corpus(folder)
     read_as_texts = ["a/deep/er/1.py", "b.txt", "c.c", "package.json"]
     assert documents(folder) == [*((folder / name).read_text() for name in read_as_texts), "last"]
-    assert corpus.left_out == 4
+    assert f"{folder}: left out 4 files without text" in capfd.readouterr().err
     assert corpus.size == sum((folder / name).stat().st_size for name in [*read_as_texts, "z.jsonl"])
 
 

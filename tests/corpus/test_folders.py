@@ -260,6 +260,17 @@ def test_read_records_leaves_out_descriptions_beside_examples(chats, capfd):
     assert list(read_records(find_corpus(chats, exclude), exclude)) == [record]
 
 
+def test_has_texts_beside_rows(chats):
+    """What describes rows is not a text; without rows, and by its own name, it is one."""
+    assert not find_corpus(chats).has_texts and not find_corpus(chats / "data").has_texts
+    assert find_corpus([chats / "README.md", chats / "data"]).has_texts
+    (chats / "story.txt").write_text("Once upon a time")
+    assert find_corpus(chats).has_texts
+    for path in (chats / "story.txt", chats / "data" / "train.jsonl"):
+        path.unlink()
+    assert find_corpus(chats).has_texts
+
+
 def test_read_records_keeps_descriptions_beside_texts(folder):
     """Beside texts, and beside rows with a text, a README is a text like any other."""
     (folder / "README.md").write_text("read me")
@@ -353,6 +364,6 @@ def test_exclude_at_a_shell_and_in_python(tree, tiny, capfdbinary, tmp_path):
     assert result["tokens"] == alone["tokens"]
     assert json.loads(call(capfdbinary, "evaluate", tree, *skip, "-m", tiny, "--json").stdout)["documents"] == 24
     options = trials.SMALL | {"model": tiny, "output_dir": str(tmp_path / "run"), "max_steps": 1, "eval_steps": 1}
-    run = hfkit.finetune(str(tree), exclude=["*.md", "?.txt"], eval_file=str(tree / "a.txt"), **options)
+    hfkit.finetune(str(tree), exclude=["*.md", "?.txt"], eval_file=str(tree / "a.txt"), **options)
     recipe = json.loads((tmp_path / "run" / "run.json").read_text())
     assert recipe["corpus_sha256"] == result["fingerprint"] and recipe["recipe"]["exclude"] == ["*.md", "?.txt"]
