@@ -10,12 +10,9 @@ from typing import TYPE_CHECKING, cast
 
 from hfkit import console
 from hfkit.cli.flags import flags
-from hfkit.cli.generation_setup import load_for_generation, with_seed
-from hfkit.cli.prompt_files import to_line
+from hfkit.cli.prompts import load_for
 from hfkit.errors import HfkitError, OptionError, first_line
-from hfkit.models.sources import find_model
 from hfkit.options import GenerateOptions, ModelOptions
-from hfkit.recipes import read_value
 
 if TYPE_CHECKING:
     from hfkit.models.loading import LanguageModel
@@ -33,12 +30,15 @@ def chat(model: ModelOptions, sampling: GenerateOptions) -> None:
     """Talk with a model, turn by turn.
 
     A model with a chat template gets the turns through it; a base model continues them as one raw text.
+
+    Examples:
+        hfkit chat
+        hfkit chat -m runs/chat -t 0.7
     """
     if (sampling.num_return_sequences or 1) > 1:
         raise OptionError("a chat has one reply: leave --num-return-sequences out")
-    find_model(model)  # report a wrong name before torch is imported
-    lm = load_for_generation(model, sampling)
-    talk = Conversation(lm, replace(with_seed(lm, sampling), truncate=True))
+    lm, _, sampling = load_for(None, model, sampling)
+    talk = Conversation(lm, replace(sampling, truncate=True))
     manner = "through its chat template" if talk.has_template else "as raw text that it continues"
     console.note(f"{lm.name} gets your turns {manner}; /help lists the commands")
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -125,11 +125,11 @@ class Conversation:
         name = name.lstrip("-").replace("-", "_")
         if name not in GenerateOptions.names():
             raise OptionError(f"no option {name!r}: see hfkit chat --help")
-        self.options = replace(self.options, **{name: read_value(value)})
+        self.options = replace(self.options, **{name: GenerateOptions.read_value(name, value)})
 
     def save(self, path: str) -> None:
         """Write the messages as JSON Lines, or the raw text."""
-        content = "".join(map(to_line, self.messages)) if self.has_template else self.text
+        content = "".join(map(console.to_json, self.messages)) if self.has_template else self.text
         try:
             with open(path, "w", encoding="utf-8", errors="replace") as file:
                 file.write(content)

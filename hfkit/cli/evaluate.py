@@ -7,7 +7,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from hfkit import console
-from hfkit.cli.flags import CorpusArgument, Json, flags
+from hfkit.cli.flags import CORPUS, JSON, flags
 from hfkit.console import with_error
 from hfkit.corpus.documents import find_corpus
 from hfkit.models.sources import find_model
@@ -22,9 +22,18 @@ _MAX_LABELS = 10  # a confusion table of more is in --json only
 
 @flags
 def evaluate(
-    corpus: CorpusArgument, model: ManyModelsOptions, read: CorpusOptions, options: EvaluateOptions, json: Json = False
+    model: ManyModelsOptions,
+    read: CorpusOptions,
+    options: EvaluateOptions,
+    corpus: list[str] = CORPUS,
+    json: bool = JSON,
 ) -> None:
-    """Measure how well models predict a corpus: perplexity, bits per byte, accuracy, each with its error."""
+    """Measure how well models predict a corpus: perplexity, bits per byte, accuracy, each with its error.
+
+    Examples:
+        hfkit evaluate held-out.txt
+        hfkit evaluate held-out.txt -m bundled -m runs/corpus
+    """
     write_evaluation(corpus, model, read, options, json=json)
 
 

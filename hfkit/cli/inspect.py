@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from hfkit import console
-from hfkit.cli import prompt_files
-from hfkit.cli.flags import Json, flags
+from hfkit.cli.flags import JSON, flags
+from hfkit.cli.prompts import read_prompt
+from hfkit.declaration import argument
 from hfkit.errors import OptionError
 from hfkit.options import InspectOptions, ModelOptions
 from hfkit.storage import check_free, make_writable, write_bytes
@@ -24,12 +23,17 @@ if TYPE_CHECKING:
 def inspect(
     model: ModelOptions,
     options: InspectOptions,
-    text: Annotated[str | None, typer.Argument(help="Text to inspect. [default: stdin]")] = None,
-    json: Json = False,
+    text: str | None = argument(None, help="Text to inspect; without it, stdin is read."),
+    json: bool = JSON,
 ) -> None:
-    """Show how likely each token of a text is, what would come next, and what attention heads look at."""
+    """Show how likely each token of a text is, what would come next, and what attention heads look at.
+
+    Examples:
+        hfkit inspect "The cat sat."
+        hfkit inspect "The cat sat." --attention -o heads.html
+    """
     check_output(options)  # before torch is imported
-    text = prompt_files.read_prompt(text, wanted="text to inspect")
+    text = read_prompt(text, wanted="text to inspect")
     write_inspection(text, model, options, json=json)
 
 
