@@ -65,6 +65,7 @@ def _lean() -> Iterator[None]:
         for name in flags:
             setattr(utils, name, _never)
             setattr(import_utils, name, _never)
+        _scan_once()
         try:
             yield
         finally:
@@ -73,6 +74,23 @@ def _lean() -> Iterator[None]:
                 setattr(import_utils, name, flag)
     finally:
         del sys.modules[stub.__name__], sys.modules[mask.__name__], vars(torch)["_dynamo"]
+
+
+def _scan_once() -> None:
+    """0.25: `transformers` and `transformers.models` both read all files of all models, to learn what is in them."""
+    from transformers.utils import import_utils
+
+    scanned, scan = vars(sys.modules["transformers"]), import_utils.define_import_structure
+    names, missing = scanned["_import_structure"].items(), scanned["_object_missing_backend"].items()
+    within = {name.removeprefix("models."): objects for name, objects in names if name.startswith("models.")}
+    import_utils.define_import_structure = lambda *_: {frozenset(): within}
+    try:
+        models = import_module("transformers.models")
+    finally:
+        import_utils.define_import_structure = scan
+    vars(models)["_object_missing_backend"] |= {
+        name.removeprefix("models."): backends for name, backends in missing
+    }
 
 
 def _never() -> bool:
