@@ -32,13 +32,13 @@ def forward(lm: LanguageModel, **inputs: Any) -> tuple[torch.Tensor, Any]:
     return output.logits, output.cache
 
 
-class _Layer(CacheLayerMixin):
+class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's part of a window: keys and values of (rows, heads, columns, width), made when they are needed."""
 
     is_sliding = False
 
     def __init__(self, window: "Window") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._window, self.is_initialized = window, True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

@@ -138,12 +138,8 @@ class StepEngine(Engine):
         if self._reading:
             if all(row.is_cancelled for row in self._reading.rows):
                 self._reading = None
-            else:
-                before = self._reading.cache.get_seq_length()
-                logits = self._reading.advance(budget)
-                self.prompt_tokens_read += self._reading.cache.get_seq_length() - before
-                if logits is not None:
-                    self._join(self._reading, logits)
+            elif (logits := self._reading.advance(budget)) is not None:
+                self._join(self._reading, logits)
         if self._rows:
             logits = self._window.step(self.lm, [row.tokens[-1].id for row in self._rows])
             for row in self._take(self._rows, logits):
@@ -169,6 +165,7 @@ class StepEngine(Engine):
                 cache = self._prefixes.find(ids)
             alone = row.wishes.scores_prompt or cache is not None
             self.prompt_tokens += len(ids)
+            self.prompt_tokens_read += 0 if ids in groups else len(ids) - (cache.get_seq_length() if cache else 0)
             groups.setdefault(ids, []).append(self._waiting.popleft())
         return Prompts(self.lm, groups, cache) if groups else None
 

@@ -107,6 +107,11 @@ class Row:
             self.kind = str(sorted(values.items()))
 
     @property
+    def seed(self) -> int | None:
+        """What gives the same text again; None where nothing is random."""
+        return self.request.seed if draws(self._lm, self.options) else None
+
+    @property
     def ids(self) -> list[int]:
         """The prompt and what has been written."""
         return self.request.ids + [token.id for token in self.tokens]
@@ -131,7 +136,7 @@ class Row:
             scores[list(wishes.logit_bias)] += torch.tensor(list(wishes.logit_bias.values()), device=scores.device)
         if self.tokens and (wishes.presence_penalty or wishes.frequency_penalty):
             written = torch.tensor([token.id for token in self.tokens], device=scores.device)
-            tokens, counts = written.unique(return_counts=True)
+            tokens, counts = torch.unique(written, return_counts=True)
             scores[tokens] -= wishes.presence_penalty + wishes.frequency_penalty * counts
 
     def pick(self, scores: torch.Tensor) -> torch.Tensor:
