@@ -22,6 +22,7 @@ from hfkit.inference.results import Generation
 from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
 
 CONCURRENT = 16  # requests at a time
+_DEFAULTS = GenerateOptions()
 _FALLBACK = {"completions": "chat/completions", "chat/completions": "responses"}
 _OPENAI_NAMES = {"max_new_tokens": "max_tokens", "stop_strings": "stop"}
 _LOCAL = ("assistant_model", "novel", "novel_words")  # options that read files of this machine
@@ -132,11 +133,13 @@ class Server:
 
     def _body(self, route: str, prompt: str | list[dict[str, str]], options: GenerateOptions) -> dict[str, Any]:
         """A prompt and options as `route` takes them. OptionError for an option that the server would not obey."""
-        fields = {name: value for name, value in set_fields(options).items() if value is not False}
+        fields = {name: value for name, value in set_fields(options).items() if value != getattr(_DEFAULTS, name)}
         fields.pop("num_return_sequences", None)
-        fields.pop("do_sample", None)
-        if options.do_sample is False:
-            fields["temperature"] = 0
+        if not self.is_hfkit:
+            if options.do_sample is False:
+                fields["temperature"] = 0
+            for name in ["do_sample", "raw"] if route == "completions" else ["do_sample"]:
+                fields.pop(name, None)
         for name in fields:
             if name in _LOCAL or not (self.is_hfkit or name in _COMMON):
                 where = "on this machine" if name in _LOCAL else "with hfkit's own server"

@@ -1,6 +1,7 @@
 """A model on a server, which may misbehave: the right text or one line, and never the key."""
 
 import gc
+import io
 import json
 import subprocess
 import sys
@@ -265,6 +266,21 @@ def test_shell_input(fake, tmp_path, capfdbinary):
     result = call(capfdbinary, *arguments[:-4], "--batch-size", 1)
     assert result.returncode == 1 and b"line 2:" in result.stderr and b"too long" in result.stderr
     assert len(result.stdout.splitlines()) == 19
+
+
+def test_shell_chat(fake, capfdbinary, monkeypatch):
+    """A chat sends all turns; one that fails is left out; --raw continues one text."""
+    server = ["--server", fake.url, "--seed", 1]
+    fake.faults = [None, status(400)]
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\nthree\n"))
+    result = call(capfdbinary, "chat", *server)
+    first, third = text_for("one", 1), text_for("three", 3)
+    assert result.stdout.decode() == f"{first}\n{third}\n" and b"HTTP status 400" in result.stderr
+    turns = [("user", "one"), ("assistant", first), ("user", "three")]
+    assert [(turn["role"], turn["content"]) for turn in fake.requests[-1][2]["messages"]] == turns
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    call(capfdbinary, "chat", *server, "--raw")
+    assert fake.requests[-1][2]["prompt"] == f"one{first}two"
 
 
 def test_no_torch(fake, tmp_path):
