@@ -79,16 +79,18 @@ def option(
     above: float | None = None,
     min: float | None = None,
     max: float | None = None,
+    secret: bool = False,
     is_argument: bool = False,
     **typer: Any,
 ) -> Any:
     """A field of a dataclass, or a parameter of a command, with its help text and its range.
 
-    name: of the flag, if it is not that of the field. above: a bound that the value must exceed. typer: more arguments
-    of `typer.Option`.
+    name: of the flag, if it is not that of the field. above: a bound that the value must exceed. secret: it is in no
+    message and no repr. typer: more arguments of `typer.Option`.
     """
     metadata = {"help": help, "short": short, "name": name, "is_argument": is_argument, "typer": typer}
-    return field(default=default, metadata=metadata | {"bounds": {"above": above, "min": min, "max": max}})
+    metadata["bounds"] = {"above": above, "min": min, "max": max}
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 def argument(default: Any = MISSING, *, help: str, **typer: Any) -> Any:
@@ -185,7 +187,9 @@ class Options:
             self._refuse(name, f"it must be {lower}" + ("" if max is None else f", at most {max}"))
 
     def _refuse(self, name: str, why: str) -> NoReturn:
-        raise OptionError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}: {why}")
+        is_secret = not next(f for f in fields(self) if f.name == name).repr
+        value = "secret" if is_secret else repr(getattr(self, name))
+        raise OptionError(f"--{name.replace('_', '-')} is {value}: {why}")
 
     @classmethod
     def read(cls, texts: Mapping[str, Any]) -> Self:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,17 +16,20 @@ from hfkit.cli.flags import JSON, flags
 from hfkit.declaration import argument, option
 from hfkit.errors import OptionError
 from hfkit.models.sources import find_model
-from hfkit.options import GenerateOptions, ModelOptions
+from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
 
 if TYPE_CHECKING:
-    from hfkit.inference.generation import Generation
-    from hfkit.inference.prompts import Request
+    from hfkit.inference.results import Generation
     from hfkit.models.loading import LanguageModel
+
+    Stream = Callable[..., Generator[str, None, Generation]]  # of one prompt; takes `options`
+    Generate = Callable[..., Sequence[Generation]]
 
 
 @flags
 def generate(
     model: ModelOptions,
+    server: ServerOptions,
     sampling: GenerateOptions,
     prompt: str | None = argument(None, help="Text to continue; without it, stdin is read."),
     input: Path | None = option(
@@ -57,21 +61,37 @@ def generate(
     if input:
         prompts.check_input(input)
         generate_file.write_results(
-            model, sampling, input, output, resume=resume, overwrite=overwrite, batch_size=batch_size
+            model, server, sampling, input, output, resume=resume, overwrite=overwrite, batch_size=batch_size
         )
         return
     prompt = prompts.read_prompt(prompt)
+    if not server.server:
+        find_model(model)  # a wrong name leaves no file
     if sweep:
+        if server.server:
+            raise OptionError("--sweep works only on this machine: leave --server out")
         _print_sweep(model, sampling, prompt, sweep, json=json)
         return
-    find_model(model)  # a wrong name leaves no file
     file = generate_file.Results(output, overwrite=overwrite) if output else None
-    lm, request, sampling = prompts.load_for(prompt, model, sampling)
-    assert request  # noqa: S101, there is a prompt
-    if not (json or file) and sys.stdout.isatty() and _streams(lm, sampling):
-        _print_streams(lm, sampling, request, prompt_shown)
+    if server.server:
+        remote, sampling = prompts.reach_server(server, model, sampling)
+        stream: Stream = partial(remote.stream, prompt)
+        run: Generate = partial(remote.generate, prompt)
+        streams, continues = True, True
     else:
-        _print_at_once(lm, sampling, request, file, prompt_shown=prompt_shown, json=json)
+        lm, request, sampling = prompts.load_for(prompt, model, sampling)
+        assert request  # noqa: S101, there is a prompt
+        from hfkit.inference import generation
+
+        stream = partial(generation.stream, request, model=lm)
+        count = sampling.num_return_sequences or 1
+        # partial() does not know which overload this is.
+        run = partial(generation.generate, request, model=lm, num_return_sequences=count)  # type: ignore[assignment]
+        streams, continues = _streams(lm, sampling), _continues(lm, sampling)
+    if not (json or file) and sys.stdout.isatty() and streams:
+        _print_streams(stream, sampling, prompt if prompt_shown else "", continues)
+    else:
+        _print_at_once(run, sampling, file, prompt_shown=prompt_shown, json=json)
 
 
 def _streams(lm: LanguageModel, sampling: GenerateOptions) -> bool:
@@ -81,26 +101,29 @@ def _streams(lm: LanguageModel, sampling: GenerateOptions) -> bool:
     return (sampling.num_return_sequences or 1) == 1 or draws(lm, sampling)
 
 
-def _print_streams(lm: LanguageModel, sampling: GenerateOptions, prompt: Request, prompt_shown: bool) -> None:
+def _continues(lm: LanguageModel, sampling: GenerateOptions) -> bool:
+    """Whether the text goes on from the prompt. Translators and models that learned a task answer it."""
+    from hfkit.corpus.templates import task_of
+
+    return not lm.model.config.is_encoder_decoder and (sampling.raw or not task_of(lm.tokenizer))
+
+
+def _print_streams(stream: Stream, sampling: GenerateOptions, prompt: str, continues: bool) -> None:
     """Print each sample while it is generated."""
     samples = sampling.num_return_sequences or 1
     for k in range(samples):
         sample = replace(sampling, num_return_sequences=None, seed=(sampling.seed or 0) + k)
         try:
-            _print_stream(lm, sample, prompt, prompt_shown)
+            _print_stream(stream, sample, prompt, continues)
         finally:  # after Ctrl-C, too
             console.write("\n" if k == samples - 1 else "\n----\n")
 
 
-def _print_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: Request, prompt_shown: bool) -> None:
-    from hfkit.corpus.templates import task_of
-    from hfkit.inference import generation
-
+def _print_stream(stream: Stream, sampling: GenerateOptions, prompt: str, continues: bool) -> None:
     started, first_token = time.perf_counter(), None
-    continues = not lm.model.config.is_encoder_decoder and (sampling.raw or not task_of(lm.tokenizer))
-    if prompt_shown and continues:
-        console.write(str(prompt.prompt), dim=True)
-    pieces = generation.stream(prompt, model=lm, options=sampling)
+    if continues:
+        console.write(prompt, dim=True)
+    pieces = stream(options=sampling)
     while True:
         try:
             piece = next(pieces)
@@ -112,20 +135,16 @@ def _print_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: Request,
 
 
 def _print_at_once(
-    lm: LanguageModel,
+    run: Generate,
     sampling: GenerateOptions,
-    prompt: Request,
     file: generate_file.Results | None,
     *,
     prompt_shown: bool,
     json: bool,
 ) -> None:
     """Generate all samples, then write them to `file` or stdout."""
-    from hfkit.inference import generation
-
     started = time.perf_counter()
-    count = sampling.num_return_sequences or 1
-    samples = generation.generate(prompt, model=lm, options=sampling, num_return_sequences=count)
+    samples = run(options=sampling)
     if file:
         file.add(sample.to_dict() | {"line": 1} for sample in samples)
         file.finish()

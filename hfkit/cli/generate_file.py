@@ -7,22 +7,22 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfkit import console, processes
-from hfkit.cli.prompts import can_be_read_twice, load_for, read_prompts
+from hfkit.cli.prompts import can_be_read_twice, load_for, reach_server, read_prompts
 from hfkit.declaration import set_fields
-from hfkit.errors import HfkitError, OptionError
+from hfkit.errors import HfkitError, OptionError, hide_passwords
 from hfkit.models.sources import find_model
-from hfkit.options import GenerateOptions, ModelOptions
+from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
 from hfkit.storage import check_free, check_regular, lock_file, write_text
 
 if TYPE_CHECKING:
-    from hfkit.inference.generation import Generation
+    from hfkit.inference.results import Generation
     from hfkit.models.loading import LanguageModel
 
     Numbered = tuple[int, list[Generation] | HfkitError]  # index of a prompt, and its samples or its error
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 def write_results(
     model: ModelOptions,
+    server: ServerOptions,
     sampling: GenerateOptions,
     path: Path,
     output: Path | None,
@@ -40,6 +41,8 @@ def write_results(
 ) -> None:
     """Continue every prompt of the file `path`. Several processes share the prompts; the first one writes.
 
+    A server gets `batch_size` requests at a time.
+
     Raises:
         HfkitError: the run cannot begin or be resumed; or, in the end, some prompts could not be run.
     """
@@ -48,23 +51,29 @@ def write_results(
     if resume and not overwrite and output and output.is_file():
         console.note(f"{output} is complete: there is nothing to resume")
         return
-    names = ("revision", "dtype", "quantize")  # with the options of sampling, all that changes the texts
-    settings = {"model": find_model(model).name, **{n: getattr(model, n) for n in names}, **set_fields(sampling)}
-    leads = processes.rank == 0
+    settings, leads = _settings_of(model, server, sampling), processes.rank == 0
     file = Results(output, resume=resume, overwrite=overwrite) if output and leads else None
     done, previous = processes.gather([(file.done, file.settings) if file else ({}, None)])[0]
     if done:
         _check_same(f"{output}.partial", previous, settings, path, done)
         sampling = replace(sampling, seed=previous["seed"])
-    lm, _, sampling = load_for(None, model, sampling)
+    if server.server:
+        remote, sampling = reach_server(server, model, sampling)
+    else:
+        lm, _, sampling = load_for(None, model, sampling)
     sampling = replace(sampling, seed=processes.gather([sampling.seed])[0])
     if file:
         file.begin(settings | {"seed": sampling.seed})
-    failures = tokens = 0
-    count, started = len(done), time.perf_counter()
-    with _open_bar(path, sampling, len(done)) as bar:
+    count, failures, tokens, samples = len(done), 0, 0, sampling.num_return_sequences or 1
+    started = time.perf_counter()
+    with _open_bar(path, samples, len(done)) as bar:
         todo = ((index, prompt) for index, prompt in enumerate(read_prompts(path)) if index + 1 not in done)
-        for window in _generate_windows(lm, sampling, todo, batch_size, bar.update):
+        if server.server:
+            results = remote.generate_each(todo, options=sampling, concurrent=batch_size or 16)
+            windows: Iterator[list[Numbered]] = ([result] for result in results)
+        else:
+            windows = _generate_windows(lm, sampling, todo, batch_size, bar)
+        for window in windows:
             records = []
             for index, result in window:
                 count += 1
@@ -80,12 +89,22 @@ def write_results(
                 file.add(records)
             elif leads:
                 console.write_json(*records)
+            bar.update(count * samples - bar.n)
     if file:
         file.finish()
     seconds = time.perf_counter() - started
     console.detail(f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s)")
     if failures and leads:
         raise HfkitError(f"{failures} of {count} prompts could not be run ({path}): fix the lines named above")
+
+
+def _settings_of(model: ModelOptions, server: ServerOptions, sampling: GenerateOptions) -> dict[str, Any]:
+    """Return every option that changes the texts. A resumed run must share them."""
+    if server.server:
+        place = {"model": model.model, "server": hide_passwords(server.server)}
+    else:
+        place = {"model": find_model(model).name}
+    return place | {name: getattr(model, name) for name in ("revision", "dtype", "quantize")} | set_fields(sampling)
 
 
 def _check_same(
@@ -111,7 +130,7 @@ def _generate_windows(
     sampling: GenerateOptions,
     prompts: Iterator[tuple[int, Any]],
     batch_size: int | None,
-    advance: Callable[[int], Any],
+    bar: Any,
 ) -> Iterator[list[Numbered]]:
     """Yield results in the order of the input, a window at a time. Each process has its share of every window."""
     from hfkit.inference import generation
@@ -121,14 +140,14 @@ def _generate_windows(
         share = window[processes.rank :: processes.count]
         results = generation.generate_each(
             share, model=lm, options=sampling, batch_size=batch_size,
-            on_done=lambda texts: advance(texts * processes.count),
+            on_done=lambda texts: bar.update(texts * processes.count),
         )  # fmt: skip
         yield sorted(processes.gather(list(results)), key=lambda numbered: numbered[0])
 
 
-def _open_bar(path: Path, sampling: GenerateOptions, done: int) -> Any:
+def _open_bar(path: Path, samples: int, done: int) -> Any:
     """Open a progress bar over the texts. The length of a pipe is not known."""
-    samples, lines = sampling.num_return_sequences or 1, None
+    lines = None
     if can_be_read_twice(path):
         with path.open("rb") as file:
             lines = sum(1 for _ in file)

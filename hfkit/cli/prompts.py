@@ -12,13 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from hfkit import console
+from hfkit import console, processes
 from hfkit.errors import HfkitError, OptionError
+from hfkit.imports import import_lean
 from hfkit.models.sources import BUNDLED, find_model
-from hfkit.options import GenerateOptions, ModelOptions
+from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
 
 if TYPE_CHECKING:
     from hfkit.inference.prompts import Request
+    from hfkit.inference.remote import Server
     from hfkit.models.loading import LanguageModel
 
 STDIN = Path("-")
@@ -124,20 +126,24 @@ def load_for(
         HfkitError: the model cannot generate text, or `prompt` does not fit it.
     """
     source = find_model(model)  # a wrong name is an error before torch is imported
-    from hfkit.inference import controls, generation
-    from hfkit.inference.prompts import ends_in_space, fit_prompt
-    from hfkit.models import architecture, loading
+    with console.status(f"loading {source.name} ..."):
+        needs_all = source.adapter or source.trust_remote_code or model.device_map or model.quantize
+        if processes.count == 1 and not needs_all and (kind := source.config.get("model_type")):
+            import_lean(kind)
+        from hfkit.inference import controls, generation
+        from hfkit.inference.prompts import ends_in_space, fit_prompt
+        from hfkit.models import architecture, loading
 
-    controls.check_options(sampling)
-    if source.folder == BUNDLED and sys.stdout.isatty():
-        _introduce_bundled_model()
-    generation.novel_index(sampling)
-    tokenizer, config = loading.load_tokenizer(source), loading.load_config(source)
-    architecture.check_head(source.name, config, "text")
-    request = None if prompt is None else fit_prompt(prompt, sampling, tokenizer, config, source.name)
-    if request and ends_in_space(request, tokenizer):
-        console.note("the prompt ends in a space, but words of this model begin with theirs: leave it out")
-    lm = loading.load_weights(source, model, tokenizer, config)
+        controls.check_options(sampling)
+        if source.folder == BUNDLED and sys.stdout.isatty():
+            _introduce_bundled_model()
+        generation.novel_index(sampling)
+        tokenizer, config = loading.load_tokenizer(source), loading.load_config(source)
+        architecture.check_head(source.name, config, "text")
+        request = None if prompt is None else fit_prompt(prompt, sampling, tokenizer, config, source.name)
+        if request and ends_in_space(request, tokenizer):
+            console.note("the prompt ends in a space, but words of this model begin with theirs: leave it out")
+        lm = loading.load_weights(source, model, tokenizer, config)
     if sampling.seed is None:
         sampling = replace(sampling, seed=generation.draw_seed())
         if controls.draws(lm, sampling):
@@ -155,3 +161,15 @@ def _introduce_bundled_model() -> None:
             "the bundled model is a small GPT-2 that has read old story books: it continues stories, and knows no "
             "facts; -m gpt2 downloads a larger one"
         )
+
+
+def reach_server(
+    options: ServerOptions, model: ModelOptions, sampling: GenerateOptions
+) -> tuple[Server, GenerateOptions]:
+    """`load_for` where the model is on a server."""
+    from hfkit.inference.remote import Server, draws, with_seed
+
+    server, seeded = Server(options, model), with_seed(sampling)
+    if sampling.seed is None and draws(sampling):
+        console.note(f"seed {seeded.seed}")
+    return server, seeded
