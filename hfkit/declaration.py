@@ -187,9 +187,9 @@ class Options:
             self._refuse(name, f"it must be {lower}" + ("" if max is None else f", at most {max}"))
 
     def _refuse(self, name: str, why: str) -> NoReturn:
-        is_secret = not next(f for f in fields(self) if f.name == name).repr
-        value = "secret" if is_secret else repr(getattr(self, name))
-        raise OptionError(f"--{name.replace('_', '-')} is {value}: {why}")
+        f = next(f for f in fields(self) if f.name == name)
+        label = name.upper() if f.metadata["is_argument"] else f"--{name.replace('_', '-')}"
+        raise OptionError(f"{label} is {repr(getattr(self, name)) if f.repr else 'secret'}: {why}")
 
     @classmethod
     def read(cls, texts: Mapping[str, Any]) -> Self:

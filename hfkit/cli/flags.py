@@ -55,7 +55,8 @@ def flags(command: Callable[..., Any]) -> Callable[..., Any]:
     def call(ctx: Any, **typed: Any) -> Any:
         texts = {name: text for name, text in typed.items() if text is not None}
         if "config" in texts:
-            texts = read_values(texts["config"], [name for name in typed if name != "config"]) | texts
+            recipe = CommonFlags.read_value("config", texts["config"])
+            texts = read_values(recipe, [name for name in typed if name != "config"]) | texts
         if missing := [f.name for f in fields(own) if f.default is MISSING and f.name not in texts]:
             raise OptionError(f"{ctx.command_path} needs a {missing[0]}, such as {ctx.command.examples[0]}")
         options = [group.read({name: texts[name] for name in group.names() if name in texts}) for group in classes]

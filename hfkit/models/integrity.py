@@ -17,6 +17,8 @@ from hfkit.options import GenerateOptions
 from hfkit.storage import check_weights
 
 _NUMBERS = [name for name, type_ in get_type_hints(GenerateOptions).items() if type_ in (float | None, int | None)]
+# Fields of generation_config.json that hold lists, and what is in them.
+_ITEMS = {"stop_strings": str, "suppress_tokens": int, "begin_suppress_tokens": int, "bad_words_ids": list}
 # Hold it while transformers makes a model. It replaces methods of its classes and torch's default precision for that
 # time, in the whole process: two threads at once would leave the replacements in place for good.
 LOADING = threading.RLock()
@@ -116,7 +118,8 @@ def check_values(folder: Path, model: PreTrainedModel) -> None:
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     for name, value in settings.items():
-        is_id = name.endswith("token_id")
-        numbers = value if is_id and isinstance(value, list) else [value]
-        if (is_id or name in _NUMBERS) and not all(isinstance(number, int | float | None) for number in numbers):
+        is_number = name in _NUMBERS or name.endswith("token_id")
+        kind = _ITEMS.get(name) or (int | float if is_number else dict | list if name == "sequence_bias" else object)
+        is_list = isinstance(value, list) and (name in _ITEMS or name.endswith("token_id"))
+        if not all(isinstance(item, kind | None) for item in (value if is_list else [value])):
             raise HfkitError(f"generation_config.json is damaged ({folder}): {name} is {value!r}; get the model again")

@@ -145,3 +145,39 @@ def test_help_command(capfdbinary):
     """`hfkit help` and `hfkit help COMMAND` print what --help does."""
     assert call(capfdbinary, "help").stdout == call(capfdbinary, "--help").stdout != b""
     assert call(capfdbinary, "help", "info").stdout == call(capfdbinary, "info", "-h").stdout != b""
+
+
+# values that no option takes
+
+BAD_BYTES = "a\udcffb"  # as Python reads bytes of a command line that are not UTF-8
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(["generate", BAD_BYTES], ["generate", "hi", "--stop", BAD_BYTES], ["generate", "hi", "-m", BAD_BYTES]),
+        *(["generate", "-i", BAD_BYTES], ["generate", "hi", "-o", BAD_BYTES], ["generate", "hi", "-c", BAD_BYTES]),
+        *(["classify", "hi", "--labels", BAD_BYTES], ["answer", BAD_BYTES], ["inspect", BAD_BYTES]),
+        *(["finetune", BAD_BYTES], ["evaluate", "c.txt", "-m", BAD_BYTES], ["tune", "c.txt", "--search", BAD_BYTES]),
+        *(["recipes", "copy", BAD_BYTES], ["export", BAD_BYTES], ["report", BAD_BYTES], ["info", "-m", BAD_BYTES]),
+    ],
+    ids=ascii,
+)
+def test_bytes_that_are_not_utf8(capfdbinary, line):
+    """Bytes that are not UTF-8 in any option or argument are a usage error that shows them."""
+    assert_fails(call(capfdbinary, *line), 2, r"a\udcffb", "it is not UTF-8 text")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("generate hi", "generate -i c.txt", "inspect hi", "finetune c.txt", "pretrain c.txt", "prepare c.txt"),
+        *("tune c.txt", "report runs/a", "export bundled"),
+    ],
+)
+def test_empty_output(capfdbinary, line, tmp_path, monkeypatch):
+    """An empty -o, as an unset variable of a shell gives, is a usage error for every command that has one."""
+    monkeypatch.chdir(tmp_path)
+    assert_fails(call(capfdbinary, *line.split(), "-o", ""), 2, "--output", "is ''", "must")
+    assert_fails(call(capfdbinary, "recipes", "copy", "sampling-story", "--to", ""), 2, "--to is ''")
+    assert not list(tmp_path.iterdir())

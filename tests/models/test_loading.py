@@ -428,14 +428,20 @@ def test_check_head_refused(copy, tiny, capfdbinary):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"eos_token_id": "x"}, {"eos_token_id": [1, "x"]}, {"top_p": [1]}, {"top_k": "many"}],
-)  # fmt: skip
+    [
+        *({"eos_token_id": "x"}, {"eos_token_id": [1, "x"]}, {"top_p": [1]}, {"top_k": "many"}, {"stop_strings": 3}),
+        *({"stop_strings": [3]}, {"bad_words_ids": 3}, {"bad_words_ids": [3]}, {"suppress_tokens": "x"}),
+        *({"sequence_bias": 3}, {"begin_suppress_tokens": ["x"]}),
+    ],
+)
 def test_check_values_of_settings(copy, tiny, wrong):
     """A setting of another type in generation_config.json is named, before anything is generated."""
     folder = copy(tiny)
     edit_json(folder / "generation_config.json", **wrong)
     assert f"generation_config.json is damaged ({folder}): {list(wrong)[0]} is" in fails(folder)
-    right = {"eos_token_id": [256, 1], "pad_token_id": None, "top_p": 1, "top_k": 5}
+    right = {"eos_token_id": [256, 1], "pad_token_id": None, "top_p": 1, "top_k": 5, "stop_strings": ["END"]}
+    right |= {"bad_words_ids": [[1, 2]], "sequence_bias": [[[1], 0.5]], "suppress_tokens": [3]}
+    right |= {"begin_suppress_tokens": None}
     edit_json(folder / "generation_config.json", **right)
     assert hfkit.load(folder)
 
