@@ -253,6 +253,6 @@ def _print_reply(talk: Conversation, text: str) -> str:
         pieces.close()
     except StopIteration as stop:
         if stop.value.finish_reason == "length" and sys.stdout.isatty():
-            console.write(f" [cut after {stop.value.tokens} tokens]", dim=True)
+            console.write(f" [cut after {console.counted(stop.value.tokens, 'token')}]", dim=True)
     console.write("\n")
     return reply

@@ -76,7 +76,9 @@ def _label_file(path: Path, model: ModelOptions, task: TaskOptions, *, json: boo
             console.note(f"{path}, line {number}: {result}")
             failures += 1
     if failures:
-        raise HfkitError(f"{failures} texts could not be labelled ({path}): fix the lines named above")
+        raise HfkitError(
+            f"{console.counted(failures, 'text')} could not be labelled ({path}): fix the lines named above"
+        )
 
 
 def _print_label(result: Classification, json: bool) -> None:

@@ -93,9 +93,11 @@ def write_results(
     if file:
         file.finish()
     seconds = time.perf_counter() - started
-    console.detail(f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s)")
+    console.detail(f"{console.counted(tokens, 'token')} in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s)")
     if failures and leads:
-        raise HfkitError(f"{failures} of {count} prompts could not be run ({path}): fix the lines named above")
+        raise HfkitError(
+            f"{failures} of {console.counted(count, 'prompt')} could not be run ({path}): fix the lines named above"
+        )
 
 
 def _settings_of(model: ModelOptions, server: ServerOptions, sampling: GenerateOptions) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from hfkit.console import counted
 from hfkit.corpus.encoding import encode, first_tokens
 from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError
@@ -112,7 +113,11 @@ class Inspection:
         return lines
 
     def __str__(self) -> str:
-        lines = [*self.lines(), f"{self.bits:.1f} bits in {len(self.tokens)} tokens under {self.model}", "next:"]
+        lines = [
+            *self.lines(),
+            f"{self.bits:.1f} bits in {counted(len(self.tokens), 'token')} under {self.model}",
+            "next:",
+        ]
         return "\n".join([*lines, *(f"{cell(row['probability']):>7} {row['text']:>9}" for row in self.following)])
 
     def _repr_html_(self) -> str:
@@ -240,7 +245,7 @@ def _view(inspection: Inspection) -> dict[str, Any]:
     return {
         "model": inspection.model,
         "title": title if len(title) <= 60 else f"{title[:60]}…",
-        "sentence": f"{inspection.bits:.1f} bits in {len(inspection.tokens)} tokens",
+        "sentence": f"{inspection.bits:.1f} bits in {counted(len(inspection.tokens), 'token')}",
         "tokens": [
             {
                 "text": part.text,
