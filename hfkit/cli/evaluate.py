@@ -28,7 +28,10 @@ def evaluate(
     corpus: list[str] = CORPUS,
     json: bool = JSON,
 ) -> None:
-    """Measure how well models predict a corpus: perplexity, bits per byte, accuracy, each with its error.
+    """Measure how well models predict a corpus.
+
+    It prints perplexity, bits per byte and accuracy, each with its error; for a corpus with labels or answers, how
+    many are right.
 
     Examples:
         hfkit evaluate held-out.txt

@@ -161,11 +161,9 @@ def _describe(samples: Sequence[Generation], seconds: float, first_token: float 
     if any(sample.loops for sample in samples):
         console.note("the text has begun to repeat itself: try --repetition-penalty 1.2 or a higher --temperature")
     tokens = sum(sample.tokens for sample in samples)
-    latency = f", the first after {first_token:.2f} s" if first_token else ""
+    speed = f"{tokens / seconds:.1f} tokens/s" + (f", the first after {first_token:.2f} s" if first_token else "")
     seeds = ", ".join(str(sample.seed) for sample in samples)
-    console.detail(
-        f"{console.counted(tokens, 'token')} in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s{latency}), seed {seeds}"
-    )
+    console.detail(f"{console.counted(tokens, 'token')} in {seconds:.2f} s ({speed}), seed {seeds}")
 
 
 def _print_sweep(model: ModelOptions, sampling: GenerateOptions, prompt: str, sweep: str, *, json: bool) -> None:

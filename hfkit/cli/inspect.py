@@ -26,7 +26,9 @@ def inspect(
     text: str | None = argument(None, help="Text to inspect; without it, stdin is read."),
     json: bool = JSON,
 ) -> None:
-    """Show how likely each token of a text is, what would come next, and what attention heads look at.
+    """Show how a model sees a text: how likely it is, and what is next.
+
+    With --attention, also what each attention head looks at, on a page.
 
     Examples:
         hfkit inspect "The cat sat."

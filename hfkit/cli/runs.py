@@ -1,6 +1,9 @@
 """`hfkit recipes`, `report` and `export`: begin a run from a recipe, compare runs, take a run's model elsewhere."""
 
 import shlex
+import shutil
+import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +25,10 @@ recipes = typer.Typer(help="List the shipped recipes; copy one to start from.", 
 @recipes.callback()
 def list_recipes(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
-        width = max(map(len, shipped()), default=0)
-        console.write("".join(f"{name:<{width}}  {head_comment(path)[0]}\n" for name, path in shipped().items()))
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+        for name, path in shipped().items():
+            line = f"{name:<26}  {head_comment(path)[0]}"
+            console.write(textwrap.fill(line, columns, subsequent_indent=" " * 28) + "\n")
         console.note("next: hfkit recipes copy NAME")
 
 
@@ -48,7 +53,7 @@ def report(
     output: Path = option(Path("runs.html"), "Page to write.", short="-o"),
     overwrite: bool = option(False, "Replace the page if it exists."),
 ) -> None:
-    """Show training runs side by side on one page, or the trials of a search: results, curves, settings, samples.
+    """Compare training runs, or the trials of a search, on one page.
 
     Examples:
         hfkit report runs/a runs/b -o runs.html
@@ -57,11 +62,14 @@ def report(
     from hfkit.reporting.pages import write_report
 
     console.write(f"{write_report(run, output)}\n")
+    console.note("next: open it in a browser")
 
 
 @flags
 def export(options: ExportOptions, model: str = argument(help="A run of finetune, an adapter, or any model.")) -> None:
-    """Write a model as one folder, with adapters merged or another precision; or push it to the Hub.
+    """Write a model as one folder, or push it to the Hub.
+
+    A LoRA adapter is merged into its base; --dtype changes the precision.
 
     Examples:
         hfkit export runs/corpus -o my-model

@@ -25,7 +25,7 @@ def serve(
     grace: float = option(30.0, "Seconds to finish what has begun, after Ctrl-C.", min=0),
     log_prompts: bool = option(False, "Print each request with its prompts."),
 ) -> None:
-    """Serve models over HTTP, as OpenAI's API, with a page to try them on.
+    """Serve models over HTTP as OpenAI's API, with a page to try them.
 
     Examples:
         hfkit serve

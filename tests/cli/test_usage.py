@@ -29,6 +29,13 @@ def test_help_cuts_nothing(capfdbinary, monkeypatch, name):
     assert wanted <= words and "…" not in "".join(lines)
 
 
+def test_help_fits_80_columns(capfdbinary, monkeypatch):
+    """The list of commands cuts no sentence."""
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = call(capfdbinary, "--help").stdout.decode().splitlines()
+    assert max(map(len, lines)) <= 80 and not [line for line in lines if line.endswith("...")]
+
+
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_help_ends_with_examples(capfdbinary, monkeypatch, name):
     """The help of a command ends with examples, whose flags exist."""
