@@ -23,7 +23,7 @@ from hfkit.recipes import read_value
 
 if TYPE_CHECKING:
     from hfkit.inference.generation import Generation
-    from hfkit.inference.prompts import Request
+    from hfkit.inference.text import Request
     from hfkit.models.loading import LanguageModel
 
 

@@ -14,7 +14,7 @@ from hfkit.models.sources import BUNDLED, find_model
 from hfkit.options import GenerateOptions, ModelOptions
 
 if TYPE_CHECKING:
-    from hfkit.inference.prompts import Request
+    from hfkit.inference.text import Request
     from hfkit.models.loading import LanguageModel
 
 
@@ -32,7 +32,7 @@ def load_with_prompt(
         HfkitError: the model cannot generate text, or `prompt` does not fit it.
     """
     from hfkit.inference import controls, generation
-    from hfkit.inference.prompts import ends_in_space, fit_prompt
+    from hfkit.inference.text import ends_in_space, fit_prompt
     from hfkit.models import architecture, loading
 
     controls.check_options(sampling)

@@ -10,7 +10,8 @@ import typer
 import hfkit
 from hfkit import console
 from hfkit.cli.flags import flags
-from hfkit.models.sources import check_target, find_model
+from hfkit.models.folder import check_target
+from hfkit.models.sources import find_model
 from hfkit.options import ExportOptions
 from hfkit.storage import check_free
 
