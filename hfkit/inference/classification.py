@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, overload
 
@@ -19,6 +18,7 @@ from hfkit.corpus.templates import Task, make_task, task_of
 from hfkit.errors import HfkitError, NotFiniteError, OptionError
 from hfkit.inference.batches import group_by_length, pad
 from hfkit.inference.likelihood import score
+from hfkit.inference.results import Classification
 from hfkit.inference.text import Text, check_text, list_texts
 from hfkit.models.architecture import check_causal, head_of
 from hfkit.models.loading import LanguageModel, Model, loaded, split_options
@@ -28,23 +28,6 @@ _WINDOW = 128  # texts that are sorted by length together
 _TOKENS = {"cpu": 16_384, "cuda": 131_072}  # at a time, of texts with their labels
 _SCORED = {"cpu": 2048, "cuda": 16_384}  # likewise, of the labels alone: their logits take the memory
 _ZERO_SHOT = "{text}\nThis is about: {label}"  # for labels without a template
-
-
-@dataclass(frozen=True)
-class Classification:
-    """A text's label; `str()` is the label."""
-
-    text: str
-    label: str
-    probabilities: dict[str, float]  # of every label, likeliest first
-    model: str
-
-    def __str__(self) -> str:
-        return self.label
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `--json` prints."""
-        return dict(vars(self))
 
 
 # A str is a Sequence[str], too: the overload for one text comes first.

@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from hfkit.console import detail
 from hfkit.declaration import Options, divide
@@ -189,7 +190,8 @@ def load_weights(
         placement = placement or {"": device}
     if placement:
         arguments["device_map"] = placement
-    model, report = _read_model(source, _class_for(source, config), config, **arguments)
+    with calling_library(source), no_init_weights():  # what is missing is an error, so no random number is of any use
+        model, report = _read_model(source, _class_for(source, config), config, **arguments)
     integrity.check_report(source, model, report)
     if source.adapter:
         model = _merge_adapter(model, source, source.adapter)

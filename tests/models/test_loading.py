@@ -482,7 +482,7 @@ def test_check_values_of_settings(copy, tiny, wrong):
     assert f"generation_config.json is damaged ({folder}): {list(wrong)[0]} is" in fails(folder)
     right = {"eos_token_id": [256, 1], "pad_token_id": None, "top_p": 1, "top_k": 5, "suppress_tokens": [3]}
     right |= {"stop_strings": ["a", "b"], "begin_suppress_tokens": None}
-    edit_json(folder / "generation_config.json", **right)
+    edit_json(folder / "generation_config.json", **dict.fromkeys(wrong) | right)
     assert hfkit.load(folder)
 
 
