@@ -14,7 +14,8 @@ from hfkit import console
 from hfkit.cli.flags import complete_recipe, flags
 from hfkit.cli.usage import Command
 from hfkit.declaration import argument, option
-from hfkit.models.sources import check_target, find_model
+from hfkit.models.folder import check_target
+from hfkit.models.sources import find_model
 from hfkit.options import ExportOptions
 from hfkit.recipes import copy_recipe, head_comment, shipped
 from hfkit.storage import check_free
