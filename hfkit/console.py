@@ -23,6 +23,7 @@ class _State:
     verbose: bool = False
     debug: bool = False
     warned_of_encoding: bool = False
+    has_status: bool = False  # the terminal shows a status line
 
 
 state = _State()
@@ -73,14 +74,14 @@ def write(text: str, file: IO[str] | None = None, *, dim: bool = False) -> None:
 
 
 def to_json(value: Any) -> str:
-    """`value` as JSON on one line, in plain characters; half a surrogate pair, which UTF-8 cannot hold, is escaped."""
+    """`value` as a line of JSON, in plain characters; half a surrogate pair, which UTF-8 cannot hold, is escaped."""
     line = json.dumps(value, ensure_ascii=False)
-    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):x}", line)
+    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):x}", line) + "\n"
 
 
-def write_json(value: Any) -> None:
-    """Write `value` to stdout as one line of JSON."""
-    write(to_json(value) + "\n")
+def write_json(*values: Any) -> None:
+    """Write each value to stdout as a line of JSON."""
+    write("".join(map(to_json, values)))
 
 
 def write_table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int = 120, **options: Any) -> None:
@@ -102,8 +103,39 @@ def write_table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int =
     Console(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else width).print(table)
 
 
+@contextlib.contextmanager
+def status(text: str, delay: float = 0.5) -> Iterator[None]:
+    """Show `text` on a terminal while the block runs, after `delay` seconds; nothing of it stays."""
+    if state.quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        yield
+        return
+    timer = threading.Timer(delay, _show_status, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        _clear_status()
+
+
+def _show_status(text: str) -> None:
+    import shutil
+
+    state.has_status = True
+    print(printable(text)[: shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
+
+
+def _clear_status() -> None:
+    if state.has_status:
+        state.has_status = False
+        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
 def note(text: str) -> None:
     """Print a line to stderr, unless `--quiet`."""
+    _clear_status()
     if not state.quiet:
         print(f"hfkit: {printable(text)}", file=sys.stderr, flush=True)
 
@@ -179,17 +211,17 @@ def _silenced() -> Iterator[None]:
             library.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def counted(number: int, noun: str) -> str:
-    """A number of things in words: "1 document", "2,000 documents"."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
-
-
 def duration(seconds: float) -> str:
     """A time in words: "90 seconds", "2 hours"."""
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{max(1, math.ceil(seconds))} seconds"
+    return counted(max(1, math.ceil(seconds)), "second")
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and its noun: "1 step", "1,200 steps"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def with_error(value: float, error: float | None, form: str) -> str:

@@ -16,14 +16,14 @@ import typer
 
 import hfkit
 from hfkit import console, processes
-from hfkit.cli import recipes
 from hfkit.cli.chat import chat
 from hfkit.cli.classify import answer, classify
 from hfkit.cli.evaluate import evaluate
 from hfkit.cli.generate import generate
 from hfkit.cli.info import info
 from hfkit.cli.inspect import inspect
-from hfkit.cli.report import export, report
+from hfkit.cli.runs import export, recipes, report
+from hfkit.cli.serve import serve
 from hfkit.cli.train import finetune, prepare, pretrain, tune
 from hfkit.cli.usage import Command, explain_usage
 from hfkit.errors import HfkitError, StoppedError
@@ -58,10 +58,11 @@ def _root(
 
 
 for _command in (
-    *(generate, chat, finetune, pretrain, prepare, evaluate, inspect, classify, answer, tune, report, export, info),
+    *(generate, chat, finetune, pretrain, prepare, evaluate, inspect, classify, answer, tune, serve, report, export),
+    info,
 ):
     app.command(cls=Command)(_command)
-app.add_typer(recipes.app, name="recipes")
+app.add_typer(recipes, name="recipes")
 
 
 def main() -> NoReturn:

@@ -4,56 +4,54 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from hfkit import console
-from hfkit.cli import generate_file, prompt_files
-from hfkit.cli.flags import Json, flags
-from hfkit.cli.generation_setup import load_with_prompt, with_seed
-from hfkit.cli.prompt_files import Results, to_line
+from hfkit.cli import generate_file, prompts
+from hfkit.cli.flags import JSON, flags
+from hfkit.declaration import argument, option
 from hfkit.errors import OptionError
 from hfkit.models.sources import find_model
-from hfkit.options import GenerateOptions, ModelOptions
-from hfkit.recipes import read_value
+from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
 
 if TYPE_CHECKING:
-    from hfkit.inference.generation import Generation
-    from hfkit.inference.prompts import Request
+    from hfkit.inference.results import Generation
     from hfkit.models.loading import LanguageModel
+
+    Stream = Callable[..., Generator[str, None, Generation]]  # of one prompt; takes `options`
+    Generate = Callable[..., Sequence[Generation]]
 
 
 @flags
 def generate(
     model: ModelOptions,
+    server: ServerOptions,
     sampling: GenerateOptions,
-    prompt: Annotated[str | None, typer.Argument(help="Text to continue; without it, stdin is read.")] = None,
-    input: Annotated[
-        Path | None,
-        typer.Option(
-            "--input", "-i", help="Many prompts: a line each, or `prompt` of each .jsonl object; - is stdin."
-        ),
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON Lines to this file.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an --output that was interrupted.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output if it exists.")] = False,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Most texts at a time. [default: what suits the device]")
-    ] = None,
-    sweep: Annotated[
-        str | None,
-        typer.Option(metavar="NAME=A,B,...", help="Compare values of one option, same seed: temperature=0.3,0.7,1.0."),
-    ] = None,
-    prompt_shown: Annotated[
-        bool, typer.Option("--prompt/--no-prompt", help="Print the prompt before its continuation.")
-    ] = True,
-    json: Json = False,
+    prompt: str | None = argument(None, help="Text to continue; without it, stdin is read."),
+    input: Path | None = option(
+        None, "Many prompts: a line each, or `prompt` of each .jsonl object; - is stdin.", short="-i"
+    ),
+    output: Path | None = option(None, "Write JSON Lines to this file.", short="-o"),
+    resume: bool = option(False, "Continue an --output that was interrupted."),
+    overwrite: bool = option(False, "Replace --output if it exists."),
+    batch_size: int | None = option(None, "Most texts at a time. [default: what suits the device]", min=1),
+    sweep: str | None = option(
+        None, "Compare values of one option, same seed: temperature=0.3,0.7,1.0.", metavar="NAME=A,B,..."
+    ),
+    prompt_shown: bool = option(True, "Print the prompt before its continuation.", name="prompt"),
+    json: bool = JSON,
 ) -> None:
-    """Continue a prompt, or many from a file, and print the texts."""
+    """Continue a prompt, or many from a file, and print the texts.
+
+    Examples:
+        hfkit generate "Once upon a time"
+        hfkit generate "The king" -m gpt2 -n 50 -t 0.7 --top-p 0.9 --seed 1
+        hfkit generate -i prompts.txt -o texts.jsonl
+    """
     if input and (prompt is not None or sweep):
         raise OptionError("--input brings its own prompts: leave the PROMPT and --sweep out")
     if (resume or overwrite) and not output:
@@ -61,24 +59,39 @@ def generate(
     if resume and not input:
         raise OptionError("--resume is for many prompts: add --input FILE")
     if input:
-        prompt_files.check_input(input)
+        prompts.check_input(input)
         generate_file.write_results(
-            model, sampling, input, output, resume=resume, overwrite=overwrite, batch_size=batch_size
+            model, server, sampling, input, output, resume=resume, overwrite=overwrite, batch_size=batch_size
         )
         return
-    prompt = prompt_files.read_prompt(prompt)
-    find_model(model)  # report a wrong name before torch is imported
+    prompt = prompts.read_prompt(prompt)
+    if not server.server:
+        find_model(model)  # a wrong name leaves no file
     if sweep:
+        if server.server:
+            raise OptionError("--sweep works only on this machine: leave --server out")
         _print_sweep(model, sampling, prompt, sweep, json=json)
         return
-    file = Results(output, overwrite=overwrite) if output else None
-    lm, request = load_with_prompt(model, sampling, prompt)
-    assert request  # noqa: S101, there is a prompt
-    sampling = with_seed(lm, sampling)
-    if not (json or file) and sys.stdout.isatty() and _streams(lm, sampling):
-        _print_streams(lm, sampling, request, prompt_shown)
+    file = generate_file.Results(output, overwrite=overwrite) if output else None
+    if server.server:
+        remote, sampling = prompts.reach_server(server, model, sampling)
+        stream: Stream = partial(remote.stream, prompt)
+        run: Generate = partial(remote.generate, prompt)
+        streams, continues = True, True
     else:
-        _print_at_once(lm, sampling, request, file, prompt_shown=prompt_shown, json=json)
+        lm, request, sampling = prompts.load_for(prompt, model, sampling)
+        assert request  # noqa: S101, there is a prompt
+        from hfkit.inference import generation
+
+        stream = partial(generation.stream, request, model=lm)
+        count = sampling.num_return_sequences or 1
+        # partial() does not know which overload this is.
+        run = partial(generation.generate, request, model=lm, num_return_sequences=count)  # type: ignore[assignment]
+        streams, continues = _streams(lm, sampling), _continues(lm, sampling)
+    if not (json or file) and sys.stdout.isatty() and streams:
+        _print_streams(stream, sampling, prompt if prompt_shown else "", continues)
+    else:
+        _print_at_once(run, sampling, file, prompt_shown=prompt_shown, json=json)
 
 
 def _streams(lm: LanguageModel, sampling: GenerateOptions) -> bool:
@@ -88,26 +101,29 @@ def _streams(lm: LanguageModel, sampling: GenerateOptions) -> bool:
     return (sampling.num_return_sequences or 1) == 1 or draws(lm, sampling)
 
 
-def _print_streams(lm: LanguageModel, sampling: GenerateOptions, prompt: Request, prompt_shown: bool) -> None:
+def _continues(lm: LanguageModel, sampling: GenerateOptions) -> bool:
+    """Whether the text goes on from the prompt. Translators and models that learned a task answer it."""
+    from hfkit.corpus.templates import task_of
+
+    return not lm.model.config.is_encoder_decoder and (sampling.raw or not task_of(lm.tokenizer))
+
+
+def _print_streams(stream: Stream, sampling: GenerateOptions, prompt: str, continues: bool) -> None:
     """Print each sample while it is generated."""
     samples = sampling.num_return_sequences or 1
     for k in range(samples):
         sample = replace(sampling, num_return_sequences=None, seed=(sampling.seed or 0) + k)
         try:
-            _print_stream(lm, sample, prompt, prompt_shown)
+            _print_stream(stream, sample, prompt, continues)
         finally:  # after Ctrl-C, too
             console.write("\n" if k == samples - 1 else "\n----\n")
 
 
-def _print_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: Request, prompt_shown: bool) -> None:
-    from hfkit.corpus.templates import task_of
-    from hfkit.inference import generation
-
+def _print_stream(stream: Stream, sampling: GenerateOptions, prompt: str, continues: bool) -> None:
     started, first_token = time.perf_counter(), None
-    continues = not lm.model.config.is_encoder_decoder and (sampling.raw or not task_of(lm.tokenizer))
-    if prompt_shown and continues:
-        console.write(str(prompt.prompt), dim=True)
-    pieces = generation.stream(prompt, model=lm, options=sampling)
+    if continues:
+        console.write(prompt, dim=True)
+    pieces = stream(options=sampling)
     while True:
         try:
             piece = next(pieces)
@@ -119,25 +135,21 @@ def _print_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: Request,
 
 
 def _print_at_once(
-    lm: LanguageModel,
+    run: Generate,
     sampling: GenerateOptions,
-    prompt: Request,
-    file: Results | None,
+    file: generate_file.Results | None,
     *,
     prompt_shown: bool,
     json: bool,
 ) -> None:
     """Generate all samples, then write them to `file` or stdout."""
-    from hfkit.inference import generation
-
     started = time.perf_counter()
-    count = sampling.num_return_sequences or 1
-    samples = generation.generate(prompt, model=lm, options=sampling, num_return_sequences=count)
+    samples = run(options=sampling)
     if file:
         file.add(sample.to_dict() | {"line": 1} for sample in samples)
         file.finish()
     elif json:
-        console.write("".join(to_line(sample.to_dict()) for sample in samples))
+        console.write_json(*(sample.to_dict() for sample in samples))
     else:
         texts = [str(sample) if prompt_shown else sample.completion for sample in samples]
         console.write("\n----\n".join(texts) + "\n")
@@ -149,31 +161,29 @@ def _describe(samples: Sequence[Generation], seconds: float, first_token: float 
     if any(sample.loops for sample in samples):
         console.note("the text has begun to repeat itself: try --repetition-penalty 1.2 or a higher --temperature")
     tokens = sum(sample.tokens for sample in samples)
-    latency = f", the first after {first_token:.2f} s" if first_token else ""
+    speed = f"{tokens / seconds:.1f} tokens/s" + (f", the first after {first_token:.2f} s" if first_token else "")
     seeds = ", ".join(str(sample.seed) for sample in samples)
-    console.detail(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s{latency}), seed {seeds}")
+    console.detail(f"{console.counted(tokens, 'token')} in {seconds:.2f} s ({speed}), seed {seeds}")
 
 
 def _print_sweep(model: ModelOptions, sampling: GenerateOptions, prompt: str, sweep: str, *, json: bool) -> None:
     """Print the texts for one prompt and seed under several values of one option, side by side."""
-    from hfkit.inference import generation
-
     name, _, listed = sweep.partition("=")
     name = name.strip().lstrip("-").replace("-", "_")
     if name not in GenerateOptions.names() or not listed:
         raise OptionError(f"--sweep is {sweep!r}: write an option and its values, such as temperature=0.3,0.7,1.0")
-    values = [read_value(value) for value in listed.split(",")]
+    values = [GenerateOptions.read_value(name, text) for text in listed.split(",")]
     variants = [replace(sampling, **{name: value}) for value in values]
-    lm, _ = load_with_prompt(model, sampling, prompt)
-    if name != "seed":
-        seed = with_seed(lm, sampling).seed
-        variants = [replace(variant, seed=seed) for variant in variants]
+    lm, _, begun = prompts.load_for(prompt, model, variants[0] if name == "seed" else sampling)
+    from hfkit.inference import generation
+
     columns: dict[str, list[Generation]] = {}
     for value, variant in zip(values, variants, strict=True):
-        count = variant.num_return_sequences or 1
-        samples = generation.generate(prompt, model=lm, options=variant, num_return_sequences=count)
+        options = variant if name == "seed" else replace(variant, seed=begun.seed)
+        count = options.num_return_sequences or 1
+        samples = generation.generate(prompt, model=lm, options=options, num_return_sequences=count)
         if json:
-            console.write("".join(to_line(sample.to_dict() | {name: value}) for sample in samples))
+            console.write_json(*(sample.to_dict() | {name: value} for sample in samples))
         columns[f"{name} {value}"] = samples
     if not json:
         rows = ([sample.completion.strip() for sample in row] for row in zip(*columns.values(), strict=False))

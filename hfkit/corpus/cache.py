@@ -227,5 +227,5 @@ def corpus_lines(report: Report) -> list[str]:
         lines.append(f"empty and left out: {counted(report.empty, noun)}")
     if report.odd:
         odd = sorted(report.odd.items(), key=lambda item: -item[1])[:6]
-        lines.append("odd characters: " + ", ".join(f"{name} {count:,} times" for name, count in odd))
+        lines.append("odd characters: " + ", ".join(f"{name} {counted(count, 'time')}" for name, count in odd))
     return lines

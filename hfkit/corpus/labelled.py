@@ -68,20 +68,18 @@ def gather_labelled_data(
         contents = np.array([content_of("\0".join(row[:texts])) for row in rows])
         kept, out = hold_out(contents, sizes, data.eval_fraction, seed)
         rows, held = [rows[i] for i in kept], [rows[i] for i in out]
-    train_set, held_out = (
-        encode_labelled(part, tokenizer, list(labels or ()), length)
-        if head == "classification"
-        else encode_questions(part, tokenizer, length)
-        for part in (rows, held)
-    )
+    if head == "classification":
+        train_set, held_out = (encode_labelled(part, tokenizer, list(labels or ()), length) for part in (rows, held))
+    else:
+        train_set, held_out = (encode_questions(part, tokenizer, length) for part in (rows, held))
     if not train_set:
         raise HfkitError("there is nothing to train on: the corpus is too small")
     report = Report(kind=head, documents=len(rows) + len(held), tokenizer=fingerprint(tokenizer))
     report.tokens = sum(len(item["input_ids"]) for item in train_set)
     report.characters = sum(len(text) for row in rows for text in row[:texts])
     report.fingerprint = sha256_of(repr((rows, held)))
-    sizes_of_set = len(train_set), report.tokens / len(train_set)
-    return TrainingData(train_set, held_out, *sizes_of_set, report, head=head, labels=tuple(labels or ()))
+    average = report.tokens / len(train_set)
+    return TrainingData(train_set, held_out, len(train_set), average, report, head=head, labels=tuple(labels or ()))
 
 
 def classification_rows(corpus: Corpora | Corpus, options: CorpusOptions) -> list[tuple[str, str]]:

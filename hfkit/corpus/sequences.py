@@ -45,6 +45,12 @@ class TokenDataset(Dataset[Item]):
         blocks = np.arange(0, self.tokens, block_size) + block_size
         self._ends = blocks.clip(max=self.tokens) if self.is_joined else self._row_ends
 
+    @property
+    def begins_inside(self) -> bool:
+        """Whether the first token is not the first one of its document."""
+        documents, row = self._dataset.data.column("document"), int(self._rows[0])
+        return bool(self._starts[0]) or (row > 0 and documents[row] == documents[row - 1])
+
     def __len__(self) -> int:
         return len(self._ends)
 

@@ -1,5 +1,6 @@
 """What a model is trained on, and what is held out: chosen by content, so that no copy of it is trained on."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,8 @@ _NOTHING = "there is nothing to train on: the corpus is empty, or no example fit
 _MOST = 1e6  # bytes that are held out: more would not make a measurement better
 _LEAST = 100  # bytes: less would not be worth a measurement
 _DRAWS = 64
+_PROMPT, _ROOM = 12, 40  # tokens of a prompt that is taken from a text; characters that it takes at most
+_START = re.compile(r"\n\s*|[.!?…]['\"”’»)]*\s+|[。！？][”’」』）]*")  # a line or sentence has ended before it
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,14 @@ def _prompt(sequences: Any, tokenizer: PreTrainedTokenizerBase) -> str | None:
     if labels[0] == IGNORED:
         known = next(place for place, label in enumerate(labels) if label != IGNORED)
         return cast(str, tokenizer.decode(ids[:known]))
-    ids = ids[:12]
     if tokenizer.eos_token_id in ids[1:]:  # keep to the first document
         ids = ids[: ids.index(tokenizer.eos_token_id, 1)]
-    text = cast(str, tokenizer.decode(ids, skip_special_tokens=True)).strip().rstrip("\ufffd")
+    if sequences.begins_inside:
+        text = cast(str, tokenizer.decode(ids))
+        starts = [match.end() for match in _START.finditer(text) if not text[match.end() : match.end() + 1].islower()]
+        start = next((start for start in starts if start < len(text) - _ROOM), 0)
+        ids = tokenizer(text[start:], add_special_tokens=False)["input_ids"] if start else ids
+    text = cast(str, tokenizer.decode(ids[:_PROMPT], skip_special_tokens=True)).strip().rstrip("\ufffd")
     return text.rpartition(" ")[0] or text or None
 
 

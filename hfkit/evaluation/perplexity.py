@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hfkit.console import detail, progress, with_error
+from hfkit.console import counted, detail, progress, with_error
 from hfkit.corpus.documents import read_records
 from hfkit.corpus.files import Corpora, Corpus, find_corpus
 from hfkit.corpus.sequences import Item
@@ -17,9 +17,8 @@ from hfkit.errors import HfkitError
 from hfkit.evaluation.metrics import find_metric
 from hfkit.evaluation.tasks import Assessment, assess, find_task
 from hfkit.evaluation.windows import WindowReader, batch_windows
-from hfkit.inference.likelihood import Scores, exp, jsonable, ratio_stderr, score_batches
-from hfkit.inference.twins import in_eval_mode, precise_head
-from hfkit.models.architecture import computes_faster_in_bfloat16, head_of
+from hfkit.inference.likelihood import Scores, exp, jsonable, precise_head, ratio_stderr, score_batches
+from hfkit.models.architecture import check_causal, computes_faster_in_bfloat16, head_of
 from hfkit.models.loading import LanguageModel, loaded, split_options
 from hfkit.models.quantization import bits_of
 from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions
@@ -95,7 +94,7 @@ class Evaluation:
         bits = with_error(self.bits_per_byte, self.bits_per_byte_stderr, ".4f")
         return (
             f"{self.model}: perplexity {perplexity}, {bits} bits per byte, token accuracy {self.token_accuracy:.1%} "
-            f"({self.documents:,} documents, {self.tokens:,} tokens)"
+            f"({counted(self.documents, 'document')}, {counted(self.tokens, 'token')})"
         )
 
     __repr__ = __str__
@@ -108,9 +107,10 @@ class Evaluation:
             "loss": with_error(self.loss, self.loss_stderr, ".4f") + " nats per token",
             "bits per byte": with_error(self.bits_per_byte, self.bits_per_byte_stderr, ".4f"),
             "token accuracy": f"{self.token_accuracy:.2%} (in the five likeliest: {self.top5_accuracy:.2%})",
-            "corpus": f"{self.documents:,} documents, {self.tokens:,} tokens, {self.words:,} words, "
-            f"{self.bytes:,} bytes",
-            "how": f"windows of {self.window:,} tokens, {self.stride:,} new in each, in {self.dtype}",
+            "corpus": ", ".join(
+                counted(getattr(self, f"{noun}s"), noun) for noun in ("document", "token", "word", "byte")
+            ),
+            "how": f"windows of {counted(self.window, 'token')}, {self.stride:,} new in each, in {self.dtype}",
         }
 
     def verdict(self) -> str:
@@ -170,8 +170,7 @@ def evaluate(
     is_text = head_of(lm.model.config) == "text"
     if (task := find_task(lm, sources, read) if is_text else None) or not is_text:
         return assess(lm, sources, read, task)
-    if lm.model.config.is_encoder_decoder:
-        raise HfkitError(f"{lm.name} has an encoder: a text alone has no perplexity under it")
+    check_causal(lm.name, lm.model.config, "a text alone has no perplexity under it")
     window = int(min(options.max_length or lm.context or _WINDOW, lm.context or math.inf))
     stride = min(options.stride or window, window)
     with progress(sources.size, "B", "evaluating") as bar:
@@ -196,7 +195,7 @@ def evaluate(
 
 def _score_windows(lm: LanguageModel, windows: Iterator[Item], wants_float32: bool) -> tuple[Scores, str]:
     """Scores, and the precision used: bfloat16 where that is faster and does not change the first batch."""
-    model, device = precise_head(in_eval_mode(lm).model), lm.model.device.type
+    model, device = precise_head(lm.model), lm.model.device.type
     batches = batch_windows(windows, _BATCH.get(device, _BATCH["cpu"]))
     dtype = str(model.dtype).removeprefix("torch.")
     first = list(islice(batches, 2))

@@ -2,25 +2,26 @@
 
 import atexit
 import functools
+import math
 import queue
 import secrets
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any, overload
 
 from hfkit.corpus.files import find_corpus
 from hfkit.corpus.overlap import WORDS, Index, index_corpus
-from hfkit.corpus.templates import task_of
-from hfkit.errors import HfkitError, OptionError
+from hfkit.errors import HfkitError, NotFiniteError, OptionError
 from hfkit.inference import batches
 from hfkit.inference.controls import check_controls, check_options, draws, is_plain
-from hfkit.inference.decoding import Completion, repeats
-from hfkit.inference.prompts import Prompt, Request, Text, fit_prompt, list_texts
-from hfkit.inference.twins import in_eval_mode
+from hfkit.inference.decoding import Completion
+from hfkit.inference.remote import CONCURRENT, Server
+from hfkit.inference.results import Generation
+from hfkit.inference.text import Prompt, Request, Text, chosen_task, fit_prompt, list_texts, repeats
 from hfkit.models.loading import LanguageModel, Model, loaded, split_options
-from hfkit.options import GenerateOptions
+from hfkit.options import GenerateOptions, ServerOptions
 
 _WINDOW = 8  # batches that are sorted by length together
 _ATTEMPTS = 10  # samples of one text until one copies little enough
@@ -29,52 +30,23 @@ _ATTEMPTS = 10  # samples of one text until one copies little enough
 REDRAW_STRIDE = 2**40 + 1_000_003
 
 
-@dataclass(frozen=True)
-class Generation:
-    """One generated text; `str()` gives prompt and continuation, of a translator or a task the output alone."""
-
-    prompt: Text
-    completion: str
-    finish_reason: str  # "stop": end-of-text token or stop string; "length": max_new_tokens or max_time
-    tokens: int  # generated, an end-of-text token included
-    logprob: float  # of the completion under the model, in nats (natural logarithm), before any sampling control
-    seed: int | None  # gives the same text again; None where nothing was random
-    model: str
-    echo: bool = field(default=True, repr=False)
-    loops: bool = field(default=False, repr=False)  # the text ends in a repetition
-
-    def __str__(self) -> str:
-        return f"{self.prompt}{self.completion}" if self.echo else self.completion.strip()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields that `--json` prints."""
-        names = ("prompt", "completion", "finish_reason", "tokens", "logprob", "seed", "model")
-        return {name: getattr(self, name) for name in names}
-
-
 # A str is a Sequence[str], too: the overloads for one prompt come first.
 @overload
 def generate(
-    prompt: Text | Request, *, model: Model = None, options: GenerateOptions | None = None,
-    batch_size: int | None = None, num_return_sequences: None = None, **overrides: Any,
-) -> Generation: ...  # fmt: skip
+    prompt: Text | Request, *, model: Model = None, num_return_sequences: None = None, **overrides: Any
+) -> Generation: ...
 @overload
 def generate(
-    prompt: Text | Request, *, model: Model = None, options: GenerateOptions | None = None,
-    batch_size: int | None = None, num_return_sequences: int, **overrides: Any,
-) -> list[Generation]: ...  # fmt: skip
+    prompt: Text | Request, *, model: Model = None, num_return_sequences: int, **overrides: Any
+) -> list[Generation]: ...
 @overload
 def generate(
-    prompt: Sequence[Text | Request], *, model: Model = None, options: GenerateOptions | None = None,
-    batch_size: int | None = None, num_return_sequences: None = None, **overrides: Any,
-) -> list[Generation]: ...  # fmt: skip
+    prompt: Sequence[Text | Request], *, model: Model = None, num_return_sequences: None = None, **overrides: Any
+) -> list[Generation]: ...
 @overload
 def generate(
-    prompt: Sequence[Text | Request], *, model: Model = None, options: GenerateOptions | None = None,
-    batch_size: int | None = None, num_return_sequences: int, **overrides: Any,
-) -> list[list[Generation]]: ...  # fmt: skip
-
-
+    prompt: Sequence[Text | Request], *, model: Model = None, num_return_sequences: int, **overrides: Any
+) -> list[list[Generation]]: ...
 def generate(
     prompt: Text | Request | Sequence[Text | Request],
     *,
@@ -89,7 +61,8 @@ def generate(
         prompt: a text, or a list of texts. With an empty text the model begins by itself. A model that learned a task
             puts the text into its template; where that has several fields, a mapping gives them.
         model: what `load` returned or takes. A model given by name stays loaded for the next call.
-        options: how to generate. Every field of `GenerateOptions` and `ModelOptions` is a keyword, too: `top_p=0.9`.
+        options: how to generate. Every field of `GenerateOptions`, `ModelOptions` and `ServerOptions` is a
+            keyword, too: `top_p=0.9`, `server="http://localhost:8000"`.
         batch_size: most rows at a time; by default as many as the device is good for.
 
     Returns:
@@ -101,19 +74,25 @@ def generate(
 
     The seed of prompt `i`, sample `k` is `seed + i * num_return_sequences + k`; it alone gives the same text again.
     """
-    model, options = split_options(model, overrides, (GenerateOptions, options))
+    groups = ((GenerateOptions, options), (ServerOptions, None))
+    model, options, server = split_options(model, overrides, *groups)
     prompts, is_single = list_texts(prompt, "a prompt")
     check_options(options)  # before a model is loaded
-    novel_index(options)
-    lm = in_eval_mode(loaded(model))
-    requests = []  # all of them first: one that does not fit is an error before any is run
-    for number, text in enumerate(prompts):
-        try:
-            requests.append(_prepare(lm, text, options))
-        except HfkitError as error:
-            raise error if is_single else type(error)(f"prompt {number}: {error}") from error
+    if server.server:
+        remote = Server(server, model)
+        each = remote.generate_each(enumerate(prompts), options=options, concurrent=batch_size or CONCURRENT)
+    else:
+        novel_index(options)
+        lm = loaded(model)
+        requests = []  # all of them first: one that does not fit is an error before any is run
+        for number, text in enumerate(prompts):
+            try:
+                requests.append(_prepare(lm, text, options))
+            except HfkitError as error:
+                raise error if is_single else type(error)(f"prompt {number}: {error}") from error
+        each = generate_each(enumerate(requests), model=lm, options=options, batch_size=batch_size)
     results: list[Any] = []
-    for _, result in generate_each(enumerate(requests), model=lm, options=options, batch_size=batch_size):
+    for _, result in each:
         if isinstance(result, HfkitError):
             raise result
         results.append(result if options.num_return_sequences else result[0])
@@ -134,37 +113,45 @@ def generate_each(
     ids. An HfkitError among the prompts is passed through. The number goes into the seed, see `generate`.
     `on_done` is called with the number of texts that were just finished.
     """
-    lm, options = in_eval_mode(loaded(model)), options or GenerateOptions()
+    lm, options = loaded(model), options or GenerateOptions()
     first_seed = draw_seed() if options.seed is None else options.seed
     check_controls(lm, options)
     samples, size = options.num_return_sequences or 1, batch_size or batches.default_size(lm)
     plain, prompts = is_plain(lm, options), iter(prompts)
     while window := list(islice(prompts, window_size(lm, options, batch_size))):
-        results: dict[int, list[Any] | HfkitError] = {}
-        rows: list[tuple[int, int, Request]] = []
+        results: dict[int, list[Generation] | HfkitError] = {}
+        rows: list[tuple[int, Request]] = []
         for number, prompt in window:
             try:
                 if isinstance(prompt, HfkitError):
                     raise prompt
                 request, seed = _prepare(lm, prompt, options), first_seed + number * samples
                 if plain:
-                    results[number] = [None] * samples
-                    rows += [(number, k, replace(request, seed=seed + k)) for k in range(samples)]
+                    results[number] = []
+                    rows += [(number, replace(request, seed=seed + k)) for k in range(samples)]
                 else:
-                    results[number] = _run_special(lm, replace(request, seed=seed), options)
+                    results[number] = _run_alone(lm, options, replace(request, seed=seed))
                     on_done(samples)
             except HfkitError as error:
                 results[number] = error
                 on_done(samples)
-        completions = batches.run_all(lm, [request for *_, request in rows], options, size, on_done)
-        for (number, k, request), completion in zip(rows, completions, strict=True):
-            if isinstance(generations := results[number], HfkitError):
-                continue
+        completions = batches.run_all(lm, [request for _, request in rows], options, size, on_done)
+        for (number, request), completion in zip(rows, completions, strict=True):
             try:
-                generations[k] = _redraw(lm, options, request, _generation(lm, options, request, completion))
+                if isinstance(generations := results[number], list):
+                    generations.append(_redraw(lm, options, request, _generation(lm, options, request, completion)))
             except HfkitError as error:
                 results[number] = error
         yield from results.items()
+
+
+def _run_alone(lm: LanguageModel, options: GenerateOptions, request: Request) -> list[Generation]:
+    """What one request gives: several samples if they are those of one beam search."""
+    if is_plain(lm, options):
+        completions = batches.run_batch(lm, [request], options)
+    else:
+        completions = batches.run_special(lm, request, options)
+    return [_generation(lm, options, request, completion) for completion in completions]
 
 
 def _redraw(lm: LanguageModel, options: GenerateOptions, request: Request, generation: Generation) -> Generation:
@@ -175,7 +162,7 @@ def _redraw(lm: LanguageModel, options: GenerateOptions, request: Request, gener
         if not (copied := index.look_up(generation.completion)).words:
             return generation
         request = replace(request, seed=((request.seed or 0) + REDRAW_STRIDE) % 2**63)
-        generation = _run_single(lm, request, options)
+        (generation,) = _run_alone(lm, options, request)
     raise HfkitError(
         f"every one of {_ATTEMPTS} samples copies more than {options.novel_words or WORDS} words, such as "
         f"{copied.longest!r}: raise --novel-words or --temperature"
@@ -195,14 +182,6 @@ def _index(corpus: tuple[str, ...], length: int, stamps: tuple[tuple[str, int], 
     return index_corpus(list(corpus), length=length)
 
 
-def _run_single(lm: LanguageModel, request: Request, options: GenerateOptions) -> Generation:
-    return _generation(lm, options, request, batches.run_batch(lm, [request], options)[0])
-
-
-def _run_special(lm: LanguageModel, request: Request, options: GenerateOptions) -> list[Generation]:
-    return [_generation(lm, options, request, completion) for completion in batches.run_special(lm, request, options)]
-
-
 def window_size(lm: LanguageModel, options: GenerateOptions, batch_size: int | None) -> int:
     """Prompts that are read ahead and sorted together."""
     rows = (batch_size or batches.default_size(lm)) * _WINDOW
@@ -217,12 +196,15 @@ def stream(
     The pieces joined are the `completion` that `generate` gives for the same seed. The generator's return value (of
     `yield from`) is that `Generation`. Closing the generator ends the work. Arguments and errors: see `generate`.
     """
-    model, options = split_options(model, overrides, (GenerateOptions, options))
+    groups = ((GenerateOptions, options), (ServerOptions, None))
+    model, options, server = split_options(model, overrides, *groups)
     if (options.num_return_sequences or 1) > 1:
         raise OptionError("stream gives one text: leave num_return_sequences out, and change the seed")
     check_options(options)
+    if server.server:
+        return Server(server, model).stream(prompt, options=options)
     novel_index(options)
-    lm = in_eval_mode(loaded(model))
+    lm = loaded(model)
     check_controls(lm, options)
     request = _prepare(lm, prompt, options)
     request = replace(request, seed=draw_seed() if options.seed is None else options.seed)
@@ -231,10 +213,7 @@ def stream(
 
 def _stream(lm: LanguageModel, request: Request, options: GenerateOptions) -> Generator[str, None, Generation]:
     if options.novel or not is_plain(lm, options):  # what may be taken back is not shown before the end
-        if options.novel:
-            generation = _redraw(lm, options, request, _run_single(lm, request, options))
-        else:
-            generation = _run_special(lm, request, options)[0]
+        generation = _redraw(lm, options, request, _run_alone(lm, options, request)[0])
         yield generation.completion
         return generation
     pieces: queue.SimpleQueue[str | Completion | BaseException] = queue.SimpleQueue()
@@ -276,6 +255,8 @@ def _prepare(lm: LanguageModel, prompt: Prompt, options: GenerateOptions) -> Req
 
 
 def _generation(lm: LanguageModel, options: GenerateOptions, request: Request, completion: Completion) -> Generation:
+    if math.isnan(completion.logprob):
+        raise NotFiniteError.of(lm.name)
     return Generation(
         prompt=request.prompt,
         completion=completion.text,
@@ -284,6 +265,6 @@ def _generation(lm: LanguageModel, options: GenerateOptions, request: Request, c
         logprob=completion.logprob,
         seed=request.seed if draws(lm, options) else None,
         model=lm.name,
-        echo=not lm.model.config.is_encoder_decoder and (options.raw or not task_of(lm.tokenizer)),
+        echo=not lm.model.config.is_encoder_decoder and not chosen_task(options, lm.tokenizer),
         loops=repeats(completion.tokens),
     )

@@ -4,13 +4,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hfkit.console import counted
 from hfkit.corpus.cache import Prepared, corpus_lines, encode_corpus
 from hfkit.corpus.files import Corpora, find_corpus, is_prepared
 from hfkit.corpus.sequences import cut_sequences, show_examples
 from hfkit.declaration import divide
 from hfkit.models.architecture import choose_device, context_length
+from hfkit.models.folder import count_parameters
 from hfkit.models.loading import load_config, load_tokenizer
-from hfkit.models.sources import count_parameters, find_model
+from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.storage import check_owned, make_writable
 from hfkit.training.plan import Plan, block_size_for, make_plan, plan_lines
@@ -40,7 +42,7 @@ class Preparation:
 
     def lines(self) -> list[str]:
         """The same figures for people."""
-        blocks = f"{self.blocks:,} sequences of at most {self.block_size:,} tokens, in {self.folder}"
+        blocks = f"{counted(self.blocks, 'sequence')} of at most {self.block_size:,} tokens, in {self.folder}"
         lines = [*corpus_lines(self.prepared.report), blocks, *plan_lines(self.plan)]
         for number, example in enumerate(self.examples, 1):
             lines += [f"--- sequence {number}: what stands between ⟦ and ⟧ is learned", example]

@@ -9,9 +9,10 @@ import pytest
 PROGRAM = """
 from typing import Any, assert_type
 
-from hfkit.inference.classification import Classification, classify
-from hfkit.inference.generation import Generation, generate
-from hfkit.inference.prompts import Request
+from hfkit.inference.classification import classify
+from hfkit.inference.generation import generate
+from hfkit.inference.results import Classification, Generation
+from hfkit.inference.text import Request
 from hfkit.options import GenerateOptions
 
 request = Request("a", [1], 3)

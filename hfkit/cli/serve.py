@@ -1,0 +1,53 @@
+"""`hfkit serve`: models over HTTP, as OpenAI's API."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hfkit.cli.flags import flags
+from hfkit.declaration import option
+from hfkit.errors import HfkitError, OptionError
+from hfkit.models.sources import find_model
+from hfkit.options import ManyModelsOptions, ModelOptions
+
+
+@flags
+def serve(
+    model: ManyModelsOptions,
+    host: str = option("127.0.0.1", "Address to listen at; others than this machine need a key."),
+    port: int = option(8000, "Port; 0: any free one.", short="-p", min=0, max=65535),
+    api_key: str | None = option(
+        None, "Key that clients must send. [default: $HFKIT_API_KEY]", secret=True, envvar="HFKIT_API_KEY"
+    ),
+    allowed_host: list[str] | None = option(None, "Name by which clients call the server; may be repeated."),
+    max_requests: int = option(256, "Requests at a time; more are told to come again.", min=1),
+    request_timeout: float = option(600.0, "Most seconds for one request.", min=1),
+    grace: float = option(30.0, "Seconds to finish what has begun, after Ctrl-C.", min=0),
+    log_prompts: bool = option(False, "Print each request with its prompts."),
+) -> None:
+    """Serve models over HTTP as OpenAI's API, with a page to try them.
+
+    Examples:
+        hfkit serve
+        hfkit serve -m gpt2 --port 8080
+    """
+    options = [ModelOptions(**{**vars(model), "model": name}) for name in model.model or (None,)]
+    sources = [find_model(each) for each in options]  # report a wrong name before torch is imported
+    if len({source.name for source in sources}) < len(sources):
+        raise OptionError("--model names one model twice: leave one of them out")
+    try:
+        from hfkit.serving import server
+        from hfkit.serving.guard import Settings
+    except ImportError as error:
+        raise HfkitError("'hfkit serve' needs fastapi and uvicorn: pip install 'hfkit[serve]'") from error
+    from hfkit.models.loading import load
+
+    server.check_address(host, api_key)
+    settings = Settings(
+        api_key=api_key, max_requests=max_requests, request_timeout=request_timeout, logs_prompts=log_prompts
+    )
+    # Behind a key, a server may have any name unless some are given.
+    is_local = host in ("127.0.0.1", "localhost", "::1")
+    hosts = (*settings.hosts, *(allowed_host or [])) if is_local or allowed_host else ()
+    listener = server.bind(host, port)
+    server.serve([load(each) for each in options], listener, replace(settings, hosts=hosts), grace)
