@@ -40,10 +40,7 @@ def finetune(
 ) -> None:
     """Continue training a model on a corpus; print its new folder."""
     _check_inputs(corpus, data, model)
-    from hfkit.training import run_folder
-
-    inputs = [*(data.eval_file or []), *filter(None, [model.model])]
-    run_folder.check_request("finetune", corpus, train, inputs=inputs, dry_run=dry_run)
+    _check_folder("finetune", corpus, train, [*(data.eval_file or []), *filter(None, [model.model])], dry_run)
     if not launch_processes(launch):
         _print_run(hfkit.finetune(corpus, model=model, data=data, train=train, dry_run=dry_run), json)
 
@@ -61,9 +58,7 @@ def pretrain(
 ) -> None:
     """Train a tokenizer and a GPT-2 from nothing; print the folder."""
     _check_inputs(corpus, data)
-    from hfkit.training import run_folder
-
-    run_folder.check_request("pretrain", corpus, train, inputs=data.eval_file or [], dry_run=dry_run)
+    _check_folder("pretrain", corpus, train, data.eval_file or [], dry_run)
     if not launch_processes(launch):
         run = hfkit.pretrain(corpus, size=size, data=data, train=train, device=device, dry_run=dry_run)
         _print_run(run, json)
@@ -78,6 +73,15 @@ def _check_inputs(corpus: list[str], data: DataOptions, model: ModelOptions | No
             find_corpus(paths)
     if model:
         find_model(model)
+
+
+def _check_folder(command: str, corpus: list[str], train: TrainOptions, inputs: list[str], dry_run: bool) -> None:
+    """HfkitError if the run's folder is not free. Call it before torch is imported."""
+    from hfkit.training import run_folder
+
+    if processes.count == 1:  # else the launcher has checked it
+        with run_folder.reserve(command, corpus, train, inputs, dry_run=dry_run):
+            pass
 
 
 def _print_run(run: Run | None, json: bool) -> None:

@@ -27,7 +27,7 @@ from hfkit.storage import lock
 from hfkit.training.monitor import HeldOutMonitor
 from hfkit.tuning import search as search_module
 from hfkit.tuning import study as study_module
-from hfkit.tuning.study import default_space, read_space
+from hfkit.tuning.space import default_space, read_space
 
 pytestmark = pytest.mark.usefixtures("brisk")
 SMALL = {**trials.SMALL, "max_steps": 4, "eval_steps": 2, "learning_rate": None}
@@ -121,7 +121,7 @@ def test_tune_at_a_shell(tiny, corpus, tmp_path, capfdbinary):
     ]
     again = call(capfdbinary, *typed(corpus, tiny, folder, "--json"))
     found = json.loads(again.stdout)
-    assert found["loss"] == min(trial["loss"] for trial in found["trials"])
+    assert again.stderr == b"" and found["loss"] == min(trial["loss"] for trial in found["trials"])
     shown = [line for line in lines if f"{found['loss']:.4f}" in line]
     assert shown == [next(line for line in lines[2:] if "." in line)]  # the best first
 
@@ -216,7 +216,6 @@ def test_tune_killed_twice(tiny, corpus, tmp_path, twelve, seed):
 def test_tune_with_one_process_killed(tiny, corpus, tmp_path, twelve, seed):
     """Of two processes one is killed, and the other runs its trials."""
     run_searches(corpus, tiny, tmp_path, n=12, kills=1, seconds=twelve[1], seed=seed, processes=2)
-    assert len(list((tmp_path / "run").glob(".workers/*"))) == 2
     check_trials(tmp_path / "run", 12)
 
 
@@ -230,44 +229,66 @@ def test_tune_with_two_processes(tiny, corpus, tmp_path, capsys):
     for number in range(2):
         said = (tmp_path / f"said-{number}").read_text()
         assert json.loads(said)["trials"] == found, said
-    assert len(list((tmp_path / "run").glob(".workers/*"))) == 2
 
 
-def take(study, folder, worker, space, limit, defaults=None):
-    return study_module.next_trial(study, folder, worker, space, limit, 1, defaults or {"learning_rate": 3e-3})
+def take(study, folder, limit=4, defaults=None):
+    """A trial that nobody holds any longer, as if its process had died; and how many others are running."""
+    shared = study_module.SharedStudy(
+        folder=folder,
+        optuna=study,
+        figure="loss",
+        space={"learning_rate": (1e-4, 1e-2)},
+        defaults={"learning_rate": 3e-3},
+        seed=1,
+    )
+    with shared.take_trial(limit) as taken:
+        return taken
 
 
 @pytest.mark.parametrize("finishes", [False, True])
-def test_next_trial_counts_once(tmp_path, monkeypatch, finishes):
+def test_take_trial_counts_once(tmp_path, monkeypatch, finishes):
     """Else the next one is drawn with the seed of the one after it, which then has the same values."""
     import optuna
 
-    def is_alive(*_) -> bool:
+    def is_held(*_) -> bool:
         if finishes:
             study.tell(theirs.number, 0.5)
         return True
 
-    monkeypatch.setattr(study_module, "_is_alive", is_alive)
-    study, space = optuna.create_study(), {"learning_rate": (1e-4, 1e-2)}
-    default, _ = take(study, tmp_path, "theirs", space, 5)
+    monkeypatch.setattr(study_module.SharedStudy, "_is_held", is_held)
+    study = optuna.create_study()
+    default, _ = take(study, tmp_path, 5)
     study.tell(default, 0.5)
-    theirs, _ = take(study, tmp_path, "theirs", space, 5)
-    ours, busy = take(study, tmp_path, "ours", space, 5)
+    theirs, _ = take(study, tmp_path, 5)
+    ours, busy = take(study, tmp_path, 5)
     study.tell(ours, 0.5)
     finishes = False
-    after, _ = take(study, tmp_path, "ours", space, 5)
+    after, _ = take(study, tmp_path, 5)
     assert busy == 1 and len({str(trial.params) for trial in (theirs, ours, after)}) == 3
 
 
+def test_take_trial_holds_it(tmp_path):
+    """A trial is another process's while its lock is held, and the next one's as soon as it is not."""
+    import optuna
+
+    study = optuna.create_study()
+    first, busy = take(study, tmp_path)
+    with lock(tmp_path / ".running" / str(first.number)):
+        other, busy = take(study, tmp_path)
+        assert busy == 1 and other.params != first.params
+        assert take(study, tmp_path, 1) == (None, 1)
+    again, busy = take(study, tmp_path)
+    assert busy == 0 and again.user_attrs["folder"] == "trial-1" and again.params == other.params
+
+
 @pytest.mark.parametrize("number", [0, 1])
-def test_next_trial_interrupted(tmp_path, monkeypatch, number):
+def test_take_trial_interrupted(tmp_path, monkeypatch, number):
     """Whatever was written when a process died, the next one has the same values to try: the defaults, or others."""
     import optuna
     from optuna import Study
     from optuna.trial import Trial
 
-    space, expected = {"learning_rate": (1e-4, 1e-2)}, None
-    monkeypatch.setattr(study_module, "_is_alive", lambda *_: False)
+    expected = None
     for owner, name in (
         (Study, "enqueue_trial"), (Study, "tell"), (Study, "ask"), (Trial, "set_user_attr"), (Trial, "suggest_float"),
         (Study, "get_trials"),
@@ -276,9 +297,9 @@ def test_next_trial_interrupted(tmp_path, monkeypatch, number):
         for after, is_begun in itertools.product((False, True), (False, True)):
             study = optuna.create_study()
             if number:
-                study.tell(take(study, tmp_path, "a", space, 4)[0], 1.0)
+                study.tell(take(study, tmp_path)[0], 1.0)
             if is_begun:
-                first, _ = take(study, tmp_path, "a", space, 4)
+                first, _ = take(study, tmp_path)
                 expected = expected or first.params
 
             def die(*arguments, original=original, after=after, **keywords):
@@ -288,15 +309,15 @@ def test_next_trial_interrupted(tmp_path, monkeypatch, number):
 
             with monkeypatch.context() as patch, contextlib.suppress(MemoryError):
                 patch.setattr(owner, name, die)
-                take(study, tmp_path, "a", space, 4)
-            again, _ = take(study, tmp_path, "b", space, 4)
+                take(study, tmp_path)
+            again, _ = take(study, tmp_path)
             where = (name, after, is_begun)
             assert again.params == (expected or again.params) and ("default" in again.user_attrs) == (not number), (
                 where
             )
             assert again.user_attrs["folder"] == f"trial-{number}" or not is_begun, where
             study.tell(again, 1.0)
-            other, _ = take(study, tmp_path, "b", space, 4)
+            other, _ = take(study, tmp_path)
             assert other.params != again.params and other.user_attrs["folder"] != again.user_attrs["folder"], where
 
 
@@ -578,7 +599,7 @@ def test_claim_refuses_other_settings(tiny, corpus, copied, capfdbinary):
     for more, words in ((["--search", "dropout=0..0.1"], "dropout"), (["--max-steps", 5], "max_steps")):
         assert_fails(call(capfdbinary, *typed(corpus, tiny, copied, *more)), 1, f"other settings ({words})")
     assert sorted(copied.rglob("*")) == before
-    with lock(copied / ".workers" / "0"):
+    with lock(copied / ".running" / "0"):
         assert_fails(call(capfdbinary, *typed(corpus, tiny, copied, "--overwrite")), 1, "is in use by process")
     (copied / "tuning.png").write_text("stale")
     found = tune(corpus, tiny, copied, n_trials=1, overwrite=True, max_steps=1)
