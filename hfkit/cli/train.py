@@ -141,7 +141,7 @@ def tune(
 
 def _print_trials(search: Search) -> None:
     """Print a table of the trials, the best one first. A column's head gives the importance of its option."""
-    from hfkit.reporting.summaries import merit, show_figure
+    from hfkit.reporting.summaries import merit, show_figure, show_value
 
     names = list(dict.fromkeys(name for trial in search.trials for name in trial["params"]))
     heads = [f"{name}\n{search.importances[name]:.0%}" if name in search.importances else name for name in names]
@@ -152,9 +152,7 @@ def _print_trials(search: Search) -> None:
         scores = [show_figure(trial[measure], measure) for measure in measures]
         if trial["loss"] is None:
             scores[0] = trial["state"]
-        values = (trial["params"].get(name, "") for name in names)
-        cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
-        rows.append((number, *scores, *cells))
+        rows.append((number, *scores, *(show_value(trial["params"].get(name, "")) for name in names)))
     console.write_table(("trial", *(f"held-out {measure}" for measure in measures), *heads), rows, 140)
 
 

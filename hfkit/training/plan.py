@@ -129,11 +129,7 @@ def gather(
 
 
 def block_size_for(context: int | None, wanted: int | None) -> int:
-    """Tokens of a sequence: as wanted, else the model's context, at most 1,024.
-
-    Raises:
-        OptionError: the model does not take so many.
-    """
+    """Tokens of a sequence: as wanted, else the model's context, at most 1,024. OptionError if it takes fewer."""
     if wanted and context and wanted > context:
         raise OptionError(f"--block-size is {wanted}: the model takes at most {context} tokens")
     return wanted or min(context or _CONTEXT, _CONTEXT)
@@ -150,17 +146,10 @@ def make_plan(
     fresh: bool = False,
     shared_by: int = processes.count,
 ) -> Plan:
-    """Decide what `options` leave open.
+    """Decide what the user's options leave open.
 
-    Args:
-        config: the model's configuration.
-        parameters: number of the model's parameters.
-        sequences: sequences in an epoch; 0 for a stream, where they are not known.
-        length: tokens of a sequence, on average.
-        options: the user's options.
-        device: where the model is trained.
-        fresh: the model is new, not trained before.
-        shared_by: processes that share the work.
+    sequences: in an epoch; 0 for a stream, where they are not known. length: tokens of a sequence, on average.
+    fresh: the model is new, not trained before. shared_by: processes that share the work.
     """
     options = _decide(options, parameters, sequences, length, fresh, shared_by)
     batch = (options.per_device_train_batch_size or 1) * shared_by

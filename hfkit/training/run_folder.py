@@ -20,24 +20,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from hfkit import processes
+from hfkit import processes, storage
 from hfkit.corpus.documents import Corpora, Corpus, find_corpus, is_prepared, name_of
 from hfkit.declaration import Options, set_fields
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.options import TrainOptions
 from hfkit.reporting.pages import METRICS
-from hfkit.storage import (
-    add_owned,
-    check_owned,
-    check_space,
-    lock,
-    make_durable,
-    make_writable,
-    remove_owned,
-    remove_temporary,
-    sync_folder,
-    write_text,
-)
 
 RECIPE, FACTS, CHECKPOINTS = "recipe.yaml", "run.json", "checkpoints"
 # They do not change what is trained, and trust is not given by a file.
@@ -59,14 +47,11 @@ _MODEL_FILES = (
 def reserve(
     command: str, corpus: Corpora, train: TrainOptions, inputs: Iterable[str | Path], *, dry_run: bool
 ) -> Iterator[tuple[Path, TrainOptions]]:
-    """Hold the run's folder for this process.
+    """Hold the run's folder for this process. HfkitError if it is not free, or a tracker is not installed.
 
     Yields the folder, and `train` with what a run to be resumed decided when it began.
 
     inputs: what the run reads in addition to the corpus, which overwriting the folder must not delete.
-
-    Raises:
-        HfkitError: the folder is not free, or a tracker is not installed.
     """
     check_trackers(train.report_to or [])
     folder = folder_for(command, corpus, train)
@@ -75,16 +60,15 @@ def reserve(
             check_run_folder(
                 folder, resume=train.resume, overwrite=train.overwrite, inputs=[*sources_of(corpus), *inputs]
             )
-            stack.enter_context(lock(folder))
+            stack.enter_context(storage.lock(folder))
         processes.gather([])
         yield folder, _settle(folder, train)
 
 
 def find_files(corpus: Corpora, folder: Path) -> Corpora | Corpus:
     """The files of a corpus, but for the run's own folder; the name of a folder that `prepare` made stays a name."""
-    sources = sources_of(corpus)
-    is_alone = len(sources) == 1
-    return corpus if is_alone and is_prepared(Path(sources[0]).expanduser()) else find_corpus(corpus, folder)
+    first, *others = sources_of(corpus)
+    return corpus if not others and is_prepared(Path(first).expanduser()) else find_corpus(corpus, folder)
 
 
 def folder_for(command: str, corpus: Corpora, train: TrainOptions) -> Path:
@@ -103,21 +87,17 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 def check_run_folder(folder: Path, *, resume: bool, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
-    """Check that a run may begin, or go on, in `folder`.
+    """Raise HfkitError if a run can neither begin nor go on in `folder`.
 
     inputs: what the run reads, a corpus or a model: overwriting the folder must not delete it.
-
-    Raises:
-        HfkitError: the folder cannot be written, holds a run that is neither to be resumed nor to be overwritten, or
-            holds what hfkit did not write.
     """
-    make_writable(folder)
+    storage.make_writable(folder)
     begun = is_begun(folder)
     if begun and resume and not overwrite:
         return
     if begun:
         check_not_input(folder, inputs)
-    check_owned(folder)
+    storage.check_owned(folder)
     if begun and not overwrite:
         raise HfkitError(f"{folder} holds a run: --resume continues it, --overwrite starts over")
 
@@ -196,18 +176,18 @@ def begin(
     if is_begun(folder):
         (folder / METRICS).unlink(missing_ok=True)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    add_owned(folder, (FACTS, RECIPE, METRICS, CHECKPOINTS, _STAGING, "tensorboard"))
+    storage.add_owned(folder, (FACTS, RECIPE, METRICS, CHECKPOINTS, _STAGING, "tensorboard"))
     packages = ("hfkit", "torch", "transformers", "accelerate", "datasets", "tokenizers")
     versions = {package: importlib.metadata.version(package) for package in packages}
     # From here on the folder belongs to this run; what an older run left in it may be deleted.
-    write_text(folder / FACTS, json.dumps(facts | {"recipe": recipe, "versions": versions}, indent=1))
-    remove_owned(folder, keep=[FACTS])
+    storage.write_text(folder / FACTS, json.dumps(facts | {"recipe": recipe, "versions": versions}, indent=1))
+    storage.remove_owned(folder, keep=[FACTS])
     (folder / CHECKPOINTS).mkdir()
     keep(folder)
     # Values in JSON are YAML in which a text cannot be taken for a number.
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in recipe.items()]
-    write_text(folder / RECIPE, f"# hfkit {command} --config {RECIPE} -o ANOTHER-FOLDER\n{''.join(lines)}")
-    make_durable(folder / CHECKPOINTS)
+    storage.write_text(folder / RECIPE, f"# hfkit {command} --config {RECIPE} -o ANOTHER-FOLDER\n{''.join(lines)}")
+    storage.make_durable(folder / CHECKPOINTS)
 
 
 def check_same_settings(folder: Path, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -249,17 +229,17 @@ def finish(folder: Path, checkpoint: Path, extra: dict[str, str | bytes], metric
         for path in checkpoint.iterdir()
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _MODEL_FILES)
     ]
-    check_space(folder, sum(path.stat().st_size for path in model))
+    storage.check_space(folder, sum(path.stat().st_size for path in model))
     for path in model:
         shutil.copy(path, staging)
     for name, content in extra.items():
         (staging / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    make_durable(staging)
-    add_owned(folder, [path.name for path in staging.iterdir()], weights=staging)
+    storage.make_durable(staging)
+    storage.add_owned(folder, [path.name for path in staging.iterdir()], weights=staging)
     for path in staging.iterdir():
         os.replace(path, folder / path.name)
-    sync_folder(folder)
-    write_text(folder / METRICS, json.dumps(metrics, indent=1))  # last: with it the run is finished
+    storage.sync_folder(folder)
+    storage.write_text(folder / METRICS, json.dumps(metrics, indent=1))  # last: with it the run is finished
     clear(folder)
 
 
@@ -267,4 +247,4 @@ def clear(folder: Path) -> None:
     """Remove what a finished run no longer needs."""
     for name in (_STAGING, CHECKPOINTS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    remove_temporary(folder)
+    storage.remove_temporary(folder)

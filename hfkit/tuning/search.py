@@ -23,7 +23,8 @@ from hfkit.errors import DivergedError, HfkitError, OptionError, StoppedError
 from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions, TuneOptions
 from hfkit.reporting.pages import METRICS, make_files
-from hfkit.reporting.pictures import draw_trials
+from hfkit.reporting.pictures import plot_trials, to_png
+from hfkit.reporting.summaries import show_figure, show_value
 from hfkit.storage import lock, make_writable, owned, publish, write_bytes, write_text
 from hfkit.training import run_folder
 from hfkit.training.finetuning import finetune, make_job
@@ -94,9 +95,9 @@ def tune(
     decided, figure = job.plan.options, _figure_of(job)
     train = replace(train, early_stopping_patience=decided.early_stopping_patience)
     space = space or default_space(train, decided)
-    recipe = run_folder.make_recipe(corpus, chosen, data, train) | job.dataset.fingerprint | {"compared by": figure}
+    settings = run_folder.make_recipe(corpus, chosen, data, train) | job.dataset.fingerprint | {"compared by": figure}
     with lock(folder, wait=True):
-        claim(folder, {"space": {n: list(v) for n, v in space.items()}, "recipe": recipe}, overwrite=overwrite)
+        claim(folder, settings | {f"search {name}": values for name, values in space.items()}, overwrite=overwrite)
         study = SharedStudy(
             folder=folder,
             optuna=open_study(folder, figure=figure, prune=options.prune),
@@ -110,13 +111,11 @@ def tune(
 
 
 def _figure_of(job: Job) -> str:
-    """By what the states of a run are compared, and so the trials of a search."""
+    """By what the states of a run are compared, and so the trials of a search: accuracy or loss."""
     dataset = job.dataset
     if not len(dataset.held_out):
-        raise HfkitError(
-            "nothing is held out, so trials cannot be compared: raise --eval-fraction, or name another text with "
-            "--eval-file"
-        )
+        way_out = "raise --eval-fraction, or name another text with --eval-file"
+        raise HfkitError(f"nothing is held out, so trials cannot be compared: {way_out}")
     has_answers = dataset.head or find_answers(dataset, dataset.held_out, job.tokenizer, job.block_size)
     return "accuracy" if has_answers else "loss"
 
@@ -157,12 +156,13 @@ class _Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for entry in state.log_history:  # of a trial that is resumed
-            self.on_log(args, state, control, entry, entry["step"])
+            self._report_or_end(entry, entry["step"], state)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Any = None, step: int | None = None, **kwargs: Any
-    ) -> None:
-        if self.report(logs or {}, state.global_step if step is None else step, state.max_steps):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self._report_or_end(logs or {}, state.global_step, state)
+
+    def _report_or_end(self, entry: dict[str, Any], step: int, state: Any) -> None:
+        if self.report(entry, step, state.max_steps):
             import optuna
 
             raise optuna.TrialPruned
@@ -185,11 +185,10 @@ def _run_trial(study: SharedStudy, trial: Any, train: TrainOptions, run: Callabl
             raise DivergedError("the held-out loss is not finite")
         for entry in metrics["history"]:  # a resumed trial that was already trained has reported nothing yet
             watch.report(entry, entry["step"], metrics["steps"])
-        trial.set_user_attr("loss", metrics["loss"])
-        score = f"held-out loss {metrics['loss']:.4f}"
-        if study.figure == "accuracy":
-            trial.set_user_attr("accuracy", metrics["accuracy"])
-            score = f"held-out accuracy {metrics['accuracy']:.1%}, loss {metrics['loss']:.4f}"
+        scores = {name: metrics[name] for name in dict.fromkeys((study.figure, "loss"))}
+        for name, value in scores.items():
+            trial.set_user_attr(name, value)
+        score = "held-out " + ", ".join(f"{name} {show_figure(value, name)}" for name, value in scores.items())
         study.optuna.tell(trial, metrics[study.figure])
     except (optuna.TrialPruned, DivergedError) as end:
         if isinstance(end, DivergedError):
@@ -204,9 +203,7 @@ def _run_trial(study: SharedStudy, trial: Any, train: TrainOptions, run: Callabl
     with lock(study.folder, wait=True, tell=False):
         _clear(study)
     params = trial.user_attrs.get("default", trial.params)
-    values = [
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items()
-    ]
+    values = [f"{name} {show_value(value)}" for name, value in params.items()]
     kind = " (the defaults)" if "default" in trial.user_attrs else ""
     return f"trial {trial.number}{kind}: {', '.join([score, *values])}"
 
@@ -252,7 +249,7 @@ def _finish(study: SharedStudy, options: TuneOptions) -> Search:
         found = {**scores, "trials": trials, "importances": importances}
         known = json.loads((folder / RESULT).read_text("utf-8"))
         write_text(folder / RESULT, json.dumps(known | found, indent=1))
-        write_bytes(folder / PICTURE, draw_trials(trials, importances))
+        write_bytes(folder / PICTURE, to_png(plot_trials(trials, importances)))
         recipe = (folder / best["folder"] / run_folder.RECIPE).read_text("utf-8")
         write_text(folder / BEST, recipe.replace(run_folder.RECIPE, BEST, 1))
         if options.train_best:

@@ -21,20 +21,18 @@ RESULT, BEST, PICTURE, BEST_RUN = "tuning.json", "best.yaml", "tuning.png", "bes
 _STUDY, _RUNNING = "study.db", ".running"
 
 
-def claim(folder: Path, asked: dict[str, dict[str, Any]], *, overwrite: bool) -> None:
-    """Make `folder` that of a search for what is asked, unless it is already; call it under the folder's lock.
+def claim(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
+    """Make `folder` that of a search with these settings, unless it is already; call it under the folder's lock.
 
     Raises:
         HfkitError: it holds another search, or files that hfkit did not write.
     """
-    path = folder / RESULT
-    known = _read_search(path)
+    path, settings = folder / RESULT, json.loads(json.dumps(settings))
+    known = _read_settings(path)
     if known is not None and not overwrite:
-        for part, settings in json.loads(json.dumps(asked)).items():
-            before = known.get(part, {})
-            if names := [name for name in {**before, **settings} if before.get(name) != settings.get(name)]:
-                what = f"{folder} holds a search with other settings ({', '.join(names)})"
-                raise HfkitError(f"{what}: --overwrite, or another --output-dir")
+        if names := [name for name in {**known, **settings} if known.get(name) != settings.get(name)]:
+            what = f"{folder} holds a search with other settings ({', '.join(names)})"
+            raise HfkitError(f"{what}: --overwrite, or another --output-dir")
         return
     check_owned(folder)
     if known is None:
@@ -45,17 +43,16 @@ def claim(folder: Path, asked: dict[str, dict[str, Any]], *, overwrite: bool) ->
                 pass
         write_text(path, "{}")  # from here on the folder is that of an empty search, however much is left in it
         remove_owned(folder, keep=[RESULT])
-    write_text(path, json.dumps(asked, indent=1))
+    write_text(path, json.dumps({"settings": settings}, indent=1))
 
 
-def _read_search(path: Path) -> dict[str, Any] | None:
-    """What a search wrote down, nothing if that is damaged; None where there is no search."""
+def _read_settings(path: Path) -> dict[str, Any] | None:
+    """The settings of a search, none if its file is damaged; None where there is no search."""
     if not path.is_file() or path.name not in owned(path.parent):
         return None
     try:
-        known = json.loads(path.read_text("utf-8"))
-        return {**known} if all(isinstance(known.get(name, {}), dict) for name in ("space", "recipe")) else {}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {**json.loads(path.read_text("utf-8"))["settings"]}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
 
 

@@ -60,7 +60,8 @@ def searched(tiny, corpus, tmp_path_factory):
 @pytest.fixture
 def copied(searched, tmp_path, monkeypatch) -> Path:
     """A finished search to go on with."""
-    monkeypatch.setattr(search_module, "draw_trials", lambda *_: b"a picture")
+    monkeypatch.setattr(search_module, "plot_trials", lambda *_: None)
+    monkeypatch.setattr(search_module, "to_png", lambda _: b"a picture")
     return Path(shutil.copytree(searched.output_dir, tmp_path / "copied"))
 
 
@@ -407,7 +408,8 @@ def instant(monkeypatch):
 
     monkeypatch.setattr(search_module, "finetune", finetune)
     monkeypatch.setattr(search_module, "open_study", open_study)
-    monkeypatch.setattr(search_module, "draw_trials", lambda *_: b"a picture")
+    monkeypatch.setattr(search_module, "plot_trials", lambda *_: None)
+    monkeypatch.setattr(search_module, "to_png", lambda _: b"a picture")
 
 
 def test_prune_poor_trials(tiny, corpus, tmp_path, capfd, instant):
@@ -596,7 +598,7 @@ def test_read_space_refuses(given, words, corpus, tiny, tmp_path, capfdbinary):
 def test_claim_refuses_other_settings(tiny, corpus, copied, capfdbinary):
     """Other settings in the same folder are refused, and overwritten when asked."""
     before = sorted(copied.rglob("*"))
-    for more, words in ((["--search", "dropout=0..0.1"], "dropout"), (["--max-steps", 5], "max_steps")):
+    for more, words in ((["--search", "dropout=0..0.1"], "search dropout"), (["--max-steps", 5], "max_steps")):
         assert_fails(call(capfdbinary, *typed(corpus, tiny, copied, *more)), 1, f"other settings ({words})")
     assert sorted(copied.rglob("*")) == before
     with lock(copied / ".running" / "0"):
@@ -622,17 +624,17 @@ def test_claim_refuses_foreign_files(tiny, corpus, tmp_path, capfdbinary, flags)
 
 def test_claim_killed_while_overwriting(tmp_path):
     """Killed while it is overwritten, a folder never has half of a search."""
-    folder, old, new = tmp_path / "run", {"space": {"a": 1}, "recipe": {}}, {"space": {"b": 1}, "recipe": {}}
+    folder, old, new = tmp_path / "run", {"a": 1}, {"b": 1}
     (folder / "trial-0").mkdir(parents=True)
     for name in ("study.db", "trial-0/run.json", "trial-0/metrics.json"):
         (folder / name).write_text("old")
-    (folder / "tuning.json").write_text(json.dumps(old))
+    (folder / "tuning.json").write_text(json.dumps({"settings": old}))
     storage.add_owned(folder, ["tuning.json", "study.db", "trial-0"])
     storage.add_owned(folder / "trial-0", ["run.json", "metrics.json"])
     whole, seen = sorted(path.name for path in folder.rglob("*") if not path.name.startswith(".")), set()
     overwrite = lambda: study_module.claim(folder, new, overwrite=True)  # noqa: E731
     for _ in trials.killed_at_each(overwrite, folder, tmp_path / "backup"):
-        state = json.loads((folder / "tuning.json").read_text())
+        state = json.loads((folder / "tuning.json").read_text()).get("settings", {})
         left = sorted(path.name for path in folder.rglob("*") if not path.name.startswith("."))
         assert left == (["tuning.json"] if state == new else whole if state == old else left)
         for asked in (old, new):
@@ -713,10 +715,10 @@ def test_card_of_a_trial_without_weights(tiny, corpus, tmp_path, monkeypatch):
         assert (f"hfkit finetune --config {folder}/recipe.yaml" in card) != has_weights
 
 
-@pytest.mark.parametrize("shape", ["[]", "null", "[" * 100_000, "{", '{"space": 3}', '{"recipe": []}', "\xff"])
+@pytest.mark.parametrize("shape", ["[]", "null", "[" * 100_000, "{", '{"settings": 3}', '{"settings": []}', "\xff"])
 def test_claim_where_the_file_has_another_shape(tmp_path, shape):
     """A damaged search is refused, not searched on with other settings; it can be overwritten."""
-    asked = {"space": {"a": [1]}, "recipe": {}}
+    asked = {"a": [1]}
     study_module.claim(tmp_path, asked, overwrite=False)
     (tmp_path / "tuning.json").write_text(shape, encoding="latin-1")
     with pytest.raises(HfkitError, match="holds a search with other settings .*: --overwrite"):
