@@ -20,9 +20,10 @@ from hfkit.corpus.sequences import cut_sequences, show_examples
 from hfkit.corpus.templates import give_task, make_task
 from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError
-from hfkit.models.architecture import check_head, choose_device, context_length, head_of
+from hfkit.models.architecture import check_causal, check_head, choose_device, context_length, head_of
+from hfkit.models.folder import ModelFiles, count_parameters
 from hfkit.models.loading import load_config, load_tokenizer
-from hfkit.models.sources import ModelFiles, count_parameters, find_model
+from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.storage import check_owned, make_writable
 from hfkit.training import run_folder
@@ -110,8 +111,7 @@ def _choose_head(source: ModelFiles, config: Any, train: TrainOptions) -> TrainO
 
 
 def _check_model(source: ModelFiles, config: Any, model: ModelOptions, train: TrainOptions, data: DataOptions) -> None:
-    if config.is_encoder_decoder:
-        raise HfkitError(f"{source.name} has an encoder: choose a causal model, such as gpt2")
+    check_causal(source.name, config, "choose a causal model, such as gpt2")
     if train.head and (train.lora or data.streaming or source.adapter):
         raise OptionError("--head trains a whole model from files: leave --lora, --streaming and adapters out")
     if train.lora and source.adapter:

@@ -17,9 +17,9 @@ from transformers import (
 from hfkit.corpus.sequences import TrainingData
 from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError, OptionError, first_line
+from hfkit.models.folder import ModelFiles
 from hfkit.models.integrity import LOADING
 from hfkit.models.loading import load_weights, load_with_head
-from hfkit.models.sources import ModelFiles
 from hfkit.options import ModelOptions, SizeOptions, TrainOptions
 from hfkit.training.plan import Plan
 

@@ -7,7 +7,6 @@ from typing import Any, get_type_hints
 
 from hfkit.errors import OptionError
 from hfkit.options import TrainOptions
-from hfkit.recipes import read_value
 
 # They say nothing about how good a training is; the seed also chooses what is held out.
 _NOT_SEARCHED = ("output_dir", "resume", "overwrite", "seed")
@@ -39,10 +38,11 @@ def _read_values(text: str, name: str, values: str, train: TrainOptions) -> Any:
     low, dots, high = values.partition("..")
     if not dots and re.fullmatch(r"[^,]*\d-[\d.][^,]*", values):
         raise OptionError(f"--search is {text!r}: a range is written with two dots, such as {name}=1e-5..1e-3")
-    parsed = [read_value(part) for part in ((low, high) if dots else values.split(","))]
+    parts = (low, high) if dots else values.split(",") if values else []
+    parsed = [TrainOptions.read_value(name, part.strip()) for part in parts]
     for value in parsed:  # report a bad value before the first trial
         replace(train, **{name: value})
-    if not values or (dots and not (all(type(value) in (int, float) for value in parsed) and parsed[0] < parsed[1])):
+    if not parsed or (dots and not (all(type(value) in (int, float) for value in parsed) and parsed[0] < parsed[1])):
         raise OptionError(f"--search is {text!r}: write NAME=LOW..HIGH or NAME=A,B,C")
     if not dots:
         return parsed
