@@ -53,21 +53,21 @@ def test_clients_get_the_texts_of_one(server, story, clients):
     """Greedy and sampled, whole and streamed, all at once: no error, and each text as if it were alone."""
     address, _ = server
     cases = [
-        {"prompt": "The house " + "and so on " * (k % 4), "seed": k, "max_tokens": 12, "temperature": k % 3 / 2}
+        {"prompt": "The house " + "and so on " * (k % 4), "seed": k, "max_tokens": 8, "temperature": k % 3 / 2}
         for k in range(clients)
     ]
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:
         replies = list(pool.map(lambda case: ask(address, **case).json(), cases))
     for reply, case in zip(replies, cases, strict=True):
         expected = hfkit.generate(
-            case["prompt"], model=story, seed=case["seed"], max_new_tokens=12, temperature=case["temperature"]
+            case["prompt"], model=story, seed=case["seed"], max_new_tokens=8, temperature=case["temperature"]
         )
         assert reply["choices"][0]["text"] == expected.completion
 
 
 def test_exactly_the_excess_is_told_to_come_again(story):
     with serving(story, max_requests=4) as (address, server), concurrent.futures.ThreadPoolExecutor(64) as pool:
-        busy = [pool.submit(ask, address, **{**LONG, "max_tokens": 150, "min_new_tokens": 150}) for _ in range(4)]
+        busy = [pool.submit(ask, address, **{**LONG, "max_tokens": 80, "min_new_tokens": 80}) for _ in range(4)]
         wait_until(lambda: server.counts.in_flight == 4)
         more = [pool.submit(ask, address, **LONG) for _ in range(20)]
         replies = [each.result() for each in more]
