@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import uvicorn
 
-from hfkit.inference.prompts import fit_prompt
+from hfkit.inference.text import fit_prompt
 from hfkit.options import GenerateOptions
 from hfkit.serving.app import Server
 from hfkit.serving.guard import Settings
