@@ -44,10 +44,7 @@ def finetune(
         hfkit finetune --config generation-stories
     """
     _check_inputs(corpus, data, model)
-    from hfkit.training import run_folder
-
-    inputs = [*(data.eval_file or []), *filter(None, [model.model])]
-    run_folder.check_request("finetune", corpus, data, train, inputs=inputs, dry_run=dry_run)
+    _check_folder("finetune", corpus, train, [*(data.eval_file or []), *filter(None, [model.model])], dry_run)
     if not launch_processes(launch):
         _print_run(hfkit.finetune(corpus, model=model, data=data, train=train, dry_run=dry_run), json)
 
@@ -69,10 +66,7 @@ def pretrain(
         hfkit pretrain corpus.txt --size mini
     """
     _check_inputs(corpus, data)
-    from hfkit.training import run_folder
-
-    inputs = data.eval_file or []
-    run_folder.check_request("pretrain", corpus, data, train, inputs=inputs, dry_run=dry_run)
+    _check_folder("pretrain", corpus, train, data.eval_file or [], dry_run)
     if not launch_processes(launch):
         run = hfkit.pretrain(corpus, size=size, data=data, train=train, device=device, dry_run=dry_run)
         _print_run(run, json)
@@ -87,6 +81,15 @@ def _check_inputs(corpus: list[str], data: DataOptions, model: ModelOptions | No
             find_corpus(paths, options)
     if model:
         find_model(model)
+
+
+def _check_folder(command: str, corpus: list[str], train: TrainOptions, inputs: list[str], dry_run: bool) -> None:
+    """HfkitError if the run's folder is not free. Call it before torch is imported."""
+    from hfkit.training import run_folder
+
+    if processes.count == 1:  # else the launcher has checked it
+        with run_folder.reserve(command, corpus, train, inputs, dry_run=dry_run):
+            pass
 
 
 def _print_run(run: Run | None, json: bool) -> None:
@@ -155,7 +158,7 @@ def tune(
 
 def _print_trials(search: Search) -> None:
     """Print a table of the trials, the best one first. A column's head gives the importance of its option."""
-    from hfkit.reporting.summaries import merit, show_figure
+    from hfkit.reporting.summaries import merit, show_figure, show_value
 
     names = list(dict.fromkeys(name for trial in search.trials for name in trial["params"]))
     heads = [f"{name}\n{search.importances[name]:.0%}" if name in search.importances else name for name in names]
@@ -166,9 +169,7 @@ def _print_trials(search: Search) -> None:
         scores = [show_figure(trial[measure], measure) for measure in measures]
         if trial["loss"] is None:
             scores[0] = trial["state"]
-        values = (trial["params"].get(name, "") for name in names)
-        cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
-        rows.append((number, *scores, *cells))
+        rows.append((number, *scores, *(show_value(trial["params"].get(name, "")) for name in names)))
     console.write_table(("trial", *(f"held-out {measure}" for measure in measures), *heads), rows, 140)
 
 
