@@ -164,7 +164,7 @@ def _find_sources(name: str, patterns: dict[str, bool], output: Path | None) -> 
     """The sources that a name stands for, without those that a pattern matches."""
     if name.startswith("hf://"):
         return [Source(Path(name.removeprefix("hf://")), "hub")]
-    folder, listing = Path(name).expanduser(), _list_files(name, output)
+    listing, folder = _list_files(name, output), Path(name).expanduser()
     is_named = len(listing.files) == 1 and not folder.is_dir()
     paths = [path for path in listing.files if not _is_excluded(path, folder, patterns)]
     kinds = {path: kind for path in paths if (kind := kind_of(path, is_named))}
