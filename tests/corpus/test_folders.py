@@ -170,6 +170,8 @@ def test_list_folder_says_that_it_reads_all_splits(tmp_path, other, is_told, cap
         (tmp_path / name).write_text('{"text": "one"}\n')
     assert read(tmp_path) == ["one", "one"]
     assert ("has files called test and train: all are read" in capfd.readouterr().err) == is_told
+    find_corpus(tmp_path, CorpusOptions(exclude="test*"))
+    assert "has files" not in capfd.readouterr().err
 
 
 def test_fingerprint_tells_a_split_from_all_its_files(tmp_path):
