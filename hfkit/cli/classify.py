@@ -14,7 +14,8 @@ from hfkit.corpus.formats import read_text
 from hfkit.corpus.templates import make_task
 from hfkit.declaration import argument, option
 from hfkit.errors import HfkitError, OptionError
-from hfkit.models.sources import ModelFiles, find_model
+from hfkit.models.folder import ModelFiles
+from hfkit.models.sources import find_model
 from hfkit.options import ModelOptions, TaskOptions
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from hfkit import console
 from hfkit.cli.flags import JSON, flags
 from hfkit.errors import HfkitError
 from hfkit.hub import endpoint, reach_hub
-from hfkit.models.sources import ModelFiles, count_parameters, find_model
+from hfkit.models.folder import ModelFiles, count_parameters
+from hfkit.models.sources import find_model
 from hfkit.options import ModelOptions
 
 _PACKAGES = (

@@ -19,8 +19,8 @@ from hfkit.models.sources import BUNDLED, find_model
 from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
 
 if TYPE_CHECKING:
-    from hfkit.inference.prompts import Request
     from hfkit.inference.remote import Server
+    from hfkit.inference.text import Request
     from hfkit.models.loading import LanguageModel
 
 STDIN = Path("-")
@@ -131,7 +131,7 @@ def load_for(
         if processes.count == 1 and not needs_all and (kind := source.config.get("model_type")):
             import_lean(kind)
         from hfkit.inference import controls, generation
-        from hfkit.inference.prompts import ends_in_space, fit_prompt
+        from hfkit.inference.text import ends_in_space, fit_prompt
         from hfkit.models import architecture, loading
 
         controls.check_options(sampling)

@@ -1,7 +1,6 @@
 """`hfkit recipes`, `report` and `export`: begin a run from a recipe, compare runs, take a run's model elsewhere."""
 
 import shlex
-import shutil
 import sys
 import textwrap
 from dataclasses import replace
@@ -14,7 +13,8 @@ from hfkit import console
 from hfkit.cli.flags import complete_recipe, flags
 from hfkit.cli.usage import Command
 from hfkit.declaration import argument, option
-from hfkit.models.sources import check_target, find_model
+from hfkit.models.folder import check_target
+from hfkit.models.sources import find_model
 from hfkit.options import ExportOptions
 from hfkit.recipes import copy_recipe, head_comment, shipped
 from hfkit.storage import check_free
@@ -25,7 +25,7 @@ recipes = typer.Typer(help="List the shipped recipes; copy one to start from.", 
 @recipes.callback()
 def list_recipes(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
-        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+        columns = console.columns() if sys.stdout.isatty() else 1000
         for name, path in shipped().items():
             line = f"{name:<26}  {head_comment(path)[0]}"
             console.write(textwrap.fill(line, columns, subsequent_indent=" " * 28) + "\n")

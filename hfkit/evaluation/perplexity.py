@@ -16,9 +16,8 @@ from hfkit.errors import HfkitError
 from hfkit.evaluation.metrics import find_metric
 from hfkit.evaluation.tasks import Assessment, assess, find_task
 from hfkit.evaluation.windows import WindowReader, batch_windows
-from hfkit.inference.likelihood import Scores, exp, jsonable, ratio_stderr, score_batches
-from hfkit.inference.twins import in_eval_mode, precise_head
-from hfkit.models.architecture import computes_faster_in_bfloat16, head_of
+from hfkit.inference.likelihood import Scores, exp, jsonable, precise_head, ratio_stderr, score_batches
+from hfkit.models.architecture import check_causal, computes_faster_in_bfloat16, head_of
 from hfkit.models.loading import LanguageModel, loaded, split_options
 from hfkit.models.quantization import bits_of
 from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions
@@ -170,8 +169,7 @@ def evaluate(
     is_text = head_of(lm.model.config) == "text"
     if (task := find_task(lm, sources, read) if is_text else None) or not is_text:
         return assess(lm, sources, read, task)
-    if lm.model.config.is_encoder_decoder:
-        raise HfkitError(f"{lm.name} has an encoder: a text alone has no perplexity under it")
+    check_causal(lm.name, lm.model.config, "a text alone has no perplexity under it")
     window = int(min(options.max_length or lm.context or _WINDOW, lm.context or math.inf))
     stride = min(options.stride or window, window)
     with progress(sources.size, "B", "evaluating") as bar:
@@ -196,7 +194,7 @@ def evaluate(
 
 def _score_windows(lm: LanguageModel, windows: Iterator[Item], wants_float32: bool) -> tuple[Scores, str]:
     """Scores, and the precision used: bfloat16 where that is faster and does not change the first batch."""
-    model, device = precise_head(in_eval_mode(lm).model), lm.model.device.type
+    model, device = precise_head(lm.model), lm.model.device.type
     batches = batch_windows(windows, _BATCH.get(device, _BATCH["cpu"]))
     dtype = str(model.dtype).removeprefix("torch.")
     first = list(islice(batches, 2))

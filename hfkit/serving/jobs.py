@@ -11,7 +11,7 @@ from hfkit.corpus.templates import task_of
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.inference.controls import check_controls, check_options
 from hfkit.inference.generation import draw_seed
-from hfkit.inference.prompts import Request, fit_prompt
+from hfkit.inference.text import Request, fit_prompt
 from hfkit.models.loading import LanguageModel
 from hfkit.options import GenerateOptions
 from hfkit.serving.engine import Engine, StepEngine

@@ -5,8 +5,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
-from hfkit.inference.decoding import Detokenizer
-from hfkit.inference.vocabulary import token_writer
+from hfkit.inference.text import Detokenizer, token_writer
 from hfkit.models.loading import LanguageModel
 from hfkit.serving.jobs import Job, Plan
 from hfkit.serving.rows import Piece, Result, Token

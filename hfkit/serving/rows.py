@@ -14,8 +14,8 @@ from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError, NotFiniteError
 from hfkit.inference.batches import logits_processors
 from hfkit.inference.controls import draws, endings
-from hfkit.inference.decoding import Completion, Detokenizer, complete, cut_at_stop, held_back
-from hfkit.inference.prompts import Request
+from hfkit.inference.decoding import Completion, complete
+from hfkit.inference.text import Detokenizer, Request, cut_at_stop, held_back
 from hfkit.models.loading import LanguageModel
 from hfkit.options import GenerateOptions
 
@@ -171,9 +171,7 @@ class Row:
         """Emit what there is as the result."""
         logprobs = torch.tensor([token.logprob for token in self.tokens], dtype=torch.double)
         ids = [token.id for token in self.tokens]
-        completion = complete(
-            self._lm.tokenizer, self.request.ids, ids, self._ends.tokens, self._ends.strings, logprobs
-        )
+        completion = complete(self._lm.tokenizer, self.request.ids, ids, self._ends, logprobs)
         self._text = completion.text
         if len(self._text) > self._shown:
             self._show(len(self._text))

@@ -16,9 +16,10 @@ from hfkit.corpus.sequences import TrainingData, gather_training_data
 from hfkit.corpus.templates import give_task, make_task
 from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError, first_line
-from hfkit.models.architecture import check_head, choose_device, context_length, head_of
+from hfkit.models.architecture import check_causal, check_head, choose_device, context_length, head_of
+from hfkit.models.folder import ModelFiles, count_parameters
 from hfkit.models.loading import load_config, load_tokenizer, load_weights, load_with_head
-from hfkit.models.sources import ModelFiles, count_parameters, find_model
+from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.training import run_folder
 from hfkit.training.plan import Job, Plan, block_size_for, describe_plan, make_plan
@@ -115,8 +116,7 @@ def _gather_labelled(
 
 
 def _check_model(source: ModelFiles, config: Any, model: ModelOptions, train: TrainOptions, data: DataOptions) -> None:
-    if config.is_encoder_decoder:
-        raise HfkitError(f"{source.name} has an encoder: choose a causal model, such as gpt2")
+    check_causal(source.name, config, "choose a causal model, such as gpt2")
     if train.head and (train.lora or data.streaming or source.adapter):
         raise OptionError("--head trains a whole model from files: leave --lora, --streaming and adapters out")
     if train.lora and source.adapter:

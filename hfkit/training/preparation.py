@@ -10,8 +10,9 @@ from hfkit.corpus.documents import Corpora, find_corpus, is_prepared
 from hfkit.corpus.sequences import cut_sequences, show_examples
 from hfkit.declaration import divide
 from hfkit.models.architecture import choose_device, context_length
+from hfkit.models.folder import count_parameters
 from hfkit.models.loading import load_config, load_tokenizer
-from hfkit.models.sources import count_parameters, find_model
+from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.storage import check_owned, make_writable
 from hfkit.training.plan import Plan, block_size_for, make_plan, plan_lines
