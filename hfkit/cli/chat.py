@@ -13,7 +13,6 @@ from hfkit.cli.flags import flags
 from hfkit.cli.generation_setup import load_for_generation, reach_server, with_seed
 from hfkit.cli.prompt_files import to_line
 from hfkit.errors import HfkitError, OptionError, first_line
-from hfkit.models.sources import find_model
 from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
 from hfkit.recipes import read_value
 
@@ -45,7 +44,6 @@ def chat(model: ModelOptions, server: ServerOptions, sampling: GenerateOptions) 
         # Other servers do not know how to truncate.
         talk: Conversation = RemoteConversation(remote, replace(sampling, truncate=remote.is_hfkit))
     else:
-        find_model(model)  # report a wrong name before torch is imported
         lm = load_for_generation(model, sampling)
         talk = Conversation(lm, replace(with_seed(lm, sampling), truncate=True))
     manner = "through its chat template" if talk.has_template else "as raw text that it continues"

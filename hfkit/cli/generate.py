@@ -85,10 +85,10 @@ def generate(
         run: Generate = partial(remote.generate, prompt)
         streams, continues = True, True
     else:
-        from hfkit.inference import generation
-
         lm, request = load_with_prompt(model, sampling, prompt)
         assert request  # noqa: S101, there is a prompt
+        from hfkit.inference import generation  # it imports torch, which load_with_prompt does in less time
+
         sampling = with_seed(lm, sampling)
         stream = partial(generation.stream, request, model=lm)
         count = sampling.num_return_sequences or 1
