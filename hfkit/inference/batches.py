@@ -9,10 +9,10 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from hfkit.console import note
-from hfkit.corpus.sequences import pad_rows
 from hfkit.errors import HfkitError, NotFiniteError
 from hfkit.inference.controls import draws, endings, generate_arguments, generation_config, needs_equal_lengths
 from hfkit.inference.decoding import Completion, Rows, StopTexts, complete, decode
@@ -45,9 +45,10 @@ def pad(rows: Sequence[Sequence[int]], *, left: bool = True) -> tuple[torch.Tens
 
     A row is padded with its own first token, so that no penalty hits another one.
     """
-    mask = pad_rows([[1] * len(row) for row in rows], 0, left=left)
+    options: dict[str, Any] = {"batch_first": True, "padding_side": "left" if left else "right"}
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], **options)
     firsts = torch.tensor([[row[0]] for row in rows])
-    return torch.where(mask.bool(), pad_rows(rows, 0, left=left), firsts), mask
+    return torch.where(mask.bool(), pad_sequence([torch.tensor(row) for row in rows], **options), firsts), mask
 
 
 def group_by_length(lengths: Mapping[int, int], most: int, tokens: int) -> Iterator[list[int]]:
