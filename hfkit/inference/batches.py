@@ -25,7 +25,7 @@ _TOKENS_AT_ONCE = {"cpu": 32_768, "cuda": 262_144}  # prompt and new tokens of a
 # transformers samples with torch's global generator in its loops for beams and speculation, so one of them runs at a
 # time. Assistants are changed by it, too: they are loaded here and belong to nobody else.
 _special_loops = threading.Lock()
-# What transformers says about the way in which it calls an assistant itself is nothing that a user could change.
+# transformers warns of the way in which it calls an assistant itself. No user can change that.
 logging.getLogger("transformers.generation.utils").addFilter(
     lambda record: "Passing `generation_config` together" not in record.getMessage()
 )
