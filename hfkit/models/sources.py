@@ -100,7 +100,8 @@ def from_hub(name: str, revision: str | None) -> Path:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise HfkitError(f"no model {name!r}: no such file or folder, and a Hub name looks like gpt2 or owner/name") from None
+        why = "no such file or folder, and a Hub name looks like gpt2 or owner/name"
+        raise HfkitError(f"no model {name!r}: {why}") from None
     for file in ("config.json", "adapter_config.json"):
         cached = try_to_load_from_cache(name, file, revision=revision)
         if isinstance(cached, str) and _is_whole(Path(cached).parent):
