@@ -18,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from hfkit.console import counted
 from hfkit.corpus.encoding import encode, first_tokens
 from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError
@@ -107,7 +108,7 @@ class Inspection:
 
     @property
     def sentence(self) -> str:
-        return f"{self.bits:.1f} bits in {len(self.tokens)} tokens"
+        return f"{self.bits:.1f} bits in {counted(len(self.tokens), 'token')}"
 
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints."""

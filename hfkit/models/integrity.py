@@ -195,5 +195,6 @@ def _fits(name: str, value: Any) -> bool:
         return isinstance(value, int | float | None)
     if name in _LISTS and not isinstance(value, list | tuple | dict | None):
         return False
-    kind = str if name == "stop_strings" else int if name.endswith(("token_id", "suppress_tokens")) else object
+    kinds = {"stop_strings": str, "bad_words_ids": list}
+    kind = kinds.get(name) or (int if name.endswith(("token_id", "suppress_tokens")) else object)
     return all(isinstance(item, kind | None) for item in (value if isinstance(value, list) else [value]))

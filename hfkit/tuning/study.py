@@ -11,7 +11,6 @@ from typing import Any, get_type_hints
 
 from hfkit.errors import HfkitError, LockedError, OptionError
 from hfkit.options import TrainOptions
-from hfkit.recipes import read_value
 from hfkit.reporting.summaries import merit
 from hfkit.storage import add_owned, check_owned, lock, owned, remove_owned, write_text
 
@@ -47,10 +46,11 @@ def _read_values(text: str, name: str, values: str, train: TrainOptions) -> Any:
     low, dots, high = values.partition("..")
     if not dots and re.fullmatch(r"[^,]*\d-[\d.][^,]*", values):
         raise OptionError(f"--search is {text!r}: a range is written with two dots, such as {name}=1e-5..1e-3")
-    parsed = [read_value(part) for part in ((low, high) if dots else values.split(","))]
+    parts = (low, high) if dots else values.split(",") if values else []
+    parsed = [TrainOptions.read_value(name, part.strip()) for part in parts]
     for value in parsed:  # report a bad value before the first trial
         replace(train, **{name: value})
-    if not values or (dots and not (all(type(value) in (int, float) for value in parsed) and parsed[0] < parsed[1])):
+    if not parsed or (dots and not (all(type(value) in (int, float) for value in parsed) and parsed[0] < parsed[1])):
         raise OptionError(f"--search is {text!r}: write NAME=LOW..HIGH or NAME=A,B,C")
     if not dots:
         return parsed

@@ -473,6 +473,8 @@ def test_check_head_refused(copy, tiny, capfdbinary):
         {"sequence_bias": 3},
         {"exponential_decay_length_penalty": 3},
         {"min_length": "x"},
+        {"bad_words_ids": [3]},
+        {"bad_words_ids": 3},
     ],
 )
 def test_check_values_of_settings(copy, tiny, wrong):
@@ -481,6 +483,7 @@ def test_check_values_of_settings(copy, tiny, wrong):
     edit_json(folder / "generation_config.json", **wrong)
     assert f"generation_config.json is damaged ({folder}): {list(wrong)[0]} is" in fails(folder)
     right = {"eos_token_id": [256, 1], "pad_token_id": None, "top_p": 1, "top_k": 5, "suppress_tokens": [3]}
+    right |= {"bad_words_ids": [[1, 2]], "sequence_bias": [[[1], 0.5]]}
     right |= {"stop_strings": ["a", "b"], "begin_suppress_tokens": None}
     edit_json(folder / "generation_config.json", **dict.fromkeys(wrong) | right)
     assert hfkit.load(folder)

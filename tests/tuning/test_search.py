@@ -559,7 +559,7 @@ def test_read_space_values(given, name, values):
         ("learning_rate=fast,slow", "--learning-rate is 'fast'"),
         ("learning_rate=-1..1", "it must be more than 0"),
         ("lora_r=4..8", "add --lora"),
-        ("dropout=0..{", "is not a value"),
+        ("dropout=0..{", "it must be a number"),
     ],
 )
 def test_read_space_refuses(given, words, corpus, tiny, tmp_path, capfdbinary):
