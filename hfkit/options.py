@@ -96,9 +96,6 @@ class GenerateOptions(Options):
         super().__post_init__()
         if self.temperature is not None and 0 < self.temperature < 1e-3:
             self._refuse("temperature", "it must be 0 (greedy) or at least 0.001")
-        for name in ("stop_strings", "bad_words"):
-            if "" in (getattr(self, name) or []):
-                self._refuse(name, "a text must not be empty")
         if self.max_new_tokens and (self.min_new_tokens or 0) > self.max_new_tokens:
             self._refuse("min_new_tokens", "it must be at most --max-new-tokens")
         if self.prompt_lookup_num_tokens or self.assistant_model:
