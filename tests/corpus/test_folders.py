@@ -362,6 +362,10 @@ def test_exclude_at_a_shell_and_in_python(tree, tiny, capfdbinary, tmp_path):
     trials.write_corpus(tree / "long.txt")
     skip = ["--exclude", "*.md", "--exclude", "drafts", "--exclude", "?.txt"]
     alone = json.loads(call(capfdbinary, "prepare", tree / "long.txt", "-m", tiny, "--json").stdout)
+    prepared = call(capfdbinary, "prepare", tree, *skip, "-m", tiny)
+    assert prepared.stderr.decode().endswith(
+        f"next: hfkit finetune {tree} --exclude '*.md' --exclude drafts --exclude '?.txt' -m {tiny}\n"
+    )
     result = json.loads(call(capfdbinary, "prepare", tree, *skip, "-m", tiny, "--json").stdout)
     assert result["tokens"] == alone["tokens"]
     assert json.loads(call(capfdbinary, "evaluate", tree, *skip, "-m", tiny, "--json").stdout)["documents"] == 24
