@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from hfkit.console import counted, detail, progress, with_error
-from hfkit.corpus.documents import Corpora, Corpus, find_corpus, read_records
+from hfkit.corpus.documents import read_records
+from hfkit.corpus.files import Corpora, Corpus, find_corpus
 from hfkit.corpus.sequences import Item
 from hfkit.errors import HfkitError
 from hfkit.evaluation.metrics import find_metric
@@ -125,7 +126,7 @@ def evaluate(
     model, read, options = split_options(model, overrides, (CorpusOptions, read), (EvaluateOptions, options))
     for name in read.metric or []:
         find_metric(name)  # a wrong name fails before anything is computed
-    sources, lm = find_corpus(corpus), loaded(model, "text", "classification", "question-answering")
+    sources, lm = find_corpus(corpus, read), loaded(model, "text", "classification", "question-answering")
     is_text = head_of(lm.model.config) == "text"
     if (task := find_task(lm, sources, read) if is_text else None) or not is_text:
         return assess(lm, sources, read, task)
