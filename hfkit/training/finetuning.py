@@ -42,7 +42,7 @@ def finetune(
     dry_run: bool = False,
     **overrides: Any,
 ) -> Run | None:
-    """Go on training a model on a corpus.
+    """Continue training a model on a corpus.
 
     Args:
         corpus: files, folders, globs, `hf://NAME`, or a folder that `prepare` made.

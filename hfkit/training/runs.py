@@ -1,4 +1,4 @@
-"""A run from begin to end: its job is trained, its result is written down."""
+"""A run from beginning to end: its job is trained, its result is written down."""
 
 import contextlib
 import json
