@@ -11,7 +11,7 @@ import typer
 import hfkit
 from hfkit import console
 from hfkit.cli.flags import complete_recipe, flags
-from hfkit.cli.usage import Command
+from hfkit.cli.usage import Command, Group
 from hfkit.declaration import argument, option
 from hfkit.models.folder import check_target
 from hfkit.models.sources import find_model
@@ -19,7 +19,7 @@ from hfkit.options import ExportOptions
 from hfkit.recipes import copy_recipe, head_comment, shipped
 from hfkit.storage import check_free
 
-recipes = typer.Typer(help="List the shipped recipes; copy one to start from.", invoke_without_command=True)
+recipes = typer.Typer(cls=Group, help="List the shipped recipes; copy one to start from.", invoke_without_command=True)
 
 
 @recipes.callback()
