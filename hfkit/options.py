@@ -132,6 +132,7 @@ class TaskOptions(Options):
 class CorpusOptions(TaskOptions):
     """How a corpus is read."""
 
+    exclude: list[str] | None = option(None, "Leave out files or folders by name (*.md, drafts); may be repeated.")
     text_column: str | None = option(None, "Column that holds the text. [default: found, if it is clear]")
     label_column: str = option("label", "Column of the label, for a classification head.")
     errors: Literal["strict", "replace"] = option("strict", "Bytes that are not UTF-8: refuse, or replace and count.")
