@@ -44,11 +44,8 @@ def flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """
     parameters = inspect.signature(command, eval_str=True).parameters.values()
     groups = {p.name: p.annotation for p in parameters if p.default is p.empty}
-    own = make_dataclass(
-        command.__name__,
-        [(p.name, p.annotation, p.default) for p in parameters if p.name not in groups],
-        bases=(Options,), frozen=True, kw_only=True,
-    )  # fmt: skip
+    own_fields = [(p.name, p.annotation, p.default) for p in parameters if p.name not in groups]
+    own = make_dataclass(command.__name__, own_fields, bases=(Options,), frozen=True, kw_only=True)
     classes: list[type[Options]] = [own, *groups.values(), CommonFlags]
 
     @functools.wraps(command)

@@ -29,7 +29,7 @@ _TEXT_COMMANDS = ("generate", "classify", "inspect", "answer")
 
 
 def _keep_text(params: Any) -> Any:
-    """Have each parameter pass on its value as it was typed. Typer imports pydantic, to check that text is text."""
+    """Pass on each value as it was typed. Typer would import pydantic, only to check that a text is a text."""
     for param in params:
         param.process_value = lambda ctx, value, param=param: (
             param.callback(ctx, param, value) if param.callback else value
