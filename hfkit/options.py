@@ -227,7 +227,7 @@ class ManyModelsOptions(ModelOptions):
 
     def each(self) -> list[ModelOptions]:
         """The options of every model."""
-        return [ModelOptions(**{**vars(self), "model": name}) for name in self.model or [None]]
+        return [ModelOptions(**{**vars(self), "model": name}) for name in self.model or (None,)]
 
 
 @dataclass(frozen=True, kw_only=True)

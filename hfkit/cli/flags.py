@@ -56,11 +56,11 @@ def flags(command: Callable[..., Any]) -> Callable[..., Any]:
             texts = read_values(recipe, [name for name in typed if name != "config"]) | texts
         if missing := [f.name for f in fields(own) if f.default is MISSING and f.name not in texts]:
             raise OptionError(f"{ctx.command_path} needs a {missing[0]}, such as {ctx.command.examples[0]}")
-        options = [group.read({name: texts[name] for name in group.names() if name in texts}) for group in classes]
-        common: Any = options.pop()
+        read: list[Any] = [cls.read({name: texts[name] for name in cls.names() if name in texts}) for cls in classes]
+        own_options, *options, common = read
         console.configure(quiet=common.quiet, verbose=common.verbose, debug=common.debug)
         try:
-            return command(**vars(options.pop(0)), **dict(zip(groups, options, strict=True)))
+            return command(**vars(own_options), **dict(zip(groups, options, strict=True)))
         except EOFError as error:  # Typer would take it for Ctrl-D
             raise HfkitError(f"a file ends too early: {error}") from error
 
