@@ -21,8 +21,8 @@ _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Return shipped recipes and files for tab completion."""
-    return [name for name in shipped() if name.startswith(incomplete)] + glob.glob(f"{glob.escape(incomplete)}*")
+    """Return shipped recipes and files for tab completion; Typer chooses those that fit."""
+    return [*shipped(), *glob.glob(f"{glob.escape(incomplete)}*")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +73,15 @@ def flags(command: Callable[..., Any]) -> Callable[..., Any]:
 def _flag(f: "Field[Any]", kind: Any, group: str) -> inspect.Parameter:
     """Return a field as a parameter that Typer makes a flag or an argument of; its value is the text that is typed."""
     item = get_args(kind)[0] if get_origin(kind) is list else kind
-    help, highest = f.metadata["help"], f.metadata["bounds"]["max"]
+    help, highest, more = f.metadata["help"], f.metadata["bounds"]["max"], f.metadata["typer"]
     if get_origin(item) is Literal:
         help += f" One of {', '.join(get_args(item))}."
+        more = more | {"autocompletion": lambda: get_args(item)}
     if highest is not None and highest < 2**31:
         help += f" At most {highest:g}."
     if f.default not in (None, False, True, MISSING) and "[default" not in help:
         help += f" [default: {f.default}]"
-    more = {"help": help, "metavar": _METAVARS.get(item, "NAME"), **f.metadata["typer"]}
+    more = {"help": help, "metavar": _METAVARS.get(item, "NAME"), **more}
     name = (f.metadata["name"] or f.name).replace("_", "-")
     if f.metadata["is_argument"]:
         info: Any = typer.Argument(**more | {"metavar": name.upper()})

@@ -24,11 +24,12 @@ recipes = typer.Typer(cls=Group, help="List the shipped recipes; copy one to sta
 
 @recipes.callback()
 def list_recipes(context: typer.Context) -> None:
+    """Print name and purpose of every recipe; one to a line, except on a narrow terminal."""
     if context.invoked_subcommand is None:
-        columns = console.columns() if sys.stdout.isatty() else 1000
+        width, columns = max(map(len, shipped())) + 2, console.columns() if sys.stdout.isatty() else 1000
         for name, path in shipped().items():
-            line = f"{name:<26}  {head_comment(path)[0]}"
-            console.write(textwrap.fill(line, columns, subsequent_indent=" " * 28) + "\n")
+            line = f"{name:<{width}}{head_comment(path)[0]}"
+            console.write(textwrap.fill(line, columns, subsequent_indent=" " * width) + "\n")
         console.note("next: hfkit recipes copy NAME")
 
 
