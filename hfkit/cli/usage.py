@@ -58,8 +58,8 @@ class Command(TyperCommand):
         return _keep_text(super().get_params(ctx))
 
     def collect_usage_pieces(self, ctx: Context) -> list[str]:
-        """Return the parts of the usage line, arguments in capitals."""
-        return [piece.upper().replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+        """Return the parts of the usage line, without Typer's braces around arguments that are needed."""
+        return [re.sub("[{}]", "", piece) for piece in super().collect_usage_pieces(ctx)]
 
     def format_options(self, ctx: Context, formatter: HelpFormatter) -> None:
         """Write the arguments and options, a section for each group."""
@@ -81,7 +81,7 @@ class Command(TyperCommand):
 def _names(param: Any) -> str:
     """Return the names of an option with a placeholder for its value: `-t, --temperature X`, `--[no-]lora`."""
     if param.param_type_name == "argument":
-        return str(param.name).upper() + ("..." if param.nargs == -1 else "")
+        return f"{param.metavar}{'...' if param.nargs == -1 else ''}"
     names = ", ".join(sorted(param.opts, key=len))
     if param.secondary_opts:
         return names.replace("--", "--[no-]")
