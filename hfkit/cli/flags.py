@@ -1,5 +1,6 @@
 """From a function to a command: its parameters and the fields of its `Options` become flags, and keys of a recipe."""
 
+import copy
 import functools
 import glob
 import inspect
@@ -44,7 +45,8 @@ def flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """
     parameters = inspect.signature(command, eval_str=True).parameters.values()
     groups = {p.name: p.annotation for p in parameters if p.default is p.empty}
-    own_fields = [(p.name, p.annotation, p.default) for p in parameters if p.name not in groups]
+    # A dataclass writes into its fields, and commands share some.
+    own_fields = [(p.name, p.annotation, copy.copy(p.default)) for p in parameters if p.name not in groups]
     own = make_dataclass(command.__name__, own_fields, bases=(Options,), frozen=True, kw_only=True)
     classes: list[type[Options]] = [own, *groups.values(), CommonFlags]
 
