@@ -221,9 +221,13 @@ class EvaluateOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ManyModelsOptions(ModelOptions):
-    """`ModelOptions` of a command that compares models."""
+    """`ModelOptions` of a command that takes several models."""
 
-    model: list[str] | None = option(None, "Model to evaluate; repeat it to compare models.", short="-m")  # type: ignore[assignment]
+    model: list[str] | None = option(None, "A model, as for `generate`; may be repeated.", short="-m")  # type: ignore[assignment]
+
+    def each(self) -> list[ModelOptions]:
+        """The options of every model."""
+        return [ModelOptions(**{**vars(self), "model": name}) for name in self.model or (None,)]
 
 
 @dataclass(frozen=True, kw_only=True)

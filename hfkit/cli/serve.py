@@ -8,7 +8,7 @@ from hfkit.cli.flags import flags
 from hfkit.declaration import option
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.sources import find_model
-from hfkit.options import ManyModelsOptions, ModelOptions
+from hfkit.options import ManyModelsOptions
 
 
 @flags
@@ -31,8 +31,7 @@ def serve(
         hfkit serve
         hfkit serve -m gpt2 --port 8080
     """
-    options = [ModelOptions(**{**vars(model), "model": name}) for name in model.model or (None,)]
-    sources = [find_model(each) for each in options]  # report a wrong name before torch is imported
+    sources = [find_model(each) for each in model.each()]  # a wrong name is an error before torch is imported
     if len({source.name for source in sources}) < len(sources):
         raise OptionError("--model names one model twice: leave one of them out")
     try:
@@ -50,4 +49,4 @@ def serve(
     is_local = host in ("127.0.0.1", "localhost", "::1")
     hosts = (*settings.hosts, *(allowed_host or [])) if is_local or allowed_host else ()
     listener = server.bind(host, port)
-    server.serve([load(each) for each in options], listener, replace(settings, hosts=hosts), grace)
+    server.serve([load(each) for each in model.each()], listener, replace(settings, hosts=hosts), grace)
