@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hfkit import console
 from hfkit.cli.flags import CORPUS, JSON, flags
 from hfkit.console import with_error
-from hfkit.corpus.documents import find_corpus
+from hfkit.corpus.files import find_corpus
 from hfkit.models.sources import find_model
 from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ModelOptions
 
@@ -40,7 +40,7 @@ def evaluate(
     shared: dict[str, Any] = {each.name: getattr(model, each.name) for each in fields(ModelOptions)}
     names: list[str | None] = [*model.model] if model.model else [None]
     chosen = [ModelOptions(**shared | {"model": name}) for name in names]
-    sources = find_corpus(corpus)
+    sources = find_corpus(corpus, read)
     for choice in chosen:
         find_model(choice)  # a wrong name fails before torch is imported
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import hfkit
 from hfkit import console, processes
 from hfkit.cli.flags import CORPUS, JSON, flags
-from hfkit.corpus.documents import find_corpus, is_prepared
+from hfkit.corpus.files import find_corpus, is_prepared
 from hfkit.declaration import option
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.sources import find_model
@@ -44,10 +44,7 @@ def finetune(
         hfkit finetune --config generation-stories
     """
     _check_inputs(corpus, data, model)
-    from hfkit.training import run_folder
-
-    inputs = [*(data.eval_file or []), *filter(None, [model.model])]
-    run_folder.check_request("finetune", corpus, train, inputs=inputs, dry_run=dry_run)
+    _check_folder("finetune", corpus, train, [*(data.eval_file or []), *filter(None, [model.model])], dry_run)
     if not launch_processes(launch):
         _print_run(hfkit.finetune(corpus, model=model, data=data, train=train, dry_run=dry_run), json)
 
@@ -69,9 +66,7 @@ def pretrain(
         hfkit pretrain corpus.txt --size mini
     """
     _check_inputs(corpus, data)
-    from hfkit.training import run_folder
-
-    run_folder.check_request("pretrain", corpus, train, inputs=data.eval_file or [], dry_run=dry_run)
+    _check_folder("pretrain", corpus, train, data.eval_file or [], dry_run)
     if not launch_processes(launch):
         run = hfkit.pretrain(corpus, size=size, data=data, train=train, device=device, dry_run=dry_run)
         _print_run(run, json)
@@ -81,11 +76,20 @@ def _check_inputs(corpus: list[str], data: DataOptions, model: ModelOptions | No
     """HfkitError if a corpus or the model does not exist. Call it before torch is imported."""
     if processes.count > 1:
         return  # the launcher has checked them
-    for paths in filter(None, (corpus, data.eval_file)):
-        if not is_prepared(Path(paths[0])):
-            find_corpus(paths)
+    for paths, options in ((corpus, data), (data.eval_file, None)):
+        if paths and not is_prepared(Path(paths[0])):
+            find_corpus(paths, options)
     if model:
         find_model(model)
+
+
+def _check_folder(command: str, corpus: list[str], train: TrainOptions, inputs: list[str], dry_run: bool) -> None:
+    """HfkitError if the run's folder is not free. Call it before torch is imported."""
+    from hfkit.training import run_folder
+
+    if processes.count == 1:  # else the launcher has checked it
+        with run_folder.reserve(command, corpus, train, inputs, dry_run=dry_run):
+            pass
 
 
 def _print_run(run: Run | None, json: bool) -> None:
@@ -154,7 +158,7 @@ def tune(
 
 def _print_trials(search: Search) -> None:
     """Print a table of the trials, the best one first. A column's head gives the importance of its option."""
-    from hfkit.reporting.summaries import merit, show_figure
+    from hfkit.reporting.summaries import merit, show_figure, show_value
 
     names = list(dict.fromkeys(name for trial in search.trials for name in trial["params"]))
     heads = [f"{name}\n{search.importances[name]:.0%}" if name in search.importances else name for name in names]
@@ -165,9 +169,7 @@ def _print_trials(search: Search) -> None:
         scores = [show_figure(trial[measure], measure) for measure in measures]
         if trial["loss"] is None:
             scores[0] = trial["state"]
-        values = (trial["params"].get(name, "") for name in names)
-        cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
-        rows.append((number, *scores, *cells))
+        rows.append((number, *scores, *(show_value(trial["params"].get(name, "")) for name in names)))
     console.write_table(("trial", *(f"held-out {measure}" for measure in measures), *heads), rows, 140)
 
 

@@ -276,7 +276,7 @@ def test_begin_killed(tmp_path):
 
 
 def begin(folder: Path) -> None:
-    def keep():
+    def keep(folder):
         (folder / "checkpoints" / "kept").mkdir()
 
     run_folder.begin(folder, "finetune", {"corpus": ["new"], "seed": 1}, {"corpus_sha256": "0"}, keep)
@@ -431,7 +431,7 @@ def test_recipe_is_read_back(tmp_path, text):
     train_options = TrainOptions(sample_prompt=text, run_name=text, lora_target_modules=[text], learning_rate=1e-05)
     data = DataOptions(text_column=text, eval_fraction=0.25)
     recipe = run_folder.make_recipe("corpus.txt", ModelOptions(model="gpt2"), data, train_options)
-    run_folder.begin(tmp_path, "finetune", recipe, {}, lambda: None)
+    run_folder.begin(tmp_path, "finetune", recipe, {}, lambda folder: None)
     values = read_values(tmp_path / "recipe.yaml", recipe)
     found = {"corpus": values["corpus"]}
     for group in (ModelOptions, DataOptions, TrainOptions):
