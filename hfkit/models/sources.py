@@ -1,5 +1,6 @@
 """From a model's name to a local folder that is safe to load. Imports neither torch nor transformers."""
 
+import hashlib
 import math
 import os
 import re
@@ -15,6 +16,7 @@ from hfkit.options import ModelOptions
 from hfkit.storage import check_free, check_owned, make_writable
 
 BUNDLED = Path(hfkit.__file__).parent / "bundled"
+_PLACE = 4096  # bytes
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,26 @@ class ModelFiles:
     @property
     def size(self) -> int:
         """Bytes of the weight files."""
-        files = [self.folder / self.gguf] if self.gguf else list(self.folder.glob("*.safetensors"))
-        return sum(file.stat().st_size for file in files)
+        return sum(path.stat().st_size for path in self._weights)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these weights from others: their size, and a hash of a thousand places in each file.
+
+        Training changes every weight, so these places are enough.
+        """
+        digest = hashlib.sha256()
+        for path in self._weights:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                for start in range(0, size, max(_PLACE, size // 1000)):
+                    file.seek(start)
+                    digest.update(file.read(_PLACE))
+        return {"model_bytes": self.size, "model_sha256": digest.hexdigest()}
+
+    @property
+    def _weights(self) -> list[Path]:
+        return [self.folder / self.gguf] if self.gguf else sorted(self.folder.glob("*.safetensors"))
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -94,7 +114,20 @@ def _with_base(name: str, path: Path, options: ModelOptions) -> ModelFiles:
     except HfkitError as error:
         hint = ", which runs for a model that is named itself" if options.trust_remote_code else ""
         raise HfkitError(f"no base model for the adapter ({path}): {error}{hint}") from error
+    if folder:
+        _check_base(path, source)
     return replace(source, name=name, adapter=path)
+
+
+def _check_base(adapter: Path, base: ModelFiles) -> None:
+    """Raise HfkitError if the weights of an adapter's local base are not those that the adapter was trained on."""
+    run = read_json(adapter / "run.json", base.name) if (adapter / "run.json").is_file() else {}
+    # A run of an old version recorded only the size.
+    if any(run.get(name, value) != value for name, value in base.fingerprint.items()):
+        raise HfkitError(
+            f"the base of the adapter has changed since it was trained ({adapter}: {base.folder}): train the adapter "
+            "again, or put the old base back"
+        )
 
 
 def _check_gguf(name: str, path: Path) -> ModelFiles:

@@ -77,7 +77,7 @@ def finetune(
         describe_plan(dataset.report, plan)
         if dry_run:
             return None
-        facts = {"model_bytes": source.size, "processes": processes.count, "command": line}
+        facts = source.fingerprint | {"processes": processes.count, "command": line}
         job = Job(
             command="finetune", name=source.name, files=files, folder=folder,
             recipe=run_folder.make_recipe(corpus, replace(options, model=source.name), data, plan.options),
