@@ -19,7 +19,7 @@ from hfkit.models.sources import ModelFiles, find_model
 from hfkit.options import ModelOptions, TaskOptions
 
 if TYPE_CHECKING:
-    from hfkit.inference.classification import Classification
+    from hfkit.inference.results import Classification
 
 
 @flags
@@ -62,7 +62,8 @@ def _check_labels(source: ModelFiles, task: TaskOptions) -> None:
 
 def _label_file(path: Path, model: ModelOptions, task: TaskOptions, *, json: bool) -> None:
     """Label each line of a file. Report the lines that cannot be read, then raise HfkitError."""
-    from hfkit.inference.classification import Classification, classify_each
+    from hfkit.inference.classification import classify_each
+    from hfkit.inference.results import Classification
     from hfkit.models.loading import loaded
 
     lm = loaded(model, "text", "classification")
