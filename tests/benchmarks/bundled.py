@@ -204,8 +204,8 @@ def print_samples(model: str, books: list[str], corpus: Path, tokens: int) -> No
     print(
         f"Real words (twice or more in the books): {real / words:.1%} of {words:,}. Quotation marks closed: "
         f"{closed} of {marked} whole paragraphs that have any. A word of the first three sentences, rarer than "
-        f"the 300 most frequent ones, comes again: {kept} of {len(prompts)}. Runs of {index.length} words that stand in the books: "
-        f"{np.mean([copy.share for copy in copies]):.2%}; the longest copy: {longest.words} words, "
+        f"the 300 most frequent ones, comes again: {kept} of {len(prompts)}. Runs of {index.length} words that stand "
+        f"in the books: {np.mean([copy.share for copy in copies]):.2%}; the longest copy: {longest.words} words, "
         f'"{longest.longest}".'
     )
 
