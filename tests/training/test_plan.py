@@ -15,6 +15,7 @@ from hfkit.errors import OptionError
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.training import arguments
 from hfkit.training import plan as plan_module
+from hfkit.training.finetuning import set_training_mode
 from hfkit.training.plan import make_plan
 
 pytestmark = pytest.mark.usefixtures("brisk")
@@ -52,6 +53,19 @@ def test_plan_precision(machine):
     assert plan(bf16=False).precision == "float32" and plan(fp16=False).precision == "float32"
     with pytest.raises(OptionError, match="exclude each other"):
         plan(bf16=True, fp16=True)
+
+
+def test_plan_attention(machine):
+    """A compiled run on a CPU has plain attention, which computes the same, while its memory is small."""
+    machine()
+    assert not plan().plain_attention and not plan(torch_compile=True, length=1e5).plain_attention
+    chosen = plan(torch_compile=True)
+    assert chosen.plain_attention and any("plain attention" in line for line in chosen.why)
+    model, ids = GPT2LMHeadModel(CONFIG).eval(), torch.arange(40)[None]
+    before = model(ids).logits
+    set_training_mode(model, chosen)
+    assert model.config._attn_implementation == "eager"
+    torch.testing.assert_close(model(ids).logits, before)
 
 
 def test_plan_float32(still, corpus, tmp_path, monkeypatch, machine):
