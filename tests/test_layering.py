@@ -10,7 +10,7 @@ import pytest
 import hfkit
 
 ROOT = Path(hfkit.__file__).parent
-GROUND = set("__init__ errors declaration options recipes processes console storage hub".split())
+GROUND = set("__init__ errors declaration options recipes processes console storage hub imports".split())
 # From the bottom up. Packages of one floor do not import each other; GROUND is below all, __main__ above.
 FLOORS = ("models corpus reporting", "inference", "evaluation training serving", "tuning", "cli")
 FLOOR = {package: level for level, names in enumerate(FLOORS) for package in names.split()}
@@ -92,18 +92,29 @@ def test_level_of_unknown_file():
             level_of(name)
 
 
-def test_help_imports_nothing_heavy():
-    """What `hfkit --help` loads imports nothing heavy at the top."""
-    waiting, seen = ["cli.app"], set()
+def loaded_with(name: str) -> set[str]:
+    """hfkit's own files that are loaded where a file is imported, itself included."""
+    waiting, seen = [name], set()
     while waiting:
         name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        top = top_of(FILES[name])
-        assert not HEAVY & {module.partition(".")[0] for module in imports_of(top)}, name
-        waiting += own_imports(top)
-    assert {"options", "cli.generate", "models.sources", "corpus.documents"} <= seen
+        if name not in seen:
+            seen.add(name)
+            waiting += own_imports(top_of(FILES[name]))
+    return seen
+
+
+def test_help_imports_nothing_heavy():
+    """What `hfkit --help` loads imports nothing heavy at the top."""
+    seen = loaded_with("cli.app")
+    for name in seen:
+        assert not HEAVY & {module.partition(".")[0] for module in imports_of(top_of(FILES[name]))}, name
+    assert {"options", "cli.generate", "models.sources", "corpus.files"} <= seen
+
+
+def test_generation_imports_no_datasets():
+    """What generates text does not import `datasets`, which takes a second."""
+    for name in loaded_with("inference.generation"):
+        assert "datasets" not in {module.partition(".")[0] for module in imports_of(top_of(FILES[name]))}, name
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
