@@ -265,7 +265,9 @@ class ExportOptions(Options):
     """Where a model is exported to, and how."""
 
     output_dir: str | None = option(None, "Folder to write to.", short="-o")
-    dtype: _Dtype = option("auto", "Precision. [default: unchanged]")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"] = option(
+        "auto", "Precision; float8_e4m3fn: matrices of a byte a weight. [default: unchanged]"
+    )
     push_to_hub: str | None = option(None, "OWNER/NAME on the Hub to push to.")
     private: bool = option(True, "Make a new repository private.")
     overwrite: bool = option(False, "Replace the folder if it exists.")
