@@ -24,6 +24,7 @@ from hfkit.cli.generate import generate
 from hfkit.cli.info import info
 from hfkit.cli.inspect import inspect
 from hfkit.cli.report import export, report
+from hfkit.cli.serve import serve
 from hfkit.cli.train import finetune, prepare, pretrain, tune
 from hfkit.cli.usage import Command, explain_usage
 from hfkit.errors import HfkitError, StoppedError
@@ -58,7 +59,8 @@ def _root(
 
 
 for _command in (
-    *(generate, chat, finetune, pretrain, prepare, evaluate, inspect, classify, answer, tune, report, export, info),
+    *(generate, chat, finetune, pretrain, prepare, evaluate, inspect, classify, answer, tune, serve, report, export),
+    info,
 ):
     app.command(cls=Command)(_command)
 app.add_typer(recipes.app, name="recipes")
