@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,12 +30,21 @@ def serve(
     request_timeout: Annotated[float, typer.Option(min=1, help="Most seconds for one request.")] = 600,
     grace: Annotated[float, typer.Option(min=0, help="Seconds to finish what has begun, after Ctrl-C.")] = 30,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Print each request with its prompts.")] = False,
+    engine: Annotated[
+        Literal["hfkit", "vllm"], typer.Option(help="vllm: hand the model to vLLM, for many users and large GPUs.")
+    ] = "hfkit",
 ) -> None:
     """Serve models over HTTP, as OpenAI's API, with a page to try them on."""
     options = [ModelOptions(**{**vars(model), "model": name}) for name in model.model or (None,)]
     sources = [find_model(each) for each in options]  # report a wrong name before torch is imported
     if len({source.name for source in sources}) < len(sources):
         raise OptionError("--model names one model twice: leave one of them out")
+    if engine == "vllm":
+        from hfkit.serving.vllm import serve_with_vllm
+
+        if len(options) > 1 or (allowed_host, max_requests, request_timeout, log_prompts) != (None, 256, 600, False):
+            raise OptionError("vLLM takes one model, --host, --port and --api-key: leave the other flags out")
+        serve_with_vllm(options[0], host, port, api_key)
     try:
         from hfkit.serving import server
         from hfkit.serving.guard import Settings

@@ -14,7 +14,8 @@ from transformers.cache_utils import DynamicCache
 
 from hfkit.inference.batches import default_size
 from hfkit.inference.decoding import Completion
-from hfkit.inference.generation import Generation, stream
+from hfkit.inference.generation import stream
+from hfkit.inference.results import Generation
 from hfkit.models.loading import LanguageModel
 from hfkit.serving.cache import SHORTEST_PREFIX, Prefixes, Window, can_share_steps, common_length
 from hfkit.serving.reading import Prompts, top_tokens
