@@ -18,8 +18,8 @@ import httpx2
 from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inference.connection import MISSING, OPENAI, Connection, RefusedError, events_of, message_of
-from hfkit.inference.results import Generation
-from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
+from hfkit.inference.results import Classification, Generation
+from hfkit.options import GenerateOptions, ModelOptions, ServerOptions, TaskOptions
 
 CONCURRENT = 16  # requests at a time
 _DEFAULTS = GenerateOptions()
@@ -116,6 +116,26 @@ class Server:
         while group := list(islice(results, samples)):
             error = next((result for _, result in group if isinstance(result, HfkitError)), None)
             yield group[0][0], error or [result for _, result in group]
+
+    def classify_each(self, texts: Iterable[Any], options: TaskOptions) -> Iterator[Classification | HfkitError]:
+        """As `classification.classify_each`, by hfkit's own server."""
+        if options.template or not self.is_hfkit:
+            raise OptionError("hfkit's own server labels texts, without --template: leave that out, or --server")
+
+        def run(text: Any) -> Classification | HfkitError:
+            if isinstance(text, HfkitError):
+                return text
+            try:
+                reply = self.connection.post(
+                    "classify", {"model": self.model, "input": text, "labels": options.labels}
+                )
+            except RefusedError as error:
+                return error
+            with self.connection.named_errors():
+                (row,) = reply["data"]
+                return Classification(row["text"], row["label"], row["probabilities"], self.model)
+
+        return run_ahead(run, texts)
 
     def _ask(self, prompt: str | list[dict[str, str]], options: GenerateOptions, live: bool) -> httpx2.Response:
         """The answer of the first route that the server has for this model."""
