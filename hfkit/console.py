@@ -23,6 +23,7 @@ class _State:
     verbose: bool = False
     debug: bool = False
     warned_of_encoding: bool = False
+    has_status: bool = False  # the terminal shows a status line
 
 
 state = _State()
@@ -102,8 +103,39 @@ def write_table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int =
     Console(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else width).print(table)
 
 
+@contextlib.contextmanager
+def status(text: str, delay: float = 0.5) -> Iterator[None]:
+    """Show `text` on a terminal while the block runs, after `delay` seconds; nothing of it stays."""
+    if state.quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        yield
+        return
+    timer = threading.Timer(delay, _show_status, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        _clear_status()
+
+
+def _show_status(text: str) -> None:
+    import shutil
+
+    state.has_status = True
+    print(printable(text)[: shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
+
+
+def _clear_status() -> None:
+    if state.has_status:
+        state.has_status = False
+        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
 def note(text: str) -> None:
     """Print a line to stderr, unless `--quiet`."""
+    _clear_status()
     if not state.quiet:
         print(f"hfkit: {printable(text)}", file=sys.stderr, flush=True)
 
@@ -184,7 +216,12 @@ def duration(seconds: float) -> str:
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{max(1, math.ceil(seconds))} seconds"
+    return counted(max(1, math.ceil(seconds)), "second")
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and its noun: "1 step", "1,200 steps"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def with_error(value: float, error: float | None, form: str) -> str:

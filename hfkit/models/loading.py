@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 
 from hfkit.console import detail
 from hfkit.declaration import Options, divide
@@ -202,9 +203,10 @@ def load_weights(
     with calling_library(source):
         if source.gguf:
             check_blocks(source, config)
-        model, report = _class_for(config).from_pretrained(
-            source.folder, trust_remote_code=source.trust_remote_code, **arguments
-        )
+        with no_init_weights():  # what is missing is an error, so no random number is of any use
+            model, report = _class_for(config).from_pretrained(
+                source.folder, trust_remote_code=source.trust_remote_code, **arguments
+            )
     check_report(source, model, report)
     if source.adapter:
         model = _merge_adapter(model, source, source.adapter)
