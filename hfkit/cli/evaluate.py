@@ -11,38 +11,51 @@ from hfkit.cli.flags import CorpusArgument, Json, flags
 from hfkit.console import with_error
 from hfkit.corpus.documents import find_corpus
 from hfkit.models.sources import find_model
-from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ModelOptions
+from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ModelOptions, ServerOptions
 
 if TYPE_CHECKING:
     from hfkit.evaluation.perplexity import Evaluation
     from hfkit.evaluation.tasks import Assessment
 
+_HERE = ServerOptions()  # no server
 _MAX_LABELS = 10  # a confusion table of more is in --json only
 
 
 @flags
 def evaluate(
-    corpus: CorpusArgument, model: ManyModelsOptions, read: CorpusOptions, options: EvaluateOptions, json: Json = False
+    corpus: CorpusArgument,
+    model: ManyModelsOptions,
+    server: ServerOptions,
+    read: CorpusOptions,
+    options: EvaluateOptions,
+    json: Json = False,
 ) -> None:
     """Measure how well models predict a corpus: perplexity, bits per byte, accuracy, each with its error."""
-    write_evaluation(corpus, model, read, options, json=json)
+    write_evaluation(corpus, model, read, options, json=json, server=server)
 
 
 def write_evaluation(
-    corpus: list[str], models: ManyModelsOptions, read: CorpusOptions, options: EvaluateOptions, *, json: bool
+    corpus: list[str],
+    models: ManyModelsOptions,
+    read: CorpusOptions,
+    options: EvaluateOptions,
+    *,
+    json: bool,
+    server: ServerOptions = _HERE,
 ) -> None:
     """Evaluate every model on the corpus and print the results."""
     shared: dict[str, Any] = {each.name: getattr(models, each.name) for each in fields(ModelOptions)}
     names: list[str | None] = [*models.model] if models.model else [None]
     chosen = [ModelOptions(**shared | {"model": name}) for name in names]
     sources = find_corpus(corpus)
-    for model in chosen:
+    for model in chosen if not server.server else []:
         find_model(model)  # a wrong name fails before torch is imported
 
     from hfkit.evaluation.perplexity import Evaluation, evaluate
     from hfkit.evaluation.tasks import Assessment
 
-    results = [evaluate(sources, model=model, read=read, options=options) for model in chosen]
+    where = {"server": server.server, "api_key": server.api_key}
+    results = [evaluate(sources, model=model, read=read, options=options, **where) for model in chosen]
     if json:
         rows = [result.to_dict() for result in results]
         console.write_json(rows if len(rows) > 1 else rows[0])

@@ -12,16 +12,18 @@ import torch
 from hfkit.console import counted, detail, progress, with_error
 from hfkit.corpus.documents import Corpora, Corpus, find_corpus, read_records
 from hfkit.corpus.sequences import Item
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, OptionError
 from hfkit.evaluation.metrics import find_metric
+from hfkit.evaluation.remote import RemoteScorer
 from hfkit.evaluation.tasks import Assessment, assess, find_task
 from hfkit.evaluation.windows import WindowReader, batch_windows
 from hfkit.inference.likelihood import Scores, exp, jsonable, ratio_stderr, score_batches
+from hfkit.inference.remote import Server
 from hfkit.inference.twins import in_eval_mode, precise_head
 from hfkit.models.architecture import computes_faster_in_bfloat16, head_of
 from hfkit.models.loading import LanguageModel, loaded, split_options
 from hfkit.models.quantization import bits_of
-from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions
+from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions, ServerOptions
 from hfkit.reporting.templates import render
 
 _WINDOW = 1024  # tokens, where the model sets no limit
@@ -158,14 +160,17 @@ def evaluate(
     Args:
         corpus: files, folders, globs or `hf://NAME`; of `prompt`/`completion` and `messages` rows the answers count.
         model: what `load` returned or takes.
-        read, options: every field of `CorpusOptions`, `EvaluateOptions` and `ModelOptions` is a keyword, too.
+        read, options: every field of these, of `ModelOptions` and of `ServerOptions` is a keyword, too.
 
     Raises:
         HfkitError: the corpus or the model cannot be read, or there is nothing to score.
     """
-    model, read, options = split_options(model, overrides, (CorpusOptions, read), (EvaluateOptions, options))
+    groups = ((CorpusOptions, read), (EvaluateOptions, options), (ServerOptions, None))
+    model, read, options, server = split_options(model, overrides, *groups)
     for name in read.metric or []:
         find_metric(name)  # a wrong name fails before anything is computed
+    if server.server:
+        return _evaluate_at(Server(server, model), find_corpus(corpus), read, options)
     sources, lm = find_corpus(corpus), loaded(model, "text", "classification", "question-answering")
     is_text = head_of(lm.model.config) == "text"
     if (task := find_task(lm, sources, read) if is_text else None) or not is_text:
@@ -178,12 +183,31 @@ def evaluate(
         reader = WindowReader(lm.tokenizer, window, stride, bar)
         wants_float32 = isinstance(model, ModelOptions) and model.dtype == "float32"
         scores, dtype = _score_windows(lm, reader.windows(read_records(sources, read)), wants_float32)
+    return _sum_up(lm.name, reader, scores, window, stride, dtype)
+
+
+def _evaluate_at(server: Server, sources: Corpus, read: CorpusOptions, options: EvaluateOptions) -> Evaluation:
+    """`evaluate`, by the log-probabilities of a server."""
+    # The prompt holds the last target, too, and a server wants room for another token.
+    if not (most := server.context and server.context - 2 or options.max_length):
+        raise OptionError("the server does not tell the context of its model: add --max-length, such as 1022")
+    window = min(options.max_length or most, most)
+    stride = min(options.stride or window, window)
+    with progress(sources.size, "B", "evaluating") as bar:
+        scorer = RemoteScorer(server, bar)
+        scorer.score(read_records(sources, read), window, stride)
+    return _sum_up(server.model, scorer, scorer.scores, window, stride, "the server's precision")
+
+
+def _sum_up(
+    name: str, reader: WindowReader | RemoteScorer, scores: Scores, window: int, stride: int, dtype: str
+) -> Evaluation:
     if not scores.count:
         raise HfkitError("there is nothing to score: the corpus holds no text")
     sizes = np.array(reader.bytes, float)
     scores.merge(Scores(*np.zeros((4, len(sizes)))))  # passages in which no token was a target
     return Evaluation(
-        model=lm.name,
+        model=name,
         documents=reader.documents,
         words=reader.words,
         window=window,

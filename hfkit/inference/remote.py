@@ -43,7 +43,9 @@ class Server:
         """
         model = None if isinstance(model, tuple) else ModelOptions.make(model)
         if not model or model != ModelOptions(model=model.model):
-            raise OptionError("a model is loaded here, or by a server: leave --server out, or --device and the like")
+            raise OptionError(
+                "a model is loaded here, or by a server: leave --server (HFKIT_SERVER) out, or --device and the like"
+            )
         self.connection = Connection(options)
         self._route = "completions"
         response = self.connection.send("models", returned=MISSING if model.model else ())

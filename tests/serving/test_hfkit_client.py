@@ -93,3 +93,34 @@ def test_classify(server, story, tmp_path, capfdbinary):
     assert [json.loads(line)["text"] for line in result.stdout.splitlines()] == texts
     remote = call(capfdbinary, "classify", texts[0], *flags, "--server", server[0])
     assert remote.stdout == call(capfdbinary, "classify", texts[0], *flags).stdout
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    """Documents: one that fits the context, one of many windows, one of a single token, an empty one."""
+    path = tmp_path_factory.mktemp("corpus") / "documents.txt"
+    long = " ".join(f"He said {number} times that the sea was cold 🙂." for number in range(20))
+    path.write_text("<|endoftext|>".join(["Once upon a time there was a king.", long, "a", " ", "The end.\n"]))
+    return path
+
+
+@pytest.mark.parametrize("sizes", [{"max_length": 100}, {"max_length": 60, "stride": 25}], ids=str)
+def test_evaluate(server, documents, sizes):
+    """Every figure is that of the same model on this machine, over the same windows."""
+    local = hfkit.evaluate(documents, model="bundled", dtype="float32", **sizes).to_dict()
+    remote = hfkit.evaluate(documents, model="bundled", server=server[0], **sizes).to_dict()
+    assert remote.pop("dtype") != local.pop("dtype") and remote.pop("model") == local.pop("model")
+    assert remote == pytest.approx(local, rel=1e-4)
+
+
+def test_evaluate_of_the_whole_context(server, documents, lm, capfdbinary):
+    """Without --max-length the windows are as long as a server allows: two tokens shorter than here."""
+    flags = ["--json", "-m", lm.name]
+    remote = json.loads(call(capfdbinary, "evaluate", documents, *flags, "--server", server[0]).stdout)
+    flags += ["--dtype", "float32", "--max-length", lm.context - 2]
+    local = json.loads(call(capfdbinary, "evaluate", documents, *flags).stdout)
+    assert remote["window"] == local["window"] == lm.context - 2
+    assert remote["perplexity"] == pytest.approx(local["perplexity"], rel=1e-4)
+    rows = documents.with_suffix(".jsonl")
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    assert_fails(call(capfdbinary, "evaluate", rows, *flags[:3], "-q", "--server", server[0]), 2, "not answers")

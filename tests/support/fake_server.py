@@ -65,7 +65,12 @@ class Fake:
 
     def answer(self, handler, body):
         route = handler.path.removeprefix("/v1/")
-        if route not in self.routes:
+        if route == "classify" and self.models[0]["owned_by"] == "hfkit":
+            data = [{"text": body["input"], "label": "good", "probabilities": {"good": 0.75, "bad": 0.25}}]
+            send_json(handler, {"data": data}, 200)
+        elif route == "/tokenize" in self.routes:
+            send_json(handler, {"tokens": [1, 2, 3]}, 200)
+        elif route not in self.routes:
             send_json(handler, {"error": {"message": "This is a chat model", "code": None}}, 404)
         elif body.get("stream"):
             send_events(handler, events_for(route, body))
