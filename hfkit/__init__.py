@@ -19,8 +19,7 @@ _MODULES = {
     "models.loading": "LanguageModel load",
     "options": "CorpusOptions DataOptions EvaluateOptions ExportOptions GenerateOptions InspectOptions ModelOptions "
     "ServerOptions SizeOptions TaskOptions TrainOptions TuneOptions",
-    "training.finetuning": "finetune",
-    "training.preparation": "prepare",
+    "training.finetuning": "finetune prepare",
     "training.pretraining": "pretrain",
     "training.runs": "Run",
     "tuning.search": "Search tune",
@@ -58,7 +57,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers; tests/test_l
     from hfkit.options import TrainOptions as TrainOptions
     from hfkit.options import TuneOptions as TuneOptions
     from hfkit.training.finetuning import finetune as finetune
-    from hfkit.training.preparation import prepare as prepare
+    from hfkit.training.finetuning import prepare as prepare
     from hfkit.training.pretraining import pretrain as pretrain
     from hfkit.training.runs import Run as Run
     from hfkit.tuning.search import Search as Search

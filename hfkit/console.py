@@ -74,14 +74,14 @@ def write(text: str, file: IO[str] | None = None, *, dim: bool = False) -> None:
 
 
 def to_json(value: Any) -> str:
-    """`value` as JSON on one line, in plain characters; half a surrogate pair, which UTF-8 cannot hold, is escaped."""
+    """`value` as a line of JSON, in plain characters; half a surrogate pair, which UTF-8 cannot hold, is escaped."""
     line = json.dumps(value, ensure_ascii=False)
-    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):x}", line)
+    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):x}", line) + "\n"
 
 
-def write_json(value: Any) -> None:
-    """Write `value` to stdout as one line of JSON."""
-    write(to_json(value) + "\n")
+def write_json(*values: Any) -> None:
+    """Write each value to stdout as a line of JSON."""
+    write("".join(map(to_json, values)))
 
 
 def write_table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int = 120, **options: Any) -> None:

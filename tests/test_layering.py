@@ -10,7 +10,7 @@ import pytest
 import hfkit
 
 ROOT = Path(hfkit.__file__).parent
-GROUND = set("__init__ errors declaration options recipes processes console storage hub".split())
+GROUND = set("__init__ errors declaration options recipes processes console storage hub imports".split())
 # From the bottom up. Packages of one floor do not import each other; GROUND is below all, __main__ above.
 FLOORS = ("models corpus reporting", "inference", "evaluation training serving", "tuning", "cli")
 FLOOR = {package: level for level, names in enumerate(FLOORS) for package in names.split()}

@@ -16,14 +16,13 @@ import typer
 
 import hfkit
 from hfkit import console, processes
-from hfkit.cli import recipes
 from hfkit.cli.chat import chat
 from hfkit.cli.classify import answer, classify
 from hfkit.cli.evaluate import evaluate
 from hfkit.cli.generate import generate
 from hfkit.cli.info import info
 from hfkit.cli.inspect import inspect
-from hfkit.cli.report import export, report
+from hfkit.cli.runs import export, recipes, report
 from hfkit.cli.serve import serve
 from hfkit.cli.train import finetune, prepare, pretrain, tune
 from hfkit.cli.usage import Command, explain_usage
@@ -63,7 +62,7 @@ for _command in (
     info,
 ):
     app.command(cls=Command)(_command)
-app.add_typer(recipes.app, name="recipes")
+app.add_typer(recipes, name="recipes")
 
 
 def main() -> NoReturn:

@@ -10,12 +10,9 @@ from typing import TYPE_CHECKING, cast
 
 from hfkit import console
 from hfkit.cli.flags import flags
-from hfkit.cli.generation_setup import load_for_generation, reach_server, with_seed
-from hfkit.cli.prompt_files import to_line
+from hfkit.cli.prompts import load_for, reach_server
 from hfkit.errors import HfkitError, OptionError, first_line
-from hfkit.models.sources import find_model
 from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
-from hfkit.recipes import read_value
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -37,6 +34,10 @@ def chat(model: ModelOptions, server: ServerOptions, sampling: GenerateOptions) 
     """Talk with a model, turn by turn.
 
     A model with a chat template gets the turns through it; a base model continues them as one raw text.
+
+    Examples:
+        hfkit chat
+        hfkit chat -m runs/chat -t 0.7
     """
     if (sampling.num_return_sequences or 1) > 1:
         raise OptionError("a chat has one reply: leave --num-return-sequences out")
@@ -45,9 +46,8 @@ def chat(model: ModelOptions, server: ServerOptions, sampling: GenerateOptions) 
         # Other servers do not know how to truncate.
         talk: Conversation = RemoteConversation(remote, replace(sampling, truncate=remote.is_hfkit))
     else:
-        find_model(model)  # report a wrong name before torch is imported
-        lm = load_for_generation(model, sampling)
-        talk = Conversation(lm, replace(with_seed(lm, sampling), truncate=True))
+        lm, _, sampling = load_for(None, model, sampling)
+        talk = Conversation(lm, replace(sampling, truncate=True))
     manner = "through its chat template" if talk.has_template else "as raw text that it continues"
     console.note(f"{talk.name} gets your turns {manner}; /help lists the commands")
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -150,11 +150,11 @@ class Conversation:
         name = name.lstrip("-").replace("-", "_")
         if name not in GenerateOptions.names():
             raise OptionError(f"no option {name!r}: see hfkit chat --help")
-        self.options = replace(self.options, **{name: read_value(value)})
+        self.options = replace(self.options, **{name: GenerateOptions.read_value(name, value)})
 
     def save(self, path: str) -> None:
         """Write the messages as JSON Lines, or the raw text."""
-        content = "".join(map(to_line, self.messages)) if self.has_template else self.text
+        content = "".join(map(console.to_json, self.messages)) if self.has_template else self.text
         try:
             with open(path, "w", encoding="utf-8", errors="replace") as file:
                 file.write(content)
@@ -253,6 +253,6 @@ def _print_reply(talk: Conversation, text: str) -> str:
         pieces.close()
     except StopIteration as stop:
         if stop.value.finish_reason == "length" and sys.stdout.isatty():
-            console.write(f" [cut after {stop.value.tokens} tokens]", dim=True)
+            console.write(f" [cut after {console.counted(stop.value.tokens, 'token')}]", dim=True)
     console.write("\n")
     return reply

@@ -7,7 +7,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from hfkit import console
-from hfkit.cli.flags import CorpusArgument, Json, flags
+from hfkit.cli.flags import CORPUS, JSON, flags
 from hfkit.console import with_error
 from hfkit.corpus.documents import find_corpus
 from hfkit.models.sources import find_model
@@ -17,50 +17,45 @@ if TYPE_CHECKING:
     from hfkit.evaluation.perplexity import Evaluation
     from hfkit.evaluation.tasks import Assessment
 
-_HERE = ServerOptions()  # no server
 _MAX_LABELS = 10  # a confusion table of more is in --json only
 
 
 @flags
 def evaluate(
-    corpus: CorpusArgument,
     model: ManyModelsOptions,
     server: ServerOptions,
     read: CorpusOptions,
     options: EvaluateOptions,
-    json: Json = False,
+    corpus: list[str] = CORPUS,
+    json: bool = JSON,
 ) -> None:
-    """Measure how well models predict a corpus: perplexity, bits per byte, accuracy, each with its error."""
-    write_evaluation(corpus, model, read, options, json=json, server=server)
+    """Measure how well models predict a corpus.
 
+    It prints perplexity, bits per byte and accuracy, each with its error; for a corpus with labels or answers, how
+    many are right.
 
-def write_evaluation(
-    corpus: list[str],
-    models: ManyModelsOptions,
-    read: CorpusOptions,
-    options: EvaluateOptions,
-    *,
-    json: bool,
-    server: ServerOptions = _HERE,
-) -> None:
-    """Evaluate every model on the corpus and print the results."""
-    shared: dict[str, Any] = {each.name: getattr(models, each.name) for each in fields(ModelOptions)}
-    names: list[str | None] = [*models.model] if models.model else [None]
+    Examples:
+        hfkit evaluate held-out.txt
+        hfkit evaluate held-out.txt -m bundled -m runs/corpus
+    """
+    shared: dict[str, Any] = {each.name: getattr(model, each.name) for each in fields(ModelOptions)}
+    names: list[str | None] = [*model.model] if model.model else [None]
     chosen = [ModelOptions(**shared | {"model": name}) for name in names]
     sources = find_corpus(corpus)
-    for model in chosen if not server.server else []:
-        find_model(model)  # a wrong name fails before torch is imported
+    if not server.server:
+        for choice in chosen:
+            find_model(choice)  # a wrong name fails before torch is imported
 
-    from hfkit.evaluation.perplexity import Evaluation, evaluate
+    from hfkit.evaluation import perplexity
     from hfkit.evaluation.tasks import Assessment
 
     where = {"server": server.server, "api_key": server.api_key}
-    results = [evaluate(sources, model=model, read=read, options=options, **where) for model in chosen]
+    results = [perplexity.evaluate(sources, model=choice, read=read, options=options, **where) for choice in chosen]
     if json:
         rows = [result.to_dict() for result in results]
         console.write_json(rows if len(rows) > 1 else rows[0])
         return
-    if evaluations := [result for result in results if isinstance(result, Evaluation)]:
+    if evaluations := [result for result in results if isinstance(result, perplexity.Evaluation)]:
         _write_evaluations(evaluations)
     if assessments := [result for result in results if isinstance(result, Assessment)]:
         _write_assessments(assessments)

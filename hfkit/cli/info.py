@@ -9,9 +9,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hfkit import console
-from hfkit.cli.flags import Json, flags
+from hfkit.cli.flags import JSON, flags
 from hfkit.hub import endpoint
-from hfkit.models.sources import ModelFiles, count_parameters, find_model
+from hfkit.models.folder import ModelFiles, count_parameters
+from hfkit.models.sources import find_model
 from hfkit.options import ModelOptions
 
 _PACKAGES = (
@@ -23,10 +24,14 @@ _PARAMETER_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 @flags
-def info(model: ModelOptions, json: Json = False) -> None:
+def info(model: ModelOptions, json: bool = JSON) -> None:
     """Show versions, devices and a model's size; say what is wrong.
 
     Each problem comes with the way to fix it.
+
+    Examples:
+        hfkit info
+        hfkit info -m gpt2
     """
     source = find_model(model)
     report: dict[str, Any] = {"versions": find_versions(), **describe_machine(), "model": describe_model(source)}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
-
-import typer
+from typing import Literal
 
 from hfkit.cli.flags import flags
+from hfkit.declaration import option
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.sources import find_model
 from hfkit.options import ManyModelsOptions, ModelOptions
@@ -16,25 +15,24 @@ from hfkit.options import ManyModelsOptions, ModelOptions
 @flags
 def serve(
     model: ManyModelsOptions,
-    host: Annotated[
-        str, typer.Option(help="Address to listen at; others than this machine need a key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="Port; 0: any free one.")] = 8000,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="HFKIT_API_KEY", show_envvar=True, help="Key that clients must send.")
-    ] = None,
-    allowed_host: Annotated[
-        list[str] | None, typer.Option(help="Name by which clients call the server; may be repeated.")
-    ] = None,
-    max_requests: Annotated[int, typer.Option(min=1, help="Requests at a time; more are told to come again.")] = 256,
-    request_timeout: Annotated[float, typer.Option(min=1, help="Most seconds for one request.")] = 600,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds to finish what has begun, after Ctrl-C.")] = 30,
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Print each request with its prompts.")] = False,
-    engine: Annotated[
-        Literal["hfkit", "vllm"], typer.Option(help="vllm: hand the model to vLLM, for many users and large GPUs.")
-    ] = "hfkit",
+    host: str = option("127.0.0.1", "Address to listen at; others than this machine need a key."),
+    port: int = option(8000, "Port; 0: any free one.", short="-p", min=0, max=65535),
+    api_key: str | None = option(
+        None, "Key that clients must send. [default: $HFKIT_API_KEY]", secret=True, envvar="HFKIT_API_KEY"
+    ),
+    allowed_host: list[str] | None = option(None, "Name by which clients call the server; may be repeated."),
+    max_requests: int = option(256, "Requests at a time; more are told to come again.", min=1),
+    request_timeout: float = option(600.0, "Most seconds for one request.", min=1),
+    grace: float = option(30.0, "Seconds to finish what has begun, after Ctrl-C.", min=0),
+    log_prompts: bool = option(False, "Print each request with its prompts."),
+    engine: Literal["hfkit", "vllm"] = option("hfkit", "vllm: hand the model to vLLM, for many users and large GPUs."),
 ) -> None:
-    """Serve models over HTTP, as OpenAI's API, with a page to try them on."""
+    """Serve models over HTTP as OpenAI's API, with a page to try them.
+
+    Examples:
+        hfkit serve
+        hfkit serve -m gpt2 --port 8080
+    """
     options = [ModelOptions(**{**vars(model), "model": name}) for name in model.model or (None,)]
     sources = [find_model(each) for each in options]  # report a wrong name before torch is imported
     if len({source.name for source in sources}) < len(sources):

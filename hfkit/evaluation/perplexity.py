@@ -17,10 +17,9 @@ from hfkit.evaluation.metrics import find_metric
 from hfkit.evaluation.remote import RemoteScorer
 from hfkit.evaluation.tasks import Assessment, assess, find_task
 from hfkit.evaluation.windows import WindowReader, batch_windows
-from hfkit.inference.likelihood import Scores, exp, jsonable, ratio_stderr, score_batches
+from hfkit.inference.likelihood import Scores, exp, jsonable, precise_head, ratio_stderr, score_batches
 from hfkit.inference.remote import Server
-from hfkit.inference.twins import in_eval_mode, precise_head
-from hfkit.models.architecture import computes_faster_in_bfloat16, head_of
+from hfkit.models.architecture import check_causal, computes_faster_in_bfloat16, head_of
 from hfkit.models.loading import LanguageModel, loaded, split_options
 from hfkit.models.quantization import bits_of
 from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions, ServerOptions
@@ -33,63 +32,27 @@ _CLOSE = 1.5e-3  # nats per token that bfloat16 may change in the first batch; o
 
 @dataclass(frozen=True, repr=False)
 class Evaluation:
-    """How well a model predicted a corpus. Every property is a figure that `to_dict` and `--json` contain."""
+    """How well a model predicted a corpus. Every field but the last two is a figure of `to_dict` and `--json`."""
 
     model: str
     documents: int
     words: int  # separated by white space
+    tokens: int
+    bytes: int
     window: int
     stride: int
     dtype: str
+    loss: float  # nats per token
+    loss_stderr: float
+    perplexity: float
+    perplexity_stderr: float
+    word_perplexity: float
+    bits_per_byte: float
+    bits_per_byte_stderr: float
+    token_accuracy: float  # share of the tokens that the model thought the likeliest
+    top5_accuracy: float  # share of the tokens that were among the model's five likeliest
     scores: Scores = field(repr=False)  # of each passage
     passages: np.ndarray = field(repr=False)  # bytes of each passage, (passages,)
-
-    @property
-    def loss(self) -> float:
-        """Nats per token."""
-        return self.scores.loss
-
-    @property
-    def loss_stderr(self) -> float:
-        return self.scores.loss_stderr
-
-    @property
-    def perplexity(self) -> float:
-        return self.scores.perplexity
-
-    @property
-    def perplexity_stderr(self) -> float:
-        return self.scores.perplexity_stderr
-
-    @property
-    def bits_per_byte(self) -> float:
-        return float(self.scores.nll.sum() / math.log(2) / self.bytes)
-
-    @property
-    def bits_per_byte_stderr(self) -> float:
-        return ratio_stderr(self.scores.nll, self.passages) / math.log(2)
-
-    @property
-    def word_perplexity(self) -> float:
-        return exp(float(self.scores.nll.sum()) / max(1, self.words))
-
-    @property
-    def token_accuracy(self) -> float:
-        """Share of the tokens that the model thought the likeliest."""
-        return float(self.scores.top1.sum() / self.tokens)
-
-    @property
-    def top5_accuracy(self) -> float:
-        """Share of the tokens that were among the model's five likeliest."""
-        return float(self.scores.top5.sum() / self.tokens)
-
-    @property
-    def tokens(self) -> int:
-        return self.scores.count
-
-    @property
-    def bytes(self) -> int:
-        return int(self.passages.sum())
 
     def __str__(self) -> str:
         perplexity = with_error(self.perplexity, self.perplexity_stderr, ".2f")
@@ -117,19 +80,15 @@ class Evaluation:
 
     def verdict(self) -> str:
         """The perplexity in words."""
-        choices = f"{self.perplexity:,.1f}"
-        return (
-            f"On average the model is as unsure as if it chose among {choices} equally likely tokens; lower is better."
-        )
+        choice = f"it chose among {self.perplexity:,.1f} equally likely tokens"
+        return f"On average the model is as unsure as if {choice}; lower is better."
 
     def _repr_html_(self) -> str:
         return render("figures.html.jinja", head=(), rows=list(self.describe().items()), sentence=self.verdict())
 
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints; None where a figure is not known."""
-        figures = [name for name, member in vars(type(self)).items() if isinstance(member, property)]
-        facts = [each.name for each in fields(self) if each.repr]
-        values: dict[str, Any] = jsonable({name: getattr(self, name) for name in facts + figures})
+        values: dict[str, Any] = jsonable({each.name: getattr(self, each.name) for each in fields(self) if each.repr})
         return values
 
     def gain_over(self, other: "Evaluation") -> tuple[float, float]:
@@ -175,8 +134,7 @@ def evaluate(
     is_text = head_of(lm.model.config) == "text"
     if (task := find_task(lm, sources, read) if is_text else None) or not is_text:
         return assess(lm, sources, read, task)
-    if lm.model.config.is_encoder_decoder:
-        raise HfkitError(f"{lm.name} has an encoder: a text alone has no perplexity under it")
+    check_causal(lm.name, lm.model.config, "a text alone has no perplexity under it")
     window = int(min(options.max_length or lm.context or _WINDOW, lm.context or math.inf))
     stride = min(options.stride or window, window)
     with progress(sources.size, "B", "evaluating") as bar:
@@ -206,13 +164,25 @@ def _sum_up(
         raise HfkitError("there is nothing to score: the corpus holds no text")
     sizes = np.array(reader.bytes, float)
     scores.merge(Scores(*np.zeros((4, len(sizes)))))  # passages in which no token was a target
+    nats = float(scores.nll.sum())
     return Evaluation(
         model=name,
         documents=reader.documents,
         words=reader.words,
+        tokens=scores.count,
+        bytes=int(sizes.sum()),
         window=window,
         stride=stride,
         dtype=dtype,
+        loss=scores.loss,
+        loss_stderr=scores.loss_stderr,
+        perplexity=scores.perplexity,
+        perplexity_stderr=scores.perplexity_stderr,
+        word_perplexity=exp(nats / max(1, reader.words)),
+        bits_per_byte=nats / math.log(2) / float(sizes.sum()),
+        bits_per_byte_stderr=ratio_stderr(scores.nll, sizes) / math.log(2),
+        token_accuracy=float(scores.top1.sum() / scores.count),
+        top5_accuracy=float(scores.top5.sum() / scores.count),
         scores=scores,
         passages=sizes,
     )
@@ -220,7 +190,7 @@ def _sum_up(
 
 def _score_windows(lm: LanguageModel, windows: Iterator[Item], wants_float32: bool) -> tuple[Scores, str]:
     """Scores, and the precision used: bfloat16 where that is faster and does not change the first batch."""
-    model, device = precise_head(in_eval_mode(lm).model), lm.model.device.type
+    model, device = precise_head(lm.model), lm.model.device.type
     batches = batch_windows(windows, _BATCH.get(device, _BATCH["cpu"]))
     dtype = str(model.dtype).removeprefix("torch.")
     first = list(islice(batches, 2))

@@ -3,12 +3,15 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from hfkit.corpus.encoding import IGNORED
+from hfkit.models.loading import share_weights
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 _LOGITS_AT_ONCE = {False: 1 << 22, True: 1 << 28}  # by is_cuda; on a CPU, about what its caches hold
 
@@ -143,18 +146,46 @@ def score_items(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> Score
     for batch in batches:
         output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
         if "labels" in batch:
-            pairs = [(output.logits, batch["labels"])]
+            pairs = [(output.logits.float().cpu(), batch["labels"])]
         else:
-            pairs = [(output.start_logits, batch["start_positions"]), (output.end_logits, batch["end_positions"])]
+            places = [(output.start_logits, batch["start_positions"]), (output.end_logits, batch["end_positions"])]
             padding = batch["attention_mask"] == 0  # no answer is there, in whichever batch the item is
-            pairs = [(logits.float().cpu().masked_fill(padding, -torch.inf), target) for logits, target in pairs]
-        count = len(batch["input_ids"])
-        nll, is_right = torch.zeros(count), torch.ones(count, dtype=torch.bool)
-        for logits, target in pairs:
-            logits = logits.float().cpu()
-            nll -= logits.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
-            is_right &= logits.argmax(-1) == target
-        part = Scores()
-        part.add(np.arange(count), nll.double().numpy() / len(pairs), (~is_right).numpy().astype(int))
-        scores.join(part)
+            pairs = [(logits.float().cpu().masked_fill(padding, -torch.inf), target) for logits, target in places]
+        losses = [torch.nn.functional.cross_entropy(*pair, reduction="none") for pair in pairs]
+        nll = torch.stack(losses).double().mean(0).numpy()
+        is_right = torch.stack([logits.argmax(-1) == target for logits, target in pairs]).all(0).numpy().astype(float)
+        scores.join(Scores(nll, np.ones(len(nll)), is_right, np.ones(len(nll))))
     return scores
+
+
+def precise_head(model: Module) -> Module:
+    """A copy that computes logits in float32, whatever the precision of the rest.
+
+    GPT-2's logits are near -100, where bfloat16 has steps of 0.5.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None or hasattr(head, "_hf_hook"):  # accelerate brings this head's weights only while it runs
+        return model
+    model = share_weights(model)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    plain_forward = head.forward
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            if not head.weight.is_floating_point():  # a quantized head applies its scale itself
+                return plain_forward(hidden.float())  # type: ignore[no-any-return]
+            bias = None if head.bias is None else head.bias.float()
+            return _linear(hidden.float(), head.weight.float(), bias)
+
+    head.forward = forward
+    return model
+
+
+def _linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """torch's `linear`. On AMD's processors MKL, which torch uses for it, takes twice as long as oneDNN."""
+    if hidden.device.type == "cpu" and torch.backends.mkldnn.is_available() and not torch.is_grad_enabled():  # type: ignore[no-untyped-call]
+        # A private operator, which torch.compile uses. It may disappear.
+        product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+        if product and torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+            return product(hidden, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    return torch.nn.functional.linear(hidden, weight, bias)

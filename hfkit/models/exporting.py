@@ -13,8 +13,9 @@ from hfkit import console
 from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.hub import reach_hub
+from hfkit.models.folder import check_target
 from hfkit.models.loading import LanguageModel, load_tokenizer, load_weights
-from hfkit.models.sources import check_target, find_model
+from hfkit.models.sources import find_model
 from hfkit.options import ExportOptions, ModelOptions
 from hfkit.storage import add_owned, check_space, publish, temporary
 

@@ -117,11 +117,21 @@ class StepEngine(Engine):
         self._reading: Prompts | None = None
         self._most, self._columns = default_size(lm), _TOKENS_AT_ONCE.get(device, 32_768)
         self._busy_tokens, self._idle_tokens = _PROMPT_TOKENS.get(device, (64, 512))
+        self._solo = SoloEngine(lm)  # for beams
         super().__init__(lm)
 
     @property
     def running(self) -> int:
         return len(self._rows) + (len(self._reading.rows) if self._reading else 0)
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        super().submit([row for row in rows if not row.is_special])
+        if special := [row for row in rows if row.is_special]:
+            self._solo.submit(special)
+
+    def stop(self) -> None:
+        self._solo.stop()
+        super().stop()
 
     def _drop_all(self) -> list[Row]:
         rows = self._rows + (self._reading.rows if self._reading else [])

@@ -135,6 +135,8 @@ class Guard:
             and headers.get("content-type", "").partition(";")[0].strip() != "application/json"
         ):
             return error_reply(415, "the body is not JSON: send it with content-type application/json")
+        if int(headers.get("content-length", 0)) > self._settings.max_body:
+            return error_reply(413, f"the body is larger than {self._settings.max_body} bytes: send less")
         is_open = scope["method"] in ("GET", "HEAD") and scope["path"] in _OPEN
         if self._settings.api_key and not is_open and not self._has_key(headers):
             return error_reply(401, "the API key is missing or wrong", code="invalid_api_key")

@@ -12,8 +12,8 @@ from safetensors import safe_open
 
 from hfkit.console import note, write
 from hfkit.errors import HfkitError, OptionError
-from hfkit.models.folder import weight_files
-from hfkit.models.sources import ModelFiles, find_model
+from hfkit.models.folder import ModelFiles, weight_files
+from hfkit.models.sources import find_model
 from hfkit.options import ModelOptions
 
 _READ_BY_VLLM = {"F32", "F16", "BF16"}

@@ -140,14 +140,14 @@ def test_chat_after_a_bad_byte(copy, tiny, template, bad):
 )
 def test_chat_with_a_bad_template(tiny, typed, capfdbinary, monkeypatch, template):
     """A chat template that fails is one line for each turn; the chat continues, and /set raw true leaves it out."""
-    load = chat.load_for_generation
+    load = chat.load_for
 
     def load_bad(*arguments):
-        lm = load(*arguments)
+        lm, *rest = load(*arguments)
         monkeypatch.setattr(lm.tokenizer, "chat_template", template)
-        return lm
+        return lm, *rest
 
-    monkeypatch.setattr(chat, "load_for_generation", load_bad)
+    monkeypatch.setattr(chat, "load_for", load_bad)
     typed("ab\nab\n/set raw true\nab\n")
     result = call(capfdbinary, "chat", "-m", tiny, "-n", 2, "-s", 1)
     assert result.returncode == 0 and result.stdout.count(b"\n") >= 1

@@ -8,7 +8,7 @@ import sys
 import pytest
 from support.shell import WATCH, assert_fails, call
 
-from hfkit.cli.prompt_files import read_prompts
+from hfkit.cli.prompts import read_prompts
 from hfkit.errors import OptionError
 from hfkit.options import TrainOptions
 from hfkit.recipes import copy_recipe

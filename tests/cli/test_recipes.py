@@ -12,8 +12,9 @@ from support.shell import assert_fails, call, run
 
 import hfkit
 from hfkit.models.sources import BUNDLED
+from hfkit.options import GenerateOptions
 from hfkit.recipes import head_comment as describe
-from hfkit.recipes import read_recipe, shipped
+from hfkit.recipes import read_values, shipped
 
 TRAINED = [name for name in shipped() if name not in ("sampling-story", "bundled")]
 # Figures that are better when they are lower.
@@ -189,17 +190,11 @@ def test_copy_on_a_full_disk(kitchen, capfdbinary, monkeypatch):
 def test_read_values_finds_shipped_recipes(kitchen):
     """A shipped recipe is found by name and finds its data."""
     from hfkit.options import DataOptions, TrainOptions
-    from hfkit.recipes import read_values
 
     values = read_values("generation-poems", ["corpus", *TrainOptions.names(), *DataOptions.names()])
     assert Path(values["corpus"]).is_file()
     shutil.copytree(shipped()["generation-poems"].parent / "data", "data")
     values = read_values("generation-poems", ["corpus", *TrainOptions.names(), *DataOptions.names()])
     assert values["corpus"] == "data/poems.txt"
-    assert read_recipe(shipped()["sampling-story"], *_groups())[0].temperature == 0.8
-
-
-def _groups():
-    from hfkit.options import GenerateOptions
-
-    return (GenerateOptions,)
+    values = read_values(shipped()["sampling-story"], GenerateOptions.names())
+    assert GenerateOptions.read(values).temperature == 0.8

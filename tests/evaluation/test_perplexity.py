@@ -19,7 +19,7 @@ from support.pages import Page
 from support.shell import assert_fails, call
 
 import hfkit
-from hfkit.cli.evaluate import write_evaluation
+from hfkit.cli.evaluate import evaluate
 from hfkit.corpus.documents import END, Piece
 from hfkit.corpus.encoding import IGNORED, encode_examples
 from hfkit.errors import HfkitError
@@ -488,9 +488,10 @@ def test_write_evaluation_cuts_no_figure_in_a_narrow_terminal(
     monkeypatch.setenv("NO_COLOR", "1")
     path = save(tmp_path / "a.txt", *(text(200, seed) for seed in range(30)))
     models = [tiny, tiny_llama]
-    write_evaluation([str(path)], ManyModelsOptions(model=models), CorpusOptions(), EvaluateOptions(), json=False)
+    print_evaluation = evaluate.__wrapped__
+    print_evaluation(ManyModelsOptions(model=models), CorpusOptions(), EvaluateOptions(), [str(path)], json=False)
     labels = CorpusOptions(template="{text}: {label}", labels=["good", "bad"])
-    write_evaluation([reviews], ManyModelsOptions(model=[tiny]), labels, EvaluateOptions(), json=False)
+    print_evaluation(ManyModelsOptions(model=[tiny]), labels, EvaluateOptions(), [reviews], json=False)
     shown = screen.getvalue()
     found = [hfkit.evaluate(path, model=name) for name in models]
     assessment = hfkit.evaluate(reviews, model=tiny, template="{text}: {label}", labels=["good", "bad"])
@@ -557,7 +558,7 @@ def test_write_evaluation_shows_a_name_to_the_letter(tiny, tmp_path, capfdbinary
 
 
 def test_write_evaluation_checks_all_names_first(tiny, tmp_path, capfdbinary, monkeypatch):
-    monkeypatch.setattr("hfkit.cli.evaluate.evaluate", None)
+    monkeypatch.setattr("hfkit.evaluation.perplexity.evaluate", None)
     path = save(tmp_path / "a.txt", text(50))
     assert_fails(call(capfdbinary, "evaluate", path, "-m", tiny, "-m", tmp_path / "none"), 1, "none")
 

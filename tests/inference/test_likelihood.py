@@ -10,8 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 import hfkit
 from hfkit.corpus.encoding import IGNORED
-from hfkit.inference.likelihood import Scores, exp, jsonable, ratio_stderr, score, score_batches, shift
-from hfkit.inference.twins import precise_head
+from hfkit.inference.likelihood import Scores, exp, jsonable, precise_head, ratio_stderr, score, score_batches, shift
 from hfkit.models.loading import load
 
 

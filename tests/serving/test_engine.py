@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, MistralConfig, Mi
 
 import hfkit
 from hfkit.errors import NotFiniteError
-from hfkit.inference.prompts import fit_prompt
+from hfkit.inference.text import fit_prompt
 from hfkit.models.loading import LanguageModel
 from hfkit.options import GenerateOptions
 from hfkit.serving import engine as engines

@@ -2,7 +2,6 @@
 
 import contextlib
 import queue
-import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -10,11 +9,12 @@ from dataclasses import replace
 
 import uvicorn
 
-from hfkit.inference.prompts import fit_prompt
+from hfkit.inference.text import fit_prompt
 from hfkit.options import GenerateOptions
 from hfkit.serving.app import Server
 from hfkit.serving.guard import Settings
 from hfkit.serving.rows import Piece, Result, Row, Wishes
+from hfkit.serving.server import bind
 
 
 @contextlib.contextmanager
@@ -23,7 +23,7 @@ def serving(*models, **settings) -> Iterator[tuple[str, Server]]:
     server = Server(list(models), Settings(**settings))
     config = uvicorn.Config(server.guard, log_config=None, log_level="critical", lifespan="off")
     http = uvicorn.Server(config)
-    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    listener = bind("127.0.0.1", 0)
     thread = threading.Thread(target=http.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     wait_until(lambda: http.started)

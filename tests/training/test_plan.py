@@ -13,7 +13,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 import hfkit
 from hfkit.errors import OptionError
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
-from hfkit.training import arguments
 from hfkit.training import plan as plan_module
 from hfkit.training.plan import make_plan
 
@@ -25,7 +24,7 @@ COMPILERS = ("c++", "g++", "clang++")
 
 def plan(parameters=10**6, sequences=1000, length=100.0, device=CPU, fresh=False, processes=1, **options):
     return make_plan(
-        CONFIG, parameters, sequences, length, TrainOptions(**options), device, fresh=fresh, processes=processes
+        CONFIG, parameters, sequences, length, TrainOptions(**options), device, fresh=fresh, shared_by=processes
     )
 
 
@@ -79,7 +78,7 @@ def test_plan_compilation(machine):
     machine(speed=10, compiler=False)
     assert not plan().compile and "not compiled: no C++ compiler" in plan().why
     asked = plan(torch_compile=True)
-    assert not asked.compile and "not compiled, though asked for: there is no C++ compiler" in asked.why
+    assert not asked.compile and "not compiled, though asked for: no C++ compiler" in asked.why
 
 
 def test_plan_without_a_compiler(still, corpus, tmp_path, capfdbinary, monkeypatch):
@@ -87,7 +86,7 @@ def test_plan_without_a_compiler(still, corpus, tmp_path, capfdbinary, monkeypat
     monkeypatch.setattr(plan_module.shutil, "which", lambda name: None)
     typed = ["--torch-compile", "--max-steps", 1, "--no-bf16"]
     result = call(capfdbinary, "finetune", corpus, "-m", still, "-o", tmp_path / "run", *typed)
-    assert result.returncode == 0 and b"not compiled, though asked for: there is no C++ compiler" in result.stderr
+    assert result.returncode == 0 and b"not compiled, though asked for: no C++ compiler" in result.stderr
 
 
 def test_plan_options_are_in_effect(machine):
@@ -200,7 +199,7 @@ def test_options_upstream():
     assert all(name in config or short in config for name, short in lora.items())
     own = {"lora", "resume", "overwrite", "sample_prompt", "early_stopping_patience", "head", "dropout"}
     assert ours - upstream - set(lora) - own == set()
-    assert set(arguments.OWN) <= ours and not own & upstream
+    assert not own & upstream
 
 
 def test_options_groups_are_disjoint():
@@ -222,6 +221,6 @@ def test_lines_count_in_the_singular(tiny, tmp_path):
     """What is there once is not said to be there "1 times"."""
     (tmp_path / "a.txt").write_text("one line")
     found = hfkit.prepare(str(tmp_path / "a.txt"), model=tiny)
-    said = "\n".join([*found.lines(), *plan_module.plan_lines(plan(sequences=1, max_steps=1))])
+    said = "\n".join([*found.lines(), *plan(sequences=1, max_steps=1).lines()])
     assert "1 document," in said and "1 sequence of at most" in said and "1 step of 1 sequence," in said
     assert not re.search(r"(?<![\d,.])1 \w+s\b", said), said

@@ -195,7 +195,7 @@ def test_prepare_unwritable_folders(rows, tmp_path, monkeypatch, name):
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hfkit.training.preparation.load_tokenizer", None)
+    monkeypatch.setattr("hfkit.training.finetuning.load_tokenizer", None)
     with pytest.raises(HfkitError, match="cannot write to") as error:
         hfkit.prepare(rows, output_dir=name)
     assert "\n" not in str(error.value)

@@ -235,12 +235,8 @@ def test_settle_keeps_decisions(tiny, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("hfkit.training.plan._learning_rate", lambda *_: 1.0)
     run = hfkit.finetune(corpus, model=tiny, output_dir=tmp_path, **options, resume=True)
     assert run.metrics["precision"] == "bfloat16"
-    assert (
-        read_values(
-            tmp_path / "recipe.yaml", TrainOptions.names() + ["corpus"] + ModelOptions.names() + DataOptions.names()
-        )["learning_rate"]
-        < 1
-    )
+    names = [*TrainOptions.names(), "corpus", *ModelOptions.names(), *DataOptions.names()]
+    assert float(read_values(tmp_path / "recipe.yaml", names)["learning_rate"]) < 1
 
 
 # killed, operation by operation
@@ -280,7 +276,7 @@ def test_begin_killed(tmp_path):
 
 
 def begin(folder: Path) -> None:
-    def keep():
+    def keep(folder):
         (folder / "checkpoints" / "kept").mkdir()
 
     run_folder.begin(folder, "finetune", {"corpus": ["new"], "seed": 1}, {"corpus_sha256": "0"}, keep)
@@ -435,8 +431,12 @@ def test_recipe_is_read_back(tmp_path, text):
     train_options = TrainOptions(sample_prompt=text, run_name=text, lora_target_modules=[text], learning_rate=1e-05)
     data = DataOptions(text_column=text, eval_fraction=0.25)
     recipe = run_folder.make_recipe("corpus.txt", ModelOptions(model="gpt2"), data, train_options)
-    run_folder.begin(tmp_path, "finetune", recipe, {}, lambda: None)
-    found = read_values(tmp_path / "recipe.yaml", recipe)
+    run_folder.begin(tmp_path, "finetune", recipe, {}, lambda folder: None)
+    values = read_values(tmp_path / "recipe.yaml", recipe)
+    found = {"corpus": values["corpus"]}
+    for group in (ModelOptions, DataOptions, TrainOptions):
+        read = group.read({name: value for name, value in values.items() if name in group.names()})
+        found |= {name: getattr(read, name) for name in values if name in group.names()}
     assert found == recipe == json.loads((tmp_path / "run.json").read_text())["recipe"]
     assert (found["sample_prompt"], found["lora_target_modules"], found["learning_rate"]) == (text, [text], 1e-05)
 
