@@ -47,7 +47,7 @@ class Server:
                 "a model is loaded here, or by a server: leave --server (HFKIT_SERVER) out, or --device and the like"
             )
         self.connection = Connection(options)
-        self._route = "completions"
+        self._route = "completions" if self.connection.url != OPENAI else "chat/completions"
         response = self.connection.send("models", returned=MISSING if model.model else ())
         with self.connection.named_errors():
             entries = (response.json().get("data") or []) if response.is_success else []
@@ -58,7 +58,12 @@ class Server:
             self.model = model.model or names[0]
             entry: dict[str, Any] = next((entry for entry in entries if entry["id"] == self.model), {})
         self.is_hfkit = entry.get("owned_by") == "hfkit"
+        self._answers = not entry.get("continues", True)  # a translator, or a model that learned a task
         self.context: int | None = entry.get("max_model_len")  # in tokens, if the server tells
+
+    def continues(self, options: GenerateOptions) -> bool:
+        """Whether a text goes on from its prompt, or answers it."""
+        return self._route == "completions" and (options.raw or not self._answers)
 
     def stream(self, prompt: Any, *, options: GenerateOptions, live: bool = True) -> Generator[str, None, Generation]:
         """As `generation.stream`, of a text; or of a chat's messages, which the server puts into a template.
@@ -85,7 +90,7 @@ class Server:
             logprob=sum(answer.logprobs) if answer.logprobs else math.nan,
             seed=options.seed if draws(options) else None,
             model=self.model,
-            echo=self._route == "completions",
+            echo=self.continues(options),
         )
 
     def generate(self, prompt: str, *, options: GenerateOptions) -> list[Generation]:

@@ -17,6 +17,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, S
 
 import hfkit
 from hfkit.corpus.chat import CHAT_TEMPLATE
+from hfkit.corpus.templates import task_of
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inference.likelihood import jsonable
 from hfkit.models.architecture import head_of
@@ -219,9 +220,9 @@ async def _tokenizer_info(request: fastapi.Request, model: str | None = None) ->
 
 
 def _model(server: Server, lm: LanguageModel) -> dict[str, Any]:
-    head = head_of(lm.model.config)
+    continues = not lm.model.config.is_encoder_decoder and not task_of(lm.tokenizer)
     return {"id": lm.name, "object": "model", "created": server.started, "owned_by": "hfkit",
-            "max_model_len": lm.context, "task": head}  # fmt: skip
+            "max_model_len": lm.context, "task": head_of(lm.model.config), "continues": continues}  # fmt: skip
 
 
 @router.get("/v1/models")

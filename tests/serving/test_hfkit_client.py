@@ -4,7 +4,7 @@ import json
 
 import pytest
 from support.servers import serving
-from support.shell import assert_fails, call
+from support.shell import assert_fails, call, edit_json
 
 import hfkit
 from hfkit.errors import HfkitError
@@ -124,3 +124,18 @@ def test_evaluate_of_the_whole_context(server, documents, lm, capfdbinary):
     rows = documents.with_suffix(".jsonl")
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
     assert_fails(call(capfdbinary, "evaluate", rows, *flags[:3], "-q", "--server", server[0]), 2, "not answers")
+
+
+def test_answers_stand_alone(copy, tiny, capfdbinary):
+    """What a model that learned a task says stands without the prompt, as it does here."""
+    folder = copy(tiny)
+    edit_json(folder / "tokenizer_config.json", task={"template": "Q: {prompt}\nA:{completion}\n"})
+    learned = hfkit.load(str(folder))
+    with serving(learned) as (address, _):
+        for options in ({}, {"raw": True}):
+            options |= {"seed": 1, "max_new_tokens": 5}
+            local, remote = (
+                hfkit.generate("ab", model=learned, **options),
+                hfkit.generate("ab", server=address, **options),
+            )
+            assert (str(remote), remote.echo) == (str(local), local.echo)
