@@ -14,7 +14,7 @@ from hfkit.models.sources import find_model
 from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ModelOptions, ServerOptions
 
 if TYPE_CHECKING:
-    from hfkit.evaluation.perplexity import Evaluation
+    from hfkit.evaluation.figures import Evaluation
     from hfkit.evaluation.tasks import Assessment
 
 _MAX_LABELS = 10  # a confusion table of more is in --json only
@@ -42,22 +42,27 @@ def evaluate(
     names: list[str | None] = [*model.model] if model.model else [None]
     chosen = [ModelOptions(**shared | {"model": name}) for name in names]
     sources = find_corpus(corpus)
-    if not server.server:
+    from hfkit.evaluation.figures import Evaluation
+
+    results: list[Evaluation | Assessment]
+    if server.server:
+        from hfkit.evaluation.remote import evaluate_on
+        from hfkit.inference.remote import Server
+
+        results = [evaluate_on(Server(server, choice), sources, read, options) for choice in chosen]
+    else:
         for choice in chosen:
             find_model(choice)  # a wrong name fails before torch is imported
+        from hfkit.evaluation import perplexity
 
-    from hfkit.evaluation import perplexity
-    from hfkit.evaluation.tasks import Assessment
-
-    where = {"server": server.server, "api_key": server.api_key}
-    results = [perplexity.evaluate(sources, model=choice, read=read, options=options, **where) for choice in chosen]
+        results = [perplexity.evaluate(sources, model=choice, read=read, options=options) for choice in chosen]
     if json:
         rows = [result.to_dict() for result in results]
         console.write_json(rows if len(rows) > 1 else rows[0])
         return
-    if evaluations := [result for result in results if isinstance(result, perplexity.Evaluation)]:
+    if evaluations := [result for result in results if isinstance(result, Evaluation)]:
         _write_evaluations(evaluations)
-    if assessments := [result for result in results if isinstance(result, Assessment)]:
+    if assessments := [result for result in results if not isinstance(result, Evaluation)]:
         _write_assessments(assessments)
 
 

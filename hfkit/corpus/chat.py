@@ -1,17 +1,19 @@
 """Conversations as text: the chat template, and where in its text the assistant's answers are."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
-
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hfkit.console import note_once
 from hfkit.errors import HfkitError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # For conversations with a tokenizer that has no template of its own.
 CHAT_TEMPLATE = (
@@ -86,6 +88,8 @@ def _render(
 
     prompt: with what asks for an answer. This is `apply_chat_template`, which does not return the marks.
     """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     options: dict[str, Any] = {"return_assistant_tokens_mask": bool(_GENERATION.search(template))}
     options |= tokenizer.special_tokens_map
     try:

@@ -1,4 +1,4 @@
-"""Log-probabilities of a corpus from a server, over the windows that a model on this machine would get."""
+"""Scores of a corpus by a server, over the windows that a model on this machine would get. Imports no torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,14 +8,16 @@ from urllib.parse import urlencode
 
 import numpy as np
 
-from hfkit.corpus.documents import Example, Piece
+from hfkit.console import progress
+from hfkit.corpus.documents import Corpus, Example, Piece, read_records
 from hfkit.corpus.encoding import IGNORED, number_documents
-from hfkit.corpus.sequences import Item
 from hfkit.errors import HfkitError, OptionError
-from hfkit.evaluation.windows import slide
+from hfkit.evaluation.figures import Evaluation, sum_up
+from hfkit.evaluation.windows import Item, slide
 from hfkit.inference.connection import MISSING
-from hfkit.inference.likelihood import Scores
 from hfkit.inference.remote import Server, run_ahead
+from hfkit.inference.scores import Scores
+from hfkit.options import CorpusOptions, EvaluateOptions
 
 _LIKELIEST = 20  # tokens that the server sends with each, more than five because it may write two of them alike
 
@@ -91,3 +93,16 @@ def _checked(records: Iterator[Piece | Example]) -> Iterator[Piece]:
         if isinstance(record, Example):
             raise OptionError("a server scores texts, not answers: leave --server out for this corpus")
         yield record
+
+
+def evaluate_on(server: Server, sources: Corpus, read: CorpusOptions, options: EvaluateOptions) -> Evaluation:
+    """`perplexity.evaluate`, by the log-probabilities of a server."""
+    # The prompt holds the last target, too, and a server wants room for another token.
+    if not (most := server.context and server.context - 2 or options.max_length):
+        raise OptionError("the server does not tell the context of its model: add --max-length, such as 1022")
+    window = min(options.max_length or most, most)
+    stride = min(options.stride or window, window)
+    with progress(sources.size, "B", "evaluating") as bar:
+        scorer = RemoteScorer(server, bar)
+        scorer.score(read_records(sources, read), window, stride)
+    return sum_up(server.model, scorer, scorer.scores, window, stride, "the server's precision")

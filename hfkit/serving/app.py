@@ -19,7 +19,7 @@ import hfkit
 from hfkit.corpus.chat import CHAT_TEMPLATE
 from hfkit.corpus.templates import task_of
 from hfkit.errors import HfkitError, OptionError
-from hfkit.inference.likelihood import jsonable
+from hfkit.inference.scores import jsonable
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel
 from hfkit.serving import protocol

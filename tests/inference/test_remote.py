@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import math
 import re
 import signal
 import subprocess
@@ -293,8 +294,12 @@ def test_classify_and_evaluate_where_they_cannot(fake, corpus):
     with pytest.raises(HfkitError, match="404"):
         hfkit.evaluate(corpus, server=fake.url)
     fake.routes = ("/tokenize", "completions")
-    with pytest.raises(HfkitError, match="no log-probabilities of a prompt"):
-        hfkit.evaluate(corpus, server=fake.url, max_length=8)
+    result = hfkit.evaluate(corpus, server=fake.url, max_length=8)
+    assert result.perplexity == pytest.approx(math.exp(0.5)) and result.token_accuracy == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fake_server, "whole_for", lambda *_: {"choices": [{"text": "", "logprobs": None}]})
+        with pytest.raises(HfkitError, match="no log-probabilities of a prompt"):
+            hfkit.evaluate(corpus, server=fake.url, max_length=8)
 
 
 def test_interrupt(fake, tmp_path):
@@ -310,12 +315,13 @@ def test_interrupt(fake, tmp_path):
     assert process.wait(timeout=20) == 130
 
 
-def test_no_torch(tmp_path):
+def test_no_torch(tmp_path, corpus):
     """Nothing heavy is imported where a server does the work."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\ntwo\n")
-    names = [["generate", "hi"], ["generate", "-i", str(prompts)], ["classify", "hi"], ["chat"]]
-    with Fake(owner="hfkit") as fake:
+    names = [["generate", "hi"], ["generate", "-i", str(prompts)], ["classify", "hi"], ["chat"],
+             ["evaluate", corpus]]  # fmt: skip
+    with Fake(owner="hfkit", routes=("/tokenize", "completions")) as fake:
         lines = [[*line, "--server", fake.url] for line in names]
         options = {"capture_output": True, "timeout": 120, "stdin": subprocess.DEVNULL}
         result = subprocess.run([sys.executable, "-c", WATCH, json.dumps(lines)], **options)
