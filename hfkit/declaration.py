@@ -142,6 +142,19 @@ def _read(text: Any, kind: Any) -> Any:
     return text
 
 
+def _find_fault(value: Any, above: float | None, min: float | None, max: float | None) -> str | None:
+    """What is wrong with a text or a number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "it is not UTF-8 text" if _HALF_PAIR.search(str(value)) else None
+    # Not infinite, and no whole number that has no place in 64 bits.
+    is_finite = abs(value) < 2**63 if isinstance(value, int) else abs(value) <= sys.float_info.max
+    is_inside = is_finite and (min is None or value >= min) and (max is None or value <= max)
+    if is_inside and (above is None or value > above):
+        return None
+    lower = f"more than {above}" if above is not None else "finite" if min is None else f"at least {min}"
+    return f"it must be {lower}" + ("" if max is None else f", at most {max}")
+
+
 def _plain(value: Any) -> Any:
     """A path as text, a tuple as a list, numpy's number as Python's."""
     if isinstance(value, list | tuple):
@@ -158,7 +171,7 @@ class Options:
     def __post_init__(self) -> None:
         kinds = kinds_of(type(self))
         for f in fields(self):
-            value, kind = getattr(self, f.name), kinds[f.name]
+            kind, value = kinds[f.name], getattr(self, f.name)
             if value is None and f.default is None:
                 continue
             value = value if kind is Path else _plain(value)
@@ -166,25 +179,13 @@ class Options:
             object.__setattr__(self, f.name, value)
             if not _is(value, kind):
                 self._refuse(f.name, f"it must be {_name_of(kind)}")
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._check_range(f.name, value, **f.metadata["bounds"])
-                if kind is float:  # transformers takes a temperature of 2.0, not of 2
-                    object.__setattr__(self, f.name, float(value))
-            for text in value if isinstance(value, list) else [value]:
-                if _HALF_PAIR.search(str(text)):
-                    self._refuse(f.name, "it is not UTF-8 text")
-                if text == "" and not f.metadata["is_argument"]:
+            for item in value if isinstance(value, list) else [value]:
+                if item == "" and not f.metadata["is_argument"]:
                     self._refuse(f.name, "it must not be empty")
-
-    def _check_range(
-        self, name: str, value: float, *, above: float | None, min: float | None, max: float | None
-    ) -> None:
-        # Not infinite, and no whole number that has no place in 64 bits.
-        is_finite = abs(value) < 2**63 if isinstance(value, int) else abs(value) <= sys.float_info.max
-        is_inside = is_finite and (min is None or value >= min) and (max is None or value <= max)
-        if not is_inside or (above is not None and value <= above):
-            lower = f"more than {above}" if above is not None else "finite" if min is None else f"at least {min}"
-            self._refuse(name, f"it must be {lower}" + ("" if max is None else f", at most {max}"))
+                if fault := _find_fault(item, **f.metadata["bounds"]):
+                    self._refuse(f.name, fault)
+            if kind is float:  # transformers takes a temperature of 2.0, not of 2
+                object.__setattr__(self, f.name, float(getattr(self, f.name)))
 
     def _refuse(self, name: str, why: str) -> NoReturn:
         f = next(f for f in fields(self) if f.name == name)

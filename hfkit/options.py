@@ -96,9 +96,6 @@ class GenerateOptions(Options):
         super().__post_init__()
         if self.temperature is not None and 0 < self.temperature < 1e-3:
             self._refuse("temperature", "it must be 0 (greedy) or at least 0.001")
-        for name in ("stop_strings", "bad_words"):
-            if "" in (getattr(self, name) or []):
-                self._refuse(name, "a text must not be empty")
         if self.max_new_tokens and (self.min_new_tokens or 0) > self.max_new_tokens:
             self._refuse("min_new_tokens", "it must be at most --max-new-tokens")
         if self.prompt_lookup_num_tokens or self.assistant_model:
@@ -135,6 +132,7 @@ class TaskOptions(Options):
 class CorpusOptions(TaskOptions):
     """How a corpus is read."""
 
+    exclude: list[str] | None = option(None, "Leave out files or folders by name (*.md, drafts); may be repeated.")
     text_column: str | None = option(None, "Column that holds the text. [default: found, if it is clear]")
     label_column: str = option("label", "Column of the label, for a classification head.")
     errors: Literal["strict", "replace"] = option("strict", "Bytes that are not UTF-8: refuse, or replace and count.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hfkit import console
 from hfkit.cli.flags import CORPUS, JSON, flags
 from hfkit.console import with_error
-from hfkit.corpus.documents import find_corpus
+from hfkit.corpus.files import find_corpus
 from hfkit.models.sources import find_model
 from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ModelOptions, ServerOptions
 
@@ -41,9 +41,7 @@ def evaluate(
     shared: dict[str, Any] = {each.name: getattr(model, each.name) for each in fields(ModelOptions)}
     names: list[str | None] = [*model.model] if model.model else [None]
     chosen = [ModelOptions(**shared | {"model": name}) for name in names]
-    sources = find_corpus(corpus)
-    from hfkit.evaluation.figures import Evaluation
-
+    sources = find_corpus(corpus, read)
     results: list[Evaluation | Assessment]
     if server.server:
         from hfkit.evaluation.remote import evaluate_on
@@ -60,6 +58,8 @@ def evaluate(
         rows = [result.to_dict() for result in results]
         console.write_json(rows if len(rows) > 1 else rows[0])
         return
+    from hfkit.evaluation.figures import Evaluation
+
     if evaluations := [result for result in results if isinstance(result, Evaluation)]:
         _write_evaluations(evaluations)
     if assessments := [result for result in results if not isinstance(result, Evaluation)]:

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfkit import console
-from hfkit.cli import generate_file, prompts
+from hfkit.cli import prompts
 from hfkit.cli.flags import JSON, flags
+from hfkit.cli.generate_file import FileOptions, Results, write_results
 from hfkit.declaration import argument, option
 from hfkit.errors import OptionError
 from hfkit.models.sources import find_model
@@ -31,14 +31,8 @@ def generate(
     model: ModelOptions,
     server: ServerOptions,
     sampling: GenerateOptions,
+    files: FileOptions,
     prompt: str | None = argument(None, help="Text to continue; without it, stdin is read."),
-    input: Path | None = option(
-        None, "Many prompts: a line each, or `prompt` of each .jsonl object; - is stdin.", short="-i"
-    ),
-    output: Path | None = option(None, "Write JSON Lines to this file.", short="-o"),
-    resume: bool = option(False, "Continue an --output that was interrupted."),
-    overwrite: bool = option(False, "Replace --output if it exists."),
-    batch_size: int | None = option(None, "Most texts at a time. [default: what suits the device]", min=1),
     sweep: str | None = option(
         None, "Compare values of one option, same seed: temperature=0.3,0.7,1.0.", metavar="NAME=A,B,..."
     ),
@@ -52,17 +46,10 @@ def generate(
         hfkit generate "The king" -m gpt2 -n 50 -t 0.7 --top-p 0.9 --seed 1
         hfkit generate -i prompts.txt -o texts.jsonl
     """
-    if input and (prompt is not None or sweep):
-        raise OptionError("--input brings its own prompts: leave the PROMPT and --sweep out")
-    if (resume or overwrite) and not output:
-        raise OptionError("--resume and --overwrite are about a file: add --output FILE")
-    if resume and not input:
-        raise OptionError("--resume is for many prompts: add --input FILE")
-    if input:
-        prompts.check_input(input)
-        generate_file.write_results(
-            model, server, sampling, input, output, resume=resume, overwrite=overwrite, batch_size=batch_size
-        )
+    if files.input:
+        if prompt is not None or sweep:
+            raise OptionError("--input brings its own prompts: leave the PROMPT and --sweep out")
+        write_results(model, server, sampling, files.input, files)
         return
     prompt = prompts.read_prompt(prompt)
     if not server.server:
@@ -72,7 +59,7 @@ def generate(
             raise OptionError("--sweep works only on this machine: leave --server out")
         _print_sweep(model, sampling, prompt, sweep, json=json)
         return
-    file = generate_file.Results(output, overwrite=overwrite) if output else None
+    file = Results(files.output, overwrite=files.overwrite) if files.output else None
     if server.server:
         remote, sampling = prompts.reach_server(server, model, sampling)
         stream: Stream = partial(remote.stream, prompt)
@@ -137,7 +124,7 @@ def _print_stream(stream: Stream, sampling: GenerateOptions, prompt: str, contin
 def _print_at_once(
     run: Generate,
     sampling: GenerateOptions,
-    file: generate_file.Results | None,
+    file: Results | None,
     *,
     prompt_shown: bool,
     json: bool,

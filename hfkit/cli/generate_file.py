@@ -8,14 +8,14 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfkit import console, processes
-from hfkit.cli.prompts import can_be_read_twice, load_for, reach_server, read_prompts
-from hfkit.declaration import set_fields
+from hfkit.cli.prompts import can_be_read_twice, check_input, load_for, reach_server, read_prompts
+from hfkit.declaration import Options, option, set_fields
 from hfkit.errors import HfkitError, OptionError, hide_passwords
 from hfkit.models.sources import find_model
 from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
@@ -28,16 +28,30 @@ if TYPE_CHECKING:
     Numbered = tuple[int, list[Generation] | HfkitError]  # index of a prompt, and its samples or its error
 
 
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(Options):
+    """Prompts from a file, and a file for their texts."""
+
+    input: Path | None = option(
+        None, "Many prompts: a line each, or `prompt` of each .jsonl object; - is stdin.", short="-i"
+    )
+    output: Path | None = option(None, "Write JSON Lines to this file.", short="-o")
+    resume: bool = option(False, "Continue an --output that was interrupted.")
+    overwrite: bool = option(False, "Replace --output if it exists.")
+    batch_size: int | None = option(None, "Most texts at a time. [default: what suits the device]", min=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.resume or self.overwrite) and not self.output:
+            raise OptionError("--resume and --overwrite are about a file: add --output FILE")
+        if self.resume and not self.input:
+            raise OptionError("--resume is for many prompts: add --input FILE")
+        if self.resume and self.input and not can_be_read_twice(self.input):
+            raise OptionError("--resume compares the input with what is done: --input must be a file, not a pipe")
+
+
 def write_results(
-    model: ModelOptions,
-    server: ServerOptions,
-    sampling: GenerateOptions,
-    path: Path,
-    output: Path | None,
-    *,
-    resume: bool,
-    overwrite: bool,
-    batch_size: int | None,
+    model: ModelOptions, server: ServerOptions, sampling: GenerateOptions, path: Path, files: FileOptions
 ) -> None:
     """Continue every prompt of the file `path`. Several processes share the prompts; the first one writes.
 
@@ -46,13 +60,13 @@ def write_results(
     Raises:
         HfkitError: the run cannot begin or be resumed; or, in the end, some prompts could not be run.
     """
-    if resume and not can_be_read_twice(path):
-        raise OptionError("--resume compares the input with what is done: --input must be a file, not a pipe")
-    if resume and not overwrite and output and output.is_file():
+    check_input(path)
+    output, resume = files.output, files.resume and not files.overwrite
+    if resume and output and output.is_file():
         console.note(f"{output} is complete: there is nothing to resume")
         return
     settings, leads = _settings_of(model, server, sampling), processes.rank == 0
-    file = Results(output, resume=resume, overwrite=overwrite) if output and leads else None
+    file = Results(output, resume=resume, overwrite=files.overwrite) if output and leads else None
     done, previous = processes.gather([(file.done, file.settings) if file else ({}, None)])[0]
     if done:
         _check_same(f"{output}.partial", previous, settings, path, done)
@@ -69,10 +83,10 @@ def write_results(
     with _open_bar(path, samples, len(done)) as bar:
         todo = ((index, prompt) for index, prompt in enumerate(read_prompts(path)) if index + 1 not in done)
         if server.server:
-            results = remote.generate_each(todo, options=sampling, concurrent=batch_size or 16)
+            results = remote.generate_each(todo, options=sampling, concurrent=files.batch_size or 16)
             windows: Iterator[list[Numbered]] = ([result] for result in results)
         else:
-            windows = _generate_windows(lm, sampling, todo, batch_size, bar)
+            windows = _generate_windows(lm, sampling, todo, files.batch_size, bar)
         for window in windows:
             records = []
             for index, result in window:
@@ -116,10 +130,10 @@ def _check_same(
 
     A seed that is not given now is taken from that run.
     """
-    for option in [*settings, *previous]:
-        before, now = previous.get(option), settings.get(option)
-        if before != now and (option, now) != ("seed", None):
-            made = f"{name} was made with --{option.replace('_', '-')} {before}, not {now}"
+    for field in [*settings, *previous]:
+        before, now = previous.get(field), settings.get(field)
+        if before != now and (field, now) != ("seed", None):
+            made = f"{name} was made with --{field.replace('_', '-')} {before}, not {now}"
             raise HfkitError(f"{made}: give the same options, or --overwrite begins anew")
     same = {line for line, prompt in enumerate(read_prompts(path), 1) if done.get(line) == prompt}
     if missing := done.keys() - same:
@@ -185,7 +199,7 @@ class Results:
             raise HfkitError(f"{self.partial} is being written by another process: name another --output")
         if self._file.tell() and not (resume or overwrite):
             raise HfkitError(f"{self.partial} is an unfinished run: --resume continues it, --overwrite begins anew")
-        self._file.truncate(self._read_done() if resume and not overwrite else 0)
+        self._file.truncate(self._read_done() if resume else 0)
 
     def _read_done(self) -> int:
         """Read what an interrupted run left; return how many of its bytes to keep: the records of whole prompts."""

@@ -26,7 +26,7 @@ def inspect(
     text: str | None = argument(None, help="Text to inspect; without it, stdin is read."),
     json: bool = JSON,
 ) -> None:
-    """Show how a model sees a text: how likely it is, and what is next.
+    """Show how likely a text is, and what would come next.
 
     With --attention, also what each attention head looks at, on a page.
 

@@ -1,7 +1,6 @@
 """`hfkit recipes`, `report` and `export`: begin a run from a recipe, compare runs, take a run's model elsewhere."""
 
 import shlex
-import shutil
 import sys
 import textwrap
 from dataclasses import replace
@@ -26,7 +25,7 @@ recipes = typer.Typer(help="List the shipped recipes; copy one to start from.", 
 @recipes.callback()
 def list_recipes(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
-        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+        columns = console.columns() if sys.stdout.isatty() else 1000
         for name, path in shipped().items():
             line = f"{name:<26}  {head_comment(path)[0]}"
             console.write(textwrap.fill(line, columns, subsequent_indent=" " * 28) + "\n")

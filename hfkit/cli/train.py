@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import hfkit
 from hfkit import console, processes
 from hfkit.cli.flags import CORPUS, JSON, flags
-from hfkit.corpus.documents import find_corpus, is_prepared
+from hfkit.corpus.files import find_corpus, is_prepared
 from hfkit.declaration import option
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.sources import find_model
@@ -76,9 +76,9 @@ def _check_inputs(corpus: list[str], data: DataOptions, model: ModelOptions | No
     """HfkitError if a corpus or the model does not exist. Call it before torch is imported."""
     if processes.count > 1:
         return  # the launcher has checked them
-    for paths in filter(None, (corpus, data.eval_file)):
-        if not is_prepared(Path(paths[0])):
-            find_corpus(paths)
+    for paths, options in ((corpus, data), (data.eval_file, None)):
+        if paths and not is_prepared(Path(paths[0])):
+            find_corpus(paths, options)
     if model:
         find_model(model)
 

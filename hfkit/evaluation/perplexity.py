@@ -10,8 +10,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from hfkit.console import detail, progress
-from hfkit.corpus.documents import Corpora, Corpus, find_corpus, read_records
+from hfkit.corpus.documents import read_records
 from hfkit.corpus.encoding import IGNORED
+from hfkit.corpus.files import Corpora, Corpus, find_corpus
 from hfkit.corpus.sequences import group
 from hfkit.evaluation.figures import Evaluation, sum_up
 from hfkit.evaluation.metrics import find_metric
@@ -57,9 +58,10 @@ def evaluate(
     model, read, options, server = split_options(model, overrides, *groups)
     for name in read.metric or []:
         find_metric(name)  # a wrong name fails before anything is computed
+    sources = find_corpus(corpus, read)
     if server.server:
-        return evaluate_on(Server(server, model), find_corpus(corpus), read, options)
-    sources, lm = find_corpus(corpus), loaded(model, "text", "classification", "question-answering")
+        return evaluate_on(Server(server, model), sources, read, options)
+    lm = loaded(model, "text", "classification", "question-answering")
     is_text = head_of(lm.model.config) == "text"
     if (task := find_task(lm, sources, read) if is_text else None) or not is_text:
         return assess(lm, sources, read, task)

@@ -9,8 +9,9 @@ from urllib.parse import urlencode
 import numpy as np
 
 from hfkit.console import progress
-from hfkit.corpus.documents import Corpus, Example, Piece, read_records
+from hfkit.corpus.documents import Example, Piece, read_records
 from hfkit.corpus.encoding import IGNORED, number_documents
+from hfkit.corpus.files import Corpus
 from hfkit.errors import HfkitError, OptionError
 from hfkit.evaluation.figures import Evaluation, sum_up
 from hfkit.evaluation.windows import Item, slide

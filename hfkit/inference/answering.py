@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hfkit.corpus.labelled import windows
-from hfkit.corpus.sequences import HeadCollator
+from hfkit.corpus.sequences import Collator
 from hfkit.corpus.templates import Task, task_of
 from hfkit.errors import HfkitError, NotFiniteError
 from hfkit.inference.generation import generate
@@ -83,7 +83,7 @@ def answer(
 def find_answers(lm: LanguageModel, pairs: Iterable[tuple[str, str]], threshold: float) -> Iterator[Answer]:
     """The likeliest span of each (question, context), or none, in order."""
     length = min(lm.context or 512, 512)
-    collate = HeadCollator(lm.tokenizer.pad_token_id or 0)
+    collate = Collator(lm.tokenizer.pad_token_id or 0, has_mask=True)
     pairs = iter(pairs)
     while batch := list(islice(pairs, _BATCH)):
         parts = [(number, part) for number, pair in enumerate(batch) for part in windows(*pair, lm.tokenizer, length)]

@@ -9,10 +9,10 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from hfkit.console import note
-from hfkit.corpus.sequences import pad_rows
 from hfkit.errors import HfkitError, NotFiniteError
 from hfkit.inference.controls import draws, endings, generate_arguments, generation_config, needs_equal_lengths
 from hfkit.inference.decoding import Completion, Rows, StopTexts, complete, decode
@@ -25,7 +25,7 @@ _TOKENS_AT_ONCE = {"cpu": 32_768, "cuda": 262_144}  # prompt and new tokens of a
 # transformers samples with torch's global generator in its loops for beams and speculation, so one of them runs at a
 # time. Assistants are changed by it, too: they are loaded here and belong to nobody else.
 _special_loops = threading.Lock()
-# What transformers says about the way in which it calls an assistant itself is nothing that a user could change.
+# transformers warns of the way in which it calls an assistant itself. No user can change that.
 logging.getLogger("transformers.generation.utils").addFilter(
     lambda record: "Passing `generation_config` together" not in record.getMessage()
 )
@@ -45,9 +45,10 @@ def pad(rows: Sequence[Sequence[int]], *, left: bool = True) -> tuple[torch.Tens
 
     A row is padded with its own first token, so that no penalty hits another one.
     """
-    mask = pad_rows([[1] * len(row) for row in rows], 0, left=left)
+    options: dict[str, Any] = {"batch_first": True, "padding_side": "left" if left else "right"}
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], **options)
     firsts = torch.tensor([[row[0]] for row in rows])
-    return torch.where(mask.bool(), pad_rows(rows, 0, left=left), firsts), mask
+    return torch.where(mask.bool(), pad_sequence([torch.tensor(row) for row in rows], **options), firsts), mask
 
 
 def group_by_length(lengths: Mapping[int, int], most: int, tokens: int) -> Iterator[list[int]]:

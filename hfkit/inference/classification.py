@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 from hfkit.console import note
 from hfkit.corpus.encoding import IGNORED, encode, encode_answers
 from hfkit.corpus.labelled import encode_text
-from hfkit.corpus.sequences import HeadCollator, pad_rows
+from hfkit.corpus.sequences import Collator, pad_rows
 from hfkit.corpus.templates import Task, make_task, task_of
 from hfkit.errors import HfkitError, NotFiniteError, OptionError
 from hfkit.inference.batches import group_by_length, pad
@@ -164,7 +164,7 @@ def label_names(model: Any) -> list[str]:
 @torch.inference_mode()
 def _head_probabilities(lm: LanguageModel, rows: list[list[int]]) -> torch.Tensor:
     """Probabilities by a classification head, (texts, labels); where several labels may hold, of each by itself."""
-    inputs = HeadCollator(lm.model.config.pad_token_id or 0)([{"input_ids": row} for row in rows])
+    inputs = Collator(lm.model.config.pad_token_id or 0, has_mask=True)([{"input_ids": row} for row in rows])
     output = lm.model(**{name: tensor.to(lm.model.device) for name, tensor in inputs.items()})
     logits: torch.Tensor = output.logits.float().cpu()
     several = lm.model.config.problem_type == "multi_label_classification"

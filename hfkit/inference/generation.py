@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, overload
 
-from hfkit.corpus.documents import find_corpus
+from hfkit.corpus.files import find_corpus
 from hfkit.corpus.overlap import WORDS, Index, index_corpus
 from hfkit.errors import HfkitError, NotFiniteError, OptionError
 from hfkit.inference import batches

@@ -52,6 +52,7 @@ class Token:
 
     @property
     def figures(self) -> str:
+        """What a page shows while somebody points at the token."""
         return f"token {self.id}" + ("" if self.bits is None else f": {self.bits:.2f} bits, rank {self.rank}")
 
 
@@ -190,21 +191,19 @@ def _next(
     lm: LanguageModel, logits: torch.Tensor, options: InspectOptions
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The likeliest next tokens, alone and under each control and all of them together; logits: (1, vocabulary)."""
-
     chosen = {name: value for name, value in set_fields(options).items() if name in _WARPERS}
     warpers = {f"{name} {value:g}": [_WARPERS[name](value)] for name, value in (chosen or _EXAMPLE).items()}
     if len(chosen) > 1:
         warpers["together"] = list(chain.from_iterable(warpers.values()))
     warped = {name: LogitsProcessorList(each)(cast(Any, None), logits.clone()) for name, each in warpers.items()}
-    plain = logits.softmax(-1)[0]
-    under = {name: values.softmax(-1)[0] for name, values in warped.items()}
-    likeliest = plain.topk(min(options.top, len(plain))).indices.tolist()
+    shares = {name: scores.softmax(-1)[0] for name, scores in {"probability": logits, **warped}.items()}
+    likeliest = shares["probability"].topk(min(options.top, logits.shape[1])).indices.tolist()
     rows = [
-        {"text": readable(lm.tokenizer, token), "id": token, "probability": plain[token].item()}
-        | {name: values[token].item() for name, values in under.items()}
+        {"text": readable(lm.tokenizer, token), "id": token}
+        | {name: row[token].item() for name, row in shares.items()}
         for token in likeliest
     ]
-    return rows, {name: int(values.isfinite().sum()) for name, values in warped.items()}
+    return rows, {name: int(scores.isfinite().sum()) for name, scores in warped.items()}
 
 
 def readable(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

@@ -1,7 +1,7 @@
 """How likely a model finds the tokens of a text: negative log-likelihood and rank of each."""
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -83,22 +83,23 @@ def precise_head(model: Module) -> Module:
 
     GPT-2's logits are near -100, where bfloat16 has steps of 0.5.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    original: Any = model
+    head = original.get_output_embeddings()
     if head is None or hasattr(head, "_hf_hook"):  # accelerate brings this head's weights only while it runs
         return model
-    model = share_weights(model)
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    copy: Any = share_weights(model)
+    head = copy.get_output_embeddings()
     plain_forward = head.forward
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             if not head.weight.is_floating_point():  # a quantized head applies its scale itself
-                return plain_forward(hidden.float())  # type: ignore[no-any-return]
+                return cast(torch.Tensor, plain_forward(hidden.float()))
             bias = None if head.bias is None else head.bias.float()
             return _linear(hidden.float(), head.weight.float(), bias)
 
     head.forward = forward
-    return model
+    return cast(Module, copy)
 
 
 def _linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -107,5 +108,5 @@ def _linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         # A private operator, which torch.compile uses. It may disappear.
         product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
         if product and torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-            return product(hidden, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+            return cast(torch.Tensor, product(hidden, weight, bias, "none", [], ""))
     return torch.nn.functional.linear(hidden, weight, bias)

@@ -88,7 +88,7 @@ def fit_prompt(
 
 
 def chosen_task(options: GenerateOptions, tokenizer: PreTrainedTokenizerBase) -> Task | None:
-    """The task in whose template a model gets its prompts, if it learned one."""
+    """The task whose template a prompt is put into; None without one, or under --raw."""
     return None if options.raw else task_of(tokenizer)
 
 

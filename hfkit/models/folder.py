@@ -148,7 +148,7 @@ def count_parameters(source: ModelFiles) -> int:
     total = 0
     for path in source.folder.glob("model*.safetensors"):
         with safe_open(path, framework="np") as file:
-            total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+            total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
     return total
 
 

@@ -281,7 +281,7 @@ def _merge_adapter(model: PreTrainedModel, source: ModelFiles, folder: Path) -> 
     with calling_library(source), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft only warns of what is an error below
         with safe_open(folder / "adapter_model.safetensors", framework="np") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
         # An adapter that was trained with new tokens has the whole embedding, with more rows than that of its base.
         embedding = next(name for name, part in model.named_modules() if part is model.get_input_embeddings())
         rows = shapes.get(f"base_model.model.{embedding}.weight", [0])[0]

@@ -93,8 +93,6 @@ def _with_base(name: str, path: Path, options: ModelOptions) -> ModelFiles:
 
 def from_hub(name: str, revision: str | None) -> Path:
     """The folder of a Hub model, from the cache if it is complete there, else downloaded."""
-    if re.match(r"[./~\\]|.*[\\:]|.*/.*/", name, re.DOTALL) or name.endswith("/"):
-        raise HfkitError(f"no model at {name!r}: check the path (a Hub name looks like gpt2 or owner/name)")
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not listed
@@ -102,7 +100,8 @@ def from_hub(name: str, revision: str | None) -> Path:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise HfkitError(f"no model {name!r}: no such folder, and a Hub name looks like gpt2 or owner/name") from None
+        why = "no such file or folder, and a Hub name looks like gpt2 or owner/name"
+        raise HfkitError(f"no model {name!r}: {why}") from None
     for file in ("config.json", "adapter_config.json"):
         cached = try_to_load_from_cache(name, file, revision=revision)
         if isinstance(cached, str) and _is_whole(Path(cached).parent):

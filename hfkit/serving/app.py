@@ -16,8 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 
 import hfkit
-from hfkit.corpus.chat import CHAT_TEMPLATE
-from hfkit.corpus.templates import task_of
+from hfkit.corpus.templates import CHAT_TEMPLATE, task_of
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inference.scores import jsonable
 from hfkit.models.architecture import head_of

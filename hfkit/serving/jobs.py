@@ -6,8 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from hfkit.corpus.chat import CHAT_TEMPLATE
-from hfkit.corpus.templates import task_of
+from hfkit.corpus.templates import CHAT_TEMPLATE, task_of
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.inference.controls import check_controls, check_options
 from hfkit.inference.generation import draw_seed

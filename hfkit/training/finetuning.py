@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from hfkit import processes
 from hfkit.console import counted
 from hfkit.corpus.cache import Prepared, corpus_lines, encode_corpus
-from hfkit.corpus.documents import Corpora, find_corpus, is_prepared
+from hfkit.corpus.files import Corpora, find_corpus, is_prepared
 from hfkit.corpus.sequences import cut_sequences, show_examples
 from hfkit.corpus.templates import give_task, make_task
 from hfkit.declaration import divide
@@ -69,7 +69,7 @@ def finetune(
 
 def make_job(corpus: Corpora, options: ModelOptions, data: DataOptions, train: TrainOptions, folder: Path) -> Job:
     """What `finetune` would do in `folder`, decided: the corpus is tokenized, nothing is written there."""
-    files, source = run_folder.find_files(corpus, folder), find_model(options)
+    files, source = run_folder.find_files(corpus, data, folder), find_model(options)
     if train.overwrite:
         run_folder.check_not_input(folder, [source.folder, source.adapter or source.folder])
     tokenizer, config = load_tokenizer(source), load_config(source)
@@ -183,7 +183,7 @@ def prepare(
         make_writable(folder)
         if not is_prepared(folder):
             check_owned(folder)
-    files, source = find_corpus(corpus), find_model(options)
+    files, source = find_corpus(corpus, data), find_model(options)
     tokenizer, config = load_tokenizer(source), load_config(source)
     prepared = encode_corpus(files, tokenizer, data, folder)
     block_size = block_size_for(context_length(config), data.block_size)

@@ -33,7 +33,6 @@ from transformers.trainer_callback import PrinterCallback
 
 from hfkit import console, processes
 from hfkit.console import counted
-from hfkit.corpus.sequences import Examples
 from hfkit.errors import DivergedError, HfkitError, OptionError, first_line
 from hfkit.options import TrainOptions
 from hfkit.storage import check_space, folder_size
@@ -98,7 +97,7 @@ def _train(job: Job, stop: Stop, rows: int, accumulation: int, checkpoint: Path 
         arguments = training_arguments(job, rows, accumulation)
         set_seed(job.plan.options.seed)  # a new model or adapter begins with random numbers
         # A compiled model is compiled anew for each shape of a batch.
-        is_static = job.plan.compile and not isinstance(job.dataset.train_set, Examples)
+        is_static = job.plan.compile and getattr(job.dataset.train_set, "is_joined", True)
         trainer = _Trainer(
             job,
             stop,

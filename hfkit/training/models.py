@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hfkit.corpus.sequences import TrainingData
+from hfkit.corpus.training_data import TrainingData
 from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.models.folder import ModelFiles

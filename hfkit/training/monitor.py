@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hfkit import console, processes
 from hfkit.corpus.encoding import IGNORED, encode_answers
-from hfkit.corpus.sequences import TrainingData, group
+from hfkit.corpus.sequences import group
 from hfkit.corpus.templates import task_of
+from hfkit.corpus.training_data import TrainingData
 from hfkit.errors import HfkitError
 from hfkit.inference.classification import label_scores
 from hfkit.inference.generation import generate

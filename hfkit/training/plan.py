@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from hfkit import console, processes
 from hfkit.console import counted, duration, note
 from hfkit.corpus.cache import Report, corpus_lines
-from hfkit.corpus.documents import Corpora, Corpus
+from hfkit.corpus.files import Corpora, Corpus
 from hfkit.corpus.labelled import gather_labelled_data
-from hfkit.corpus.sequences import Collator, HeadCollator, TrainingData, gather_training_data
+from hfkit.corpus.sequences import Collator
+from hfkit.corpus.training_data import TrainingData, gather_training_data
 from hfkit.errors import OptionError
 from hfkit.models.architecture import has_bfloat16_units
 from hfkit.options import DataOptions, TrainOptions
@@ -106,11 +107,11 @@ class Job:
         """What samples continue; None for a model that does not write text."""
         return None if self.dataset.head else self.plan.options.sample_prompt or self.dataset.prompt
 
-    def collator(self, shape: tuple[int, int] | None = None) -> Collator | HeadCollator:
+    def collator(self, shape: tuple[int, int] | None = None) -> Collator:
         """What makes batches of items, all of them (rows, tokens) of this shape if one is given."""
         pad = self.tokenizer.pad_token_id
         pad = pad if pad is not None else self.tokenizer.eos_token_id or 0
-        return HeadCollator(pad) if self.dataset.head else Collator(pad, shape)
+        return Collator(pad, has_mask=True) if self.dataset.head else Collator(pad, shape)
 
 
 def gather(

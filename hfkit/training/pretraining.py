@@ -14,10 +14,11 @@ from tokenizers.trainers import WordPieceTrainer
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, TrainerCallback
 
 from hfkit import console, processes
-from hfkit.corpus.documents import Corpora, Corpus, Piece, find_corpus, read_records
-from hfkit.corpus.encoding import number_documents
+from hfkit.corpus.documents import Piece, read_records
+from hfkit.corpus.encoding import content_of, number_documents
+from hfkit.corpus.files import Corpora, Corpus, find_corpus
 from hfkit.corpus.labelled import classification_rows, question_rows
-from hfkit.corpus.splitting import content_of, hold_out_texts
+from hfkit.corpus.training_data import hold_out_texts
 from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.architecture import choose_device
@@ -66,7 +67,7 @@ def pretrain(
 def _make_job(
     corpus: Corpora, size: SizeOptions, data: DataOptions, train: TrainOptions, placement: ModelOptions, folder: Path
 ) -> Job:
-    files = find_corpus(corpus, folder)
+    files = find_corpus(corpus, data, folder)
     resumed = train.resume and not train.overwrite and run_folder.is_begun(folder)
     tokenizer = _load_tokenizer(folder) if resumed else _train_tokenizer_once(files, size, data, train)
     shape = shape_of(size)
@@ -130,7 +131,7 @@ def train_tokenizer(
     Raises:
         HfkitError: the corpus does not consist of texts.
     """
-    files = find_corpus(corpus)
+    files = find_corpus(corpus, data)
     rows = np.array(
         [(number, content_of(piece.text), len(piece.text.encode())) for number, _, piece in _pieces(files, data)],
         np.int64,

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from hfkit import processes, storage
-from hfkit.corpus.documents import Corpora, Corpus, find_corpus, is_prepared, name_of
+from hfkit.corpus.files import Corpora, Corpus, find_corpus, is_prepared, name_of
 from hfkit.declaration import Options, set_fields
 from hfkit.errors import HfkitError, OptionError, first_line
-from hfkit.options import TrainOptions
+from hfkit.options import DataOptions, TrainOptions
 from hfkit.reporting.pages import METRICS
 
 RECIPE, FACTS, CHECKPOINTS = "recipe.yaml", "run.json", "checkpoints"
@@ -65,10 +65,10 @@ def reserve(
         yield folder, _settle(folder, train)
 
 
-def find_files(corpus: Corpora, folder: Path) -> Corpora | Corpus:
+def find_files(corpus: Corpora, data: DataOptions, folder: Path) -> Corpora | Corpus:
     """The files of a corpus, but for the run's own folder; the name of a folder that `prepare` made stays a name."""
     first, *others = sources_of(corpus)
-    return corpus if not others and is_prepared(Path(first).expanduser()) else find_corpus(corpus, folder)
+    return corpus if not others and is_prepared(Path(first).expanduser()) else find_corpus(corpus, data, folder)
 
 
 def folder_for(command: str, corpus: Corpora, train: TrainOptions) -> Path:

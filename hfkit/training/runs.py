@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from hfkit import console, processes
-from hfkit.corpus.documents import Corpus
+from hfkit.corpus.files import Corpus
 from hfkit.corpus.overlap import MOST, WORDS, index_corpus
 from hfkit.corpus.templates import task_of
 from hfkit.errors import HfkitError, StoppedError, first_line

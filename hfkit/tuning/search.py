@@ -17,7 +17,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hfkit import console
-from hfkit.corpus.documents import Corpora, name_of
+from hfkit.corpus.files import Corpora, name_of
 from hfkit.declaration import divide
 from hfkit.errors import DivergedError, HfkitError, OptionError, StoppedError
 from hfkit.models.sources import find_model

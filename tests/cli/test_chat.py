@@ -48,17 +48,19 @@ def test_chat_base_model(tiny, typed, capfdbinary):
 def test_conversation_uses_the_template(templated):
     """The chat template gets all messages."""
     talk = Conversation(templated, GenerateOptions(max_new_tokens=4))
-    talk.add_turn("hi")
-    talk.add_reply("yo")
-    assert templated.tokenizer.decode(talk.add_turn("so")) == "[user]hi[assistant]yo[user]so[assistant]"
+    talk.add("user", "hi")
+    talk.add("assistant", "yo")
+    talk.add("user", "so")
+    assert templated.tokenizer.decode(talk.prompt()) == "[user]hi[assistant]yo[user]so[assistant]"
 
 
 def test_conversation_drops_the_oldest_turns(templated):
     """The oldest turns are dropped when the context is full."""
     talk = Conversation(templated, GenerateOptions(max_new_tokens=4))
     for word in ("one", "two", "three"):
-        ids = talk.add_turn(word)
-        talk.add_reply("x" * 9)
+        talk.add("user", word)
+        ids = talk.prompt()
+        talk.add("assistant", "x" * 9)
     text = templated.tokenizer.decode(ids)
     assert len(ids) + 4 <= templated.context
     assert text.startswith("[user]two") and text.endswith("[user]three[assistant]")
@@ -177,8 +179,8 @@ def test_chat_sign_of_a_cut(tiny):
 def test_conversation_save(templated, tmp_path):
     """Messages are saved as JSON Lines."""
     talk = Conversation(templated, GenerateOptions())
-    talk.add_turn("hi")
-    talk.add_reply("yo")
+    talk.add("user", "hi")
+    talk.add("assistant", "yo")
     talk.save(str(tmp_path / "said"))
     rows = [json.loads(line) for line in (tmp_path / "said").read_text().splitlines()]
     assert rows == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]

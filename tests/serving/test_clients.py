@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import hfkit
-from hfkit.corpus.chat import CHAT_TEMPLATE
+from hfkit.corpus.templates import CHAT_TEMPLATE
 
 PROMPT = "Once upon a time"
 

@@ -95,6 +95,24 @@ def test_clients_that_leave_free_their_place(server, streams):
         wait_until(lambda: is_idle(running))
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_clients_that_stall_are_given_up(lm, monkeypatch, streams):
+    """A body that does not come, and a stream that nobody reads."""
+    monkeypatch.setattr("hfkit.serving.guard._STALLED", 0.2)
+    with serving(lm) as (address, server):
+        host, port = address.removeprefix("http://").split(":")
+        fields = {"prompt": "a", "n": 100, "max_tokens": 50, "min_new_tokens": 50, "stream": True, "logprobs": 20}
+        body = json.dumps(fields).encode() if streams else b'{"prompt": '
+        length = len(body) if streams else 100
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((host, int(port)))
+            connection.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode() + body)
+            wait_until(lambda: server.counts.in_flight)
+            wait_until(lambda: is_idle(server))
+
+
 def test_request_has_a_time_limit(story):
     with serving(story, request_timeout=0.2) as (address, _):
         choice = ask(address, **LONG).json()["choices"][0]

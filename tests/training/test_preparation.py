@@ -121,7 +121,7 @@ def test_prepare_left_out_files(tmp_path, capfdbinary, tiny):
     (tmp_path / "a" / "c.txt").touch()
     result = call(capfdbinary, "prepare", tmp_path / "a", "-m", tiny)
     assert result.returncode == 0 and result.stderr.decode().splitlines() == [
-        f"hfkit: {tmp_path / 'a'}: left out 2 files that are empty or not text",
+        f"hfkit: {tmp_path / 'a'}: left out 2 files without text",
         f"hfkit: next: hfkit finetune {tmp_path / 'a'} -m {tiny}",
     ]
 
