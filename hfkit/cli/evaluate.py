@@ -10,10 +10,10 @@ from hfkit.cli.flags import CORPUS, JSON, flags
 from hfkit.console import with_error
 from hfkit.corpus.files import find_corpus
 from hfkit.models.sources import find_model
-from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions
+from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ServerOptions
 
 if TYPE_CHECKING:
-    from hfkit.evaluation.perplexity import Evaluation
+    from hfkit.evaluation.figures import Evaluation
     from hfkit.evaluation.tasks import Assessment
 
 _MAX_LABELS = 10  # a confusion table of more is in --json only
@@ -22,6 +22,7 @@ _MAX_LABELS = 10  # a confusion table of more is in --json only
 @flags
 def evaluate(
     model: ManyModelsOptions,
+    server: ServerOptions,
     read: CorpusOptions,
     options: EvaluateOptions,
     corpus: list[str] = CORPUS,
@@ -36,20 +37,28 @@ def evaluate(
         hfkit evaluate held-out.txt
         hfkit evaluate held-out.txt -m bundled -m runs/corpus
     """
-    sources = find_corpus(corpus)
-    for each in model.each():
-        find_model(each)  # a wrong name is an error before torch is imported
-    from hfkit.evaluation import perplexity
-    from hfkit.evaluation.tasks import Assessment
+    sources = find_corpus(corpus, read)
+    results: list[Evaluation | Assessment]
+    if server.server:
+        from hfkit.evaluation.remote import evaluate_on
+        from hfkit.inference.remote import Server
 
-    results = [perplexity.evaluate(sources, model=each, read=read, options=options) for each in model.each()]
+        results = [evaluate_on(Server(server, each), sources, read, options) for each in model.each()]
+    else:
+        for each in model.each():
+            find_model(each)  # a wrong name is an error before torch is imported
+        from hfkit.evaluation import perplexity
+
+        results = [perplexity.evaluate(sources, model=each, read=read, options=options) for each in model.each()]
     if json:
         rows = [result.to_dict() for result in results]
         console.write_json(rows if len(rows) > 1 else rows[0])
         return
-    if evaluations := [result for result in results if isinstance(result, perplexity.Evaluation)]:
+    from hfkit.evaluation.figures import Evaluation
+
+    if evaluations := [result for result in results if isinstance(result, Evaluation)]:
         _write_evaluations(evaluations)
-    if assessments := [result for result in results if isinstance(result, Assessment)]:
+    if assessments := [result for result in results if not isinstance(result, Evaluation)]:
         _write_assessments(assessments)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from hfkit.cli.flags import flags
 from hfkit.declaration import option
@@ -24,6 +25,7 @@ def serve(
     request_timeout: float = option(600.0, "Most seconds for one request.", min=1),
     grace: float = option(30.0, "Seconds to finish what has begun, after Ctrl-C.", min=0),
     log_prompts: bool = option(False, "Print each request with its prompts."),
+    engine: Literal["hfkit", "vllm"] = option("hfkit", "vllm: hand the model to vLLM, for many users and large GPUs."),
 ) -> None:
     """Serve models over HTTP as OpenAI's API, with a page to try them.
 
@@ -34,6 +36,12 @@ def serve(
     sources = [find_model(each) for each in model.each()]  # a wrong name is an error before torch is imported
     if len({source.name for source in sources}) < len(sources):
         raise OptionError("--model names one model twice: leave one of them out")
+    if engine == "vllm":
+        from hfkit.serving.vllm import serve_with_vllm
+
+        if len(sources) > 1 or (allowed_host, max_requests, request_timeout, log_prompts) != (None, 256, 600, False):
+            raise OptionError("vLLM takes one model, --host, --port and --api-key: leave the other flags out")
+        serve_with_vllm(model.each()[0], host, port, api_key)
     try:
         from hfkit.serving import server
         from hfkit.serving.guard import Settings

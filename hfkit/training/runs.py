@@ -17,7 +17,7 @@ from hfkit.corpus.overlap import MOST, WORDS, index_corpus
 from hfkit.corpus.templates import task_of
 from hfkit.errors import HfkitError, StoppedError, first_line
 from hfkit.inference.generation import generate
-from hfkit.inference.likelihood import jsonable
+from hfkit.inference.scores import jsonable
 from hfkit.reporting.pages import PAGE, make_files
 from hfkit.reporting.summaries import summarize
 from hfkit.training import run_folder
