@@ -27,7 +27,8 @@ from hfkit.corpus.training_data import TrainingData
 from hfkit.errors import HfkitError
 from hfkit.inference.classification import label_scores
 from hfkit.inference.generation import generate
-from hfkit.inference.likelihood import Scores, ratio_stderr, score_batches, score_items, shift
+from hfkit.inference.likelihood import score_batches, score_items, shift
+from hfkit.inference.scores import Scores, ratio_stderr
 from hfkit.models.loading import LanguageModel
 from hfkit.reporting.summaries import merit
 from hfkit.training.checkpoints import Stop
@@ -235,7 +236,7 @@ class HeldOutMonitor:
 
 
 def _sample(held_out: Any, plan: Plan) -> Any:
-    """So many of the held-out items, evenly spaced, that measuring costs about a tenth of the training."""
+    """As many of the held-out items, evenly spaced, as make measuring cost about a tenth of the training."""
     per_step = plan.rows * plan.options.gradient_accumulation_steps
     limit, count = max(32, int(0.3 * per_step * plan.eval_steps)), len(held_out)
     return held_out if count <= limit else Subset(held_out, [number * count // limit for number in range(limit)])
