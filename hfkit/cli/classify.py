@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hfkit
 from hfkit import console
@@ -16,15 +18,18 @@ from hfkit.declaration import argument, option
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.folder import ModelFiles
 from hfkit.models.sources import find_model
-from hfkit.options import ModelOptions, TaskOptions
+from hfkit.options import ModelOptions, ServerOptions, TaskOptions
 
 if TYPE_CHECKING:
     from hfkit.inference.results import Classification
+
+    Labeller = Callable[[Iterable[Any]], Iterator[Classification | HfkitError]]
 
 
 @flags
 def classify(
     model: ModelOptions,
+    server: ServerOptions,
     task: TaskOptions,
     text: str | None = argument(None, help="Text to label; without it, stdin is read."),
     input: Path | None = option(None, "Many texts: a line each, or a row of .jsonl each; - is stdin.", short="-i"),
@@ -43,13 +48,29 @@ def classify(
         check_input(input)
     elif text is not None:
         text = read_prompt(text, wanted="text to label")
-    _check_labels(find_model(model), task)
+    if not server.server:
+        _check_labels(find_model(model), task)
     if input:
-        _label_file(input, model, task, json=json)
+        _label_file(input, _labeller(server, model, task), json=json)
         return
     if text is None:
         text = read_prompt(None, wanted="text to label")
-    _print_label(hfkit.classify(text, model=model, options=task), json)
+    result = next(_labeller(server, model, task)([text]))
+    if isinstance(result, HfkitError):
+        raise result
+    _print_label(result, json)
+
+
+def _labeller(server: ServerOptions, model: ModelOptions, task: TaskOptions) -> Labeller:
+    """What labels texts: a model on a server, or one that is loaded here."""
+    if server.server:
+        from hfkit.inference.remote import Server
+
+        return partial(Server(server, model).classify_each, options=task)
+    from hfkit.inference.classification import classify_each
+    from hfkit.models.loading import loaded
+
+    return partial(classify_each, lm=loaded(model, "text", "classification"), options=task)
 
 
 def _check_labels(source: ModelFiles, task: TaskOptions) -> None:
@@ -62,20 +83,15 @@ def _check_labels(source: ModelFiles, task: TaskOptions) -> None:
         raise OptionError(f"{source.name} has no labels of its own: give each with --labels, such as {example}")
 
 
-def _label_file(path: Path, model: ModelOptions, task: TaskOptions, *, json: bool) -> None:
+def _label_file(path: Path, label_each: Labeller, *, json: bool) -> None:
     """Label each line of a file. Report the lines that cannot be read, then raise HfkitError."""
-    from hfkit.inference.classification import classify_each
-    from hfkit.inference.results import Classification
-    from hfkit.models.loading import loaded
-
-    lm = loaded(model, "text", "classification")
     failures = 0
-    for number, result in enumerate(classify_each(read_prompts(path), lm, task), 1):
-        if isinstance(result, Classification):
-            _print_label(result, json)
-        else:
+    for number, result in enumerate(label_each(read_prompts(path)), 1):
+        if isinstance(result, HfkitError):
             console.note(f"{path}, line {number}: {result}")
             failures += 1
+        else:
+            _print_label(result, json)
     if failures:
         raise HfkitError(
             f"{console.counted(failures, 'text')} could not be labelled ({path}): fix the lines named above"

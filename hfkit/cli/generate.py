@@ -64,7 +64,7 @@ def generate(
         remote, sampling = prompts.reach_server(server, model, sampling)
         stream: Stream = partial(remote.stream, prompt)
         run: Generate = partial(remote.generate, prompt)
-        streams, continues = True, True
+        streams, continues = True, remote.continues(sampling)
     else:
         lm, request, sampling = prompts.load_for(prompt, model, sampling)
         assert request  # noqa: S101, there is a prompt

@@ -1,21 +1,25 @@
 """Text to token ids: documents, examples with labels, and prompts."""
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from hfkit.corpus.documents import Example, Piece
 from hfkit.corpus.rows import row_error
 from hfkit.corpus.templates import CHAT_TEMPLATE, RenderedChat, render_chat, special_tokens
 from hfkit.errors import HfkitError, OptionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # label of a token that is not learned and does not count in a score
 BATCH = 512  # records that are encoded together

@@ -2,104 +2,35 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from hfkit.console import counted, detail, progress, with_error
+from hfkit.console import detail, progress
 from hfkit.corpus.documents import read_records
+from hfkit.corpus.encoding import IGNORED
 from hfkit.corpus.files import Corpora, Corpus, find_corpus
-from hfkit.corpus.sequences import Item
-from hfkit.errors import HfkitError
+from hfkit.corpus.sequences import group
+from hfkit.evaluation.figures import Evaluation, sum_up
 from hfkit.evaluation.metrics import find_metric
+from hfkit.evaluation.remote import evaluate_on
 from hfkit.evaluation.tasks import Assessment, assess, find_task
-from hfkit.evaluation.windows import WindowReader, batch_windows
-from hfkit.inference.likelihood import Scores, exp, jsonable, precise_head, ratio_stderr, score_batches
+from hfkit.evaluation.windows import Item, WindowReader
+from hfkit.inference.likelihood import precise_head, score_batches
+from hfkit.inference.remote import Server
+from hfkit.inference.scores import Scores
 from hfkit.models.architecture import check_causal, computes_faster_in_bfloat16, head_of
 from hfkit.models.loading import LanguageModel, loaded, split_options
 from hfkit.models.quantization import bits_of
-from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions
-from hfkit.reporting.templates import render
+from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions, ServerOptions
 
 _WINDOW = 1024  # tokens, where the model sets no limit
 _BATCH = {"cpu": 1024, "cuda": 16_384}  # tokens scored at once; their logits take most of the memory
+_SORTED = 256  # windows that are sorted by length together
 _CLOSE = 1.5e-3  # nats per token that bfloat16 may change in the first batch; over more tokens it averages out
-
-
-@dataclass(frozen=True, repr=False)
-class Evaluation:
-    """How well a model predicted a corpus. Every field but the last two is a figure of `to_dict` and `--json`."""
-
-    model: str
-    documents: int
-    words: int  # separated by white space
-    tokens: int
-    bytes: int
-    window: int
-    stride: int
-    dtype: str
-    loss: float  # nats per token
-    loss_stderr: float
-    perplexity: float
-    perplexity_stderr: float
-    word_perplexity: float
-    bits_per_byte: float
-    bits_per_byte_stderr: float
-    token_accuracy: float  # share of the tokens that the model thought the likeliest
-    top5_accuracy: float  # share of the tokens that were among the model's five likeliest
-    scores: Scores = field(repr=False)  # of each passage
-    passages: np.ndarray = field(repr=False)  # bytes of each passage, (passages,)
-
-    def __str__(self) -> str:
-        perplexity = with_error(self.perplexity, self.perplexity_stderr, ".2f")
-        bits = with_error(self.bits_per_byte, self.bits_per_byte_stderr, ".4f")
-        return (
-            f"{self.model}: perplexity {perplexity}, {bits} bits per byte, token accuracy {self.token_accuracy:.1%} "
-            f"({counted(self.documents, 'document')}, {counted(self.tokens, 'token')})"
-        )
-
-    __repr__ = __str__
-
-    def describe(self) -> dict[str, str]:
-        """Every figure with its name, to be read."""
-        return {
-            "model": self.model,
-            "perplexity": with_error(self.perplexity, self.perplexity_stderr, ".3f"),
-            "loss": with_error(self.loss, self.loss_stderr, ".4f") + " nats per token",
-            "bits per byte": with_error(self.bits_per_byte, self.bits_per_byte_stderr, ".4f"),
-            "token accuracy": f"{self.token_accuracy:.2%} (in the five likeliest: {self.top5_accuracy:.2%})",
-            "corpus": ", ".join(
-                counted(getattr(self, f"{noun}s"), noun) for noun in ("document", "token", "word", "byte")
-            ),
-            "how": f"windows of {counted(self.window, 'token')}, {self.stride:,} new in each, in {self.dtype}",
-        }
-
-    def verdict(self) -> str:
-        """The perplexity in words."""
-        choice = f"it chose among {self.perplexity:,.1f} equally likely tokens"
-        return f"On average the model is as unsure as if {choice}; lower is better."
-
-    def _repr_html_(self) -> str:
-        return render("figures.html.jinja", head=(), rows=list(self.describe().items()), sentence=self.verdict())
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `--json` prints; None where a figure is not known."""
-        values: dict[str, Any] = jsonable({each.name: getattr(self, each.name) for each in fields(self) if each.repr})
-        return values
-
-    def gain_over(self, other: "Evaluation") -> tuple[float, float]:
-        """Bits per byte saved compared with `other` on the same corpus, and the standard error of that.
-
-        Raises:
-            HfkitError: `other` evaluated another corpus.
-        """
-        if not np.array_equal(self.passages, other.passages):
-            raise HfkitError("only evaluations of the same corpus can be compared")
-        saved = (other.scores.nll - self.scores.nll) / math.log(2)
-        return float(saved.sum() / self.bytes), ratio_stderr(saved, self.passages)
 
 
 def evaluate(
@@ -118,15 +49,19 @@ def evaluate(
     Args:
         corpus: files, folders, globs or `hf://NAME`; of `prompt`/`completion` and `messages` rows the answers count.
         model: what `load` returned or takes.
-        read, options: every field of `CorpusOptions`, `EvaluateOptions` and `ModelOptions` is a keyword, too.
+        read, options: every field of these, of `ModelOptions` and of `ServerOptions` is a keyword, too.
 
     Raises:
         HfkitError: the corpus or the model cannot be read, or there is nothing to score.
     """
-    model, read, options = split_options(model, overrides, (CorpusOptions, read), (EvaluateOptions, options))
+    groups = ((CorpusOptions, read), (EvaluateOptions, options), (ServerOptions, None))
+    model, read, options, server = split_options(model, overrides, *groups)
     for name in read.metric or []:
         find_metric(name)  # a wrong name fails before anything is computed
-    sources, lm = find_corpus(corpus, read), loaded(model, "text", "classification", "question-answering")
+    sources = find_corpus(corpus, read)
+    if server.server:
+        return evaluate_on(Server(server, model), sources, read, options)
+    lm = loaded(model, "text", "classification", "question-answering")
     is_text = head_of(lm.model.config) == "text"
     if (task := find_task(lm, sources, read) if is_text else None) or not is_text:
         return assess(lm, sources, read, task)
@@ -137,32 +72,7 @@ def evaluate(
         reader = WindowReader(lm.tokenizer, window, stride, bar)
         wants_float32 = isinstance(model, ModelOptions) and model.dtype == "float32"
         scores, dtype = _score_windows(lm, reader.windows(read_records(sources, read)), wants_float32)
-    if not scores.count:
-        raise HfkitError("there is nothing to score: the corpus holds no text")
-    sizes = np.array(reader.bytes, float)
-    scores.merge(Scores(*np.zeros((4, len(sizes)))))  # passages in which no token was a target
-    nats = float(scores.nll.sum())
-    return Evaluation(
-        model=lm.name,
-        documents=reader.documents,
-        words=reader.words,
-        tokens=scores.count,
-        bytes=int(sizes.sum()),
-        window=window,
-        stride=stride,
-        dtype=dtype,
-        loss=scores.loss,
-        loss_stderr=scores.loss_stderr,
-        perplexity=scores.perplexity,
-        perplexity_stderr=scores.perplexity_stderr,
-        word_perplexity=exp(nats / max(1, reader.words)),
-        bits_per_byte=nats / math.log(2) / float(sizes.sum()),
-        bits_per_byte_stderr=ratio_stderr(scores.nll, sizes) / math.log(2),
-        token_accuracy=float(scores.top1.sum() / scores.count),
-        top5_accuracy=float(scores.top5.sum() / scores.count),
-        scores=scores,
-        passages=sizes,
-    )
+    return sum_up(lm.name, reader, scores, window, stride, dtype)
 
 
 def _score_windows(lm: LanguageModel, windows: Iterator[Item], wants_float32: bool) -> tuple[Scores, str]:
@@ -183,3 +93,15 @@ def _score_windows(lm: LanguageModel, windows: Iterator[Item], wants_float32: bo
                 scores.merge(score_batches(model, batches))
     scores.merge(score_batches(model, batches))  # nothing is left if bfloat16 was used
     return scores, bits_of(model) or dtype
+
+
+def batch_windows(windows: Iterator[Item], tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
+    """Batches of windows of similar length, padded on the right, where a causal model does not look."""
+    while nearby := list(islice(windows, _SORTED)):
+        nearby.sort(key=lambda item: len(item["input_ids"]))
+        for items in group(nearby, tokens):
+            ids, targets, units = (
+                pad_sequence([torch.tensor(item[name]) for item in items], batch_first=True, padding_value=padding)
+                for name, padding in (("input_ids", 0), ("targets", IGNORED), ("units", 0))
+            )
+            yield ids, targets, units.numpy()

@@ -18,8 +18,8 @@ from hfkit.evaluation.metrics import METRICS, find_metric, mean_figures
 from hfkit.inference.answering import find_answers
 from hfkit.inference.classification import calibration_error, classify_each, label_names
 from hfkit.inference.generation import generate_each
-from hfkit.inference.likelihood import jsonable
 from hfkit.inference.results import Classification
+from hfkit.inference.scores import jsonable
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel
 from hfkit.options import CorpusOptions, GenerateOptions, TaskOptions

@@ -6,5 +6,8 @@ decoding: what happens at each step while texts are generated
 batches: requests run together
 generation: generate and stream
 likelihood: log-probabilities of given tokens
+scores: their sums
+remote, connection: a model on a server
+results: what generate and classify return
 classification, answering, inspection: the calls of these names
 """

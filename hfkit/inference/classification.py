@@ -18,11 +18,12 @@ from hfkit.corpus.templates import Task, make_task, task_of
 from hfkit.errors import HfkitError, NotFiniteError, OptionError
 from hfkit.inference.batches import group_by_length, pad
 from hfkit.inference.likelihood import score
+from hfkit.inference.remote import Server
 from hfkit.inference.results import Classification
 from hfkit.inference.text import Text, check_text, list_texts
 from hfkit.models.architecture import check_causal, head_of
 from hfkit.models.loading import LanguageModel, Model, loaded, split_options
-from hfkit.options import TaskOptions
+from hfkit.options import ServerOptions, TaskOptions
 
 _WINDOW = 128  # texts that are sorted by length together
 _TOKENS = {"cpu": 16_384, "cuda": 131_072}  # at a time, of texts with their labels
@@ -49,7 +50,7 @@ def classify(
     Args:
         text: a text, or the columns of a row where the template has several; or a list of such.
         model: a model with a classification head, one that learned a task, or any causal model with `labels`.
-        options: every field of `TaskOptions` and `ModelOptions` is a keyword, too: `labels=["good", "bad"]`.
+        options: every field of it, of `ModelOptions` and of `ServerOptions` is a keyword, too: `labels=["a", "b"]`.
 
     Returns:
         A `Classification` for a text, a list of them for a list.
@@ -57,11 +58,14 @@ def classify(
     Raises:
         HfkitError: there are no labels, a text does not fit, or the model cannot be loaded.
     """
-    model, options = split_options(model, overrides, (TaskOptions, options))
+    model, options, server = split_options(model, overrides, (TaskOptions, options), (ServerOptions, None))
     texts, is_single = list_texts(text, "a text")
-    lm = loaded(model, "text", "classification")
+    if server.server:
+        each = Server(server, model).classify_each(texts, options)
+    else:
+        each = classify_each(texts, loaded(model, "text", "classification"), options)
     results: list[Classification] = []
-    for result in classify_each(texts, lm, options):
+    for result in each:
         if isinstance(result, HfkitError):
             raise result if len(texts) == 1 else type(result)(f"text {len(results)}: {result}") from result
         results.append(result)

@@ -91,7 +91,7 @@ def make_job(corpus: Corpora, options: ModelOptions, data: DataOptions, train: T
         files=files,
         folder=folder,
         recipe=run_folder.make_recipe(corpus, replace(options, model=source.name), data, plan.options),
-        facts=dataset.fingerprint | {"model_bytes": source.size, "processes": processes.count},
+        facts=dataset.fingerprint | source.fingerprint | {"processes": processes.count},
         tokenizer=tokenizer,
         make_model=partial(make_trainable, source, options, plan, tokenizer, dataset),
         dataset=dataset,

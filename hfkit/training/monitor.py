@@ -27,7 +27,8 @@ from hfkit.corpus.training_data import TrainingData
 from hfkit.errors import HfkitError
 from hfkit.inference.classification import label_scores
 from hfkit.inference.generation import generate
-from hfkit.inference.likelihood import Scores, ratio_stderr, score_batches, score_items, shift
+from hfkit.inference.likelihood import score_batches, score_items, shift
+from hfkit.inference.scores import Scores, ratio_stderr
 from hfkit.models.loading import LanguageModel
 from hfkit.reporting.summaries import merit
 from hfkit.training.checkpoints import Stop

@@ -17,7 +17,7 @@ from hfkit.corpus.overlap import MOST, WORDS, index_corpus
 from hfkit.corpus.templates import task_of
 from hfkit.errors import HfkitError, StoppedError, first_line
 from hfkit.inference.generation import generate
-from hfkit.inference.likelihood import jsonable
+from hfkit.inference.scores import jsonable
 from hfkit.reporting.pages import PAGE, make_files
 from hfkit.reporting.summaries import summarize
 from hfkit.training import run_folder
@@ -58,7 +58,7 @@ def run_job(job: Job, command: str, callbacks: Sequence[TrainerCallback], *, dry
 def _execute(job: Job) -> Run:
     if processes.rank == 0:
         if run_folder.is_begun(job.folder) and not job.plan.options.overwrite:
-            run_folder.check_same_settings(job.folder, job.recipe, job.facts)
+            run_folder.check_same_settings(job.folder, job.command, job.recipe, job.facts)
         else:
             run_folder.begin(job.folder, job.command, job.recipe, job.facts, job.keep)
     processes.gather([])
