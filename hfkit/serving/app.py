@@ -219,9 +219,10 @@ async def _tokenizer_info(request: fastapi.Request, model: str | None = None) ->
 
 
 def _model(server: Server, lm: LanguageModel) -> dict[str, Any]:
-    continues = not lm.model.config.is_encoder_decoder and not task_of(lm.tokenizer)
+    has_encoder = lm.model.config.is_encoder_decoder
     return {"id": lm.name, "object": "model", "created": server.started, "owned_by": "hfkit",
-            "max_model_len": lm.context, "task": head_of(lm.model.config), "continues": continues}  # fmt: skip
+            "max_model_len": lm.context, "task": head_of(lm.model.config), "has_encoder": has_encoder,
+            "continues": not has_encoder and not task_of(lm.tokenizer)}  # fmt: skip
 
 
 @router.get("/v1/models")

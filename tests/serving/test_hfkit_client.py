@@ -126,6 +126,19 @@ def test_evaluate_of_the_whole_context(server, documents, lm, capfdbinary):
     assert_fails(call(capfdbinary, "evaluate", rows, *flags[:3], "-q", "--server", server[0]), 2, "not answers")
 
 
+def test_beams_and_encoders(server, story, tiny_t5):
+    """Their texts are the same; the server does not tell their log-probabilities."""
+    translator = hfkit.load(tiny_t5)
+    with serving(translator) as (address, _):
+        cases = [("bundled", story, server[0], {"num_beams": 3}), (translator.name, translator, address, {})]
+        for name, lm, place, options in cases:
+            options |= {"max_new_tokens": 6, "seed": 1}
+            local = hfkit.generate("a house", model=lm, **options)
+            remote = hfkit.generate("a house", model=name, server=place, **options)
+            assert (str(remote), remote.tokens) == (str(local), local.tokens)
+            assert remote.to_dict()["logprob"] is None
+
+
 def test_answers_stand_alone(copy, tiny, capfdbinary):
     """What a model that learned a task says stands without the prompt, as it does here."""
     folder = copy(tiny)
