@@ -24,6 +24,7 @@ from hfkit.serving.rows import Row, Token, UnavailableError
 # Tokens of prompts in a round, while texts are being written and while none is.
 _PROMPT_TOKENS = {"cpu": (64, 512), "cuda": (1024, 8192)}
 _TOKENS_AT_ONCE = {"cpu": 32_768, "cuda": 262_144}  # columns of all rows
+_PATIENCE = 10.0  # seconds until the thread ends: beams cannot be interrupted
 
 
 class Engine:
@@ -66,7 +67,7 @@ class Engine:
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(_PATIENCE)
 
     def _run(self) -> None:
         with torch.inference_mode():
@@ -269,11 +270,12 @@ class SoloEngine(Engine):
         self._row = None
 
     def _write(self, row: Row) -> None:
-        options = replace(row.options, seed=row.request.seed, num_return_sequences=None)
+        options = replace(row.options, seed=row.request.seed, num_return_sequences=None, max_time=row.seconds_left)
         pieces = stream(row.request, model=self.lm, options=options)
         try:
-            while not row.is_cancelled:
+            while not (row.is_cancelled or self._stopping):
                 row.show(next(pieces))
+            _end(row)
         except StopIteration as stop:
             text: Generation = stop.value
             self.tokens_written += text.tokens

@@ -31,16 +31,20 @@ Ids = list[int]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class Body(BaseModel):
-    """What every request may have. Null is as good as nothing."""
-
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-    model: str | None = None
+class _Nullable(BaseModel):
+    """Null is as good as nothing: many clients send it for what they leave out."""
 
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, values: Any) -> Any:
         return {name: value for name, value in values.items() if value is not None} if type(values) is dict else values
+
+
+class Body(_Nullable):
+    """What every request may have."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model: str | None = None
 
     def extras(self) -> dict[str, Any]:
         """The fields beyond those that are declared; OptionError for one that would be ignored silently."""
@@ -53,7 +57,7 @@ class Body(BaseModel):
         return extras
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Nullable):
     """What a stream has besides text."""
 
     include_usage: bool = False
@@ -135,6 +139,8 @@ class CompletionBody(Sampling):
             raise OptionError(f"best_of is {self.best_of}: it must be at least n, which is {self.n}")
         if self.stream and self.samples > self.n:
             raise OptionError("best_of is not known before the end: leave it out, or stream")
+        if self.stream and self.echo and self.logprobs is not None:
+            raise OptionError("log-probabilities of the prompt come whole: leave stream, echo or logprobs out")
         if self.max_tokens == 0 and not self.echo:
             raise OptionError("max_tokens is 0: that needs echo")
 
@@ -146,16 +152,11 @@ class Part(BaseModel):
     text: str
 
 
-class Message(BaseModel):
+class Message(_Nullable):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part] = ""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, values: Any) -> Any:
-        return {name: value for name, value in values.items() if value is not None} if type(values) is dict else values
 
     def to_dict(self) -> dict[str, str]:
         """What a chat template takes."""

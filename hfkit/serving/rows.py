@@ -130,9 +130,14 @@ class Row:
         return self._cancelled.is_set()
 
     @property
+    def seconds_left(self) -> float | None:
+        """Until its time is over; None without a limit."""
+        return self._deadline - time.monotonic() if self._deadline < math.inf else None
+
+    @property
     def is_late(self) -> bool:
         """Whether its time is over."""
-        return time.monotonic() > self._deadline
+        return self._deadline <= time.monotonic()
 
     def penalize(self, scores: torch.Tensor) -> None:
         """Apply what OpenAI's options add to the scores, (vocabulary,), in place."""

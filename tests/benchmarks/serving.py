@@ -37,6 +37,7 @@ def started(command: list[str], port: int) -> Iterator[str]:
                 httpx.get(f"{address}/health", timeout=1).raise_for_status()
                 break
             time.sleep(0.5)
+        assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
         yield address
     finally:
         process.terminate()

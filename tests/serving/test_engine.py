@@ -338,3 +338,11 @@ def test_requests_keep_within_the_device(start, lm):
     while any(text.events.empty() for text in texts):
         most = max(most, engine.running)
     assert most <= 3 and {text.result().completion.text for text in texts} != {""}
+
+
+def test_time_limit_of_beams(start, story):
+    engine = start(story)
+    options = GenerateOptions(max_new_tokens=400, min_new_tokens=400, num_beams=4, temperature=0, seed=1)
+    text = Written(story, "Once", options, seconds=0.5)
+    engine.submit([text.row])
+    assert 0 < len(text.result().completion.tokens) < 400
