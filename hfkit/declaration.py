@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import numbers
 import os
 import re
 import sys
@@ -101,8 +100,6 @@ def argument(default: Any = MISSING, *, help: str, **typer: Any) -> Any:
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}
 _WORDS = {"true": True, "false": False, "null": None}
 _HALF_PAIR = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are not UTF-8
-
-
 _hints = functools.cache(get_type_hints)
 
 
@@ -113,16 +110,16 @@ def kinds_of(group: type["Options"]) -> dict[str, Any]:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """Whether `value` is of this kind. A whole number is a float as well (numpy's, too); True is neither."""
+    """Whether `value` is of this kind. A whole number is a float as well; True is neither."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) is list:
         return isinstance(value, list | tuple) and all(_is(item, get_args(kind)[0]) for item in value)
-    type_ = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
-    return isinstance(value, type_) and isinstance(value, bool) == (kind is bool)
+    return isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)
 
 
 def _name_of(kind: Any) -> str:
+    """What a message calls a value of this kind."""
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
     return _NAMES.get(kind) or f"a list, each {_name_of(get_args(kind)[0])}"

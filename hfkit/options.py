@@ -221,9 +221,13 @@ class EvaluateOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ManyModelsOptions(ModelOptions):
-    """`ModelOptions` of a command that compares models."""
+    """`ModelOptions` of a command that takes several models."""
 
-    model: list[str] | None = option(None, "Model to evaluate; repeat it to compare models.", short="-m")  # type: ignore[assignment]
+    model: list[str] | None = option(None, "A model, as for `generate`; may be repeated.", short="-m")  # type: ignore[assignment]
+
+    def each(self) -> list[ModelOptions]:
+        """The options of every model."""
+        return [ModelOptions(**{**vars(self), "model": name}) for name in self.model or (None,)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +265,9 @@ class ExportOptions(Options):
     """Where a model is exported to, and how."""
 
     output_dir: str | None = option(None, "Folder to write to.", short="-o")
-    dtype: _Dtype = option("auto", "Precision. [default: unchanged]")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"] = option(
+        "auto", "Precision; float8_e4m3fn: matrices of a byte a weight. [default: unchanged]"
+    )
     push_to_hub: str | None = option(None, "OWNER/NAME on the Hub to push to.")
     private: bool = option(True, "Make a new repository private.")
     overwrite: bool = option(False, "Replace the folder if it exists.")

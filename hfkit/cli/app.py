@@ -25,11 +25,12 @@ from hfkit.cli.inspect import inspect
 from hfkit.cli.runs import export, recipes, report
 from hfkit.cli.serve import serve
 from hfkit.cli.train import finetune, prepare, pretrain, tune
-from hfkit.cli.usage import Command, explain_usage
+from hfkit.cli.usage import Command, Group, explain_usage
 from hfkit.errors import HfkitError, StoppedError
 
 app = typer.Typer(
     name="hfkit",
+    cls=Group,
     help=hfkit.__doc__,
     epilog='Start with: hfkit generate "Once upon a time"',
     no_args_is_help=True,

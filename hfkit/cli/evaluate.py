@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hfkit import console
 from hfkit.cli.flags import CORPUS, JSON, flags
 from hfkit.console import with_error
 from hfkit.corpus.files import find_corpus
 from hfkit.models.sources import find_model
-from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ModelOptions, ServerOptions
+from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ServerOptions
 
 if TYPE_CHECKING:
     from hfkit.evaluation.figures import Evaluation
@@ -38,22 +37,19 @@ def evaluate(
         hfkit evaluate held-out.txt
         hfkit evaluate held-out.txt -m bundled -m runs/corpus
     """
-    shared: dict[str, Any] = {each.name: getattr(model, each.name) for each in fields(ModelOptions)}
-    names: list[str | None] = [*model.model] if model.model else [None]
-    chosen = [ModelOptions(**shared | {"model": name}) for name in names]
     sources = find_corpus(corpus, read)
     results: list[Evaluation | Assessment]
     if server.server:
         from hfkit.evaluation.remote import evaluate_on
         from hfkit.inference.remote import Server
 
-        results = [evaluate_on(Server(server, choice), sources, read, options) for choice in chosen]
+        results = [evaluate_on(Server(server, each), sources, read, options) for each in model.each()]
     else:
-        for choice in chosen:
-            find_model(choice)  # a wrong name fails before torch is imported
+        for each in model.each():
+            find_model(each)  # a wrong name is an error before torch is imported
         from hfkit.evaluation import perplexity
 
-        results = [perplexity.evaluate(sources, model=choice, read=read, options=options) for choice in chosen]
+        results = [perplexity.evaluate(sources, model=each, read=read, options=options) for each in model.each()]
     if json:
         rows = [result.to_dict() for result in results]
         console.write_json(rows if len(rows) > 1 else rows[0])
@@ -74,10 +70,8 @@ def _write_evaluations(evaluations: list[Evaluation]) -> None:
         console.write(_compare(evaluations) + "\n")
     else:
         console.write("".join(f"{name:<16} {value}\n" for name, value in first.describe().items()))
-        sentence = (
-            "On average the model is as unsure as if it chose among {:,.1f} equally likely tokens; lower is better."
-        )
-        console.write(sentence.format(first.perplexity) + "\n")
+        choice = f"as if it chose among {first.perplexity:,.1f} equally likely tokens"
+        console.write(f"On average the model is as unsure {choice}; lower is better.\n")
     if not isfinite(first.loss_stderr):
         console.write("No ± is shown: the corpus is a single passage, and a spread takes two documents or more.\n")
 

@@ -1,5 +1,6 @@
 """From a function to a command: its parameters and the fields of its `Options` become flags, and keys of a recipe."""
 
+import copy
 import functools
 import glob
 import inspect
@@ -21,8 +22,8 @@ _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Return shipped recipes and files for tab completion."""
-    return [name for name in shipped() if name.startswith(incomplete)] + glob.glob(f"{glob.escape(incomplete)}*")
+    """Return shipped recipes and files for tab completion; Typer chooses those that fit."""
+    return [*shipped(), *glob.glob(f"{glob.escape(incomplete)}*")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +45,9 @@ def flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """
     parameters = inspect.signature(command, eval_str=True).parameters.values()
     groups = {p.name: p.annotation for p in parameters if p.default is p.empty}
-    own = make_dataclass(
-        command.__name__,
-        [(p.name, p.annotation, p.default) for p in parameters if p.name not in groups],
-        bases=(Options,), frozen=True, kw_only=True,
-    )  # fmt: skip
+    # A dataclass writes into its fields, and commands share some.
+    own_fields = [(p.name, p.annotation, copy.copy(p.default)) for p in parameters if p.name not in groups]
+    own = make_dataclass(command.__name__, own_fields, bases=(Options,), frozen=True, kw_only=True)
     classes: list[type[Options]] = [own, *groups.values(), CommonFlags]
 
     @functools.wraps(command)
@@ -59,11 +58,11 @@ def flags(command: Callable[..., Any]) -> Callable[..., Any]:
             texts = read_values(recipe, [name for name in typed if name != "config"]) | texts
         if missing := [f.name for f in fields(own) if f.default is MISSING and f.name not in texts]:
             raise OptionError(f"{ctx.command_path} needs a {missing[0]}, such as {ctx.command.examples[0]}")
-        options = [group.read({name: texts[name] for name in group.names() if name in texts}) for group in classes]
-        common: Any = options.pop()
+        read: list[Any] = [cls.read({name: texts[name] for name in cls.names() if name in texts}) for cls in classes]
+        own_options, *options, common = read
         console.configure(quiet=common.quiet, verbose=common.verbose, debug=common.debug)
         try:
-            return command(**vars(options.pop(0)), **dict(zip(groups, options, strict=True)))
+            return command(**vars(own_options), **dict(zip(groups, options, strict=True)))
         except EOFError as error:  # Typer would take it for Ctrl-D
             raise HfkitError(f"a file ends too early: {error}") from error
 
@@ -76,14 +75,15 @@ def flags(command: Callable[..., Any]) -> Callable[..., Any]:
 def _flag(f: "Field[Any]", kind: Any, group: str) -> inspect.Parameter:
     """Return a field as a parameter that Typer makes a flag or an argument of; its value is the text that is typed."""
     item = get_args(kind)[0] if get_origin(kind) is list else kind
-    help, highest = f.metadata["help"], f.metadata["bounds"]["max"]
+    help, highest, more = f.metadata["help"], f.metadata["bounds"]["max"], f.metadata["typer"]
     if get_origin(item) is Literal:
         help += f" One of {', '.join(get_args(item))}."
+        more = more | {"autocompletion": lambda: get_args(item)}
     if highest is not None and highest < 2**31:
         help += f" At most {highest:g}."
     if f.default not in (None, False, True, MISSING) and "[default" not in help:
         help += f" [default: {f.default}]"
-    more = {"help": help, "metavar": _METAVARS.get(item, "NAME"), **f.metadata["typer"]}
+    more = {"help": help, "metavar": _METAVARS.get(item, "NAME"), **more}
     name = (f.metadata["name"] or f.name).replace("_", "-")
     if f.metadata["is_argument"]:
         info: Any = typer.Argument(**more | {"metavar": name.upper()})

@@ -151,13 +151,13 @@ def _generate_windows(
     """Yield results in the order of the input, a window at a time. Each process has its share of every window."""
     from hfkit.inference import generation
 
+    def advance(texts: int) -> None:
+        bar.update(texts * processes.count)
+
     size = generation.window_size(lm, sampling, batch_size) * processes.count
     while window := list(islice(prompts, size)):
         share = window[processes.rank :: processes.count]
-        results = generation.generate_each(
-            share, model=lm, options=sampling, batch_size=batch_size,
-            on_done=lambda texts: bar.update(texts * processes.count),
-        )  # fmt: skip
+        results = generation.generate_each(share, model=lm, options=sampling, batch_size=batch_size, on_done=advance)
         yield sorted(processes.gather(list(results)), key=lambda numbered: numbered[0])
 
 

@@ -128,8 +128,8 @@ def find_problems(report: dict[str, Any]) -> list[str]:
         problems.append("no C++ compiler, so nothing is compiled for speed: install g++")
     needed, free = model.get("memory", {}).get("float32", model["file_bytes"]), machine["memory_free"]
     if needed > free and not devices["gpus"]:
-        problems.append(f"{model['name']} needs {_readable_size(needed)}, {_readable_size(free)} are free: "
-                        "use --quantize int8")  # fmt: skip
+        sizes = f"{model['name']} needs {_readable_size(needed)}, {_readable_size(free)} are free"
+        problems.append(f"{sizes}: use --quantize int8")
     cache = Path(hub["cache"])
     if hub["cache_free"] < 2**30:
         free = _readable_size(hub["cache_free"])

@@ -11,7 +11,7 @@ import typer
 import hfkit
 from hfkit import console
 from hfkit.cli.flags import complete_recipe, flags
-from hfkit.cli.usage import Command
+from hfkit.cli.usage import Command, Group
 from hfkit.declaration import argument, option
 from hfkit.models.folder import check_target
 from hfkit.models.sources import find_model
@@ -19,16 +19,17 @@ from hfkit.options import ExportOptions
 from hfkit.recipes import copy_recipe, head_comment, shipped
 from hfkit.storage import check_free
 
-recipes = typer.Typer(help="List the shipped recipes; copy one to start from.", invoke_without_command=True)
+recipes = typer.Typer(cls=Group, help="List the shipped recipes; copy one to start from.", invoke_without_command=True)
 
 
 @recipes.callback()
 def list_recipes(context: typer.Context) -> None:
+    """Print name and purpose of every recipe; one to a line, except on a narrow terminal."""
     if context.invoked_subcommand is None:
-        columns = console.columns() if sys.stdout.isatty() else 1000
+        width, columns = max(map(len, shipped())) + 2, console.columns() if sys.stdout.isatty() else 1000
         for name, path in shipped().items():
-            line = f"{name:<26}  {head_comment(path)[0]}"
-            console.write(textwrap.fill(line, columns, subsequent_indent=" " * 28) + "\n")
+            line = f"{name:<{width}}{head_comment(path)[0]}"
+            console.write(textwrap.fill(line, columns, subsequent_indent=" " * width) + "\n")
         console.note("next: hfkit recipes copy NAME")
 
 

@@ -9,7 +9,7 @@ from hfkit.cli.flags import flags
 from hfkit.declaration import option
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.sources import find_model
-from hfkit.options import ManyModelsOptions, ModelOptions
+from hfkit.options import ManyModelsOptions
 
 
 @flags
@@ -33,16 +33,15 @@ def serve(
         hfkit serve
         hfkit serve -m gpt2 --port 8080
     """
-    options = [ModelOptions(**{**vars(model), "model": name}) for name in model.model or (None,)]
-    sources = [find_model(each) for each in options]  # report a wrong name before torch is imported
+    sources = [find_model(each) for each in model.each()]  # a wrong name is an error before torch is imported
     if len({source.name for source in sources}) < len(sources):
         raise OptionError("--model names one model twice: leave one of them out")
     if engine == "vllm":
         from hfkit.serving.vllm import serve_with_vllm
 
-        if len(options) > 1 or (allowed_host, max_requests, request_timeout, log_prompts) != (None, 256, 600, False):
+        if len(sources) > 1 or (allowed_host, max_requests, request_timeout, log_prompts) != (None, 256, 600, False):
             raise OptionError("vLLM takes one model, --host, --port and --api-key: leave the other flags out")
-        serve_with_vllm(options[0], host, port, api_key)
+        serve_with_vllm(model.each()[0], host, port, api_key)
     try:
         from hfkit.serving import server
         from hfkit.serving.guard import Settings
@@ -58,4 +57,4 @@ def serve(
     is_local = host in ("127.0.0.1", "localhost", "::1")
     hosts = (*settings.hosts, *(allowed_host or [])) if is_local or allowed_host else ()
     listener = server.bind(host, port)
-    server.serve([load(each) for each in options], listener, replace(settings, hosts=hosts), grace)
+    server.serve([load(each) for each in model.each()], listener, replace(settings, hosts=hosts), grace)

@@ -122,8 +122,10 @@ def prepare(
         console.write_json(preparation.to_dict())
         return
     console.write("".join(f"{line}\n" for line in preparation.lines()))
-    chosen = ["-m", model.model] if model.model else []
-    console.note(f"next: {shlex.join(['hfkit', 'finetune', *([str(output_dir)] if output_dir else corpus), *chosen])}")
+    from hfkit.training.run_folder import command_line
+
+    command = command_line("finetune", str(output_dir) if output_dir else corpus, data)
+    console.note(f"next: {command}" + (f" -m {shlex.quote(model.model)}" if model.model else ""))
 
 
 @flags

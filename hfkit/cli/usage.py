@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from hfkit.declaration import find_known_name
 
@@ -28,6 +28,23 @@ _COMMANDS = {
 _TEXT_COMMANDS = ("generate", "classify", "inspect", "answer")
 
 
+def _keep_text(params: Any) -> Any:
+    """Pass on each value as it was typed. Typer would import pydantic, only to check that a text is a text."""
+    for param in params:
+        param.process_value = lambda ctx, value, param=param: (
+            param.callback(ctx, param, value) if param.callback else value
+        )
+    return params
+
+
+class Group(TyperGroup):
+    """A list of commands."""
+
+    def get_params(self, ctx: Context) -> Any:
+        """Return the flags that stand before a command."""
+        return _keep_text(super().get_params(ctx))
+
+
 class Command(TyperCommand):
     """A command whose help fits 80 columns, cuts no name, and ends with the examples of its docstring."""
 
@@ -35,19 +52,19 @@ class Command(TyperCommand):
         help, _, examples = help.partition("\n\nExamples:\n")
         super().__init__(name, help=help, **settings)
         self.examples = [line.strip() for line in examples.splitlines()]
-        for param in self.params:
-            # Its value is the text as it was typed. Typer would import pydantic, a tenth of a second, to check that.
-            param.process_value = lambda ctx, value: value  # type: ignore[method-assign]
+
+    def get_params(self, ctx: Context) -> Any:
+        """Return the arguments and flags."""
+        return _keep_text(super().get_params(ctx))
 
     def collect_usage_pieces(self, ctx: Context) -> list[str]:
-        """Return the parts of the usage line, arguments in capitals."""
-        return [piece.upper().replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+        """Return the parts of the usage line, without Typer's braces around arguments that are needed."""
+        return [re.sub("[{}]", "", piece) for piece in super().collect_usage_pieces(ctx)]
 
     def format_options(self, ctx: Context, formatter: HelpFormatter) -> None:
         """Write the arguments and options, a section for each group."""
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
-        params: list[Any] = self.get_params(ctx)
-        for param in params:
+        for param in self.get_params(ctx):
             title = "Arguments" if param.param_type_name == "argument" else "Options"
             title = getattr(param, "rich_help_panel", None) or title
             sections.setdefault(title, []).append((_names(param), param.help or ""))
@@ -64,7 +81,7 @@ class Command(TyperCommand):
 def _names(param: Any) -> str:
     """Return the names of an option with a placeholder for its value: `-t, --temperature X`, `--[no-]lora`."""
     if param.param_type_name == "argument":
-        return str(param.name).upper() + ("..." if param.nargs == -1 else "")
+        return f"{param.metavar}{'...' if param.nargs == -1 else ''}"
     names = ", ".join(sorted(param.opts, key=len))
     if param.secondary_opts:
         return names.replace("--", "--[no-]")

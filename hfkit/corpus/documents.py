@@ -122,9 +122,7 @@ def _make_records(rows: Iterable[Row], convert: Convert, description: str) -> It
             yield Example(values, where)
 
 
-def read_table(
-    corpus: Corpora | Corpus, options: CorpusOptions, columns: Collection[str] = ()
-) -> Iterator[Row]:
+def read_table(corpus: Corpora | Corpus, options: CorpusOptions, columns: Collection[str] = ()) -> Iterator[Row]:
     """The rows of a corpus, unchanged, each with where it is.
 
     columns: what the rows must have. Files in a folder that lack one are left out, if others have all of them.

@@ -172,12 +172,23 @@ def _find_sources(name: str, patterns: dict[str, bool], output: Path | None) -> 
         for path in paths:
             kind_of(path, chosen=True)  # says what it is, if it is a PDF or the like
         raise HfkitError(f"nothing to read ({name}): it has no text, CSV, JSON, Parquet or Arrow files")
-    unread, outputs = len(paths) - len(kinds), listing.unread
-    parts = [f"{counted(unread, 'file')} without text"] if unread else []
-    parts += [f"{counted(len(outputs), 'folder')} with a run or a model, such as {outputs[0]}"] if outputs else []
+    _note_surprises(name, listing, paths, without_text=len(paths) - len(kinds))
+    return [Source(path, kind, not is_named, listing.files[path]) for path, kind in kinds.items()]
+
+
+def _note_surprises(name: str, listing: _Listing, paths: list[Path], without_text: int) -> None:
+    """Say what is left out of a folder, and what is read that one may not expect."""
+    parts = [f"{counted(without_text, 'file')} without text"] if without_text else []
+    if outputs := listing.unread:
+        parts.append(f"{counted(len(outputs), 'folder')} with a run or a model, such as {outputs[0]}")
     if parts:
         note_once(f"{name}: left out {' and '.join(parts)}")
-    return [Source(path, kind, not is_named, listing.files[path]) for path, kind in kinds.items()]
+    root = Path(name).expanduser().resolve()
+    if outside := [path for path in listing.links if not path.resolve().is_relative_to(root)]:
+        note_once(f"{name} has links that lead out of it, which are read ({outside[0]} to {outside[0].resolve()})")
+    matches = [_SPLIT.fullmatch(path.name.partition(".")[0]) for path in paths if not listing.files[path]]
+    if len(splits := sorted({match[1].lower() for match in matches if match})) > 1:
+        note_once(f"{name} has files called {' and '.join(splits)}: all are read; --exclude leaves some out")
 
 
 def _is_excluded(path: Path, folder: Path, patterns: dict[str, bool]) -> bool:
@@ -209,7 +220,9 @@ def _list_files(name: str, output: Path | None) -> _Listing:
         if path.is_dir():
             if kind := _output_kind(path):
                 raise HfkitError(f"{name} is {kind}: did you mean -m {name}?")
-            return _list_folder(path, output)
+            listing = _Listing(seen={folder.resolve() for folder in (path, output) if folder})
+            listing.walk(path)
+            return listing
         if path.is_file():
             return _Listing({path: None})
         if path.exists():
@@ -227,19 +240,6 @@ def _list_files(name: str, output: Path | None) -> _Listing:
     if not files:
         raise HfkitError(f"{name} names files of {outputs[0]}, a run or a model: did you mean -m {outputs[0]}?")
     return _Listing(files, outputs)
-
-
-def _list_folder(folder: Path, output: Path | None) -> _Listing:
-    """The files below a folder, with notes on what may surprise."""
-    root = folder.resolve()
-    listing = _Listing(seen={root, output.resolve() if output else root})
-    listing.walk(folder)
-    if outside := [path for path in listing.links if not path.resolve().is_relative_to(root)]:
-        note_once(f"{folder} has links that lead out of it, which are read ({outside[0]} to {outside[0].resolve()})")
-    matches = [_SPLIT.fullmatch(path.name.partition(".")[0]) for path, split in listing.files.items() if not split]
-    if len(names := sorted({match[1].lower() for match in matches if match})) > 1:
-        note_once(f"{folder} has files called {' and '.join(names)}: all are read; --exclude leaves some out")
-    return listing
 
 
 def _output_kind(folder: Path) -> str | None:

@@ -1,5 +1,6 @@
 """What is in the folder of a saved model, and whether it is safe to load. Needs neither torch nor transformers."""
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from hfkit.errors import HfkitError, first_line
 from hfkit.storage import check_free, check_owned, make_writable
 
 INDEX = "model.safetensors.index.json"
+_PLACE = 4096  # bytes
 _TOKENIZERS = (
     "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model source.spm sentencepiece.bpe.model"
 ).split()
@@ -29,8 +31,26 @@ class ModelFiles:
     @property
     def size(self) -> int:
         """Bytes of the weight files."""
-        files = [self.folder / self.gguf] if self.gguf else list(self.folder.glob("*.safetensors"))
-        return sum(file.stat().st_size for file in files)
+        return sum(path.stat().st_size for path in self._weights)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these weights from others: their size, and a hash of a thousand places in each file.
+
+        Training changes every weight, so these places are enough.
+        """
+        digest = hashlib.sha256()
+        for path in self._weights:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                for start in range(0, size, max(_PLACE, size // 1000)):
+                    file.seek(start)
+                    digest.update(file.read(_PLACE))
+        return {"model_bytes": self.size, "model_sha256": digest.hexdigest()}
+
+    @property
+    def _weights(self) -> list[Path]:
+        return [self.folder / self.gguf] if self.gguf else sorted(self.folder.glob("*.safetensors"))
 
     @property
     def tokenizer_folder(self) -> Path:

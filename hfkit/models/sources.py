@@ -88,7 +88,20 @@ def _with_base(name: str, path: Path, options: ModelOptions) -> ModelFiles:
     except HfkitError as error:
         hint = ", which runs for a model that is named itself" if options.trust_remote_code else ""
         raise HfkitError(f"no base model for the adapter ({path}): {error}{hint}") from error
+    if folder:
+        _check_base(path, source)
     return replace(source, name=name, adapter=path)
+
+
+def _check_base(adapter: Path, base: ModelFiles) -> None:
+    """Raise HfkitError if the weights of an adapter's local base are not those that the adapter was trained on."""
+    run = read_json(adapter / "run.json", base.name) if (adapter / "run.json").is_file() else {}
+    # A run of an old version recorded only the size.
+    if any(run.get(name, value) != value for name, value in base.fingerprint.items()):
+        raise HfkitError(
+            f"the base of the adapter has changed since it was trained ({adapter}: {base.folder}): train the adapter "
+            "again, or put the old base back"
+        )
 
 
 def from_hub(name: str, revision: str | None) -> Path:

@@ -226,7 +226,7 @@ def explain_search(trials: Sequence[dict[str, Any]], before: float | None = None
     parts = []
     for what, value in rivals.items():
         if value is not None:
-            gain = abs(best[figure] - value)
-            by = f"{100 * gain:.1f} points" if figure == "accuracy" else f"{gain:.4f}"
-            parts.append(f"{by} {'above' if best[figure] > value else 'below'} that of {what}")
+            gain = best[figure] - value
+            by = f"{100 * abs(gain):.1f} points" if figure == "accuracy" else f"{abs(gain):.4f}"
+            parts.append((f"{by} {'above' if gain > 0 else 'below'}" if gain else "equal to") + f" that of {what}")
     return f"The held-out {figure} of trial {best['number']} is {', '.join(parts)}." if parts else ""

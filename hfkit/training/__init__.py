@@ -3,7 +3,7 @@
 finetuning, pretraining: the public calls
 plan: what a run will be and cost on this machine, and the job that comes of it
 models: what is trained, loaded or new
-runs: a job from begin to end
+runs: a job from beginning to end
 loop: the training loop; its docstring lists the events of a step in order
 monitor: what is watched while a model trains
 checkpoints: complete and verified, or not used; signals that stop a run

@@ -69,7 +69,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_newest(folder: Path, best: int | None = None) -> Path | None:
-    """The newest checkpoint that verifies, or rather that of step `best`; None if none was finished yet.
+    """The checkpoint of step `best` if it verifies, else the newest one that does; None if none was finished yet.
 
     Those that were tried before and do not verify lose their manifest: `rotate` deletes them after the next save.
 

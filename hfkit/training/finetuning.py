@@ -42,7 +42,7 @@ def finetune(
     dry_run: bool = False,
     **overrides: Any,
 ) -> Run | None:
-    """Go on training a model on a corpus.
+    """Continue training a model on a corpus.
 
     Args:
         corpus: files, folders, globs, `hf://NAME`, or a folder that `prepare` made.
@@ -91,7 +91,7 @@ def make_job(corpus: Corpora, options: ModelOptions, data: DataOptions, train: T
         files=files,
         folder=folder,
         recipe=run_folder.make_recipe(corpus, replace(options, model=source.name), data, plan.options),
-        facts=dataset.fingerprint | {"model_bytes": source.size, "processes": processes.count},
+        facts=dataset.fingerprint | source.fingerprint | {"processes": processes.count},
         tokenizer=tokenizer,
         make_model=partial(make_trainable, source, options, plan, tokenizer, dataset),
         dataset=dataset,

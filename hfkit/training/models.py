@@ -65,10 +65,12 @@ def new_model(config: Any, head: str | None) -> Any:
 
 
 def _set_training_mode(model: Any, plan: Plan) -> None:
-    """Set what is not in a model's weights: how its loss is counted, and its dropout while it trains."""
+    """Set what is not in a model's weights: how its loss is counted, its attention, its dropout."""
     if not plan.options.head:
         # Without this, Trainer counts the labels unshifted: loss and gradients come out too small.
         model.loss_type = "ForCausalLM"
+    if plan.plain_attention:
+        model.set_attn_implementation("eager")
     for module in model.modules():
         if plan.options.dropout is not None and isinstance(module, torch.nn.Dropout):
             module.p = plan.options.dropout

@@ -236,7 +236,7 @@ class HeldOutMonitor:
 
 
 def _sample(held_out: Any, plan: Plan) -> Any:
-    """So many of the held-out items, evenly spaced, that measuring costs about a tenth of the training."""
+    """As many of the held-out items, evenly spaced, as make measuring cost about a tenth of the training."""
     per_step = plan.rows * plan.options.gradient_accumulation_steps
     limit, count = max(32, int(0.3 * per_step * plan.eval_steps)), len(held_out)
     return held_out if count <= limit else Subset(held_out, [number * count // limit for number in range(limit)])

@@ -26,6 +26,7 @@ from hfkit.training.run_folder import CHECKPOINTS
 
 _COMPILE_SECONDS = {"cpu": 600, "cuda": 300}  # estimated length of a run from which compiling pays
 _UTILIZATION = 0.35  # share of the speed of a matrix product of the model's size
+_MOST_SCORES = 1e9  # bytes of attention scores to keep in memory for speed
 _CONTEXT = 1024
 # Fine-tuning makes 3 epochs; over a small text as many as make up these tokens, at most 30, since the names and the
 # voice of three pages are learned then, not before. Such a run stops when the held-out part gets worse.
@@ -41,6 +42,7 @@ class Plan:
     precision: str  # float32, bfloat16, float16
     compile: bool
     attention_dropout: bool
+    plain_attention: bool  # instead of torch's fused one
     steps: int
     tokens: int  # in all steps
     parameters: int
@@ -164,6 +166,10 @@ def make_plan(
     dropout = device.type != "cpu" or not getattr(config, "attn_pdrop", 0)
     if not dropout:
         why.append("no attention dropout: a CPU has no fast attention with it")
+    # On a CPU torch's fused attention takes twice as long as the plain one, compiled. What it saves is memory.
+    plain = compiled and device.type == "cpu" and _attention_memory(config, batch / shared_by, length) < _MOST_SCORES
+    if plain:
+        why.append("plain attention: compiled, it is faster on a CPU than a fused one")
     if device.type == "cuda" and shared_by == 1 and (count := torch.cuda.device_count()) > 1:
         why.append(f"one of {count} GPUs: --num-processes {count} uses all of them")
     return Plan(
@@ -179,6 +185,7 @@ def make_plan(
         precision=precision,
         compile=compiled,
         attention_dropout=dropout,
+        plain_attention=plain,
         steps=steps,
         tokens=tokens,
         parameters=parameters,
@@ -277,3 +284,9 @@ def _estimate_memory(config: Any, parameters: int, tokens: float, options: Train
     state = parameters * (4 if options.lora else 16)
     activations = layers * width * (8 if options.activation_checkpointing else 40) * tokens
     return int(state + activations + 10 * tokens * getattr(config, "vocab_size", 50257))
+
+
+def _attention_memory(config: Any, rows: float, length: float) -> float:
+    """Bytes of the attention scores that plain attention keeps for the backward pass."""
+    layers, heads = getattr(config, "num_hidden_layers", 12), getattr(config, "num_attention_heads", 12)
+    return 4 * layers * heads * rows * length**2

@@ -20,7 +20,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from hfkit import processes, storage
+from hfkit import console, processes, storage
 from hfkit.corpus.files import Corpora, Corpus, find_corpus, is_prepared, name_of
 from hfkit.declaration import Options, set_fields
 from hfkit.errors import HfkitError, OptionError, first_line
@@ -35,6 +35,7 @@ _TRACKERS = {"azure_ml": "azureml", "flyte": "flytekit"} | {
     name: name
     for name in "clearml codecarbon comet_ml dagshub dvclive mlflow neptune swanlab tensorboard trackio wandb".split()
 }
+_LENGTH = ("max_steps", "lr_scheduler_kwargs")  # of a run; the latter has the number of its last, falling steps
 _STAGING = ".staging"
 # The files of a checkpoint that make up the model; everything else in it is for the training alone.
 _MODEL_FILES = (
@@ -184,24 +185,40 @@ def begin(
     storage.remove_owned(folder, keep=[FACTS])
     (folder / CHECKPOINTS).mkdir()
     keep(folder)
-    # Values in JSON are YAML in which a text cannot be taken for a number.
-    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in recipe.items()]
-    storage.write_text(folder / RECIPE, f"# hfkit {command} --config {RECIPE} -o ANOTHER-FOLDER\n{''.join(lines)}")
+    _write_recipe(folder, command, recipe)
     storage.make_durable(folder / CHECKPOINTS)
 
 
-def check_same_settings(folder: Path, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Raise HfkitError if the run in `folder` was begun with other settings."""
-    begun = _read_json(folder / FACTS)
-    begun, asked = begun.pop("recipe") | begun, recipe | facts
-    names = [name for name in {**asked, **begun} if name not in ("command", "versions")]
+def _write_recipe(folder: Path, command: str, recipe: dict[str, Any]) -> None:
+    # Values in JSON are YAML in which a text cannot be taken for a number.
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in recipe.items()]
+    storage.write_text(folder / RECIPE, f"# hfkit {command} --config {RECIPE} -o ANOTHER-FOLDER\n{''.join(lines)}")
+
+
+def check_same_settings(folder: Path, command: str, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Raise HfkitError if the run in `folder` was begun with other settings.
+
+    A schedule that only falls at its end may get another length: nothing that was trained so far depends on it.
+    """
+    record = _read_json(folder / FACTS)
+    facts = {name: value for name, value in facts.items() if name in record}  # old versions recorded fewer
+    begun, asked = record["recipe"] | record, recipe | facts
+    names = [name for name in {**asked, **begun} if name not in ("command", "versions", "recipe")]
     names = [name for name in names if begun.get(name) != asked.get(name)]
-    if names:
-        shown = ", ".join(f"{name} was {begun.get(name)!s:.60}, is {asked.get(name)!s:.60}" for name in names[:8])
+    if {"model_bytes", "model_sha256"} & {*names} and begun.get("model") == asked.get("model"):
+        raise HfkitError(
+            f"{asked['model']} has changed since {folder} was begun on it: --overwrite starts over on the new one"
+        )
+    shown = ", ".join(f"{name} was {begun.get(name)!s:.60}, is {asked.get(name)!s:.60}" for name in names[:8])
+    if {*names} - {*(_LENGTH if recipe["lr_scheduler_type"] == "warmup_stable_decay" else ())}:
         raise HfkitError(
             f"{folder} was begun with other settings ({shown}): --config {folder / RECIPE} has those, "
             "or --overwrite starts over"
         )
+    if names:
+        console.note(f"the run gets another length: {shown}")
+        storage.write_text(folder / FACTS, json.dumps(record | {"recipe": recipe}, indent=1))
+        _write_recipe(folder, command, recipe)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

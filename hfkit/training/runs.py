@@ -1,4 +1,4 @@
-"""A run from begin to end: its job is trained, its result is written down."""
+"""A run from beginning to end: its job is trained, its result is written down."""
 
 import contextlib
 import json
@@ -58,7 +58,7 @@ def run_job(job: Job, command: str, callbacks: Sequence[TrainerCallback], *, dry
 def _execute(job: Job) -> Run:
     if processes.rank == 0:
         if run_folder.is_begun(job.folder) and not job.plan.options.overwrite:
-            run_folder.check_same_settings(job.folder, job.recipe, job.facts)
+            run_folder.check_same_settings(job.folder, job.command, job.recipe, job.facts)
         else:
             run_folder.begin(job.folder, job.command, job.recipe, job.facts, job.keep)
     processes.gather([])

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import typer
-from support.shell import assert_fails, call
+from support.shell import assert_fails, call, run
 
 import hfkit
 from hfkit import declaration, options
@@ -188,3 +188,17 @@ def test_empty_output(capfdbinary, line, tmp_path, monkeypatch):
     assert_fails(call(capfdbinary, *line.split(), "-o", ""), 2, "--output", "is ''", "must")
     assert_fails(call(capfdbinary, "recipes", "copy", "sampling-story", "--to", ""), 2, "--to is ''")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("hfkit recipes copy gen", ["generation-news", "generation-poems", "generation-stories"]),
+        ("hfkit generate --dtype fl", ["float32", "float16"]),
+        ("hfkit gen", ["generate"]),
+    ],
+)
+def test_tab_completion(line, words):
+    """A shell completes commands, names of recipes and the values of an option."""
+    env = {"_HFKIT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    assert run(env=env).stdout.decode().split() == words

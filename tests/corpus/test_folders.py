@@ -170,6 +170,8 @@ def test_list_folder_says_that_it_reads_all_splits(tmp_path, other, is_told, cap
         (tmp_path / name).write_text('{"text": "one"}\n')
     assert read(tmp_path) == ["one", "one"]
     assert ("has files called test and train: all are read" in capfd.readouterr().err) == is_told
+    find_corpus(tmp_path, CorpusOptions(exclude="test*"))
+    assert "has files" not in capfd.readouterr().err
 
 
 def test_fingerprint_tells_a_split_from_all_its_files(tmp_path):
@@ -360,6 +362,10 @@ def test_exclude_at_a_shell_and_in_python(tree, tiny, capfdbinary, tmp_path):
     trials.write_corpus(tree / "long.txt")
     skip = ["--exclude", "*.md", "--exclude", "drafts", "--exclude", "?.txt"]
     alone = json.loads(call(capfdbinary, "prepare", tree / "long.txt", "-m", tiny, "--json").stdout)
+    prepared = call(capfdbinary, "prepare", tree, *skip, "-m", tiny)
+    assert prepared.stderr.decode().endswith(
+        f"next: hfkit finetune {tree} --exclude '*.md' --exclude drafts --exclude '?.txt' -m {tiny}\n"
+    )
     result = json.loads(call(capfdbinary, "prepare", tree, *skip, "-m", tiny, "--json").stdout)
     assert result["tokens"] == alone["tokens"]
     assert json.loads(call(capfdbinary, "evaluate", tree, *skip, "-m", tiny, "--json").stdout)["documents"] == 24

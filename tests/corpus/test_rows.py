@@ -1,7 +1,9 @@
 """Rows of tables and JSON: dialects, containers, and what is too large to be read at once."""
 
+import bz2
 import gzip
 import json
+import lzma
 
 import pytest
 
@@ -200,6 +202,20 @@ def test_kind_of_names_a_format_that_is_not_read(tmp_path, name):
         find_corpus(tmp_path)
     (tmp_path / "z.txt").write_text("text")
     assert [path.name for path in find_corpus(tmp_path).files] == ["z.txt"]
+
+
+@pytest.mark.parametrize(("suffix", "module"), [("gz", gzip), ("bz2", bz2), ("xz", lzma)])
+def test_open_file_of_every_compression(tmp_path, suffix, module):
+    """Compressed text and rows are read as they are, whatever the name; what is cut off is one line."""
+    packed = module.compress(b"text,n\nhello,1\n")
+    (tmp_path / f"a.csv.{suffix}").write_bytes(packed)
+    (tmp_path / "a.txt").write_bytes(packed)
+    for name, text in ((f"a.csv.{suffix}", "hello"), ("a.txt", "text,n\nhello,1\n")):
+        (record,) = read_records(find_corpus(tmp_path / name), CorpusOptions())
+        assert record.text == text
+    (tmp_path / "a.txt").write_bytes(packed[:-6])
+    with pytest.raises(HfkitError, match=r"cannot read the corpus \(.*a.txt\): Compressed file ended"):
+        find_corpus(tmp_path / "a.txt")
 
 
 def test_fingerprint_tells_a_notebook_from_a_text(tmp_path):

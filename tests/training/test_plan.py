@@ -14,6 +14,7 @@ import hfkit
 from hfkit.errors import OptionError
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.training import plan as plan_module
+from hfkit.training.models import make_new
 from hfkit.training.plan import make_plan
 
 pytestmark = pytest.mark.usefixtures("brisk")
@@ -51,6 +52,19 @@ def test_plan_precision(machine):
     assert plan(bf16=False).precision == "float32" and plan(fp16=False).precision == "float32"
     with pytest.raises(OptionError, match="exclude each other"):
         plan(bf16=True, fp16=True)
+
+
+def test_plan_attention(machine):
+    """A compiled run on a CPU has plain attention, which computes the same, while its memory is small."""
+    machine()
+    assert not plan().plain_attention and not plan(torch_compile=True, length=1e5).plain_attention
+    chosen = plan(torch_compile=True)
+    assert chosen.plain_attention and any("plain attention" in line for line in chosen.why)
+    model, ids = make_new(CONFIG, chosen).eval(), torch.arange(40)[None]
+    assert model.config._attn_implementation == "eager"
+    plain = model(ids).logits
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(model(ids).logits, plain)
 
 
 def test_plan_float32(still, corpus, tmp_path, monkeypatch, machine):

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 from support import trials
 from support.shell import assert_fails, call
 from transformers import TrainerCallback
@@ -190,6 +191,31 @@ def test_check_same_settings(stopped, tiny, still, corpus, tmp_path, name, capfd
     ):
         train(asked.pop("corpus"), asked.pop("model"), stopped, resume=True, **asked)
     assert (stopped / "checkpoints" / "checkpoint-4").is_dir()
+
+
+def test_resume_on_a_changed_base(tiny, corpus, tmp_path, copy):
+    """A run is not resumed on another model of the same name, such as the bundled one of another version."""
+    model = copy(tiny)
+    with pytest.raises(RuntimeError, match="power"):
+        train(corpus, str(model), tmp_path / "run", callbacks=[PowerCut()])
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(HfkitError, match=f"^{model} has changed since .*run was begun on it: --overwrite starts over"):
+        train(corpus, str(model), tmp_path / "run", resume=True)
+
+
+def test_resume_with_another_length(tiny, corpus, tmp_path, capfd):
+    """Where the learning rate only falls at the end, a run may end at another step, as if it had been begun so."""
+    schedule = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 1}
+    long = schedule | {"max_steps": 12, "lr_scheduler_kwargs": '{"num_decay_steps": 6}'}
+    short = schedule | {"max_steps": 8, "lr_scheduler_kwargs": '{"num_decay_steps": 3, "decay_type": "linear"}'}
+    with pytest.raises(RuntimeError, match="power"):
+        train(corpus, tiny, tmp_path / "run", **long, callbacks=[PowerCut()])
+    train(corpus, tiny, tmp_path / "run", **short, resume=True)
+    assert "the run gets another length: max_steps was 12, is 8" in capfd.readouterr().err
+    train(corpus, tiny, tmp_path / "whole", **short)
+    assert trials.outcome(tmp_path / "run") == trials.outcome(tmp_path / "whole")
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == (tmp_path / "whole" / "recipe.yaml").read_text()
 
 
 def test_resume_by_recipe(stopped, finished, tmp_path, capfdbinary):
