@@ -89,7 +89,7 @@ class Server:
             finish_reason=answer.finish_reason,
             tokens=answer.tokens or len(answer.logprobs),
             logprob=sum(answer.logprobs) if answer.logprobs else math.nan,
-            seed=options.seed if draws(options) else None,
+            seed=options.seed if draws(options) and self._route != "responses" else None,
             model=self.model,
             echo=self.continues(options),
         )
@@ -178,7 +178,8 @@ class Server:
         if route == "completions":
             # hfkit knows none of these models' and of beams.
             scores = {} if self._has_encoder or (options.num_beams or 1) > 1 else {"logprobs": 1}
-            return {"prompt": prompt, "max_tokens": 100} | scores | fields
+            most = {"fit": True} if self.is_hfkit else {"max_tokens": 100}
+            return {"prompt": prompt} | most | scores | fields
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if route == "responses":
             fields.pop("seed", None)  # it takes none

@@ -46,6 +46,8 @@ def test_generate_lists(server, story, lm):
         [each.completion for each in row] for row in local
     ]
     assert [[each.seed for each in row] for row in remote] == [[each.seed for each in row] for row in local]
+    long = {"model": lm.name, "server": server[0], "seed": 1}
+    assert hfkit.generate("x" * 60, **long).completion == hfkit.generate("x" * 60, model=lm, seed=1).completion
     with pytest.raises(HfkitError, match="do not fit"):
         hfkit.generate("x" * 100, model=lm.name, server=server[0])
     with pytest.raises(HfkitError, match="not supported"):
@@ -132,7 +134,7 @@ def test_beams_and_encoders(server, story, tiny_t5):
     with serving(translator) as (address, _):
         cases = [("bundled", story, server[0], {"num_beams": 3}), (translator.name, translator, address, {})]
         for name, lm, place, options in cases:
-            options |= {"max_new_tokens": 6, "seed": 1}
+            options |= {"seed": 1}
             local = hfkit.generate("a house", model=lm, **options)
             remote = hfkit.generate("a house", model=name, server=place, **options)
             assert (str(remote), remote.tokens) == (str(local), local.tokens)
