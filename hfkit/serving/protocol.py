@@ -113,6 +113,7 @@ class CompletionBody(Sampling):
 
     prompt: str | list[str] | Ids | list[Ids] = ""
     max_tokens: int | None = Field(None, ge=0)  # 16, as OpenAI has it
+    fit: bool = False  # without max_tokens: as many as `hfkit generate` writes, and fewer where these do not fit
     best_of: int | None = Field(None, ge=1, le=_MOST_TEXTS)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
