@@ -147,10 +147,9 @@ class Prefixes:
         """How much of the beginning of a prompt is known."""
         return max((common_length(kept, ids) for kept, _ in self._kept), default=0)
 
-    def find(self, ids: Sequence[int]) -> DynamicCache | None:
-        """A cache of the longest known beginning of a prompt; its last token is left to compute."""
-        if (length := min(self.length(ids), len(ids) - 1)) < SHORTEST_PREFIX:
-            return None
+    def find(self, ids: Sequence[int]) -> DynamicCache:
+        """A cache of what is known of the beginning of a prompt; its last token is left to compute."""
+        length = self.length(ids[:-1])
         place = next(place for place, (kept, _) in enumerate(self._kept) if kept[:length] == tuple(ids[:length]))
         self._kept.append(self._kept.pop(place))
         return _copy(self._kept[-1][1], 0, slice(0, length))

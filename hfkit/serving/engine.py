@@ -135,7 +135,7 @@ class StepEngine(Engine):
         super().stop()
 
     def _drop_all(self) -> list[Row]:
-        rows = self._rows + (self._reading.rows if self._reading else [])
+        rows = list(dict.fromkeys(self._rows + (self._reading.rows if self._reading else [])))
         self._rows, self._reading = [], None
         self._window.clear()
         return rows
@@ -187,20 +187,19 @@ class StepEngine(Engine):
 
     def _join(self, prompts: Prompts, logits: torch.Tensor) -> None:
         """Write the first token of each text whose prompt has been read, (prompts, vocabulary), and go on with it."""
-        self._reading = None
         places = [place for place, rows in enumerate(prompts.groups.values()) for _ in rows]
         for place, ids in enumerate(prompts.groups):
             if not prompts.scores:
                 self._prefixes.keep(ids, prompts.cache, place)
         pairs = [pair for pair in zip(prompts.rows, places, strict=True) if pair[0].request.new_tokens]
         ended = self._take([row for row, _ in pairs], logits[[place for _, place in pairs]]) if pairs else []
-        for row, place in pairs:
-            if row not in ended:
-                self._window.add(prompts.cache, place, len(row.request.ids))
-                self._rows.append(row)
+        going_on = [pair for pair in pairs if pair[0] not in ended]
+        for row, place in going_on:
+            self._window.add(prompts.cache, place, len(row.request.ids))
         for row in prompts.rows:
             if not row.request.new_tokens:
                 row.finish()
+        self._reading, self._rows = None, [*self._rows, *(row for row, _ in going_on)]
 
     def _leave(self, row: Row) -> None:
         """Take a row out of the window, where the last one takes its place."""

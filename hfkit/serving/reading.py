@@ -26,10 +26,10 @@ class Prompts:
         """row: the first one; `add` takes more, as long as nothing has been read."""
         self.groups = {tuple(row.request.ids): [row]}  # the rows of each prompt
         self.scores = row.wishes.scores_prompt
-        # What is known of the beginning of a prompt; it is not known with its scores.
-        known = None if self.scores else prefixes.find(row.request.ids)
-        self.cache = known or DynamicCache()
-        self._lm, self._prefixes, self._done = lm, prefixes, self.cache.get_seq_length()
+        self.cache = DynamicCache()
+        # What is known of the beginning of a prompt is not known with its scores.
+        known = 0 if self.scores else prefixes.length(row.request.ids[:-1])
+        self._lm, self._prefixes, self._done = lm, prefixes, known if known >= SHORTEST_PREFIX else 0
         self._ids: torch.Tensor | None = None
 
     @property
@@ -70,6 +70,7 @@ class Prompts:
         """Read `count` more columns. Returns the logits after the last ones, (prompts, vocabulary)."""
         if self._ids is None:
             self._ids = self._pad()
+            self.cache = self._prefixes.find(self._ids[0].tolist()) if self._done else self.cache
         columns = slice(self._done, self._done + count)
         keep: dict[str, Any] = {} if self.scores else {"logits_to_keep": 1}
         logits, _ = forward(

@@ -215,14 +215,15 @@ def test_an_error_of_one_text_leaves_the_others(start, lm):
         assert_same(texts[k].result(), hfkit.generate("the cat", model=lm, options=options[k]))
 
 
-def test_an_error_of_a_step_ends_its_texts_and_no_more(start, lm, monkeypatch):
-    engine, step = start(lm), Window.step
-    monkeypatch.setattr(Window, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("injected")))
+@pytest.mark.parametrize("name", ["step", "add"])
+def test_an_error_of_a_step_ends_its_texts_and_no_more(start, lm, monkeypatch, name):
+    engine, function = start(lm), getattr(Window, name)
+    monkeypatch.setattr(Window, name, lambda *_: (_ for _ in ()).throw(RuntimeError("injected")))
     text = Written(lm, "the cat", GenerateOptions(max_new_tokens=8, seed=1))
     engine.submit([text.row])
     with pytest.raises(RuntimeError, match="injected"):
         text.result()
-    monkeypatch.setattr(Window, "step", step)
+    monkeypatch.setattr(Window, name, function)
     options = GenerateOptions(max_new_tokens=8, seed=2)
     (result,) = write(engine, lm, ["the cat"], [options])
     assert_same(result, hfkit.generate("the cat", model=lm, options=options))
