@@ -300,4 +300,4 @@ class TuneOptions(Options):
         "warm-up, batch, epochs and dropout; rank and dropout of LoRA]",
     )
     prune: bool = option(True, "Stop a trial that is worse than most others at the same point.")
-    train_best: bool = option(False, "Train with the best settings at the end.")
+    train_best: bool = option(False, "Copy the best trial to OUTPUT-DIR/best, as a run of its own.")
