@@ -154,9 +154,7 @@ class DataOptions(CorpusOptions):
 class TrainOptions(Options):
     """How a model is trained. Names are those of `TrainingArguments` and, for LoRA, of TRL, where these have one."""
 
-    output_dir: str | None = option(
-        None, "Folder of the run. [default: runs/NAME of the corpus; pretrain: runs/NAME-pretrained]", short="-o"
-    )
+    output_dir: str | None = option(None, "Folder of the run. [default: runs/ and the corpus's name]", short="-o")
     num_train_epochs: float | None = option(
         None, "Passes over the corpus. [default: 3, for a small corpus up to 30; new: 3 to 20]", above=0
     )
