@@ -88,9 +88,7 @@ def _scan_once() -> None:
         models = import_module("transformers.models")
     finally:
         import_utils.define_import_structure = scan
-    vars(models)["_object_missing_backend"] |= {
-        name.removeprefix("models."): backends for name, backends in missing
-    }
+    vars(models)["_object_missing_backend"] |= {name.removeprefix("models."): backends for name, backends in missing}
 
 
 def _never() -> bool:

@@ -1,5 +1,6 @@
 """The `hfkit` command: registers every subcommand, and turns each failure into one line and an exit code."""
 
+import functools
 import gc
 import io
 import os
@@ -26,6 +27,7 @@ from hfkit.cli.inspect import inspect
 from hfkit.cli.report import export, report
 from hfkit.cli.train import finetune, prepare, pretrain, tune
 from hfkit.cli.usage import Command, explain_usage
+from hfkit.cli.warm import warm
 from hfkit.errors import HfkitError, StoppedError
 
 app = typer.Typer(
@@ -58,10 +60,17 @@ def _root(
 
 
 for _command in (
-    *(generate, chat, finetune, pretrain, prepare, evaluate, inspect, classify, answer, tune, report, export, info),
+    *(generate, chat, finetune, pretrain, prepare, evaluate, inspect, classify, answer, tune, report, export),
+    *(info, warm),
 ):
     app.command(cls=Command)(_command)
 app.add_typer(recipes.app, name="recipes")
+
+
+@functools.cache
+def command_line() -> Any:
+    """All commands with their flags. A resident process makes them once, see `cli.resident`."""
+    return typer.main.get_command(app)
 
 
 def main() -> NoReturn:
@@ -83,7 +92,7 @@ def main() -> NoReturn:
     gc.set_threshold(50_000)  # importing transformers creates many objects and no garbage: saves a sixth of its time
     hook, sys.unraisablehook = sys.unraisablehook, send_again
     try:
-        code = app(prog_name="hfkit", standalone_mode=False)
+        code = command_line()(prog_name="hfkit", standalone_mode=False)
         sys.stdout.flush()
         processes.leave()
     except BaseException as error:  # noqa: BLE001, every failure ends here

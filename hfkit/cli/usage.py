@@ -44,6 +44,7 @@ EXAMPLES = {
     "report": ("hfkit report runs/a runs/b -o runs.html",),
     "export": ("hfkit export runs/corpus -o my-model",),
     "info": ("hfkit info", "hfkit info -m gpt2"),
+    "warm": ("hfkit warm", "hfkit warm --idle 2h", "hfkit warm --stop"),
 }
 # What other programs call a command -> what to write.
 _COMMANDS = {
