@@ -11,13 +11,14 @@ _MODULES = {
     "evaluation.perplexity": "Evaluation evaluate",
     "evaluation.tasks": "Assessment",
     "inference.answering": "Answer answer",
-    "inference.classification": "Classification classify",
-    "inference.generation": "Generation generate stream",
+    "inference.classification": "classify",
+    "inference.generation": "generate stream",
     "inference.inspection": "Inspection inspect",
+    "inference.results": "Classification Generation",
     "models.exporting": "export",
     "models.loading": "LanguageModel load",
     "options": "CorpusOptions DataOptions EvaluateOptions ExportOptions GenerateOptions InspectOptions ModelOptions "
-    "SizeOptions TaskOptions TrainOptions TuneOptions",
+    "ServerOptions SizeOptions TaskOptions TrainOptions TuneOptions",
     "training.finetuning": "finetune",
     "training.preparation": "prepare",
     "training.pretraining": "pretrain",
@@ -34,13 +35,13 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers; tests/test_l
     from hfkit.evaluation.tasks import Assessment as Assessment
     from hfkit.inference.answering import Answer as Answer
     from hfkit.inference.answering import answer as answer
-    from hfkit.inference.classification import Classification as Classification
     from hfkit.inference.classification import classify as classify
-    from hfkit.inference.generation import Generation as Generation
     from hfkit.inference.generation import generate as generate
     from hfkit.inference.generation import stream as stream
     from hfkit.inference.inspection import Inspection as Inspection
     from hfkit.inference.inspection import inspect as inspect
+    from hfkit.inference.results import Classification as Classification
+    from hfkit.inference.results import Generation as Generation
     from hfkit.models.exporting import export as export
     from hfkit.models.loading import LanguageModel as LanguageModel
     from hfkit.models.loading import load as load
@@ -51,6 +52,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers; tests/test_l
     from hfkit.options import GenerateOptions as GenerateOptions
     from hfkit.options import InspectOptions as InspectOptions
     from hfkit.options import ModelOptions as ModelOptions
+    from hfkit.options import ServerOptions as ServerOptions
     from hfkit.options import SizeOptions as SizeOptions
     from hfkit.options import TaskOptions as TaskOptions
     from hfkit.options import TrainOptions as TrainOptions

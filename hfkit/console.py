@@ -219,7 +219,12 @@ def duration(seconds: float) -> str:
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{max(1, math.ceil(seconds))} seconds"
+    return counted(max(1, math.ceil(seconds)), "second")
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and its noun: "1 step", "1,200 steps"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def with_error(value: float, error: float | None, form: str) -> str:

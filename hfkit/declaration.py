@@ -68,12 +68,22 @@ def explain_unknown_name(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else ""
 
 
-def option(default: Any, help: str, *, short: str | None = None, above: float | None = None, **typer: Any) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    short: str | None = None,
+    above: float | None = None,
+    secret: bool = False,
+    **typer: Any,
+) -> Any:
     """A dataclass field with its help text.
 
-    `above` is a bound that the value must exceed; `typer` are arguments of `typer.Option` (`min`, `max` ...).
+    `above` is a bound that the value must exceed; a `secret` is in no message and no repr; `typer` are arguments of
+    `typer.Option` (`min`, `max` ...).
     """
-    return field(default=default, metadata={"help": help, "short": short, "above": above, "typer": typer})
+    metadata = {"help": help, "short": short, "above": above, "typer": typer}
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 _hints = functools.cache(get_type_hints)
@@ -132,7 +142,9 @@ class Options:
             self._refuse(name, f"it must be {lower}" + ("" if max is None else f", at most {max}"))
 
     def _refuse(self, name: str, why: str) -> NoReturn:
-        raise OptionError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}: {why}")
+        is_secret = not next(f for f in fields(self) if f.name == name).repr
+        value = "secret" if is_secret else repr(getattr(self, name))
+        raise OptionError(f"--{name.replace('_', '-')} is {value}: {why}")
 
     @classmethod
     def names(cls) -> list[str]:

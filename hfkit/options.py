@@ -34,6 +34,14 @@ class ModelOptions(Options):
     trust_remote_code: bool = option(False, "Run code that comes with a local model, or one with --revision COMMIT.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions(Options):
+    """Which server does the work, in place of this machine."""
+
+    server: str | None = option(None, "OpenAI-compatible server: http://HOST:PORT, or openai.", envvar="HFKIT_SERVER")
+    api_key: str | None = option(None, "Its key. [default: $HFKIT_API_KEY, for openai $OPENAI_API_KEY]", secret=True)
+
+
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
@@ -72,9 +80,7 @@ class GenerateOptions(Options):
     renormalize_logits: bool | None = option(None, "Renormalise after the last processor.")
     use_cache: bool | None = option(None, "Reuse keys and values of earlier tokens.")
     max_time: float | None = option(None, "Stop after this many seconds.", above=0)
-    stop_strings: list[str] | None = option(
-        None, r"End before this text (\n: newline); may be repeated.", short="--stop"
-    )
+    stop_strings: list[str] | None = option(None, r"End before this text (\n: newline); repeatable.", short="--stop")
     bad_words: list[str] | None = option(None, "Never produce this text; may be repeated.")
     sequence_bias: list[str] | None = option(None, "TEXT=BIAS: add BIAS to the logit of TEXT; may be repeated.")
     negative_prompt: str | None = option(None, "What --guidance-scale moves away from. [default: the last token]")

@@ -25,6 +25,7 @@ from hfkit.cli.generate import generate
 from hfkit.cli.info import info
 from hfkit.cli.inspect import inspect
 from hfkit.cli.report import export, report
+from hfkit.cli.serve import serve
 from hfkit.cli.train import finetune, prepare, pretrain, tune
 from hfkit.cli.usage import Command, explain_usage
 from hfkit.cli.warm import warm
@@ -60,7 +61,7 @@ def _root(
 
 
 for _command in (
-    *(generate, chat, finetune, pretrain, prepare, evaluate, inspect, classify, answer, tune, report, export),
+    *(generate, chat, finetune, pretrain, prepare, evaluate, inspect, classify, answer, tune, serve, report, export),
     *(info, warm),
 ):
     app.command(cls=Command)(_command)

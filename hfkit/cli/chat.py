@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, cast
 
 from hfkit import console
 from hfkit.cli.flags import flags
-from hfkit.cli.generation_setup import load_for_generation, with_seed
+from hfkit.cli.generation_setup import load_for_generation, reach_server, with_seed
 from hfkit.cli.prompt_files import to_line
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.models.sources import find_model
-from hfkit.options import GenerateOptions, ModelOptions
+from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
 from hfkit.recipes import read_value
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from hfkit.inference.remote import Server
+    from hfkit.inference.results import Generation
     from hfkit.models.loading import LanguageModel
 
 _HELP = '''/set NAME VALUE  change an option: /set temperature 0.5; /set alone lists all
@@ -29,18 +33,23 @@ An empty line lets a base model continue by itself.'''
 
 
 @flags
-def chat(model: ModelOptions, sampling: GenerateOptions) -> None:
+def chat(model: ModelOptions, server: ServerOptions, sampling: GenerateOptions) -> None:
     """Talk with a model, turn by turn.
 
     A model with a chat template gets the turns through it; a base model continues them as one raw text.
     """
     if (sampling.num_return_sequences or 1) > 1:
         raise OptionError("a chat has one reply: leave --num-return-sequences out")
-    find_model(model)  # report a wrong name before torch is imported
-    lm = load_for_generation(model, sampling)
-    talk = Conversation(lm, replace(with_seed(lm, sampling), truncate=True))
+    if server.server:
+        remote, sampling = reach_server(server, model, sampling)
+        # Other servers do not know how to truncate.
+        talk: Conversation = RemoteConversation(remote, replace(sampling, truncate=remote.is_hfkit))
+    else:
+        find_model(model)  # report a wrong name before torch is imported
+        lm = load_for_generation(model, sampling)
+        talk = Conversation(lm, replace(with_seed(lm, sampling), truncate=True))
     manner = "through its chat template" if talk.has_template else "as raw text that it continues"
-    console.note(f"{lm.name} gets your turns {manner}; /help lists the commands")
+    console.note(f"{talk.name} gets your turns {manner}; /help lists the commands")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # a bad byte must not end the chat
     while (text := _read_turn()) is not None:
@@ -68,6 +77,11 @@ class Conversation:
         self.text = self._text_before = ""  # without one; before the last turn
 
     @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.lm.name
+
+    @property
     def has_template(self) -> bool:
         """Whether the turns go through the model's chat template."""
         return bool(self.lm.tokenizer.chat_template) and not self.options.raw
@@ -78,18 +92,29 @@ class Conversation:
         Raises:
             HfkitError: the turn is not UTF-8, or the chat template cannot be used. Call `undo` then.
         """
-        self._text_before = self.text
-        _check_utf8(text)
+        self._append(text)
         if not self.has_template:
-            self.text += text
             return self.text
-        self.messages.append({"role": "user", "content": text})
         ids: list[int] = []
         for first in range(0, len(self.messages), 2):
             ids = self._apply_template(self.messages[first:])
             if len(ids) + (self.options.max_new_tokens or 100) <= (self.lm.context or sys.maxsize):
                 break
         return ids
+
+    def reply(self, text: str) -> Generator[str, None, Generation]:
+        """The pieces of the model's reply to a turn."""
+        from hfkit.inference import generation
+
+        return generation.stream(self.add_turn(text), model=self.lm, options=self.options)
+
+    def _append(self, text: str) -> None:
+        self._text_before = self.text
+        _check_utf8(text)
+        if self.has_template:
+            self.messages.append({"role": "user", "content": text})
+        else:
+            self.text += text
 
     def _apply_template(self, messages: list[dict[str, str]]) -> list[int]:
         try:
@@ -135,6 +160,26 @@ class Conversation:
                 file.write(content)
         except OSError as error:
             raise HfkitError(f"cannot save ({path}): {error.strerror}") from error
+
+
+class RemoteConversation(Conversation):
+    """The turns of a chat with a model on a server, which has the chat template and cuts what is too long."""
+
+    def __init__(self, server: Server, options: GenerateOptions) -> None:
+        self._server, self.options = server, options
+        self.reset()
+
+    @property
+    def name(self) -> str:
+        return self._server.model
+
+    @property
+    def has_template(self) -> bool:
+        return not self.options.raw
+
+    def reply(self, text: str) -> Generator[str, None, Generation]:
+        self._append(text)
+        return self._server.stream(self.messages if self.has_template else self.text, options=self.options)
 
 
 def _read_turn() -> str | None:
@@ -197,9 +242,7 @@ def _obey(talk: Conversation, line: str) -> bool:
 
 def _print_reply(talk: Conversation, text: str) -> str:
     """Print the reply while it is generated, and return it. Ctrl-C ends it and keeps its beginning."""
-    from hfkit.inference import generation
-
-    pieces = generation.stream(talk.add_turn(text), model=talk.lm, options=talk.options)
+    pieces = talk.reply(text)
     reply = ""
     try:
         while True:

@@ -11,6 +11,7 @@ import typer
 import hfkit
 from hfkit import console
 from hfkit.cli.flags import Json, flags
+from hfkit.cli.generation_setup import loading
 from hfkit.cli.prompt_files import STDIN, check_input, read_prompt, read_prompts
 from hfkit.corpus.formats import read_text
 from hfkit.corpus.templates import make_task
@@ -19,7 +20,7 @@ from hfkit.models.sources import ModelFiles, find_model
 from hfkit.options import ModelOptions, TaskOptions
 
 if TYPE_CHECKING:
-    from hfkit.inference.classification import Classification
+    from hfkit.inference.results import Classification
 
 
 @flags
@@ -47,7 +48,9 @@ def classify(
         return
     if text is None:
         text = read_prompt(None, wanted="text to label")
-    _print_label(hfkit.classify(text, model=model, options=task), json)
+    with loading(model):
+        result = hfkit.classify(text, model=model, options=task)
+    _print_label(result, json)
 
 
 def _check_labels(source: ModelFiles, task: TaskOptions) -> None:
@@ -62,10 +65,12 @@ def _check_labels(source: ModelFiles, task: TaskOptions) -> None:
 
 def _label_file(path: Path, model: ModelOptions, task: TaskOptions, *, json: bool) -> None:
     """Label each line of a file. Report the lines that cannot be read, then raise HfkitError."""
-    from hfkit.inference.classification import Classification, classify_each
-    from hfkit.models.loading import loaded
+    with loading(model):
+        from hfkit.inference.classification import classify_each
+        from hfkit.inference.results import Classification
+        from hfkit.models.loading import loaded
 
-    lm = loaded(model, "text", "classification")
+        lm = loaded(model, "text", "classification")
     failures = 0
     for number, result in enumerate(classify_each(read_prompts(path), lm, task), 1):
         if isinstance(result, Classification):
@@ -107,7 +112,8 @@ def answer(
     else:
         check_input(context)
         text = "".join(read_text(context, "strict"))
-    result = hfkit.answer(question, text, model=model, no_answer_threshold=no_answer_threshold)
+    with loading(model):
+        result = hfkit.answer(question, text, model=model, no_answer_threshold=no_answer_threshold)
     if json:
         console.write_json(result.to_dict())
     elif result.answer:

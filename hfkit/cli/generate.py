@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,22 +15,25 @@ import typer
 from hfkit import console
 from hfkit.cli import generate_file, prompt_files
 from hfkit.cli.flags import Json, flags
-from hfkit.cli.generation_setup import load_with_prompt, with_seed
+from hfkit.cli.generation_setup import load_with_prompt, reach_server, with_seed
 from hfkit.cli.prompt_files import Results, to_line
 from hfkit.errors import OptionError
 from hfkit.models.sources import find_model
-from hfkit.options import GenerateOptions, ModelOptions
+from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
 from hfkit.recipes import read_value
 
 if TYPE_CHECKING:
-    from hfkit.inference.generation import Generation
-    from hfkit.inference.prompts import Request
+    from hfkit.inference.results import Generation
     from hfkit.models.loading import LanguageModel
+
+    Stream = Callable[..., Generator[str, None, Generation]]  # of one prompt; takes `options`
+    Generate = Callable[..., Sequence[Generation]]
 
 
 @flags
 def generate(
     model: ModelOptions,
+    server: ServerOptions,
     sampling: GenerateOptions,
     prompt: Annotated[str | None, typer.Argument(help="Text to continue; without it, stdin is read.")] = None,
     input: Annotated[
@@ -63,22 +67,38 @@ def generate(
     if input:
         prompt_files.check_input(input)
         generate_file.write_results(
-            model, sampling, input, output, resume=resume, overwrite=overwrite, batch_size=batch_size
+            model, server, sampling, input, output, resume=resume, overwrite=overwrite, batch_size=batch_size
         )
         return
     prompt = prompt_files.read_prompt(prompt)
-    find_model(model)  # report a wrong name before torch is imported
+    if not server.server:
+        find_model(model)  # report a wrong name before torch is imported
     if sweep:
+        if server.server:
+            raise OptionError("--sweep works only on this machine: leave --server out")
         _print_sweep(model, sampling, prompt, sweep, json=json)
         return
     file = Results(output, overwrite=overwrite) if output else None
-    lm, request = load_with_prompt(model, sampling, prompt)
-    assert request  # noqa: S101, there is a prompt
-    sampling = with_seed(lm, sampling)
-    if not (json or file) and sys.stdout.isatty() and _streams(lm, sampling):
-        _print_streams(lm, sampling, request, prompt_shown)
+    if server.server:
+        remote, sampling = reach_server(server, model, sampling)
+        stream: Stream = partial(remote.stream, prompt)
+        run: Generate = partial(remote.generate, prompt)
+        streams, continues = True, True
     else:
-        _print_at_once(lm, sampling, request, file, prompt_shown=prompt_shown, json=json)
+        from hfkit.inference import generation
+
+        lm, request = load_with_prompt(model, sampling, prompt)
+        assert request  # noqa: S101, there is a prompt
+        sampling = with_seed(lm, sampling)
+        stream = partial(generation.stream, request, model=lm)
+        count = sampling.num_return_sequences or 1
+        # partial() does not know which overload this is.
+        run = partial(generation.generate, request, model=lm, num_return_sequences=count)  # type: ignore[assignment]
+        streams, continues = _streams(lm, sampling), _continues(lm, sampling)
+    if not (json or file) and sys.stdout.isatty() and streams:
+        _print_streams(stream, sampling, prompt if prompt_shown else "", continues)
+    else:
+        _print_at_once(run, sampling, file, prompt_shown=prompt_shown, json=json)
 
 
 def _streams(lm: LanguageModel, sampling: GenerateOptions) -> bool:
@@ -88,26 +108,29 @@ def _streams(lm: LanguageModel, sampling: GenerateOptions) -> bool:
     return (sampling.num_return_sequences or 1) == 1 or draws(lm, sampling)
 
 
-def _print_streams(lm: LanguageModel, sampling: GenerateOptions, prompt: Request, prompt_shown: bool) -> None:
+def _continues(lm: LanguageModel, sampling: GenerateOptions) -> bool:
+    """Whether the text goes on from the prompt. Translators and models that learned a task answer it."""
+    from hfkit.corpus.templates import task_of
+
+    return not lm.model.config.is_encoder_decoder and (sampling.raw or not task_of(lm.tokenizer))
+
+
+def _print_streams(stream: Stream, sampling: GenerateOptions, prompt: str, continues: bool) -> None:
     """Print each sample while it is generated."""
     samples = sampling.num_return_sequences or 1
     for k in range(samples):
         sample = replace(sampling, num_return_sequences=None, seed=(sampling.seed or 0) + k)
         try:
-            _print_stream(lm, sample, prompt, prompt_shown)
+            _print_stream(stream, sample, prompt, continues)
         finally:  # after Ctrl-C, too
             console.write("\n" if k == samples - 1 else "\n----\n")
 
 
-def _print_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: Request, prompt_shown: bool) -> None:
-    from hfkit.corpus.templates import task_of
-    from hfkit.inference import generation
-
+def _print_stream(stream: Stream, sampling: GenerateOptions, prompt: str, continues: bool) -> None:
     started, first_token = time.perf_counter(), None
-    continues = not lm.model.config.is_encoder_decoder and (sampling.raw or not task_of(lm.tokenizer))
-    if prompt_shown and continues:
-        console.write(str(prompt.prompt), dim=True)
-    pieces = generation.stream(prompt, model=lm, options=sampling)
+    if continues:
+        console.write(prompt, dim=True)
+    pieces = stream(options=sampling)
     while True:
         try:
             piece = next(pieces)
@@ -119,20 +142,11 @@ def _print_stream(lm: LanguageModel, sampling: GenerateOptions, prompt: Request,
 
 
 def _print_at_once(
-    lm: LanguageModel,
-    sampling: GenerateOptions,
-    prompt: Request,
-    file: Results | None,
-    *,
-    prompt_shown: bool,
-    json: bool,
+    run: Generate, sampling: GenerateOptions, file: Results | None, *, prompt_shown: bool, json: bool
 ) -> None:
     """Generate all samples, then write them to `file` or stdout."""
-    from hfkit.inference import generation
-
     started = time.perf_counter()
-    count = sampling.num_return_sequences or 1
-    samples = generation.generate(prompt, model=lm, options=sampling, num_return_sequences=count)
+    samples = run(options=sampling)
     if file:
         file.add(sample.to_dict() | {"line": 1} for sample in samples)
         file.finish()

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfkit import console, processes
-from hfkit.cli.generation_setup import load_for_generation, with_seed
+from hfkit.cli.generation_setup import load_for_generation, reach_server, with_seed
 from hfkit.cli.prompt_files import Results, can_be_read_twice, read_prompts, to_line
 from hfkit.declaration import set_fields
-from hfkit.errors import HfkitError, OptionError
+from hfkit.errors import HfkitError, OptionError, hide_passwords
 from hfkit.models.sources import find_model
-from hfkit.options import GenerateOptions, ModelOptions
+from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
 
 if TYPE_CHECKING:
-    from hfkit.inference.generation import Generation
+    from hfkit.inference.results import Generation
     from hfkit.models.loading import LanguageModel
 
     Numbered = tuple[int, list[Generation] | HfkitError]  # index of a prompt, and its samples or its error
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 def write_results(
     model: ModelOptions,
+    server: ServerOptions,
     sampling: GenerateOptions,
     path: Path,
     output: Path | None,
@@ -37,6 +38,8 @@ def write_results(
 ) -> None:
     """Continue every prompt of the file `path`. Several processes share the prompts; the first one writes.
 
+    A server gets `batch_size` requests at a time.
+
     Raises:
         HfkitError: the run cannot begin or be resumed; or, in the end, some prompts could not be run.
     """
@@ -45,7 +48,7 @@ def write_results(
     if resume and not overwrite and output and output.is_file():
         console.note(f"{output} is complete: there is nothing to resume")
         return
-    settings = _settings_of(model, sampling)
+    settings = _settings_of(model, server, sampling)
     samples, leads = sampling.num_return_sequences or 1, processes.rank == 0
     file = Results(output, resume=resume, overwrite=overwrite) if output and leads else None
     done, previous = processes.gather([(file.done, file.settings) if file else ({}, None)])[0]
@@ -53,9 +56,12 @@ def write_results(
         _check_same_settings(output, previous, settings)
         _check_same_input(output, path, done)
         sampling = replace(sampling, seed=previous["seed"])
-    lm = load_for_generation(model, sampling)
-    if leads:
-        sampling = with_seed(lm, sampling)
+    if server.server:
+        remote, sampling = reach_server(server, model, sampling)
+    else:
+        lm = load_for_generation(model, sampling)
+        if leads:
+            sampling = with_seed(lm, sampling)
     sampling = replace(sampling, seed=processes.gather([sampling.seed])[0])
     if file:
         file.begin(settings | {"seed": sampling.seed})
@@ -63,7 +69,13 @@ def write_results(
     started = time.perf_counter()
     with _open_bar(path, samples, len(done)) as bar:
         prompts = ((index, prompt) for index, prompt in enumerate(read_prompts(path)) if index + 1 not in done)
-        for window in _generate_windows(lm, sampling, prompts, batch_size, bar):
+        if server.server:
+            windows: Iterator[list[Numbered]] = (
+                [each] for each in remote.generate_each(prompts, options=sampling, concurrent=batch_size or 16)
+            )
+        else:
+            windows = _generate_windows(lm, sampling, prompts, batch_size, bar)
+        for window in windows:
             records = []
             for index, result in window:
                 total += 1
@@ -92,10 +104,13 @@ def write_results(
         raise HfkitError(f"{failures} of {total} prompts could not be run ({path}): fix the lines named above")
 
 
-def _settings_of(model: ModelOptions, sampling: GenerateOptions) -> dict[str, Any]:
+def _settings_of(model: ModelOptions, server: ServerOptions, sampling: GenerateOptions) -> dict[str, Any]:
     """Return every option that changes the texts. A resumed run must share them."""
     names = ("revision", "dtype", "quantize")
-    return {"model": find_model(model).name, **{name: getattr(model, name) for name in names}, **set_fields(sampling)}
+    name, place = (
+        (model.model, {"server": hide_passwords(server.server)}) if server.server else (find_model(model).name, {})
+    )
+    return {"model": name, **place, **{name: getattr(model, name) for name in names}, **set_fields(sampling)}
 
 
 def _check_same_settings(output: Path | None, previous: dict[str, Any], settings: dict[str, Any]) -> None:

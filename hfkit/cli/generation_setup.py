@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from hfkit import console, processes
 from hfkit.imports import import_lean
 from hfkit.models.sources import BUNDLED, ModelFiles, find_model
-from hfkit.options import GenerateOptions, ModelOptions
+from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
 
 if TYPE_CHECKING:
     from hfkit.inference.prompts import Request
+    from hfkit.inference.remote import Server
     from hfkit.models.loading import LanguageModel
 
 
@@ -93,3 +94,15 @@ def with_seed(lm: LanguageModel, sampling: GenerateOptions) -> GenerateOptions:
     if draws(lm, sampling):
         console.note(f"seed {sampling.seed}")
     return sampling
+
+
+def reach_server(
+    options: ServerOptions, model: ModelOptions, sampling: GenerateOptions
+) -> tuple[Server, GenerateOptions]:
+    """`load_for_generation` and `with_seed` for a model on a server."""
+    from hfkit.inference.remote import Server, draws, with_seed
+
+    server, seeded = Server(options, model), with_seed(sampling)
+    if sampling.seed is None and draws(sampling):
+        console.note(f"seed {seeded.seed}")
+    return server, seeded

@@ -12,6 +12,7 @@ import typer
 from hfkit import console
 from hfkit.cli import prompt_files
 from hfkit.cli.flags import Json, flags
+from hfkit.cli.generation_setup import loading
 from hfkit.errors import OptionError
 from hfkit.options import InspectOptions, ModelOptions
 from hfkit.storage import check_free, make_writable, write_bytes
@@ -35,11 +36,11 @@ def inspect(
 
 def write_inspection(text: str, model: ModelOptions, options: InspectOptions, *, json: bool) -> None:
     """Inspect `text`, print the result, and write the file that was asked for."""
-    from hfkit.inference.inspection import inspect, to_page
-    from hfkit.reporting.pictures import draw_attention
-
     path = check_output(options)
-    inspection = inspect(text, model=model, options=options)
+    with loading(model):
+        from hfkit.inference.inspection import inspect, to_page
+
+        inspection = inspect(text, model=model, options=options)
     attention = inspection.attention
     layers = 0 if attention is None else len(attention)
     if options.layer is not None and options.layer >= layers:
@@ -51,6 +52,8 @@ def write_inspection(text: str, model: ModelOptions, options: InspectOptions, *,
         _write_next(inspection)
     if path:
         if path.suffix == ".png" and attention is not None:
+            from hfkit.reporting.pictures import draw_attention
+
             content = draw_attention(attention, inspection.words, options.layer)
         else:
             content = to_page(inspection, options.layer).encode()

@@ -128,20 +128,30 @@ def tune(
         return
     _print_trials(search)
     console.write(f"{search.recipe}\n")
+    from hfkit.reporting.pages import explain_search
+
+    if gain := explain_search(search.trials):
+        console.note(gain[0].lower() + gain[1:].rstrip("."))
     console.note(f"next: hfkit finetune --config {shlex.quote(str(search.recipe))}")
 
 
 def _print_trials(search: Search) -> None:
     """Print a table of the trials, the best one first. A column's head gives the importance of its option."""
+    from hfkit.reporting.summaries import merit, show_figure
+
     names = list(dict.fromkeys(name for trial in search.trials for name in trial["params"]))
     heads = [f"{name}\n{search.importances[name]:.0%}" if name in search.importances else name for name in names]
+    measures = ("loss",) if search.accuracy is None else ("accuracy", "loss")
     rows = []
-    for trial in sorted(search.trials, key=lambda trial: (trial["loss"] is None, trial["loss"] or 0)):
-        loss = "pruned" if trial["state"] == "pruned" else f"{trial['loss']:.4f}"
+    for trial in sorted(search.trials, key=lambda trial: merit(trial["accuracy"], trial["loss"])):
+        number = f"{trial['number']}{' (defaults)' if trial['default'] else ''}"
+        scores = [show_figure(trial[measure], measure) for measure in measures]
+        if trial["loss"] is None:
+            scores[0] = trial["state"]
         values = (trial["params"].get(name, "") for name in names)
         cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
-        rows.append((str(trial["number"]), loss, *cells))
-    console.write_table(("trial", "held-out loss", *heads), rows, 140)
+        rows.append((number, *scores, *cells))
+    console.write_table(("trial", *(f"held-out {measure}" for measure in measures), *heads), rows, 140)
 
 
 def launch_processes(options: LaunchOptions) -> bool:

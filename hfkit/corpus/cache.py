@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from hfkit.console import note, progress
+from hfkit.console import counted, note, progress
 from hfkit.corpus.documents import PREPARED, Corpus, Example, Piece, is_prepared, read_records
 from hfkit.corpus.encoding import BATCH, encode_records, fingerprint, is_empty, sha256_of, texts_of
 from hfkit.errors import HfkitError, first_line
@@ -218,10 +218,10 @@ def _make_column(values: list[Any], type_: pa.DataType) -> pa.Array:
 
 def corpus_lines(report: Report) -> list[str]:
     """What is in a corpus, for people; a line each."""
-    what = "documents" if report.kind == "text" else "examples"
+    what = "document" if report.kind == "text" else "example"
     lines = [
-        f"{report.documents:,} {what}, {report.characters:,} characters, {report.tokens:,} tokens "
-        f"({report.characters / max(1, report.tokens):.2f} characters a token)",
+        f"{counted(report.documents, what)}, {counted(report.characters, 'character')}, "
+        f"{counted(report.tokens, 'token')} ({report.characters / max(1, report.tokens):.2f} characters a token)",
     ]
     if report.characters < 0.9 * report.tokens:
         lines.append(
@@ -232,10 +232,15 @@ def corpus_lines(report: Report) -> list[str]:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in report.scripts.items())
         lines.append(f"scripts: {shares or 'no letters'}")
     if report.duplicates:
-        lines.append(f"{report.duplicates:,} {what} are copies of earlier ones and count twice")
+        copies = (
+            "is a copy of an earlier one and counts"
+            if report.duplicates == 1
+            else "are copies of earlier ones and count"
+        )
+        lines.append(f"{counted(report.duplicates, what)} {copies} twice")
     if report.empty:
-        lines.append(f"{report.empty:,} empty {what} are left out")
+        lines.append(f"{counted(report.empty, f'empty {what}')} left out")
     if report.odd:
         odd = sorted(report.odd.items(), key=lambda item: -item[1])[:6]
-        lines.append("odd characters: " + ", ".join(f"{name} {count:,} times" for name, count in odd))
+        lines.append("odd characters: " + ", ".join(f"{name} {counted(count, 'time')}" for name, count in odd))
     return lines

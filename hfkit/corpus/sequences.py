@@ -1,5 +1,6 @@
 """Rows of tokens as the sequences that a model is trained on, the batches they come in, and what is held out."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from hfkit.options import DataOptions
 
 Item = dict[str, np.ndarray]  # input_ids and labels, (length,) each
 LabelledItem = dict[str, Any]  # lists of token ids, and a number for each label or place
+_PROMPT, _ROOM = 12, 40  # tokens of a prompt that is taken from a text; characters that it takes at most
+_START = re.compile(r"\n\s*|[.!?…]['\"”’»)]*\s+|[。！？][”’」』）]*")  # a line or sentence has ended before it
 _NOTHING = "there is nothing to train on: the corpus is empty, or no example fits --block-size"
 
 
@@ -47,6 +50,12 @@ class Blocks(Dataset[Item]):
     @property
     def tokens(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def begins_inside(self) -> bool:
+        """Whether the first token is not the first one of its document."""
+        documents, row = self._dataset.data.column("document"), int(self._rows[0])
+        return bool(self._starts[0]) or (row > 0 and documents[row] == documents[row - 1])
 
     def __len__(self) -> int:
         return -(-self.tokens // self._size)
@@ -280,8 +289,12 @@ def _prompt(sequences: Any, tokenizer: PreTrainedTokenizerBase) -> str | None:
     if labels[0] == IGNORED:
         known = next(place for place, label in enumerate(labels) if label != IGNORED)
         return cast(str, tokenizer.decode(ids[:known]))
-    ids = ids[:12]
     if tokenizer.eos_token_id in ids[1:]:  # keep to the first document
         ids = ids[: ids.index(tokenizer.eos_token_id, 1)]
-    text = cast(str, tokenizer.decode(ids, skip_special_tokens=True)).strip().rstrip("\ufffd")
+    if isinstance(sequences, Blocks) and sequences.begins_inside:
+        text = cast(str, tokenizer.decode(ids))
+        starts = [match.end() for match in _START.finditer(text) if not text[match.end() : match.end() + 1].islower()]
+        start = next((start for start in starts if start < len(text) - _ROOM), 0)
+        ids = tokenizer(text[start:], add_special_tokens=False)["input_ids"] if start else ids
+    text = cast(str, tokenizer.decode(ids[:_PROMPT], skip_special_tokens=True)).strip().rstrip("\ufffd")
     return text.rpartition(" ")[0] or text or None

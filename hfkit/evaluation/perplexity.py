@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hfkit.console import detail, progress, with_error
+from hfkit.console import counted, detail, progress, with_error
 from hfkit.corpus.documents import Corpora, Corpus, find_corpus, read_records
 from hfkit.corpus.sequences import Item
 from hfkit.errors import HfkitError
@@ -94,7 +94,7 @@ class Evaluation:
         bits = with_error(self.bits_per_byte, self.bits_per_byte_stderr, ".4f")
         return (
             f"{self.model}: perplexity {perplexity}, {bits} bits per byte, token accuracy {self.token_accuracy:.1%} "
-            f"({self.documents:,} documents, {self.tokens:,} tokens)"
+            f"({counted(self.documents, 'document')}, {counted(self.tokens, 'token')})"
         )
 
     __repr__ = __str__
@@ -107,9 +107,10 @@ class Evaluation:
             "loss": with_error(self.loss, self.loss_stderr, ".4f") + " nats per token",
             "bits per byte": with_error(self.bits_per_byte, self.bits_per_byte_stderr, ".4f"),
             "token accuracy": f"{self.token_accuracy:.2%} (in the five likeliest: {self.top5_accuracy:.2%})",
-            "corpus": f"{self.documents:,} documents, {self.tokens:,} tokens, {self.words:,} words, "
-            f"{self.bytes:,} bytes",
-            "how": f"windows of {self.window:,} tokens, {self.stride:,} new in each, in {self.dtype}",
+            "corpus": ", ".join(
+                counted(getattr(self, f"{noun}s"), noun) for noun in ("document", "token", "word", "byte")
+            ),
+            "how": f"windows of {counted(self.window, 'token')}, {self.stride:,} new in each, in {self.dtype}",
         }
 
     def verdict(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from hfkit.console import progress, with_error
+from hfkit.console import counted, progress, with_error
 from hfkit.corpus.documents import Corpus, read_table
 from hfkit.corpus.labelled import classification_rows, question_rows
 from hfkit.corpus.rows import Row
@@ -15,9 +15,10 @@ from hfkit.corpus.templates import Task, make_task, task_of
 from hfkit.errors import HfkitError
 from hfkit.evaluation.metrics import METRICS, find_metric, mean_figures
 from hfkit.inference.answering import find_answers
-from hfkit.inference.classification import Classification, calibration_error, classify_each, label_names
+from hfkit.inference.classification import calibration_error, classify_each, label_names
 from hfkit.inference.generation import generate_each
 from hfkit.inference.likelihood import jsonable
+from hfkit.inference.results import Classification
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel
 from hfkit.options import CorpusOptions, GenerateOptions, TaskOptions
@@ -38,7 +39,7 @@ class Assessment:
 
     def __str__(self) -> str:
         figures = ", ".join(f"{name} {self.format(name)}" for name in self.names)
-        return f"{self.model}: {figures} ({self.examples:,} examples)"
+        return f"{self.model}: {figures} ({counted(self.examples, 'example')})"
 
     __repr__ = __str__
 
@@ -80,7 +81,7 @@ def table(assessments: Sequence[Assessment]) -> tuple[list[str], list[list[str]]
     first = assessments[0]
     rows = [[each.model, *(each.format(name) for name in first.names)] for each in assessments]
     rows += [[f"({name})", *(first.format(figure, name) for figure in first.names)] for name in first.baselines]
-    return [f"{first.examples:,} examples", *first.names], rows
+    return [counted(first.examples, "example"), *first.names], rows
 
 
 def find_task(lm: LanguageModel, corpus: Corpus, options: CorpusOptions) -> Task | None:

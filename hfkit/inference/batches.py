@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from hfkit.console import note
 from hfkit.errors import HfkitError, NotFiniteError
@@ -217,3 +217,17 @@ def _errors(lm: LanguageModel, options: GenerateOptions) -> Iterator[None]:
         if isinstance(error, ValueError):
             raise HfkitError(f"these options cannot be used together: {str(error).splitlines()[0]}") from error
         raise
+
+
+def logits_processors(lm: LanguageModel, request: Request, options: GenerateOptions) -> LogitsProcessorList:
+    """What `run_batch` would apply to the scores of a request that is alone, for a loop that runs elsewhere."""
+    processors = LogitsProcessorList()
+
+    def keep(
+        model: Any, input_ids: torch.Tensor, logits_processor: LogitsProcessorList, *_: Any, **arguments: Any
+    ) -> torch.Tensor:
+        processors.extend(logits_processor)
+        return input_ids
+
+    _call(lm, [request], options, generation_config(lm, options, request.new_tokens), custom_generate=keep)
+    return processors

@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypedDict, cast, overload
 
@@ -17,6 +16,7 @@ from hfkit.corpus.sequences import HeadCollator, group
 from hfkit.corpus.templates import Task, make_task, task_of
 from hfkit.errors import HfkitError, NotFiniteError, OptionError
 from hfkit.inference.prompts import Text, check_text, list_texts
+from hfkit.inference.results import Classification
 from hfkit.inference.twins import in_eval_mode
 from hfkit.models.architecture import check_causal, head_of
 from hfkit.models.loading import LanguageModel, Model, loaded, split_options
@@ -31,23 +31,6 @@ _ZERO_SHOT = "{text}\nThis is about: {label}"  # for labels without a template
 class _Item(TypedDict):
     number: int  # of the text in its window
     input_ids: list[int]
-
-
-@dataclass(frozen=True)
-class Classification:
-    """A text's label; `str()` is the label."""
-
-    text: str
-    label: str
-    probabilities: dict[str, float]  # of every label, likeliest first
-    model: str
-
-    def __str__(self) -> str:
-        return self.label
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `--json` prints."""
-        return dict(vars(self))
 
 
 # A str is a Sequence[str], too: the overload for one text comes first.

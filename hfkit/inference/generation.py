@@ -6,7 +6,7 @@ import queue
 import secrets
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any, overload
 
@@ -18,38 +18,17 @@ from hfkit.inference import batches
 from hfkit.inference.controls import check_controls, check_options, draws, is_plain
 from hfkit.inference.decoding import Completion, repeats
 from hfkit.inference.prompts import Prompt, Request, Text, fit_prompt, list_texts
+from hfkit.inference.remote import CONCURRENT, Server
+from hfkit.inference.results import Generation
 from hfkit.inference.twins import in_eval_mode
 from hfkit.models.loading import LanguageModel, Model, loaded, split_options
-from hfkit.options import GenerateOptions
+from hfkit.options import GenerateOptions, ServerOptions
 
 _WINDOW = 8  # batches that are sorted by length together
 _ATTEMPTS = 10  # samples of one text until one copies little enough
 # Added to the seed for each redraw. It is larger than any number of prompts, so no redraw has another prompt's seed,
 # and `seed % REDRAW_STRIDE` gives the first one back. The low 32 bits change, too: a CPU's generator ignores the rest.
 REDRAW_STRIDE = 2**40 + 1_000_003
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One generated text; `str()` gives prompt and continuation, of a translator or a task the output alone."""
-
-    prompt: Text
-    completion: str
-    finish_reason: str  # "stop": end-of-text token or stop string; "length": max_new_tokens or max_time
-    tokens: int  # generated, an end-of-text token included
-    logprob: float  # of the completion under the model, in nats (natural logarithm), before any sampling control
-    seed: int | None  # gives the same text again; None where nothing was random
-    model: str
-    echo: bool = field(default=True, repr=False)
-    loops: bool = field(default=False, repr=False)  # the text ends in a repetition
-
-    def __str__(self) -> str:
-        return f"{self.prompt}{self.completion}" if self.echo else self.completion.strip()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields that `--json` prints."""
-        names = ("prompt", "completion", "finish_reason", "tokens", "logprob", "seed", "model")
-        return {name: getattr(self, name) for name in names}
 
 
 # A str is a Sequence[str], too: the overloads for one prompt come first.
@@ -89,7 +68,8 @@ def generate(
         prompt: a text, or a list of texts. With an empty text the model begins by itself. A model that learned a task
             puts the text into its template; where that has several fields, a mapping gives them.
         model: what `load` returned or takes. A model given by name stays loaded for the next call.
-        options: how to generate. Every field of `GenerateOptions` and `ModelOptions` is a keyword, too: `top_p=0.9`.
+        options: how to generate. Every field of `GenerateOptions`, `ModelOptions` and `ServerOptions` is a
+            keyword, too: `top_p=0.9`, `server="http://localhost:8000"`.
         batch_size: most rows at a time; by default as many as the device is good for.
 
     Returns:
@@ -101,19 +81,25 @@ def generate(
 
     The seed of prompt `i`, sample `k` is `seed + i * num_return_sequences + k`; it alone gives the same text again.
     """
-    model, options = split_options(model, overrides, (GenerateOptions, options))
+    groups = ((GenerateOptions, options), (ServerOptions, None))
+    model, options, server = split_options(model, overrides, *groups)
     prompts, is_single = list_texts(prompt, "a prompt")
     check_options(options)  # before a model is loaded
-    novel_index(options)
-    lm = in_eval_mode(loaded(model))
-    requests = []  # all of them first: one that does not fit is an error before any is run
-    for number, text in enumerate(prompts):
-        try:
-            requests.append(_prepare(lm, text, options))
-        except HfkitError as error:
-            raise error if is_single else type(error)(f"prompt {number}: {error}") from error
+    if server.server:
+        remote = Server(server, model)
+        each = remote.generate_each(enumerate(prompts), options=options, concurrent=batch_size or CONCURRENT)
+    else:
+        novel_index(options)
+        lm = in_eval_mode(loaded(model))
+        requests = []  # all of them first: one that does not fit is an error before any is run
+        for number, text in enumerate(prompts):
+            try:
+                requests.append(_prepare(lm, text, options))
+            except HfkitError as error:
+                raise error if is_single else type(error)(f"prompt {number}: {error}") from error
+        each = generate_each(enumerate(requests), model=lm, options=options, batch_size=batch_size)
     results: list[Any] = []
-    for _, result in generate_each(enumerate(requests), model=lm, options=options, batch_size=batch_size):
+    for _, result in each:
         if isinstance(result, HfkitError):
             raise result
         results.append(result if options.num_return_sequences else result[0])
@@ -217,10 +203,13 @@ def stream(
     The pieces joined are the `completion` that `generate` gives for the same seed. The generator's return value (of
     `yield from`) is that `Generation`. Closing the generator ends the work. Arguments and errors: see `generate`.
     """
-    model, options = split_options(model, overrides, (GenerateOptions, options))
+    groups = ((GenerateOptions, options), (ServerOptions, None))
+    model, options, server = split_options(model, overrides, *groups)
     if (options.num_return_sequences or 1) > 1:
         raise OptionError("stream gives one text: leave num_return_sequences out, and change the seed")
     check_options(options)
+    if server.server:
+        return Server(server, model).stream(prompt, options=options)
     novel_index(options)
     lm = in_eval_mode(loaded(model))
     check_controls(lm, options)

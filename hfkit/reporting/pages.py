@@ -14,10 +14,11 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from hfkit.console import counted
 from hfkit.errors import HfkitError, first_line
 from hfkit.reporting.cards import make_card
 from hfkit.reporting.pictures import Curve, draw_curves, draw_measure, plot_trials, points, smooth, to_png, to_svg
-from hfkit.reporting.summaries import Summary, summarize
+from hfkit.reporting.summaries import Summary, compared_by, merit, show_figure, summarize
 from hfkit.reporting.templates import render
 from hfkit.storage import make_writable, write_text
 
@@ -174,47 +175,59 @@ def _search_page(folder: Path) -> str:
     """A search: what the best trial gained, how to use it, and all trials, the best first."""
     search = _read(folder, SEARCH, "search")
     with _checked(folder / SEARCH, "search"):
-        if not (trials := [trial for trial in search.get("trials", []) if trial["loss"] is not None]):
+        trials = sorted(search.get("trials", []), key=lambda trial: merit(trial.get("accuracy"), trial["loss"]))
+        if not trials or trials[0]["loss"] is None:
             raise HfkitError(f"no finished search ({folder}): no trial was finished")
-        trials.sort(key=lambda trial: float(trial["loss"]))
-        unscored = [trial for trial in search["trials"] if trial["loss"] is None]
+        best, figure = trials[0], compared_by(trials)
+        measures = ("accuracy", "loss") if figure == "accuracy" else ("loss",)
         options = list(dict.fromkeys(name for trial in trials for name in trial["params"]))
         rows = [
             (
                 f"{trial['number']}",
-                "–" if trial["loss"] is None else f"{trial['loss']:.4f}",
+                *(show_figure(trial[measure], measure) for measure in measures),
                 *(_short(trial["params"].get(name, "")) for name in options),
-                str(trial["state"]),
+                str(trial["state"]) + (", the defaults" if trial.get("default") else ""),
             )
-            for trial in [*trials, *unscored]
+            for trial in trials
         ]
-        best = trials[0]
-        run_folder = folder / best["folder"]
-        metrics = _read(run_folder, METRICS, "run") | {"folder": str(run_folder)}
-        command, explanation = summarize(metrics).command, _explain_search(trials, metrics.get("loss_before"))
+        metrics = _read(folder / best["folder"], METRICS, "run") | {"folder": str(folder / best["folder"])}
+        command, explanation = summarize(metrics).command, explain_search(trials, metrics[f"{figure}_before"])
         picture = to_svg(plot_trials(search["trials"], search["importances"]))
     return render(
         "search.html.jinja",
         folder=str(folder),
-        headline=f"Best of {len(rows)} trials: held-out loss {best['loss']:.4f}",
+        headline=f"Best of {counted(len(rows), 'trial')}: held-out {figure} {show_figure(best[figure], figure)}",
         explanation=explanation,
         command=f"{command}\nhfkit finetune --config {shlex.quote(str(folder))}/best.yaml",
         picture=picture,
-        head=["trial", "held-out loss", *options, "state"],
+        head=["trial", *(f"held-out {measure}" for measure in measures), *options, "state"],
         rows=rows,
+        numbers=range(1, 1 + len(measures) + len(options)),
     )
 
 
-def _explain_search(trials: list[dict[str, Any]], loss_before: float | None) -> str:
-    """What the best trial gained over the defaults, if they were a trial, over the others and over no training."""
-    loss = trials[0]["loss"]
-    gains = {
-        "the default settings": next((trial["loss"] for trial in trials if trial.get("default")), None),
-        "the median trial": statistics.median(trial["loss"] for trial in trials) if len(trials) > 2 else None,
-        "the model before training": loss_before,
+def explain_search(trials: Sequence[dict[str, Any]], before: float | None = None) -> str:
+    """What the best of the trials gained over the defaults, over the others and over `before` the training."""
+    figure = compared_by(trials)
+    scored = sorted(
+        (trial for trial in trials if trial["loss"] is not None),
+        key=lambda trial: merit(trial.get("accuracy"), trial["loss"]),
+    )
+    best, values = scored[0], [trial[figure] for trial in scored]
+    if best.get("default"):
+        return f"The defaults are the best: no other trial has a better held-out {figure}."
+    rivals = {
+        "the defaults": next((trial[figure] for trial in scored if trial.get("default")), None),
+        "the median trial": statistics.median(values) if len(values) > 2 else None,
+        "the model before training": before,
     }
-    parts = [f"{other - loss:.4f} below that of {what}" for what, other in gains.items() if other is not None]
-    return f"The loss of trial {trials[0]['number']} is {', '.join(parts)}." if parts else ""
+    parts = []
+    for what, value in rivals.items():
+        if value is not None:
+            gain = abs(best[figure] - value)
+            by = f"{100 * gain:.1f} points" if figure == "accuracy" else f"{gain:.4f}"
+            parts.append(f"{by} {'above' if best[figure] > value else 'below'} that of {what}")
+    return f"The held-out {figure} of trial {best['number']} is {', '.join(parts)}." if parts else ""
 
 
 def _short(value: Any) -> str:

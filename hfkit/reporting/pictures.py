@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from hfkit.console import printable
+from hfkit.reporting.summaries import compared_by
 
 if TYPE_CHECKING:
     import torch
@@ -125,22 +126,24 @@ def draw_trials(trials: Sequence[dict[str, Any]], importances: dict[str, float])
 
 
 def plot_trials(trials: Sequence[dict[str, Any]], importances: dict[str, float]) -> "Figure":
-    """Losses of a search's trials in order and against each option's values, and what the options are worth.
+    """Scores of a search's trials in order and against each option's values, and what the options are worth.
 
     The best trial is marked in every chart.
     """
+    figure_name = compared_by(trials)
     scored = [trial for trial in trials if trial["loss"] is not None]
     names = list({**importances, **{name: 0 for trial in scored for name in trial["params"]}})
     charts = 1 + bool(importances) + len(names)
     figure, grid = _start(-(-charts // 3), 3, size=(10.8, 3.0 * -(-charts // 3)))
     order, *rest = grid
-    losses = [trial["loss"] for trial in scored]
-    best = losses.index(min(losses)) if losses else None
-    so_far = [min(losses[: number + 1]) for number in range(len(losses))]
+    scores = [trial[figure_name] for trial in scored]
+    better = max if figure_name == "accuracy" else min
+    best = scores.index(better(scores)) if scores else None
+    so_far = [better(scores[: number + 1]) for number in range(len(scores))]
     numbers = [trial["number"] for trial in scored]
-    _scatter(order, numbers, losses, best)
+    _scatter(order, numbers, scores, best)
     order.plot(numbers, so_far, drawstyle="steps-post", color="C1", label="best so far")
-    order.set(xlabel="trial", ylabel="held-out loss")
+    order.set(xlabel="trial", ylabel=f"held-out {figure_name}")
     _add_legend(order)
     _use_whole_numbers(order)
     if importances:
@@ -149,15 +152,20 @@ def plot_trials(trials: Sequence[dict[str, Any]], importances: dict[str, float])
         for place, name in enumerate(importances):
             bars.text(0.01, place, name, va="center", fontsize=9, color=_INK)
         bars.invert_yaxis()
-        bars.set(xlabel="share of the differences in loss", xlim=(0, 1), yticks=[])
+        bars.set(xlabel=f"share of the differences in {figure_name}", xlim=(0, 1), yticks=[])
     for axes, name in zip(rest, names, strict=False):
-        values = [trial["params"].get(name) for trial in scored]
+        tried = [
+            (trial["params"][name], score)
+            for trial, score in zip(scored, scores, strict=True)
+            if name in trial["params"]
+        ]
+        values, heights = [value for value, _ in tried], [score for _, score in tried]
         if not all(isinstance(value, int | float) for value in values):
             values = [str(value) for value in values]
-        _scatter(axes, values, losses, best)
+        _scatter(axes, values, heights, heights.index(better(heights)))
         if all(isinstance(value, float) and value > 0 for value in values) and max(values) > 20 * min(values):
             axes.set_xscale("log")
-        axes.set(xlabel=name, ylabel="held-out loss")
+        axes.set(xlabel=name, ylabel=f"held-out {figure_name}")
     for axes in rest[len(names) :]:
         axes.set_visible(False)
     return figure

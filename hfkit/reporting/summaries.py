@@ -1,13 +1,15 @@
 """What the metrics of a finished run say, as texts: the same on its card, on its page and beside other runs."""
 
 import json
+import math
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hfkit.console import duration, printable, with_error
+from hfkit.console import counted, duration, printable, with_error
 
 _COMMANDS = {
     "classification": 'hfkit classify -m {folder} "A text"',
@@ -15,6 +17,23 @@ _COMMANDS = {
     None: "hfkit generate -m {folder} {prompt}",
 }
 _SENTENCE_END = re.compile(r"""[.!?…。！？]["'”’»)]*(?=\s|$)""")
+
+
+def merit(accuracy: float | None, loss: float | None) -> tuple[float, float]:
+    """Sorts results, the best first: by accuracy where that is measured, and those of equal accuracy by loss."""
+    return -(accuracy or 0.0), math.inf if loss is None else loss
+
+
+def compared_by(trials: Iterable[dict[str, Any]]) -> str:
+    """The figure that trials of a search are compared by: their accuracy where that is measured, else the loss."""
+    return "accuracy" if any(trial.get("accuracy") is not None for trial in trials) else "loss"
+
+
+def show_figure(value: float | None, name: str) -> str:
+    """A loss, an accuracy or a perplexity as a text."""
+    if value is None:
+        return "–"
+    return f"{value:.1%}" if name == "accuracy" else f"{value:.4f}" if name == "loss" else f"{value:,.2f}"
 
 
 @dataclass(frozen=True)
@@ -84,7 +103,7 @@ def _judge(metrics: dict[str, Any]) -> tuple[str, str]:
         )
     name = "accuracy" if metrics.get("accuracy") is not None else "perplexity"
     before, after = metrics.get(f"{name}_before"), metrics.get(name)
-    headline = f"Held-out {name}: {_number(before, name)} → {_number(after, name)}"
+    headline = f"Held-out {name}: {show_figure(before, name)} → {show_figure(after, name)}"
     gain, error = metrics.get("loss_gain"), metrics.get("loss_gain_stderr")
     if baseline := metrics.get("baseline"):
         verdict = "better" if after is not None and after > baseline["accuracy"] else "not better"
@@ -119,17 +138,17 @@ def _scores(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         return []
     gain, error = metrics.get("loss_gain"), metrics.get("loss_gain_stderr")
     difference = "" if gain is None else with_error(-gain, error or None, "+.4f")
-    before, after = _number(metrics["loss_before"], "loss"), _number(metrics["loss"], "loss")
+    before, after = show_figure(metrics["loss_before"], "loss"), show_figure(metrics["loss"], "loss")
     rows = [(f"held-out loss ({_unit(metrics)})", before, after, difference)]
     if metrics.get("perplexity") is not None:
-        before = _number(metrics["perplexity_before"], "perplexity")
+        before = show_figure(metrics["perplexity_before"], "perplexity")
         rows.insert(0, ("held-out perplexity", before, _perplexity(metrics), ""))
     if metrics.get("accuracy") is not None:
-        before, after = (_number(metrics[name], "accuracy") for name in ("accuracy_before", "accuracy"))
+        before, after = (show_figure(metrics[name], "accuracy") for name in ("accuracy_before", "accuracy"))
         rows.insert(0, ("held-out accuracy", before, after, ""))
     if baseline := metrics.get("baseline"):
         rows.insert(
-            1, (f"accuracy of always {baseline['label']!r}", "", _number(baseline["accuracy"], "accuracy"), "")
+            1, (f"accuracy of always {baseline['label']!r}", "", show_figure(baseline["accuracy"], "accuracy"), "")
         )
     return rows
 
@@ -137,12 +156,6 @@ def _scores(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 def _perplexity(metrics: dict[str, Any]) -> str:
     value, error = metrics.get("perplexity"), metrics.get("loss_stderr")
     return "–" if value is None else with_error(value, value * error if error else None, ",.2f")
-
-
-def _number(value: float | None, name: str) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.1%}" if name == "accuracy" else f"{value:.4f}" if name == "loss" else f"{value:,.2f}"
 
 
 def _before_and_after(metrics: dict[str, Any]) -> list[Sample]:
@@ -171,7 +184,7 @@ def _copying(metrics: dict[str, Any], samples: int) -> str:
         finding = f"the longest run of words that stands in the corpus has {copied['words']}: “{copied['longest']}”"
     limit = "" if copied.get("is_whole", True) else f" Only its first {copied['limit']:,} words were searched."
     share = f"{copied['share']:.1%} of all runs of {copied['run']} words are from there."
-    return f"In {samples} samples {finding}. {share}{limit}"
+    return f"In {counted(samples, 'sample')} {finding}. {share}{limit}"
 
 
 def _settings(metrics: dict[str, Any]) -> dict[str, str]:
@@ -179,7 +192,7 @@ def _settings(metrics: dict[str, Any]) -> dict[str, str]:
     return {
         "model": str(metrics["model"]),
         "corpus": ", ".join(Path(source).name for source in metrics["corpus"]),
-        "trained on": f"{metrics['tokens']:,} tokens in {metrics['steps']:,} steps",
+        "trained on": f"{counted(metrics['tokens'], 'token')} in {counted(metrics['steps'], 'step')}",
         "kept": f"the state of step {metrics['step']:,}",
         "parameters": f"{metrics['parameters']:,}",
         "optimizer": f"{metrics['optim']}, peak {metrics['learning_rate']:g}",

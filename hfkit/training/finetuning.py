@@ -54,38 +54,40 @@ def finetune(
     options: ModelOptions
     options, data, train = divide(overrides, (ModelOptions, model), (DataOptions, data), (TrainOptions, train))
     inputs = [*run_folder.sources_of(corpus), *(data.eval_file or []), *filter(None, [options.model])]
-    line = run_folder.command_line("finetune", corpus, options, data, train)
-    with reserve("finetune", corpus, train, dry_run, inputs) as (folder, train):
-        files, source = run_folder.find_files(corpus, folder), find_model(options)
-        if train.overwrite:
-            run_folder.check_not_input(folder, [source.folder, source.adapter or source.folder])
-        tokenizer, config = load_tokenizer(source), load_config(source)
-        train = _choose_head(source, config, train)
-        _check_model(source, config, options, train, data)
-        block_size = block_size_for(context_length(config), data.block_size)
-        with processes.first_one_first():
-            if train.head:
-                dataset = _gather_labelled(files, config, tokenizer, data, train, block_size)
-            else:
-                dataset = gather_training_data(files, tokenizer, data, block_size, train.seed)
-        if task := make_task(data):
-            give_task(tokenizer, task)
-        plan = make_plan(
-            config, count_parameters(source), dataset.sequences, dataset.length, train,
-            choose_device(options), processes=processes.count,
-        )  # fmt: skip
-        describe_plan(dataset.report, plan)
-        if dry_run:
-            return None
-        facts = {"model_bytes": source.size, "processes": processes.count, "command": line}
-        job = Job(
-            command="finetune", name=source.name, files=files, folder=folder,
-            recipe=run_folder.make_recipe(corpus, replace(options, model=source.name), data, plan.options),
-            facts=dataset.fingerprint | facts, tokenizer=tokenizer,
-            make_model=partial(make_trainable, source, options, plan, tokenizer, dataset),
-            dataset=dataset, plan=plan, block_size=block_size, data=data, callbacks=callbacks,
-        )  # fmt: skip
-        return execute(job)
+    with reserve("finetune", corpus, train, dry_run, inputs) as (folder, settled):
+        job = make_job(corpus, options, data, settled, folder)
+        job.facts["command"] = run_folder.command_line("finetune", corpus, options, data, train)
+        describe_plan(job.dataset.report, job.plan)
+        return None if dry_run else execute(replace(job, callbacks=callbacks))
+
+
+def make_job(corpus: Corpora, options: ModelOptions, data: DataOptions, train: TrainOptions, folder: Path) -> Job:
+    """What `finetune` would do in `folder`, decided: the corpus is tokenized, nothing is written there."""
+    files, source = run_folder.find_files(corpus, folder), find_model(options)
+    if train.overwrite:
+        run_folder.check_not_input(folder, [source.folder, source.adapter or source.folder])
+    tokenizer, config = load_tokenizer(source), load_config(source)
+    train = _choose_head(source, config, train)
+    _check_model(source, config, options, train, data)
+    block_size = block_size_for(context_length(config), data.block_size)
+    with processes.first_one_first():
+        if train.head:
+            dataset = _gather_labelled(files, config, tokenizer, data, train, block_size)
+        else:
+            dataset = gather_training_data(files, tokenizer, data, block_size, train.seed)
+    if task := make_task(data):
+        give_task(tokenizer, task)
+    plan = make_plan(
+        config, count_parameters(source), dataset.sequences, dataset.length, train, choose_device(options),
+        processes=processes.count,
+    )  # fmt: skip
+    return Job(
+        command="finetune", name=source.name, files=files, folder=folder,
+        recipe=run_folder.make_recipe(corpus, replace(options, model=source.name), data, plan.options),
+        facts=dataset.fingerprint | {"model_bytes": source.size, "processes": processes.count}, tokenizer=tokenizer,
+        make_model=partial(make_trainable, source, options, plan, tokenizer, dataset),
+        dataset=dataset, plan=plan, block_size=block_size, data=data,
+    )  # fmt: skip
 
 
 def _choose_head(source: ModelFiles, config: Any, train: TrainOptions) -> TrainOptions:

@@ -32,6 +32,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from hfkit import console, processes
+from hfkit.console import counted
 from hfkit.corpus.sequences import Collator, Examples, HeadCollator
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.options import TrainOptions
@@ -78,7 +79,8 @@ def fit(job: Job, stop: Stop) -> TrainerState | None:
         # A step keeps its sequences: fewer at a time, in more batches.
         smaller = next(count for count in range(rows // 2, 0, -1) if rows % count == 0)
         rows, accumulation = smaller, accumulation * (rows // smaller)
-        console.note(f"out of memory: going on with {rows} sequences at a time, {accumulation} times a step")
+        size, count = counted(rows, "sequence"), counted(accumulation, "time")
+        console.note(f"out of memory: going on with {size} at a time, {count} a step")
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -149,7 +151,7 @@ class _Trainer(Trainer):
             self.log(figures)
         history.append(measurement.entry(step))
         if is_stale(history, self._patience):
-            self._tell(f"no progress in {self._patience} measurements: stopping early")
+            self._tell(f"no progress in {counted(self._patience or 0, 'measurement')}: stopping early")
             self.control.should_training_stop = True
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:

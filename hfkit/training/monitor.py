@@ -24,6 +24,7 @@ from hfkit.inference.generation import generate
 from hfkit.inference.likelihood import Scores, ratio_stderr, score_batches, score_items, shift
 from hfkit.models.loading import LanguageModel
 from hfkit.options import GenerateOptions
+from hfkit.reporting.summaries import merit
 from hfkit.training.accuracy import Answers
 from hfkit.training.checkpoints import Stop
 from hfkit.training.plan import Plan
@@ -45,7 +46,7 @@ def best_step(history: History) -> int | None:
     None if nothing was measured after training began.
     """
     trained = [entry for entry in evaluations(history) if entry["step"]]
-    ranked = sorted(trained, key=lambda entry: (-entry.get("eval_accuracy", 0.0), entry["eval_loss"]))
+    ranked = sorted(trained, key=lambda entry: merit(entry.get("eval_accuracy"), entry["eval_loss"]))
     return int(ranked[0]["step"]) if ranked else None
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hfkit import console, processes
-from hfkit.console import duration, note
+from hfkit.console import counted, duration, note
 from hfkit.corpus.cache import Report, corpus_lines
 from hfkit.corpus.documents import Corpora, Corpus
 from hfkit.corpus.sequences import TrainingData
@@ -245,11 +245,11 @@ class Job:
 def plan_lines(plan: Plan) -> list[str]:
     """What a training will be and cost, a line each."""
     options = plan.options
-    batch = f"{options.per_device_train_batch_size}"
+    batch = counted(plan.rows, "sequence")
     if options.gradient_accumulation_steps > 1:
-        batch += f" × {options.gradient_accumulation_steps}"
+        batch = f"{options.gradient_accumulation_steps} × {batch}"
     return [
-        f"{plan.parameters:,} parameters, {plan.steps:,} steps of {batch} sequences, {plan.tokens:,} tokens, "
+        f"{plan.parameters:,} parameters, {counted(plan.steps, 'step')} of {batch}, {counted(plan.tokens, 'token')}, "
         f"{options.optim} at {options.learning_rate:g}",
         f"about {duration(plan.seconds)} and {plan.memory / 1e9:.1f} GB on this {plan.device.type}, "
         f"in {plan.precision}{', compiled' if plan.compile else ''}",

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hfkit.console import counted
 from hfkit.corpus.cache import Prepared, corpus_lines, encode_corpus
 from hfkit.corpus.documents import Corpora, find_corpus, is_prepared
 from hfkit.corpus.sequences import cut_sequences, show_examples
@@ -40,7 +41,7 @@ class Preparation:
 
     def lines(self) -> list[str]:
         """The same figures for people."""
-        blocks = f"{self.blocks:,} sequences of at most {self.block_size:,} tokens, in {self.folder}"
+        blocks = f"{counted(self.blocks, 'sequence')} of at most {self.block_size:,} tokens, in {self.folder}"
         lines = [*corpus_lines(self.prepared.report), blocks, *plan_lines(self.plan)]
         for number, example in enumerate(self.examples, 1):
             lines += [f"--- sequence {number}: what stands between ⟦ and ⟧ is learned", example]

@@ -24,15 +24,19 @@ from hfkit.reporting.pages import METRICS, make_files
 from hfkit.reporting.pictures import draw_trials
 from hfkit.storage import lock, make_writable, owned, write_bytes, write_text
 from hfkit.training import run_folder
-from hfkit.training.finetuning import finetune
+from hfkit.training.accuracy import find_answers
+from hfkit.training.finetuning import finetune, make_job
+from hfkit.training.plan import Job
 from hfkit.training.runs import Run
 from hfkit.tuning.study import (
     BEST,
     BEST_RUN,
     PICTURE,
     RESULT,
+    Space,
     best_of,
     claim,
+    default_space,
     finished,
     join_search,
     next_trial,
@@ -48,7 +52,9 @@ class Search:
     output_dir: str
     best: dict[str, Any]  # option -> value
     loss: float  # held-out, of the best trial
-    trials: list[dict[str, Any]]  # number, state ("complete", "pruned", "diverged"), loss, params, folder
+    accuracy: float | None  # likewise; None where answers are not right or wrong
+    # number, state ("complete", "pruned", "diverged"), loss, accuracy, params, folder, default (options were used)
+    trials: list[dict[str, Any]]
     importances: dict[str, float]
     recipe: str  # file that `finetune --config` takes
     run: Run | None = None  # with `train_best`
@@ -60,7 +66,9 @@ class _Job:
 
     folder: Path
     study: Any
-    space: dict[str, Any]
+    space: Space
+    defaults: dict[str, Any]  # option of the space -> what `finetune` would take
+    figure: str  # what trials are compared by: accuracy or loss
     corpus: Corpora
     model: ModelOptions
     data: DataOptions
@@ -76,7 +84,10 @@ def tune(
     options: TuneOptions | None = None,
     **overrides: Any,
 ) -> Search:
-    """Search for the training options with the lowest held-out loss.
+    """Search for the training options with the best held-out score: that by which a run keeps its best state.
+
+    This is the accuracy where a model chooses among labels or has a head, else the loss. The first trial is what
+    `finetune` would do, so that the search says what it gained.
 
     Args:
         corpus, model, data, train: as for `finetune`; what is not searched stays as it is given here.
@@ -95,7 +106,7 @@ def tune(
     groups = ((ModelOptions, model), (DataOptions, data), (TrainOptions, train), (TuneOptions, options))
     chosen, data, train, options = divide(overrides, *groups)
     run_folder.check_trackers(train.report_to or [])
-    space = read_space(options.search, train)
+    space = read_space(options.search or [], train)
     if not data.eval_file and (data.streaming or not data.eval_fraction):
         raise OptionError("nothing would be held out, so trials could not be compared: add --eval-file")
     source = find_model(chosen)
@@ -104,15 +115,42 @@ def tune(
     make_writable(folder)
     inputs: list[str | Path] = [*run_folder.sources_of(corpus), *(data.eval_file or []), source.folder]
     run_folder.check_not_input(folder, [*inputs, source.adapter or source.folder])
+    overwrite, train = train.overwrite, replace(train, output_dir=None, resume=False, overwrite=False)
+    plain = make_job(corpus, chosen, data, train, folder)
+    decided = plain.plan.options
+    train = replace(train, early_stopping_patience=decided.early_stopping_patience)
+    space = space or default_space(train, decided)
+    figure = _figure_of(plain)
+    recipe = run_folder.make_recipe(corpus, chosen, data, train) | plain.dataset.fingerprint | {"figure": figure}
     with lock(folder, wait=True):
-        recipe = run_folder.make_recipe(corpus, chosen, data, replace(train, output_dir=None, overwrite=False))
-        asked = {"space": {name: list(values) for name, values in space.items()}, "recipe": recipe}
-        claim(folder, asked, overwrite=train.overwrite)
-        study = open_study(folder, prune=options.prune)
-    job = _Job(folder=folder, study=study, space=space, corpus=corpus, model=chosen, data=data, train=train)
+        claim(folder, {"space": {n: list(v) for n, v in space.items()}, "recipe": recipe}, overwrite=overwrite)
+        study = open_study(folder, figure=figure, prune=options.prune)
+    job = _Job(
+        folder=folder,
+        study=study,
+        space=space,
+        defaults={name: value for name in space if (value := getattr(decided, name)) is not None},
+        figure=figure,
+        corpus=corpus,
+        model=chosen,
+        data=data,
+        train=train,
+    )
     with join_search(folder) as worker:
         _run_trials(job, options, worker)
     return _finish(job, options)
+
+
+def _figure_of(job: Job) -> str:
+    """By what the states of a run are compared, and so the trials of a search."""
+    dataset = job.dataset
+    if not len(dataset.held_out):
+        raise HfkitError(
+            "nothing is held out, so trials cannot be compared: raise --eval-fraction, or name another text with "
+            "--eval-file"
+        )
+    has_answers = dataset.head or find_answers(dataset, dataset.held_out, job.tokenizer, job.block_size)
+    return "accuracy" if has_answers else "loss"
 
 
 def _run_trials(job: _Job, options: TuneOptions, worker: str) -> None:
@@ -121,7 +159,9 @@ def _run_trials(job: _Job, options: TuneOptions, worker: str) -> None:
     with console.progress(options.n_trials, "trial", "searching", initial=len(finished(job.study))) as bar:
         while not options.timeout or time.monotonic() - started < options.timeout:
             with lock(job.folder, wait=True, tell=False):
-                trial, busy = next_trial(job.study, job.folder, worker, job.space, options.n_trials, job.train.seed)
+                trial, busy = next_trial(
+                    job.study, job.folder, worker, job.space, options.n_trials, job.train.seed, job.defaults
+                )
             if trial:
                 line = _run_trial(job, trial, options.n_trials)
                 if not console.state.quiet:
@@ -134,20 +174,20 @@ def _run_trials(job: _Job, options: TuneOptions, worker: str) -> None:
 
 
 class _Watch(TrainerCallback):
-    """Reports each held-out loss to Optuna, and stops the trial if Optuna prunes it."""
+    """Reports each held-out score to Optuna, and stops the trial if Optuna prunes it."""
 
-    def __init__(self, study: Any, trial: Any, folder: Path) -> None:
-        self._study, self._trial, self._folder = study, trial, folder
+    def __init__(self, trial: Any, figure: str) -> None:
+        self._trial, self._name = trial, f"eval_{figure}"
         self._reported: set[int] = set()
 
     def report(self, entry: dict[str, Any], step: int, steps: int) -> bool:
         """Report a measurement; False if the trial is to be pruned."""
         # Trials differ in their number of steps: compare them where they have done the same share of these.
         tenths = round(10 * step / steps)
-        if not 0 < tenths < 10 or tenths in self._reported or "eval_loss" not in entry:
+        if not 0 < tenths < 10 or tenths in self._reported or self._name not in entry:
             return True
         self._reported.add(tenths)
-        self._trial.report(entry["eval_loss"], tenths)
+        self._trial.report(entry[self._name], tenths)
         return not self._trial.should_prune()
 
     def _report_or_prune(self, entry: dict[str, Any], step: int, steps: int) -> None:
@@ -157,16 +197,6 @@ class _Watch(TrainerCallback):
             raise optuna.TrialPruned
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not any("eval_loss" in entry for entry in state.log_history):
-            raise HfkitError(
-                "nothing is held out, so trials cannot be compared: raise --eval-fraction, or name another text with "
-                "--eval-file"
-            )
-        facts = json.loads((self._folder / run_folder.FACTS).read_text("utf-8"))
-        if corpus := facts.get("corpus_sha256"):
-            if self._study.user_attrs.get("corpus_sha256", corpus) != corpus:
-                raise HfkitError("the corpus has changed since the search began: --overwrite starts over")
-            self._study.set_user_attr("corpus_sha256", corpus)
         for entry in state.log_history:  # of a trial that is resumed
             self._report_or_prune(entry, entry["step"], state.max_steps)
 
@@ -180,20 +210,23 @@ def _run_trial(job: _Job, trial: Any, limit: int) -> str:
 
     folder = job.folder / trial.user_attrs["folder"]
     begun = (folder / run_folder.FACTS).is_file()
-    train = replace(job.train, **trial.params, output_dir=str(folder), resume=begun, overwrite=False)
-    watch = _Watch(job.study, trial, folder)
+    train = replace(job.train, **trial.params, output_dir=str(folder), resume=begun)
+    watch = _Watch(trial, job.figure)
     quiet, console.state.quiet = console.state.quiet, True
     score = "pruned"
     try:
         run = finetune(job.corpus, model=job.model, data=job.data, train=train, callbacks=[watch])
         metrics = run.metrics if run else {}
-        loss = metrics["loss"]
-        if loss is None:
+        if metrics["loss"] is None or metrics[job.figure] is None:
             raise DivergedError("the held-out loss is not finite")
         for entry in metrics["history"]:  # a resumed trial that was already trained has reported nothing yet
             watch.report(entry, entry["step"], metrics["steps"])
-        job.study.tell(trial, loss)
-        score = f"held-out loss {loss:.4f}"
+        trial.set_user_attr("loss", metrics["loss"])
+        score = f"held-out loss {metrics['loss']:.4f}"
+        if job.figure == "accuracy":
+            trial.set_user_attr("accuracy", metrics["accuracy"])
+            score = f"held-out accuracy {metrics['accuracy']:.1%}, loss {metrics['loss']:.4f}"
+        job.study.tell(trial, metrics[job.figure])
     except (optuna.TrialPruned, DivergedError) as end:
         if isinstance(end, DivergedError):
             score = "diverged"
@@ -206,11 +239,12 @@ def _run_trial(job: _Job, trial: Any, limit: int) -> str:
         console.state.quiet = quiet
     with lock(job.folder, wait=True, tell=False):
         _clear(job)
-    values = ", ".join(
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in trial.params.items()
-    )
-    return f"trial {trial.number}: {score}, {values}"
+    params = trial.user_attrs.get("default") or trial.params
+    values = [
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items()
+    ]
+    kind = " (the defaults)" if "default" in trial.user_attrs else ""
+    return f"trial {trial.number}{kind}: {', '.join([score, *values])}"
 
 
 def _clear(job: _Job) -> None:
@@ -245,19 +279,17 @@ def _finish(job: _Job, options: TuneOptions) -> Search:
         best = best_of(trials)
         if not best:
             raise HfkitError(f"no trial was finished ({folder}): a longer --timeout or --overwrite with other ranges")
-        importances = _importances(job.study, sum(trial["loss"] is not None for trial in trials))
+        importances = _importances(job)
+        scores = {"best": best["params"], "loss": best["loss"], "accuracy": best["accuracy"]}
+        found = {**scores, "trials": trials, "importances": importances}
         known = json.loads((folder / RESULT).read_text("utf-8"))
-        known |= {"best": best["params"], "loss": best["loss"], "trials": trials, "importances": importances}
-        write_text(folder / RESULT, json.dumps(known, indent=1))
+        write_text(folder / RESULT, json.dumps(known | found, indent=1))
         write_bytes(folder / PICTURE, draw_trials(trials, importances))
         recipe = (folder / best["folder"] / run_folder.RECIPE).read_text("utf-8")
         write_text(folder / BEST, recipe.replace(run_folder.RECIPE, BEST, 1))
         if options.train_best:
             run = _train_best(job, folder / best["folder"])
-    return Search(
-        output_dir=str(folder), best=best["params"], loss=best["loss"], trials=trials, importances=importances,
-        recipe=str(folder / BEST), run=run,
-    )  # fmt: skip
+    return Search(output_dir=str(folder), **found, recipe=str(folder / BEST), run=run)
 
 
 def _train_best(job: _Job, trial: Path) -> Run | None:
@@ -278,16 +310,17 @@ def _recipe_of(run: Path) -> dict[str, Any]:
         return {}
 
 
-def _importances(study: Any, count: int) -> dict[str, float]:
+def _importances(job: _Job) -> dict[str, float]:
     """The share of the scores' variance that each option explains; empty where trials are few."""
     import optuna
 
-    if count < 4:
+    scored = [trial for trial in job.study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+    if sum(set(job.space) <= set(trial.params) for trial in scored) < 4:
         return {}
     try:
         with console.quiet_libraries():
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)  # others need many more trials
-            shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+            shares = optuna.importance.get_param_importances(job.study, evaluator=evaluator, params=list(job.space))
         return {name: float(share) for name, share in shares.items()}
     except (ValueError, RuntimeError, ImportError):  # all scores are alike, or scikit-learn is missing
         return {}

@@ -42,6 +42,27 @@ def note_of(capsys) -> str:
     return capsys.readouterr().err
 
 
+# prompts
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("He mended a net. “Come and see,” said Ann, and then all the others came. ", "“Come"),
+        ("the boat came, slowly\nThe rain fell over the harbour and all of the boats. ", "The rain"),
+        ("there is no full stop in this one and the words go on and on and on ", None),
+    ],
+)
+def test_prompt_begins_where_a_sentence_does(tiny, tmp_path, datasets_cache, text, prompt):
+    """The end of a single text is held out; what is sampled from it does not begin in mid-sentence."""
+    tokenizer = load_tokenizer(find(ModelOptions(model=tiny)))
+    (tmp_path / "a.txt").write_text(text * 60)
+    found = gather_material(str(tmp_path / "a.txt"), tokenizer, DataOptions(eval_fraction=0.1), 1000, seed=1).prompt
+    assert found.startswith(prompt or tuple(text.split()))
+    other = gather_material(str(tmp_path / "a.txt"), tokenizer, DataOptions(eval_fraction=0), 1000, seed=1).prompt
+    assert text.startswith(other)  # where the document itself begins
+
+
 # blocks
 
 

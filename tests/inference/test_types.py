@@ -9,8 +9,9 @@ import pytest
 PROGRAM = """
 from typing import Any, assert_type
 
-from hfkit.inference.classification import Classification, classify
-from hfkit.inference.generation import Generation, generate
+from hfkit.inference.classification import classify
+from hfkit.inference.generation import generate
+from hfkit.inference.results import Classification, Generation
 from hfkit.inference.prompts import Request
 from hfkit.options import GenerateOptions
 

@@ -402,7 +402,7 @@ def test_write_report_of_a_search(metrics, tmp_path, capfdbinary, monkeypatch):
     page.assert_alone()
     page.assert_policy()
     assert "Best of 4 trials: held-out loss 2.5000" in page.text
-    assert "0.5000 below that of the default settings, 0.5000 below that of the median trial" in page.text
+    assert "0.5000 below that of the defaults, 0.5000 below that of the median trial" in page.text
     assert "2.5000 below that of the model before training" in page.text
     assert "hfkit generate -m found/trial-1" in page.text and "--config found/best.yaml" in page.text
     head, *rows = page.tables[0]
@@ -410,6 +410,34 @@ def test_write_report_of_a_search(metrics, tmp_path, capfdbinary, monkeypatch):
     assert [row[0] for row in rows] == ["1", "0", "3", "2"] and rows[3][1] == "–"
     assert re.search(r'<tr class="best">\s*<td[^>]*>1</td>', source) and len(page.charts) == 1
     assert_fails(call(capfdbinary, "report", "found", "other", "--overwrite"), 1, "found is a search", "trial-0")
+
+
+def test_write_report_of_a_search_by_accuracy(metrics, tmp_path):
+    """The most right answers are the best, whatever the loss."""
+    accuracies = [0.5, 0.75, None, 0.875]
+    rows = [row | {"accuracy": accuracy} for row, accuracy in zip(SEARCH["trials"], accuracies, strict=True)]
+    folder = save_search(tmp_path / "found", metrics | {"accuracy_before": 0.25}, trials=rows)
+    (folder / "trial-1").rename(folder / "trial-3")
+    source = write_report([folder], tmp_path / "page.html").read_text()
+    page = Page(source)
+    assert "Best of 4 trials: held-out accuracy 87.5%" in page.text
+    assert (
+        "trial 3 is 37.5 points above that of the defaults" in page.text
+        and "62.5 points above that of the model" in page.text
+    )
+    head, *shown_rows = page.tables[0]
+    assert head[1:3] == ["held-out accuracy", "held-out loss"] and [row[0] for row in shown_rows] == [
+        "3",
+        "1",
+        "0",
+        "2",
+    ]
+    assert re.search(r'<tr class="best">\s*<td[^>]*>3</td>', source) and "held-out accuracy</text>" in source
+    one = [rows[0] | {"default": True}]
+    (folder / "tuning.json").write_text(json.dumps(SEARCH | {"trials": one}))
+    (folder / "trial-3").rename(folder / "trial-0")
+    page = Page(write_report([folder], tmp_path / "page.html").read_text())
+    assert "Best of 1 trial: " in page.text and "The defaults are the best" in page.text
 
 
 def test_write_report_of_what_is_not_a_search(metrics, tmp_path):

@@ -154,7 +154,7 @@ def test_fit_without_memory(still, corpus, tmp_path, monkeypatch, capfd):
     assert trials.losses(halved.metrics) == pytest.approx(trials.losses(whole.metrics), rel=1e-5)
     notes = [line for line in capfd.readouterr().err.splitlines() if "out of memory" in line]
     assert [note.split("going on with ")[1] for note in notes] == ["3 sequences at a time, 2 times a step",
-                                                                  "1 sequences at a time, 6 times a step"]  # fmt: skip
+                                                                  "1 sequence at a time, 6 times a step"]  # fmt: skip
     most, errors = 0, {1: errors[6]}
     with pytest.raises(HfkitError, match="out of memory: lower"):
         train(corpus, still, tmp_path / "none", per_device_train_batch_size=1)

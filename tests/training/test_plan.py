@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -215,3 +216,12 @@ def test_plan_memory(machine):
     assert plan(parameters=2 * 10**6).memory > base and plan(length=200.0).memory > base
     assert plan(lora=True).memory < base > plan(activation_checkpointing=True).memory
     assert plan(per_device_train_batch_size=1).memory < plan(per_device_train_batch_size=8).memory
+
+
+def test_lines_count_in_the_singular(tiny, tmp_path):
+    """What is there once is not said to be there "1 times"."""
+    (tmp_path / "a.txt").write_text("one line")
+    found = hfkit.prepare(str(tmp_path / "a.txt"), model=tiny)
+    said = "\n".join([*found.lines(), *plan_module.plan_lines(plan(sequences=1, max_steps=1))])
+    assert "1 document," in said and "1 sequence of at most" in said and "1 step of 1 sequence," in said
+    assert not re.search(r"(?<![\d,.])1 \w+s\b", said), said

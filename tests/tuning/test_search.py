@@ -1,5 +1,7 @@
 """A search finds the best of its trials, can be interrupted like a training, and its recipe gives the same score."""
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -7,23 +9,25 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from support import trials
+from support.pages import Page
 from support.shell import assert_fails, call
 
 import hfkit
 from hfkit import console, storage
 from hfkit.errors import HfkitError, OptionError, StoppedError
 from hfkit.options import TrainOptions
-from hfkit.reporting.pages import make_files
+from hfkit.reporting.pages import make_files, write_report
 from hfkit.storage import lock
 from hfkit.training.monitor import HeldOutMonitor
 from hfkit.tuning import search as search_module
 from hfkit.tuning import study as study_module
-from hfkit.tuning.study import read_space
+from hfkit.tuning.study import default_space, read_space
 
 pytestmark = pytest.mark.usefixtures("brisk")
 SMALL = {**trials.SMALL, "max_steps": 4, "eval_steps": 2, "learning_rate": None}
@@ -104,15 +108,20 @@ def test_tune_at_a_shell(tiny, corpus, tmp_path, capfdbinary):
     result = call(capfdbinary, *typed(corpus, tiny, tmp_path / "run"))
     lines, folder = result.stdout.decode().splitlines(), tmp_path / "run"
     assert (result.returncode, lines[-1]) == (0, f"{folder / 'best.yaml'}"), result.stderr
-    assert "held-out loss" in lines[1] and "learning_rate" in lines[1] and "weight_decay" in lines[1]
-    *said, last = result.stderr.decode().splitlines()
-    assert last == f"hfkit: next: hfkit finetune --config {folder / 'best.yaml'}"
+    assert (
+        "held-out loss" in lines[1]
+        and any(" 0 (defaults) " in line for line in lines)
+        and "learning_rate" in lines[1]
+        and "weight_decay" in lines[1]
+    )
+    *said, gain, last = result.stderr.decode().splitlines()
+    assert "the defaults" in gain and last == f"hfkit: next: hfkit finetune --config {folder / 'best.yaml'}"
     assert [line.partition(", ")[0].rpartition(" ")[0] for line in said] == [
-        f"hfkit: trial {number}: held-out loss" for number in (0, 1)
+        f"hfkit: trial {number}: held-out loss" for number in ("0 (the defaults)", "1")
     ]
     again = call(capfdbinary, *typed(corpus, tiny, folder, "--json"))
     found = json.loads(again.stdout)
-    assert again.stderr == b"" and found["loss"] == min(trial["loss"] for trial in found["trials"])
+    assert found["loss"] == min(trial["loss"] for trial in found["trials"])
     shown = [line for line in lines if f"{found['loss']:.4f}" in line]
     assert shown == [next(line for line in lines[2:] if "." in line)]  # the best first
 
@@ -224,6 +233,10 @@ def test_tune_with_two_processes(tiny, corpus, tmp_path, capsys):
     assert len(list((tmp_path / "run").glob(".workers/*"))) == 2
 
 
+def take(study, folder, worker, space, limit, defaults=None):
+    return study_module.next_trial(study, folder, worker, space, limit, 1, defaults or {"learning_rate": 3e-3})
+
+
 @pytest.mark.parametrize("finishes", [False, True])
 def test_next_trial_counts_once(tmp_path, monkeypatch, finishes):
     """Else the next one is drawn with the seed of the one after it, which then has the same values."""
@@ -236,16 +249,19 @@ def test_next_trial_counts_once(tmp_path, monkeypatch, finishes):
 
     monkeypatch.setattr(study_module, "_is_alive", is_alive)
     study, space = optuna.create_study(), {"learning_rate": (1e-4, 1e-2)}
-    theirs, _ = study_module.next_trial(study, tmp_path, "theirs", space, 4, 1)
-    ours, busy = study_module.next_trial(study, tmp_path, "ours", space, 4, 1)
+    default, _ = take(study, tmp_path, "theirs", space, 5)
+    study.tell(default, 0.5)
+    theirs, _ = take(study, tmp_path, "theirs", space, 5)
+    ours, busy = take(study, tmp_path, "ours", space, 5)
     study.tell(ours, 0.5)
     finishes = False
-    after, _ = study_module.next_trial(study, tmp_path, "ours", space, 4, 1)
+    after, _ = take(study, tmp_path, "ours", space, 5)
     assert busy == 1 and len({str(trial.params) for trial in (theirs, ours, after)}) == 3
 
 
-def test_next_trial_interrupted(tmp_path, monkeypatch):
-    """Whatever was written when a process died, the next one has the same values to try."""
+@pytest.mark.parametrize("number", [0, 1])
+def test_next_trial_interrupted(tmp_path, monkeypatch, number):
+    """Whatever was written when a process died, the next one has the same values to try: the defaults, or others."""
     import optuna
     from optuna import Study
     from optuna.trial import Trial
@@ -256,26 +272,32 @@ def test_next_trial_interrupted(tmp_path, monkeypatch):
         (Study, "enqueue_trial"), (Study, "tell"), (Study, "ask"), (Trial, "set_user_attr"), (Trial, "suggest_float"),
         (Study, "get_trials"),
     ):  # fmt: skip
-        for after in (False, True):
+        original = getattr(owner, name)
+        for after, is_begun in itertools.product((False, True), (False, True)):
             study = optuna.create_study()
-            first, _ = study_module.next_trial(study, tmp_path, "a", space, 3, 1)
-            expected = expected or first.params
-            original = getattr(owner, name)
+            if number:
+                study.tell(take(study, tmp_path, "a", space, 4)[0], 1.0)
+            if is_begun:
+                first, _ = take(study, tmp_path, "a", space, 4)
+                expected = expected or first.params
 
             def die(*arguments, original=original, after=after, **keywords):
                 if after:
                     original(*arguments, **keywords)
                 raise MemoryError
 
-            with monkeypatch.context() as patch:
+            with monkeypatch.context() as patch, contextlib.suppress(MemoryError):
                 patch.setattr(owner, name, die)
-                with pytest.raises(MemoryError):
-                    study_module.next_trial(study, tmp_path, "a", space, 3, 1)
-            again, _ = study_module.next_trial(study, tmp_path, "b", space, 3, 1)
-            assert (again.params, again.user_attrs["folder"]) == (expected, "trial-0"), (name, after)
+                take(study, tmp_path, "a", space, 4)
+            again, _ = take(study, tmp_path, "b", space, 4)
+            where = (name, after, is_begun)
+            assert again.params == (expected or again.params) and ("default" in again.user_attrs) == (not number), (
+                where
+            )
+            assert again.user_attrs["folder"] == f"trial-{number}" or not is_begun, where
             study.tell(again, 1.0)
-            other, _ = study_module.next_trial(study, tmp_path, "b", space, 3, 1)
-            assert other.params != expected and other.user_attrs["folder"] != "trial-0", (name, after)
+            other, _ = take(study, tmp_path, "b", space, 4)
+            assert other.params != again.params and other.user_attrs["folder"] != again.user_attrs["folder"], where
 
 
 def test_tune_killed_at_the_end_of_a_trial(tiny, corpus, tmp_path, monkeypatch):
@@ -289,9 +311,47 @@ def test_tune_killed_at_the_end_of_a_trial(tiny, corpus, tmp_path, monkeypatch):
         with pytest.raises(MemoryError):
             tune(corpus, tiny, tmp_path, n_trials=1)
     tune(corpus, tiny, tmp_path, n_trials=1)
-    first, again = study_module.open_study(tmp_path, prune=True).get_trials()
+    first, again = study_module.open_study(tmp_path, figure="loss", prune=True).get_trials()
     assert (first.state.name, again.state.name) == ("FAIL", "COMPLETE")
     assert set(again.intermediate_values) == {5} and again.intermediate_values == first.intermediate_values
+
+
+# what it compares
+
+
+def test_tune_begins_with_the_defaults(tiny, tmp_path, capfd):
+    """The first trial is what `finetune` does with the same options, with as many epochs for a small text."""
+    corpus = trials.write_corpus(tmp_path / "corpus.txt", 8)
+    options = {"model": tiny, "bf16": False, "eval_fraction": 0.3, "gradient_accumulation_steps": 8}
+    run = hfkit.finetune(corpus, output_dir=tmp_path / "run", **options)
+    found = hfkit.tune(corpus, output_dir=tmp_path / "search", n_trials=1, **options)
+    (trial,) = found.trials
+    assert trial["default"] and trials.outcome(tmp_path / "search" / "trial-0") == trials.outcome(run.output_dir)
+    recipe = json.loads((tmp_path / "search" / "trial-0" / "run.json").read_text())["recipe"]
+    assert recipe == json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]
+    assert trial["params"]["num_train_epochs"] == recipe["num_train_epochs"] > 3
+    assert {name: recipe[name] for name in trial["params"]} == trial["params"]
+
+
+def test_tune_compares_by_accuracy(tiny, tmp_path, capfdbinary):
+    """Where a model chooses among labels, more right answers beat a lower loss: in the study, the table, the page."""
+    rows = [f"text {number},{'good' if number % 3 else 'bad'}" for number in range(40)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    labels = {"template": "{text} is {label}", "labels": ["good", "bad"], "eval_fraction": 0.3}
+    space = ["learning_rate=1e-9,3e-3", "warmup_steps=0..0.5"]
+    found = tune(str(tmp_path / "rows.csv"), tiny, tmp_path / "run", n_trials=4, search=space, **labels)
+    study = study_module.open_study(tmp_path / "run", figure="accuracy", prune=True)
+    assert study.direction.name == "MAXIMIZE"
+    assert [trial.value for trial in study.get_trials()] == [trial["accuracy"] for trial in found.trials]
+    for trial in found.trials:
+        metrics = json.loads((tmp_path / "run" / trial["folder"] / "metrics.json").read_text())
+        assert (metrics["accuracy"], metrics["loss"]) == (trial["accuracy"], trial["loss"])
+    best = max(found.trials, key=lambda trial: (trial["accuracy"], -trial["loss"]))
+    assert (found.best, found.accuracy, found.loss) == (best["params"], best["accuracy"], best["loss"])
+    page = Page(write_report([tmp_path / "run"], tmp_path / "page.html").read_text())
+    assert f"Best of 4 trials: held-out accuracy {best['accuracy']:.1%}" in page.text
+    assert page.tables[0][0][:3] == ["trial", "held-out accuracy", "held-out loss"]
+    assert page.tables[0][1][:2] == [str(best["number"]), f"{best['accuracy']:.1%}"]
 
 
 # what ends a trial
@@ -312,14 +372,15 @@ def instant(monkeypatch):
         callbacks[0].on_train_begin(None, state, None)
         for state.global_step in range(11):
             loss = (9.0 if train.learning_rate == 1e-9 else 5.0) - 0.1 * state.global_step
-            callbacks[0].on_log(None, state, None, logs={"eval_loss": loss})
-        return hfkit.Run(train.output_dir, {"loss": loss, "loss_before": 10.0, "steps": 10, "history": []})
+            callbacks[0].on_log(None, state, None, logs={"eval_loss": loss, "eval_accuracy": loss / 10})
+        metrics = {"loss": loss, "accuracy": loss / 10, "loss_before": 10.0, "steps": 10, "history": []}
+        return hfkit.Run(train.output_dir, metrics)
 
     import optuna
 
     study = optuna.create_study()
 
-    def open_study(folder, prune):
+    def open_study(folder, figure, prune):
         study.pruner = optuna.pruners.MedianPruner() if prune else optuna.pruners.NopPruner()
         return study
 
@@ -334,7 +395,7 @@ def test_prune_poor_trials(tiny, corpus, tmp_path, capfd, instant):
     found = tune(corpus, tiny, tmp_path / "run", **options)
     pruned = [trial for trial in found.trials if trial["state"] == "pruned"]
     assert pruned and all(trial["params"] == {"learning_rate": 1e-9} for trial in pruned)
-    assert all(trial["loss"] is None for trial in pruned) and found.best == {"learning_rate": 3e-3}
+    assert all(trial["loss"] is None for trial in pruned) and found.best["learning_rate"] != 1e-9
     assert all(trial["state"] == "complete" for trial in found.trials[:5])
     assert not [trial for trial in pruned if (tmp_path / "run" / trial["folder"] / "checkpoints").exists()]
     said = capfd.readouterr().err
@@ -354,14 +415,14 @@ def test_prune_leaves_no_weights(tiny, corpus, tmp_path):
         assert "recipe.yaml" in left and not {"checkpoints", "metrics.json", "model.safetensors"} & left
 
 
-def test_watch_compares_shares(tmp_path):
+def test_watch_compares_shares():
     """Trials of unequal lengths are compared at the same share of their steps."""
     import optuna
 
     study = optuna.create_study()
     for steps in (10, 20, 50, 100, 200, 1000):
         trial = study.ask()
-        watch = search_module._Watch(study, trial, tmp_path)
+        watch = search_module._Watch(trial, "loss")
         state = SimpleNamespace(max_steps=steps, global_step=0)
         for step in range(0, steps + 1, steps // 10):
             state.global_step = step
@@ -374,8 +435,9 @@ def test_tune_diverged_trial(tiny, corpus, tmp_path, capfd):
     """A trial that diverges is one of the trials."""
     found = tune(corpus, tiny, tmp_path, search=["learning_rate=1e-3,1e30"], n_trials=4, warmup_steps=0)
     states = {trial["params"]["learning_rate"]: (trial["state"], trial["loss"] is None) for trial in found.trials}
-    assert states == {1e-3: ("complete", False), 1e30: ("diverged", True)}
-    assert found.best == {"learning_rate": 1e-3} and "diverged, learning_rate 1e+30" in capfd.readouterr().err
+    default = found.trials[0]["params"]["learning_rate"]
+    assert states == dict.fromkeys((default, 1e-3), ("complete", False)) | {1e30: ("diverged", True)}
+    assert found.best["learning_rate"] < 1 and "diverged, learning_rate 1e+30" in capfd.readouterr().err
 
 
 def test_tune_timeout(tiny, corpus, tmp_path, monkeypatch, instant):
@@ -420,8 +482,8 @@ def test_tune_lora(tiny, corpus, tmp_path):
     config = json.loads((tmp_path / best / "adapter_config.json").read_text())
     assert (config["r"], config["lora_dropout"]) == (found.best["lora_r"], found.best["lora_dropout"])
     assert len({trial["params"]["lora_dropout"] for trial in found.trials}) == 2
-    space = read_space(None, TrainOptions(lora=True))
-    assert {"lora_r", "lora_dropout"} < set(space) and not {"lora_r"} & set(read_space(None, TrainOptions()))
+    space = default_space(TrainOptions(lora=True), DECIDED)
+    assert {"lora_r", "lora_dropout"} < set(space) and not {"lora_r"} & set(default_space(TrainOptions(), DECIDED))
 
 
 def test_tune_by_recipe(tiny, corpus, tmp_path, capfdbinary):
@@ -432,23 +494,33 @@ def test_tune_by_recipe(tiny, corpus, tmp_path, capfdbinary):
         f"corpus: {corpus}\nmodel: {tiny}\nmax_steps: 2\nbf16: false\nn_trials: 2\nsearch:\n"
         "  - learning_rate=1e-4..1e-2\n  - dropout=0,0.5\n  - warmup_steps=0..2\n"
     )
-    result = call(capfdbinary, "tune", "--config", recipe, "-o", tmp_path / "a ?#%20ä", "--json", "-n", 1)
+    result = call(capfdbinary, "tune", "--config", recipe, "-o", tmp_path / "a ?#%20ä", "--json", "-n", 2)
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert len(found["trials"]) == 1 and set(found["best"]) == {"learning_rate", "dropout", "warmup_steps"}
-    assert found["best"]["dropout"] in (0, 0.5) and found["best"]["warmup_steps"] in (0, 1, 2)
+    default, params = (trial["params"] for trial in json.loads(result.stdout)["trials"])
+    assert set(params) == {"learning_rate", "dropout", "warmup_steps"} and default["warmup_steps"] == 0.05
+    assert params["dropout"] in (0, 0.5) and params["warmup_steps"] in (0, 1, 2)
     assert (tmp_path / "a ?#%20ä" / "study.db").is_file()
 
 
-def test_read_space_default():
-    """What is left open is searched, around the values that are set."""
-    space = read_space(None, TrainOptions())
+DECIDED = TrainOptions(learning_rate=2e-4, per_device_train_batch_size=3, num_train_epochs=3.0)
+
+
+def test_default_space():
+    """What is left open is searched, around the values that are set or that `finetune` would take."""
+    space = default_space(TrainOptions(), DECIDED)
     names = {"learning_rate", "weight_decay", "warmup_steps", "per_device_train_batch_size", "num_train_epochs"}
     assert set(space) == names | {"dropout"}
-    given = TrainOptions(learning_rate=1e-3, weight_decay=0.5, max_steps=9, per_device_train_batch_size=3)
-    assert read_space(None, given) == {"learning_rate": (1e-4, 1e-2)} | {
-        name: space[name] for name in ("warmup_steps", "dropout")
-    }
+    assert space["learning_rate"] == pytest.approx((2e-5, 2e-3)) and space["num_train_epochs"] == [1, 2, 3, 5]
+    assert space["per_device_train_batch_size"] == [2, 3, 4, 8, 16]
+    given = {"learning_rate": 1e-3, "weight_decay": 0.5, "max_steps": 9, "per_device_train_batch_size": 3}
+    left = default_space(TrainOptions(**given), TrainOptions(**given))
+    assert left == {"learning_rate": (1e-4, 1e-2)} | {name: space[name] for name in ("warmup_steps", "dropout")}
+
+
+def test_default_space_of_a_small_corpus():
+    """Where `finetune` makes 30 epochs, a trial makes as many, or a share of them, not three."""
+    epochs = default_space(TrainOptions(), replace(DECIDED, num_train_epochs=30.0))["num_train_epochs"]
+    assert 30 in epochs and min(epochs) == 10
 
 
 @pytest.mark.parametrize(
@@ -556,7 +628,7 @@ def test_tune_with_an_edited_corpus(tiny, tmp_path):
     first = tune(corpus, tiny, tmp_path / "run", n_trials=1)
     text = Path(corpus).read_text()
     Path(corpus).write_text(text.replace("rain", "hail"))
-    with pytest.raises(HfkitError, match="the corpus has changed"):
+    with pytest.raises(HfkitError, match=r"other settings \(corpus_sha256\)"):
         tune(corpus, tiny, tmp_path / "run")
     Path(corpus).write_text(text)
     found = tune(corpus, tiny, tmp_path / "run")

@@ -1,0 +1,288 @@
+"""The routes."""
+
+import asyncio
+import re
+import time
+from base64 import b64encode
+from collections.abc import AsyncIterator, Callable
+from functools import cache, partial
+from hashlib import sha256
+from importlib.resources import files
+from typing import Any
+
+import fastapi
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+
+import hfkit
+from hfkit.corpus.chat import CHAT_TEMPLATE
+from hfkit.errors import HfkitError, OptionError
+from hfkit.inference.likelihood import jsonable
+from hfkit.models.architecture import head_of
+from hfkit.models.loading import LanguageModel
+from hfkit.serving import protocol
+from hfkit.serving.delivery import to_events, until_gone
+from hfkit.serving.engine import Engine, make_engine
+from hfkit.serving.guard import Counts, Guard, Settings, error_reply, explain
+from hfkit.serving.jobs import Job, Plan, chat_prompt, make_plan, vocabulary_of
+from hfkit.serving.replies import Reply, Response
+
+router = fastapi.APIRouter()
+
+
+class Server:
+    """The models that are served, and what is going on. Its application is `guard`."""
+
+    def __init__(self, models: list[LanguageModel], settings: Settings) -> None:
+        self.models = {lm.name: lm for lm in models}
+        self.engines: dict[str, Engine] = {
+            lm.name: make_engine(lm) for lm in models if head_of(lm.model.config) == "text"
+        }
+        self.settings, self.counts = settings, Counts()
+        self.is_stopping = False
+        self.started = int(time.time())
+        self.one_at_a_time = asyncio.Lock()  # what is not written by an engine
+        app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, max_body_size=settings.max_body)
+        app.include_router(router)
+        app.state.server = self
+        app.add_exception_handler(HfkitError, _on_error)
+        app.add_exception_handler(Exception, _on_error)
+        app.add_exception_handler(RequestValidationError, _on_invalid)
+        app.add_exception_handler(HTTPException, _on_http)
+        self.guard = Guard(app, settings, self.counts)
+
+    def find(self, name: str | None) -> LanguageModel:
+        """The model of this name, by default the first one; a 404 if there is none."""
+        if name is None:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            raise HTTPException(404, f"the model {name!r:.100} is not served here: see /v1/models")
+        return self.models[name]
+
+    def engine(self, name: str | None) -> Engine:
+        """The engine of a model; HfkitError if it does not write text."""
+        lm = self.find(name)
+        if lm.name not in self.engines:
+            raise OptionError(f"{lm.name} writes no text: use /v1/classify or /v1/answer")
+        return self.engines[lm.name]
+
+    @property
+    def failure(self) -> str | None:
+        """Why the process must be started again, if it must."""
+        return next((engine.failure for engine in self.engines.values() if engine.failure), None)
+
+    def stop(self) -> None:
+        """End all texts with what there is of them."""
+        self.is_stopping = True
+        for engine in self.engines.values():
+            engine.stop()
+
+
+def _server(request: fastapi.Request) -> Server:
+    server: Server = request.app.state.server
+    return server
+
+
+async def _on_error(request: fastapi.Request, error: Exception) -> JSONResponse:
+    status, message, code = explain(error)
+    return error_reply(status, message, code=code)
+
+
+async def _on_invalid(request: fastapi.Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)  # noqa: S101, what it is registered for
+    first = error.errors()[0]
+    place = [str(part)[:40] for part in first["loc"][1:]]
+    reason = str(first["msg"])[:300].encode("ascii", "backslashreplace").decode()
+    return error_reply(400, f"{'.'.join(place) or 'the body'}: {reason}", param=place[0] if place else None)
+
+
+async def _on_http(request: fastapi.Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)  # noqa: S101, likewise
+    known = {404: "model_not_found"} if "is not served here" in error.detail else {}
+    return error_reply(error.status_code, error.detail, code=known.get(error.status_code))
+
+
+async def _start(
+    request: fastapi.Request, engine: Engine, plan: Callable[[], tuple[Plan, tuple[str, ...]]]
+) -> tuple[Job, bool]:
+    """Begin to write what `plan` says. Returns the job, and whether its model gets a plain conversation."""
+    made, stops = await asyncio.to_thread(plan)  # it encodes the prompts
+    request.state.job = job = Job(made)
+    request.state.prompts = [each.prompt for each in made.requests]
+    await job.start(engine, _server(request).settings.request_timeout)
+    return job, bool(stops)
+
+
+def _stream(pieces: AsyncIterator[dict[str, Any]], named: bool = False) -> StreamingResponse:
+    headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+    return StreamingResponse(to_events(pieces, named), media_type="text/event-stream", headers=headers)
+
+
+@router.post("/v1/completions")
+async def _complete(request: fastapi.Request, body: protocol.CompletionBody) -> Any:
+    body.check()
+    engine = _server(request).engine(body.model)
+    lm, most = engine.lm, 0 if body.max_tokens == 0 else 16
+
+    def plan() -> tuple[Plan, tuple[str, ...]]:
+        scores_prompt = body.echo and body.logprobs is not None
+        wishes = body.wishes(vocabulary_of(lm), body.logprobs, scores_prompt)
+        return make_plan(lm, body.prompts, body.options(body.max_tokens), wishes, body.samples, most), ()
+
+    job, _ = await _start(request, engine, plan)
+    reply = Reply(lm, "text_completion", job, body.n, echo=body.echo)
+    if body.stream:
+        return _stream(reply.pieces(body.stream_options.include_usage))
+    return JSONResponse(await until_gone(request, reply.whole()))
+
+
+def _chat_plan(
+    lm: LanguageModel,
+    body: protocol.ChatBody | protocol.ResponseBody,
+    most: int | None,
+    samples: int,
+    top: int | None,
+) -> tuple[Plan, tuple[str, ...]]:
+    prompt, stops = chat_prompt(lm, [message.to_dict() for message in body.messages])
+    wishes = body.wishes(vocabulary_of(lm), top)
+    return make_plan(lm, [prompt], body.options(most, stops), wishes, samples, None), stops
+
+
+@router.post("/v1/chat/completions")
+async def _chat(request: fastapi.Request, body: protocol.ChatBody) -> Any:
+    engine = _server(request).engine(body.model)
+    most, top = body.max_completion_tokens or body.max_tokens, body.top_logprobs if body.logprobs else None
+    job, is_plain = await _start(request, engine, lambda: _chat_plan(engine.lm, body, most, body.n, top))
+    reply = Reply(engine.lm, "chat.completion", job, body.n, strip=is_plain)
+    if body.stream:
+        return _stream(reply.pieces(body.stream_options.include_usage))
+    return JSONResponse(await until_gone(request, reply.whole()))
+
+
+@router.post("/v1/responses")
+async def _respond(request: fastapi.Request, body: protocol.ResponseBody) -> Any:
+    engine = _server(request).engine(body.model)
+    most = body.max_output_tokens
+    job, is_plain = await _start(request, engine, lambda: _chat_plan(engine.lm, body, most, 1, None))
+    response = Response(engine.lm, job, is_plain)
+    if body.stream:
+        return _stream(response.pieces(), named=True)
+    return JSONResponse(await until_gone(request, response.whole()))
+
+
+@router.post("/v1/classify")
+async def _classify(request: fastapi.Request, body: protocol.ClassifyBody) -> Any:
+    server = _server(request)
+    lm = server.find(body.model)
+    body.extras()
+    async with server.one_at_a_time:
+        results = await asyncio.to_thread(hfkit.classify, body.texts, model=lm, labels=body.labels)
+    data = [{"index": index, **result.to_dict()} for index, result in enumerate(results)]
+    return JSONResponse({"object": "list", "model": lm.name, "data": jsonable(data)})
+
+
+@router.post("/v1/answer")
+async def _answer(request: fastapi.Request, body: protocol.AnswerBody) -> Any:
+    server = _server(request)
+    lm = server.find(body.model)
+    body.extras()
+    call = partial(hfkit.answer, body.question, body.context, no_answer_threshold=body.no_answer_threshold)
+    async with server.one_at_a_time:
+        result = await asyncio.to_thread(call, model=lm)
+    return JSONResponse({"object": "answer", **jsonable(result.to_dict())})
+
+
+@router.post("/tokenize")
+async def _tokenize(request: fastapi.Request, body: protocol.TokenizeBody) -> Any:
+    lm = _server(request).find(body.model)
+    body.extras()
+    ids = await asyncio.to_thread(lm.tokenizer.encode, body.prompt, add_special_tokens=body.add_special_tokens)
+    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": lm.context})
+
+
+@router.post("/detokenize")
+async def _detokenize(request: fastapi.Request, body: protocol.DetokenizeBody) -> Any:
+    lm = _server(request).find(body.model)
+    body.extras()
+    if not all(0 <= token < vocabulary_of(lm) for token in body.tokens):
+        raise OptionError(f"tokens are ids from 0 to {vocabulary_of(lm) - 1}")
+    return JSONResponse({"prompt": await asyncio.to_thread(lm.tokenizer.decode, body.tokens)})
+
+
+@router.get("/tokenizer_info")
+async def _tokenizer_info(request: fastapi.Request, model: str | None = None) -> Any:
+    tokenizer = _server(request).find(model).tokenizer
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    tokens = {name: getattr(tokenizer, name) for name in names}
+    return JSONResponse(tokens | {"chat_template": tokenizer.chat_template or CHAT_TEMPLATE})
+
+
+def _model(server: Server, lm: LanguageModel) -> dict[str, Any]:
+    head = head_of(lm.model.config)
+    return {"id": lm.name, "object": "model", "created": server.started, "owned_by": "hfkit",
+            "max_model_len": lm.context, "task": head}  # fmt: skip
+
+
+@router.get("/v1/models")
+async def _models(request: fastapi.Request) -> Any:
+    server = _server(request)
+    return JSONResponse({"object": "list", "data": [_model(server, lm) for lm in server.models.values()]})
+
+
+@router.get("/v1/models/{name:path}")
+async def _one_model(request: fastapi.Request, name: str) -> Any:
+    server = _server(request)
+    return JSONResponse(_model(server, server.find(name)))
+
+
+@router.get("/health")
+async def _health(request: fastapi.Request) -> Any:
+    server = _server(request)
+    status = server.failure or ("stopping" if server.is_stopping else "ok")
+    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+
+@router.get("/metrics")
+async def _metrics(request: fastapi.Request) -> Any:
+    server = _server(request)
+    lines = [f"hfkit_requests_in_flight {server.counts.in_flight}"]
+    lines += [f"hfkit_request_seconds_total {server.counts.seconds:.3f}"]
+    for (path, status), count in sorted(server.counts.requests.items()):
+        lines.append(f'hfkit_requests_total{{path="{path}",status="{status}"}} {count}')
+    for number, engine in enumerate(server.engines.values()):
+        label = f'{{model="{number}"}}'  # as /v1/models lists them: a name could hold anything
+        lines += [
+            f"hfkit_texts_running{label} {engine.running}",
+            f"hfkit_texts_waiting{label} {engine.waiting}",
+            f"hfkit_tokens_written_total{label} {engine.tokens_written}",
+            f"hfkit_prompt_tokens_total{label} {engine.prompt_tokens}",
+            f"hfkit_prompt_tokens_computed_total{label} {engine.prompt_tokens_read}",
+        ]
+    return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+
+@router.get("/")
+async def _page() -> Any:
+    page, headers = _read_page()
+    return HTMLResponse(page, headers=headers)
+
+
+@cache
+def _read_page() -> tuple[str, dict[str, str]]:
+    """The page, and headers by which a browser runs what is written in it and nothing else."""
+    page = files("hfkit.serving").joinpath("page.html").read_text("utf-8")
+
+    def hashes(tag: str) -> str:
+        texts = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        return " ".join(f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for text in texts) or "'none'"
+
+    policy = (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return page, {
+        "content-security-policy": policy,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+    }

@@ -1,0 +1,292 @@
+"""Texts that are written together: they join and leave between steps, and none depends on the others.
+
+One thread makes all steps. Each of its rounds reads a part of the waiting prompts, so that a long one does not stop
+the texts that are being written, then gives each of these its next token.
+"""
+
+import collections
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from hfkit.inference.batches import default_size
+from hfkit.inference.decoding import Completion
+from hfkit.inference.generation import Generation, stream
+from hfkit.models.loading import LanguageModel
+from hfkit.serving.cache import SHORTEST_PREFIX, Prefixes, Window, can_share_steps, common_length
+from hfkit.serving.reading import Prompts, top_tokens
+from hfkit.serving.rows import Row, Token, UnavailableError
+
+# Tokens of prompts in a round, while texts are being written and while none is.
+_PROMPT_TOKENS = {"cpu": (64, 512), "cuda": (1024, 8192)}
+_TOKENS_AT_ONCE = {"cpu": 32_768, "cuda": 262_144}  # columns of all rows
+
+
+class Engine:
+    """Writes rows, in the order in which they come."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.lm = lm
+        self.tokens_written = self.prompt_tokens = self.prompt_tokens_read = 0
+        self.failure: str | None = None  # why it cannot go on; a process in this state must be started again
+        self._waiting: collections.deque[Row] = collections.deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, daemon=True, name=f"engine of {lm.name}")
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Texts that are not begun."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Texts in progress."""
+        raise NotImplementedError
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Have these rows written; each emits its result.
+
+        Raises:
+            UnavailableError: the engine has stopped.
+        """
+        with self._changed:
+            if self._stopping or self.failure:
+                raise UnavailableError(self.failure or "the server is stopping: try again later")
+            self._waiting.extend(rows)
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """End all texts with what there is of them, and the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopping or self._waiting or self.running)
+                    if self._stopping:
+                        break
+                try:
+                    self._round()
+                except Exception as error:  # noqa: BLE001, every text gets an answer
+                    self._give_up(error)
+        for row in [*self._drop_all(), *self._waiting]:
+            _end(row)
+
+    def _give_up(self, error: Exception) -> None:
+        """Tell all rows in progress that they failed. After an error of a GPU no later call can succeed."""
+        if isinstance(error, torch.AcceleratorError):
+            self.failure = f"the device failed: {error}"
+        for row in self._drop_all():
+            row.fail(error)
+
+    def _round(self) -> None:
+        """Do a small part of the work."""
+        raise NotImplementedError
+
+    def _drop_all(self) -> list[Row]:
+        """The rows in progress, which are so no more."""
+        raise NotImplementedError
+
+
+def _end(row: Row) -> None:
+    """End a row whose time is over."""
+    if row.tokens:
+        row.finish()
+    else:
+        row.fail(UnavailableError("there was no time to begin this text: try again later"))
+
+
+class StepEngine(Engine):
+    """Writes all rows together, a token each in a step."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        device = lm.model.device.type
+        self._rows: list[Row] = []  # in the order of the window
+        self._window = Window(len(DynamicCache(config=lm.model.config).layers))
+        self._prefixes = Prefixes(device)
+        self._reading: Prompts | None = None
+        self._most, self._columns = default_size(lm), _TOKENS_AT_ONCE.get(device, 32_768)
+        self._busy_tokens, self._idle_tokens = _PROMPT_TOKENS.get(device, (64, 512))
+        super().__init__(lm)
+
+    @property
+    def running(self) -> int:
+        return len(self._rows) + (len(self._reading.rows) if self._reading else 0)
+
+    def _drop_all(self) -> list[Row]:
+        rows = self._rows + (self._reading.rows if self._reading else [])
+        self._rows, self._reading = [], None
+        self._window.clear()
+        return rows
+
+    def _round(self) -> None:
+        for row in [row for row in self._rows if row.is_cancelled or row.is_late]:
+            self._leave(row)
+            if not row.is_cancelled:
+                row.finish()
+        budget = self._busy_tokens if self._rows else self._idle_tokens
+        self._reading = self._reading or self._next_prompts(budget)
+        if self._reading:
+            if all(row.is_cancelled for row in self._reading.rows):
+                self._reading = None
+            elif (logits := self._reading.advance(budget)) is not None:
+                self._join(self._reading, logits)
+        if self._rows:
+            logits = self._window.step(self.lm, [row.tokens[-1].id for row in self._rows])
+            for row in self._take(self._rows, logits):
+                self._leave(row)
+
+    def _next_prompts(self, budget: int) -> "Prompts | None":
+        """Waiting rows whose prompts are read together: at most `budget` tokens, or a single longer one."""
+        groups: dict[tuple[int, ...], list[Row]] = {}
+        cache, alone = None, False  # alone: no other prompt can be read with the first one
+        while self._waiting:
+            row = self._waiting[0]
+            if row.is_cancelled or row.is_late:
+                self._waiting.popleft()
+                if not row.is_cancelled:
+                    _end(row)
+                continue
+            ids = tuple(row.request.ids)
+            if groups and not self._shares(row, groups) and (alone or not self._fits(row, groups, budget)):
+                break
+            if not self._has_room(row, sum(map(len, groups.values()))):
+                break
+            if not groups and not row.wishes.scores_prompt:
+                cache = self._prefixes.find(ids)
+            alone = row.wishes.scores_prompt or cache is not None
+            self.prompt_tokens += len(ids)
+            self.prompt_tokens_read += 0 if ids in groups else len(ids) - (cache.get_seq_length() if cache else 0)
+            groups.setdefault(ids, []).append(self._waiting.popleft())
+        return Prompts(self.lm, groups, cache) if groups else None
+
+    def _shares(self, row: Row, groups: dict[tuple[int, ...], list[Row]]) -> bool:
+        """Whether `groups` has the prompt of a row, read as this row needs it."""
+        others = groups.get(tuple(row.request.ids))
+        return others is not None and row.wishes.scores_prompt <= others[0].wishes.scores_prompt
+
+    def _fits(self, row: Row, groups: dict[tuple[int, ...], list[Row]], budget: int) -> bool:
+        """Whether another prompt can be read with those of `groups`.
+
+        One that begins like one of them waits until that is known, and so does one that begins like an earlier one.
+        """
+        ids = row.request.ids
+        columns = max(len(ids), *map(len, groups)) * (len(groups) + 1)
+        shared = max(self._prefixes.length(ids), *(common_length(ids, other) for other in groups))
+        return columns <= budget and shared < SHORTEST_PREFIX and not row.wishes.scores_prompt
+
+    def _has_room(self, row: Row, more: int) -> bool:
+        """Whether one more row, after `more` others, keeps within the device's number of rows and tokens."""
+        count = len(self._rows) + more + 1
+        longest = max(len(each.request.ids) + each.request.new_tokens for each in [*self._rows, row])
+        return count == 1 or (count <= self._most and count * longest <= self._columns)
+
+    def _join(self, prompts: "Prompts", logits: torch.Tensor) -> None:
+        """Write the first token of each text whose prompt has been read, (prompts, vocabulary), and go on with it."""
+        self._reading = None
+        for ids, place in zip(prompts.groups, range(len(logits)), strict=True):
+            if not prompts.scores:
+                self._prefixes.keep(ids, prompts.cache, place)
+        places = {id(row): place for place, rows in enumerate(prompts.groups.values()) for row in rows}
+        rows = [row for row in prompts.rows if row.request.new_tokens]
+        ended = self._take(rows, logits[[places[id(row)] for row in rows]]) if rows else []
+        for row in prompts.rows:
+            if not row.request.new_tokens:
+                row.finish()
+            elif row not in ended:
+                self._window.add(prompts.cache, places[id(row)], len(row.request.ids))
+                self._rows.append(row)
+
+    def _leave(self, row: Row) -> None:
+        """Take a row out of the window, where the last one takes its place."""
+        place = self._rows.index(row)
+        self._window.remove(place)
+        self._rows[place] = self._rows[-1]
+        self._rows.pop()
+
+    def _take(self, rows: Sequence[Row], logits: torch.Tensor) -> list[Row]:
+        """Give each row its next token. logits: (rows, vocabulary). Returns the rows that end with it."""
+        scores = logits.to(torch.float32, copy=True)
+        model = scores.log_softmax(-1)  # what the model itself says
+        kinds: dict[object, list[int]] = {}
+        for place, row in enumerate(rows):
+            kinds.setdefault(row.kind, []).append(place)
+            row.penalize(scores[place])
+        chosen: list[torch.Tensor] = [scores.new_zeros(1, dtype=torch.long)] * len(rows)
+        failed: dict[int, Exception] = {}
+        for places in kinds.values():
+            try:
+                first = rows[places[0]]
+                part = scores[places] if len(places) < len(rows) else scores
+                # Only a row that is the only one of its kind has processors that look at its tokens.
+                ids = torch.tensor([first.ids], device=scores.device) if first.kind is first else part.long()[:, :0]
+                for processor in first.processors:
+                    part = processor(ids, part)
+                for place, row_scores in zip(places, part, strict=True):
+                    chosen[place] = rows[place].pick(row_scores)
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:  # noqa: BLE001, the other texts go on
+                failed |= dict.fromkeys(places, error)
+        tokens = torch.stack(chosen)
+        logprobs = model.gather(1, tokens).squeeze(1).tolist()
+        ended = []
+        for place, (row, (token,)) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+            if place in failed:
+                row.fail(failed[place])
+            self.tokens_written += 1
+            top = top_tokens(model[place], row.wishes.top, token)
+            if place in failed or row.take(Token(token, logprobs[place], top)):
+                ended.append(row)
+        return ended
+
+
+class SoloEngine(Engine):
+    """Writes one row after another, in transformers' own loops: beams, models with an encoder or a state."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self._row: Row | None = None
+        super().__init__(lm)
+
+    @property
+    def running(self) -> int:
+        return int(self._row is not None)
+
+    def _drop_all(self) -> list[Row]:
+        rows, self._row = [self._row] if self._row else [], None
+        return rows
+
+    def _round(self) -> None:
+        row = self._row = self._waiting.popleft()
+        if row.is_late and not row.is_cancelled:
+            _end(row)
+        elif not row.is_cancelled:
+            self._write(row)
+        self._row = None
+
+    def _write(self, row: Row) -> None:
+        options = replace(row.options, seed=row.request.seed, num_return_sequences=None)
+        pieces = stream(row.request, model=self.lm, options=options)
+        try:
+            while not row.is_cancelled:
+                row.show(next(pieces))
+        except StopIteration as stop:
+            text: Generation = stop.value
+            self.tokens_written += text.tokens
+            row.end(Completion(text.completion, text.finish_reason, [0] * text.tokens, text.logprob))
+        finally:
+            pieces.close()
+
+
+def make_engine(lm: LanguageModel) -> Engine:
+    """The engine that suits a model that writes text."""
+    return StepEngine(lm) if can_share_steps(lm) else SoloEngine(lm)

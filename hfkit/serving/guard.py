@@ -1,0 +1,160 @@
+"""What every request meets first: its host, its key, a place among those that are served, and limits of time."""
+
+import asyncio
+import hmac
+import re
+import secrets
+import time
+from collections import Counter
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hfkit import console
+from hfkit.errors import HfkitError, first_line
+from hfkit.serving.rows import UnavailableError
+
+_OPEN = ("/health", "/")  # what needs no key: neither shows anything of a model
+_STALLED = 30.0  # seconds after which a client that neither sends nor reads is given up
+_OUR_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+_ID = re.compile("[A-Za-z0-9-]{1,64}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server is run."""
+
+    api_key: str | None = None
+    hosts: tuple[str, ...] = _OUR_HOSTS  # names by which it may be called; none: any
+    max_requests: int = 256  # at a time; more are told to come again
+    request_timeout: float = 600.0  # seconds for one request
+    max_body: int = 2_000_000  # bytes
+    logs_prompts: bool = False
+
+
+@dataclass
+class Counts:
+    """What /metrics shows of all requests."""
+
+    requests: Counter[tuple[str, int]] = field(default_factory=Counter)  # by path and status
+    seconds: float = 0.0
+    in_flight: int = 0
+
+
+def error_reply(status: int, message: str, *, param: str | None = None, code: str | None = None) -> JSONResponse:
+    """An error in OpenAI's form, from which its client makes its exceptions."""
+    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status)
+    kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    headers = {"retry-after": "1"} if status in (429, 503) else {}
+    return JSONResponse({"error": error}, status, headers)
+
+
+def explain(error: Exception) -> tuple[int, str, str | None]:
+    """Status, message and code for what went wrong while a text was prepared or written."""
+    match error:
+        case UnavailableError():
+            return 503, str(error), None
+        case HfkitError() if "do not fit" in str(error):
+            return 400, str(error), "context_length_exceeded"
+        case HfkitError():
+            return (500 if error.__class__.__name__ == "NotFiniteError" else 400), str(error), None
+        case MemoryError() | RuntimeError() if "memory" in str(error):
+            return 503, "out of memory: ask for fewer or shorter texts", None
+    console.note(f"a request failed: {type(error).__name__}: {first_line(error)}")
+    return 500, "this should not happen: see the server's messages", None
+
+
+class Guard:
+    """The outermost application. It alone decides who gets in."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, counts: Counts) -> None:
+        self._app, self._settings, self._counts = app, settings, counts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)  # the life of the server
+            return
+        started, status = time.perf_counter(), 500
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
+        request_id = request_id if _ID.fullmatch(request_id) else secrets.token_hex(8)
+        state: dict[str, Any] = {}
+        scope["state"] = state
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await asyncio.wait_for(send(message), _STALLED)
+
+        takes_place = scope["method"] == "POST"
+        refusal = self._refusal(scope, headers)
+        if not refusal and takes_place and self._counts.in_flight >= self._settings.max_requests:
+            refusal = error_reply(429, "the server is busy: try again later", code="server_busy")
+        if refusal:
+            await refusal(scope, receive, send_on)
+        else:
+            self._counts.in_flight += takes_place
+            try:
+                await self._app(scope, _in_time(receive, headers), send_on)
+            except (ClientDisconnect, TimeoutError, OSError):
+                status = 499  # nobody is there to read a reply
+            finally:
+                self._counts.in_flight -= takes_place
+                if "job" in state:
+                    state["job"].cancel()
+        seconds = time.perf_counter() - started
+        # Only known paths: a client must not fill the memory with names.
+        route = getattr(scope.get("route"), "path", "other")
+        self._counts.requests[route, status] += 1
+        self._counts.seconds += seconds
+        line = f"{scope['method']} {scope['path']!r:.80} {status} {seconds:.3f} s {request_id}"
+        if self._settings.logs_prompts:
+            console.note(f"{line} {console.to_json(state.get('prompts', []))}")
+        else:
+            console.detail(line)
+
+    def _refusal(self, scope: MutableMapping[str, Any], headers: Headers) -> JSONResponse | None:
+        """Why a request does not get in."""
+        host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
+        # A page of another site can make a browser call this server, by a name that leads here.
+        if self._settings.hosts and host not in self._settings.hosts:
+            return error_reply(403, "this server does not go by that name: use the address that it printed")
+        origin = headers.get("origin")
+        if origin and origin.partition("://")[2] != headers.get("host"):
+            return error_reply(403, "a page of another site may not call this server")
+        if (
+            scope["method"] == "POST"
+            and headers.get("content-type", "").partition(";")[0].strip() != "application/json"
+        ):
+            return error_reply(415, "the body is not JSON: send it with content-type application/json")
+        is_open = scope["method"] in ("GET", "HEAD") and scope["path"] in _OPEN
+        if self._settings.api_key and not is_open and not self._has_key(headers):
+            return error_reply(401, "the API key is missing or wrong", code="invalid_api_key")
+        return None
+
+    def _has_key(self, headers: Headers) -> bool:
+        given = headers.getlist("authorization")
+        kind, _, key = (given[0] if len(given) == 1 else "").partition(" ")
+        expected = (self._settings.api_key or "").encode()
+        return hmac.compare_digest(key.encode("latin-1"), expected) and kind.lower() == "bearer"
+
+
+def _in_time(receive: Receive, headers: Headers) -> Receive:
+    """`receive` that gives up a client whose body does not come."""
+    waits = headers.get("content-length") not in (None, "0") or "transfer-encoding" in headers
+
+    async def receive_soon() -> Message:
+        nonlocal waits
+        message = await asyncio.wait_for(receive(), _STALLED if waits else None)
+        waits = waits and bool(message.get("more_body"))
+        return message
+
+    return receive_soon

@@ -1,0 +1,139 @@
+"""From a request to the rows that answer it, and from the engine's thread back to the event loop."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from hfkit.corpus.chat import CHAT_TEMPLATE
+from hfkit.corpus.templates import task_of
+from hfkit.errors import HfkitError, OptionError, first_line
+from hfkit.inference.controls import check_controls, check_options
+from hfkit.inference.generation import draw_seed
+from hfkit.inference.prompts import Request, fit_prompt
+from hfkit.models.loading import LanguageModel
+from hfkit.options import GenerateOptions
+from hfkit.serving.engine import Engine, StepEngine
+from hfkit.serving.rows import Event, Piece, Result, Row, Wishes
+
+_TURNS = ("\nUser:", "\nAssistant:", "\nSystem:")  # where a model that is none for chats writes the other side, too
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be written: a text for each prompt and sample, numbered prompt by prompt."""
+
+    requests: list[Request]  # with the seed of the prompt's first sample
+    options: GenerateOptions
+    wishes: Wishes
+    samples: int
+
+
+def make_plan(
+    lm: LanguageModel,
+    prompts: Sequence[str | list[int]],
+    options: GenerateOptions,
+    wishes: Wishes,
+    samples: int,
+    new_tokens: int | None,
+) -> Plan:
+    """Encode the prompts and check all that can be checked. It takes a while, so call it in a thread.
+
+    new_tokens: most of them where `options` says nothing; None: as many as fit.
+
+    Raises:
+        HfkitError: a prompt does not fit the model, or the options contradict each other.
+    """
+    check_options(options)
+    check_controls(lm, options)
+    seed = draw_seed() if options.seed is None else options.seed
+    requests = []
+    for number, prompt in enumerate(prompts):
+        if isinstance(prompt, list) and not all(0 <= token < vocabulary_of(lm) for token in prompt):
+            raise OptionError(f"prompt has a token id that the model does not know: 0 to {vocabulary_of(lm) - 1}")
+        request = fit_prompt(prompt, options, lm.tokenizer, lm.model.config, lm.name)
+        if options.max_new_tokens is None:
+            room = (lm.context or 4096) - (0 if lm.model.config.is_encoder_decoder else len(request.ids))
+            request = replace(request, new_tokens=room if new_tokens is None else min(new_tokens, room))
+        requests.append(replace(request, seed=seed + number * samples))
+    return Plan(requests, options, wishes, samples)
+
+
+def vocabulary_of(lm: LanguageModel) -> int:
+    """Tokens that the model knows."""
+    embedding: Any = lm.model.get_input_embeddings()
+    return len(embedding.weight)
+
+
+def chat_prompt(lm: LanguageModel, messages: list[dict[str, str]]) -> tuple[str | list[int], tuple[str, ...]]:
+    """The prompt for the next turn of a conversation, and what ends that turn besides the model's own mark.
+
+    A translator and a model that learned a task get the last turn alone. A base model gets hfkit's plain template.
+
+    Raises:
+        HfkitError: the model's template rejects the conversation.
+    """
+    template = lm.tokenizer.chat_template
+    if not template and (lm.model.config.is_encoder_decoder or task_of(lm.tokenizer)):
+        return messages[-1]["content"], ()
+    try:
+        ids = lm.tokenizer.apply_chat_template(
+            messages, chat_template=template or CHAT_TEMPLATE, add_generation_prompt=True, return_dict=False
+        )
+    except Exception as error:  # a template is a program: it can fail in every way
+        raise HfkitError(f"the chat template of {lm.name} rejects this: {first_line(error)}") from error
+    return cast(list[int], ids), () if template else _TURNS
+
+
+class Job:
+    """The rows of one request. Each event has the number of its row."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.rows: list[Row] = []
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+    async def start(self, engine: Engine, seconds: float) -> None:
+        """Hand the rows to the engine, which has so many seconds to write them."""
+        if self.plan.wishes.top is not None and not isinstance(engine, StepEngine):
+            raise OptionError(f"{engine.lm.name} gives no log-probabilities here: leave logprobs out")
+        self.rows = await asyncio.to_thread(self._make_rows, engine.lm, seconds)
+        engine.submit(self.rows)
+
+    def _make_rows(self, lm: LanguageModel, seconds: float) -> list[Row]:
+        rows: list[Row] = []
+        for request in self.plan.requests:
+            for k in range(self.plan.samples):
+                sample = replace(request, seed=((request.seed or 0) + k) % 2**63)
+                emit = self._emitter(len(rows))
+                rows.append(Row(lm, sample, self.plan.options, self.plan.wishes, emit, seconds))
+        return rows
+
+    def _emitter(self, number: int) -> Any:
+        def emit(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
+
+        return emit
+
+    async def events(self) -> AsyncIterator[tuple[int, Piece | Result]]:
+        """Pieces, where they are wanted, and the result of each row; an error of any row is raised."""
+        left = len(self.rows)
+        while left:
+            number, event = await self._events.get()
+            if isinstance(event, Exception):
+                raise event
+            left -= isinstance(event, Result)
+            yield number, event
+
+    async def results(self) -> list[Result]:
+        """The result of each row, in order."""
+        results = {number: event async for number, event in self.events() if isinstance(event, Result)}
+        return [results[number] for number in range(len(self.rows))]
+
+    def cancel(self) -> None:
+        """Give up the rows that are not written yet."""
+        for row in self.rows:
+            row.cancel()

@@ -1,0 +1,244 @@
+"""What goes back: completions, chat completions and responses, whole or as a stream of events."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Literal
+
+from hfkit.inference.decoding import Detokenizer
+from hfkit.inference.vocabulary import token_writer
+from hfkit.models.loading import LanguageModel
+from hfkit.serving.jobs import Job, Plan
+from hfkit.serving.rows import Piece, Result, Token
+
+_LEAST = -9999.0  # log-probability of what is impossible; JSON has no infinity
+Kind = Literal["text_completion", "chat.completion"]
+
+
+class Writer:
+    """Writes one choice after another: its tokens as OpenAI spells them, and where they are in the text."""
+
+    def __init__(self, lm: LanguageModel, kind: Kind, prompt: str, context: Sequence[int]) -> None:
+        """prompt: the text before the first token, context: its tokens."""
+        self._lm, self._kind, self._offset = lm, kind, len(prompt)
+        self._detokenizer = Detokenizer(lm.tokenizer, context)
+        self._write = token_writer(lm.tokenizer)
+
+    def _bytes(self, token: int) -> bytes:
+        word = self._lm.tokenizer.convert_ids_to_tokens(token)
+        return self._write(word) if isinstance(word, str) else b""
+
+    def _text(self, token: int) -> str:
+        return self._bytes(token).decode(errors="replace")
+
+    def scores(self, ids: Sequence[int], tokens: Sequence[Token | None]) -> dict[str, Any]:
+        """The `logprobs` of a choice. A token without a score is the first one of a prompt."""
+        if self._kind == "chat.completion":
+            return {"content": [self._chat_token(token) for token in tokens if token]}
+        offsets = []
+        for token_id in ids:
+            offsets.append(self._offset)
+            self._offset += len(self._detokenizer.push(token_id))
+        return {
+            "tokens": [self._text(token_id) for token_id in ids],
+            "token_logprobs": [max(token.logprob, _LEAST) if token else None for token in tokens],
+            "top_logprobs": [self._likeliest(token) if token else None for token in tokens],
+            "text_offset": offsets,
+        }
+
+    def _likeliest(self, token: Token) -> dict[str, float]:
+        """The likeliest tokens by their text. Where two are written alike, the likelier one."""
+        texts: dict[str, float] = {}
+        for token_id, logprob in token.top:
+            texts.setdefault(self._text(token_id), max(logprob, _LEAST))
+        return texts
+
+    def _chat_token(self, token: Token) -> dict[str, Any]:
+        top = [self._entry(token_id, logprob) for token_id, logprob in token.top]
+        return self._entry(token.id, token.logprob) | {"top_logprobs": top}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        return {"token": self._text(token), "logprob": max(logprob, _LEAST), "bytes": list(self._bytes(token))}
+
+
+class Reply:
+    """The reply to a completion or a chat: `n` choices for each prompt, those with the best score of all samples."""
+
+    def __init__(
+        self, lm: LanguageModel, kind: Kind, job: Job, n: int, echo: bool = False, strip: bool = False
+    ) -> None:
+        """strip: without the space that a text begins with."""
+        self._lm, self._kind, self._job, self._n, self._echo, self._strip = lm, kind, job, n, echo, strip
+        self._frame = {
+            "id": f"{'cmpl' if kind == 'text_completion' else 'chatcmpl'}-{secrets.token_hex(12)}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": lm.name,
+        }
+        self._completion_tokens = 0
+
+    @property
+    def _plan(self) -> Plan:
+        return self._job.plan
+
+    def _writer(self, number: int) -> Writer:
+        request = self._plan.requests[number // self._plan.samples]
+        if self._echo and self._plan.wishes.scores_prompt:
+            return Writer(self._lm, self._kind, "", [])
+        return Writer(self._lm, self._kind, str(request.prompt), request.ids)
+
+    def _prompt(self, number: int) -> str:
+        return str(self._plan.requests[number // self._plan.samples].prompt) if self._echo else ""
+
+    def _usage(self) -> dict[str, Any]:
+        prompt = sum(len(request.ids) for request in self._plan.requests)
+        written = self._completion_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+
+    def _scores(self, number: int, writer: Writer, result: Piece | Result) -> dict[str, Any] | None:
+        if self._plan.wishes.top is None:
+            return None
+        tokens: list[Token | None] = list(result.tokens)
+        ids = [token.id for token in result.tokens]
+        if isinstance(result, Result) and self._plan.wishes.scores_prompt:
+            tokens = result.prompt_tokens + tokens
+            ids = self._plan.requests[number // self._plan.samples].ids + ids
+        return writer.scores(ids, tokens)
+
+    def _seed(self, number: int) -> int | None:
+        return self._job.rows[number].seed
+
+    async def whole(self) -> dict[str, Any]:
+        """The reply as one object."""
+        results = await self._job.results()
+        self._completion_tokens = sum(len(result.completion.tokens) for result in results)
+        choices: list[dict[str, Any]] = []
+        for first in range(0, len(results), self._plan.samples):
+            numbers = range(first, first + self._plan.samples)
+            if self._n < len(numbers):  # by the mean score of a token, as OpenAI chooses
+                numbers = sorted(numbers, key=lambda number: _mean(results[number]), reverse=True)[: self._n]  # type: ignore[assignment]
+            choices += (self._choice(len(choices) + k, number, results[number]) for k, number in enumerate(numbers))
+        return self._frame | {"choices": choices, "usage": self._usage()}
+
+    def _choice(self, index: int, number: int, result: Result) -> dict[str, Any]:
+        text = result.completion.text.lstrip() if self._strip else result.completion.text
+        content: dict[str, Any] = {"text": self._prompt(number) + text}
+        if self._kind == "chat.completion":
+            content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        return {
+            "index": index,
+            **content,
+            "logprobs": self._scores(number, self._writer(number), result),
+            "finish_reason": result.completion.finish_reason,
+            "seed": self._seed(number),
+        }
+
+    async def pieces(self, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
+        """The reply as a stream of objects."""
+        usage = {"usage": None} if with_usage else {}
+        frame = self._frame | usage
+        if self._kind == "chat.completion":
+            frame["object"] = "chat.completion.chunk"
+        writers = {number: self._writer(number) for number in range(len(self._job.rows))}
+        begun: set[int] = set()
+        told = dict.fromkeys(writers, 0)
+        for number in writers:  # what comes before the first token
+            if self._kind == "chat.completion":
+                yield frame | {"choices": [self._delta(number, {"role": "assistant", "content": ""}, None, None)]}
+            elif self._echo:
+                yield frame | {"choices": [self._delta(number, self._prompt(number), None, None)]}
+        async for number, event in self._job.events():
+            if isinstance(event, Piece):
+                told[number] += len(event.tokens)
+                text = event.text if number in begun or not self._strip else event.text.lstrip()
+                begun |= {number} if text else set()
+                scores = self._scores(number, writers[number], event)
+                yield frame | {"choices": [self._delta(number, text, scores, None)]}
+            else:
+                self._completion_tokens += len(event.completion.tokens)
+                rest = event._replace(tokens=event.tokens[told[number] :])
+                scores = self._scores(number, writers[number], rest)
+                yield frame | {"choices": [self._delta(number, "", scores, event.completion.finish_reason)]}
+        if with_usage:
+            yield frame | {"choices": [], "usage": self._usage()}
+
+    def _delta(self, number: int, content: Any, scores: Any, reason: str | None) -> dict[str, Any]:
+        if self._kind == "text_completion":
+            text: dict[str, Any] = {"text": content}
+        elif isinstance(content, dict):
+            text = {"delta": content}
+        else:
+            text = {"delta": {"content": content} if content else {}}
+        seed = {"seed": self._seed(number)} if reason else {}
+        return {"index": number, **text, "logprobs": scores, "finish_reason": reason, **seed}
+
+
+def _mean(result: Result) -> float:
+    return result.completion.logprob / max(1, len(result.completion.tokens))
+
+
+class Response:
+    """The reply to POST /v1/responses: one message."""
+
+    def __init__(self, lm: LanguageModel, job: Job, strip: bool) -> None:
+        self._job, self._strip = job, strip
+        self._item_id, self._number = f"msg_{secrets.token_hex(12)}", 0
+        self._frame: dict[str, Any] = {
+            "id": f"resp_{secrets.token_hex(12)}", "object": "response", "created_at": int(time.time()),
+            "model": lm.name, "error": None, "incomplete_details": None, "instructions": None, "metadata": {},
+            "parallel_tool_calls": False, "tool_choice": "none", "tools": [], "temperature": None, "top_p": None,
+        }  # fmt: skip
+
+    def _item(self, text: str | None, status: str) -> dict[str, Any]:
+        content = [] if text is None else [self._part(text)]
+        return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": content}
+
+    def _part(self, text: str) -> dict[str, Any]:
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+    def _finished(self, result: Result) -> dict[str, Any]:
+        text = result.completion.text.lstrip() if self._strip else result.completion.text
+        is_whole = result.completion.finish_reason == "stop"
+        status = "completed" if is_whole else "incomplete"
+        read, written = len(self._job.plan.requests[0].ids), len(result.completion.tokens)
+        return self._frame | {
+            "status": status,
+            "incomplete_details": None if is_whole else {"reason": "max_output_tokens"},
+            "output": [self._item(text, status)],
+            "usage": {
+                "input_tokens": read, "output_tokens": written, "total_tokens": read + written,
+                "input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0},
+            },
+        }  # fmt: skip
+
+    async def whole(self) -> dict[str, Any]:
+        """The reply as one object."""
+        return self._finished((await self._job.results())[0])
+
+    async def pieces(self) -> AsyncIterator[dict[str, Any]]:
+        """The reply as a stream of numbered events."""
+        begun = self._frame | {"status": "in_progress", "output": [], "usage": None}
+        place: dict[str, Any] = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
+        yield self._event("response.created", response=begun)
+        yield self._event("response.in_progress", response=begun)
+        yield self._event("response.output_item.added", output_index=0, item=self._item(None, "in_progress"))
+        yield self._event("response.content_part.added", **place, part=self._part(""))
+        text = ""
+        async for _, event in self._job.events():
+            if isinstance(event, Piece):
+                piece = event.text if text or not self._strip else event.text.lstrip()
+                text += piece
+                if piece:
+                    yield self._event("response.output_text.delta", **place, delta=piece, logprobs=[])
+                continue
+            done = self._finished(event)
+            (item,) = done["output"]
+            (part,) = item["content"]
+            yield self._event("response.output_text.done", **place, text=part["text"], logprobs=[])
+            yield self._event("response.content_part.done", **place, part=part)
+            yield self._event("response.output_item.done", output_index=0, item=item)
+            yield self._event(f"response.{done['status']}", response=done)
+
+    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        self._number += 1
+        return {"type": kind, "sequence_number": self._number - 1, **fields}

@@ -1,0 +1,193 @@
+"""One text while it is written: its controls, random numbers, stop strings and log-probabilities."""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from transformers.generation import logits_process
+
+from hfkit.declaration import set_fields
+from hfkit.errors import HfkitError, NotFiniteError
+from hfkit.inference.batches import logits_processors
+from hfkit.inference.controls import draws, endings
+from hfkit.inference.decoding import Completion, Detokenizer, complete, cut_at_stop, held_back
+from hfkit.inference.prompts import Request
+from hfkit.models.loading import LanguageModel
+from hfkit.options import GenerateOptions
+
+# Processors that look at nothing but the scores: they are applied to all rows with the same options at once.
+_MEMORYLESS = tuple(
+    getattr(logits_process, name)
+    for name in ("TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper MinPLogitsWarper TopHLogitsWarper "
+                 "TypicalLogitsWarper EpsilonLogitsWarper EtaLogitsWarper SuppressTokensLogitsProcessor "
+                 "LogitNormalization InfNanRemoveLogitsProcessor").split()
+)  # fmt: skip
+_ONE_TEXT = ("seed", "max_new_tokens", "stop_strings", "max_time", "truncate", "raw")  # change no score
+
+
+class UnavailableError(HfkitError):
+    """The server cannot answer now: it is stopping, or the request has waited too long."""
+
+
+class Token(NamedTuple):
+    """A token, its log-probability in nats before any control, and the likeliest ones in its place with theirs."""
+
+    id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Piece(NamedTuple):
+    """Text that was completed, and the tokens that came since the piece before."""
+
+    text: str
+    tokens: list[Token]
+
+
+class Result(NamedTuple):
+    """The end of a text. tokens: of all of it; none where the model's own loop does not give them."""
+
+    completion: Completion
+    tokens: list[Token]
+    prompt_tokens: list[Token | None]  # of the prompt, where their scores are wanted; the first has none
+
+
+Event = Piece | Result | Exception
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a client wants in addition to `GenerateOptions`."""
+
+    streams: bool = False
+    top: int | None = None  # likeliest tokens to tell of each place; None: no log-probabilities
+    scores_prompt: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+
+class Row:
+    """A text from its prompt to its end. The engine calls all methods but `cancel`, which any thread may call."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        request: Request,
+        options: GenerateOptions,
+        wishes: Wishes,
+        emit: Callable[[Event], None],
+        seconds: float = math.inf,
+    ) -> None:
+        """request: with its seed. emit: called with each Piece, if wanted, then a Result or an error.
+
+        Raises:
+            HfkitError: the options contradict each other.
+        """
+        self.request, self.options, self.wishes = request, options, wishes
+        self.tokens: list[Token] = []
+        self.prompt_tokens: list[Token | None] = []
+        self._lm, self._emit, self._ends = lm, emit, endings(lm, options)
+        self._cancelled = threading.Event()
+        self._deadline = time.monotonic() + min(seconds, options.max_time or math.inf)
+        self._detokenizer = Detokenizer(lm.tokenizer, request.ids)
+        self._text, self._shown, self._told = "", 0, 0
+        self._generator: torch.Generator | None = None
+        if draws(lm, options):
+            self._generator = torch.Generator(lm.model.device).manual_seed(request.seed or 0)
+        self.processors = logits_processors(lm, request, options) if request.new_tokens else []
+        # Rows of one kind get their scores from the same processors.
+        self.kind: object = self
+        if all(isinstance(processor, _MEMORYLESS) for processor in self.processors):
+            values = {name: value for name, value in set_fields(options).items() if name not in _ONE_TEXT}
+            self.kind = str(sorted(values.items()))
+
+    @property
+    def seed(self) -> int | None:
+        """What gives the same text again; None where nothing is random."""
+        return self.request.seed if draws(self._lm, self.options) else None
+
+    @property
+    def ids(self) -> list[int]:
+        """The prompt and what has been written."""
+        return self.request.ids + [token.id for token in self.tokens]
+
+    def cancel(self) -> None:
+        """Nobody waits for this text any more."""
+        self._cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its time is over."""
+        return time.monotonic() > self._deadline
+
+    def penalize(self, scores: torch.Tensor) -> None:
+        """Apply what OpenAI's options add to the scores, (vocabulary,), in place."""
+        wishes = self.wishes
+        if wishes.logit_bias:
+            scores[list(wishes.logit_bias)] += torch.tensor(list(wishes.logit_bias.values()), device=scores.device)
+        if self.tokens and (wishes.presence_penalty or wishes.frequency_penalty):
+            written = torch.tensor([token.id for token in self.tokens], device=scores.device)
+            tokens, counts = torch.unique(written, return_counts=True)
+            scores[tokens] -= wishes.presence_penalty + wishes.frequency_penalty * counts
+
+    def pick(self, scores: torch.Tensor) -> torch.Tensor:
+        """The next token, (1,), given the scores of all, (vocabulary,)."""
+        if self._generator is None:
+            return scores.argmax(-1, keepdim=True)
+        return torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
+
+    def take(self, token: Token) -> bool:
+        """Append a token. Returns whether the text ends here; then the result has been emitted."""
+        self.tokens.append(token)
+        if math.isnan(token.logprob):
+            self.fail(NotFiniteError.of(self._lm.name))
+            return True
+        ended = token.id in self._ends.tokens
+        if self.wishes.streams or self._ends.strings:
+            self._text += self._detokenizer.push(token.id)
+            ended = ended or cut_at_stop(self._text, self._ends.strings)[1]
+            if not ended:
+                self._show(len(self._text) - held_back(self._text, self._ends.strings))
+        if ended or len(self.tokens) >= self.request.new_tokens:
+            self.finish()
+            return True
+        return False
+
+    def _show(self, end: int) -> None:
+        if self.wishes.streams and end > self._shown:
+            self._emit(Piece(self._text[self._shown : end], self.tokens[self._told :]))
+            self._shown, self._told = end, len(self.tokens)
+
+    def finish(self) -> None:
+        """Emit what there is as the result."""
+        logprobs = torch.tensor([token.logprob for token in self.tokens], dtype=torch.double)
+        ids = [token.id for token in self.tokens]
+        completion = complete(
+            self._lm.tokenizer, self.request.ids, ids, self._ends.tokens, self._ends.strings, logprobs
+        )
+        self._text = completion.text
+        if len(self._text) > self._shown:
+            self._show(len(self._text))
+        self._emit(Result(completion, self.tokens[: len(completion.tokens)], self.prompt_tokens))
+
+    def show(self, text: str) -> None:
+        """Emit a piece that another loop has written."""
+        if self.wishes.streams:
+            self._emit(Piece(text, []))
+
+    def end(self, completion: Completion) -> None:
+        """Emit the result of another loop."""
+        self._emit(Result(completion, [], []))
+
+    def fail(self, error: Exception) -> None:
+        """Emit an error as the end of this text."""
+        self._emit(error)

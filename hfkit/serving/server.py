@@ -1,0 +1,94 @@
+"""From a free port to the last reply."""
+
+import asyncio
+import ipaddress
+import signal
+import socket
+from typing import Any
+
+import uvicorn
+
+from hfkit.console import note
+from hfkit.errors import HfkitError, OptionError
+from hfkit.models.loading import LanguageModel
+from hfkit.serving.app import Server
+from hfkit.serving.guard import Settings
+
+_LAST_SECONDS = 5.0  # to send what there is, after the grace
+
+
+def check_address(host: str, api_key: str | None) -> None:
+    """OptionError for an address that others can reach, without a key."""
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = host == "localhost"
+    if not is_loopback and not api_key:
+        raise OptionError(f"--host {host} can be reached from other machines: add --api-key, or leave --host out")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that holds the address; it does not listen yet.
+
+    Raises:
+        HfkitError: the address is taken, or not of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        return listener
+    except (OSError, UnicodeError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise HfkitError(f"cannot listen at {host}, port {port}: {reason}: choose another --port or --host") from error
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn that ends the texts of its last requests when the grace is over."""
+
+    def __init__(self, config: uvicorn.Config, server: Server, grace: float) -> None:
+        super().__init__(config)
+        self._served, self._grace = server, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._served.is_stopping = True
+        waiting = asyncio.create_task(self._end_texts())
+        await super().shutdown(sockets)
+        waiting.cancel()
+
+    async def _end_texts(self) -> None:
+        await asyncio.sleep(self._grace)
+        await asyncio.to_thread(self._served.stop)
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._served.failure is not None
+
+
+def serve(models: list[LanguageModel], listener: socket.socket, settings: Settings, grace: float = 30.0) -> None:
+    """Serve these models until SIGINT or SIGTERM, then `grace` seconds more for what has been begun.
+
+    Raises:
+        HfkitError: the device failed; only a new process can use it again.
+    """
+    server = Server(models, settings)
+    config = uvicorn.Config(
+        server.guard,
+        log_config=None, log_level="critical", lifespan="off", server_header=False, timeout_keep_alive=10,
+        timeout_graceful_shutdown=int(grace + _LAST_SECONDS), h11_max_incomplete_event_size=32_768,
+    )  # fmt: skip
+    host, port = listener.getsockname()[:2]
+    names = ", ".join(lm.name for lm in models)
+    note(f"serving {names} at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C ends it")
+    # uvicorn sends itself the signal again once it has ended: it has been obeyed by then.
+    before: dict[signal.Signals, Any] = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        _Uvicorn(config, server, grace).run(sockets=[listener])
+    finally:
+        server.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if server.failure:
+        raise HfkitError(f"{server.failure}: start the server again")
