@@ -158,10 +158,9 @@ class Resident:
         elif not fits:
             self.ringer.send(_REFUSED)
         else:
-            # Out of the way of the numbers that the client's files have.
-            client, *files = move([client.detach(), *files], 1 + max(request["files"]))
-            (ringer,) = move([self.ringer.detach()], 1 + max(request["files"]))
-            run(socket.socket(fileno=client), files, request, ringer)
+            lowest = 1 + max(request["files"])  # out of the way of the numbers that the client's files have
+            number, ringer, *files = move([client.detach(), self.ringer.detach(), *files], lowest)
+            run(socket.socket(fileno=number), files, request, ringer)
 
     def _status(self) -> dict[str, Any]:
         with open(f"/proc/{self.pid}/statm") as file:
@@ -185,7 +184,7 @@ def import_everything() -> None:
     with contextlib.suppress(ImportError):  # a private place, which may move
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-        get_checkpoint_conversion_mapping("gpt2")  # the patterns for all architectures: 0.1 s of each command
+        get_checkpoint_conversion_mapping("gpt2")  # type: ignore[no-untyped-call]  # the patterns for all architectures: 0.1 s of each command
     with contextlib.suppress(AttributeError):  # another private place: 0.1 s, for pydantic
         for command in app.command_line().commands.values():
             for param in command.params:

@@ -190,23 +190,19 @@ def load_weights(
     dtype = choose_dtype(options.dtype, device)
     placement: Any = options.device_map or spread_over_devices(device, source)
     arguments: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
-    if source.gguf:
-        arguments |= _gguf_arguments(source.gguf)
-    else:
-        arguments["use_safetensors"] = True
+    arguments |= _gguf_arguments(source.gguf) if source.gguf else {"use_safetensors": True}
     bits = choose_bits(options, source, device, dtype)
     if bits and device.type == "cuda":
         arguments["quantization_config"] = bitsandbytes_config(bits)
         placement = placement or {"": device}
     if placement:
         arguments["device_map"] = placement
-    with calling_library(source):
+    with calling_library(source), no_init_weights():  # a missing weight is an error: no random one is of use
         if source.gguf:
             check_blocks(source, config)
-        with no_init_weights():  # what is missing is an error, so no random number is of any use
-            model, report = _class_for(config).from_pretrained(
-                source.folder, trust_remote_code=source.trust_remote_code, **arguments
-            )
+        model, report = _class_for(config).from_pretrained(
+            source.folder, trust_remote_code=source.trust_remote_code, **arguments
+        )
     check_report(source, model, report)
     if source.adapter:
         model = _merge_adapter(model, source, source.adapter)
