@@ -2,8 +2,8 @@
 
 This is the client's side. It runs before every command, so it imports little. `cli.resident` is the other side.
 
-The client sends its environment and open files, and the child answers with its process number. Until the client says
-"go", both may give up: then the command starts cold, silently. So no command runs twice.
+The child says hello, the client sends its environment and open files, and the child answers with its process number.
+Until the client says "go", both may give up: then the command starts cold, silently. So no command runs twice.
 """
 
 import json
@@ -16,6 +16,7 @@ from array import array
 from typing import Any, NoReturn
 
 ENVIRONMENT = {**os.environ}  # before a library or a command changes it
+HELLO = b"hello\n"
 COLD = ("finetune", "pretrain", "tune", "serve", "warm")  # they run long, or start processes of their own
 _SECONDS = 3  # for the resident process to answer; an idle one takes 0.02
 _MOST_FILES = 200  # that one message can carry
@@ -118,7 +119,8 @@ def connect() -> socket.socket | None:
     connection.settimeout(_SECONDS)
     try:
         connection.connect(f"{folder}/socket")
-        if is_peer_ours(connection):
+        # Without its hello it may be stopped, and would keep the files that it is sent open.
+        if is_peer_ours(connection) and connection.recv(len(HELLO)) == HELLO:
             return connection
     except OSError:  # it has ended, or has too many clients
         pass

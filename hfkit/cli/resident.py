@@ -39,8 +39,11 @@ def main() -> None:
         return
     descriptor = os.open(f"{folder}/lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "r+b") as lock:
-        if not storage.lock_file(lock):  # there is one already
-            return
+        end = time.monotonic() + _SECONDS  # one that was told to stop may still hold it
+        while not storage.lock_file(lock):
+            if time.monotonic() > end:
+                return
+            time.sleep(0.05)
         resident = Resident(f"{folder}/socket", idle)
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
         try:
@@ -147,6 +150,7 @@ class Resident:
     def _answer(self, client: socket.socket) -> None:
         """In the child: run the client's command, if this process is what the client would start."""
         client.settimeout(_SECONDS)
+        client.sendall(warm.HELLO)
         header, files, *_ = socket.recv_fds(client, 8, 256)
         with client.makefile("rb") as stream:
             request = json.loads(stream.read(int.from_bytes(header, "big")))
