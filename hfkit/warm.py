@@ -150,9 +150,9 @@ def ask(what: str) -> dict[str, Any] | None:
 
 def run() -> None:
     """Have the resident process run this command, and end as it ended. Return if the command must start cold."""
-    if sys.platform != "linux" or sys.argv[1:2] == [] or sys.argv[1] in COLD or "WORLD_SIZE" in os.environ:
+    if sys.platform != "linux" or {*sys.argv[1:2]} & {*COLD} or "WORLD_SIZE" in os.environ:
         return
-    if not (connection := connect()):
+    if sys.gettrace() or sys.getprofile() or not (connection := connect()):  # a debugger wants this process
         return
     reader, writer = os.pipe()  # the child is killed when `writer` closes: when this process ends, however it ends
     passed = [reader]
@@ -218,7 +218,7 @@ def _forward_signals(pid: int) -> None:
     def stop(number: int, frame: Any) -> None:
         forward(signal.SIGSTOP, frame)
         _stop_by(signal.SIGTSTP)
-        while sys.argv[1] == "chat" and os.isatty(0) and os.tcgetpgrp(0) != os.getpgrp():
+        while sys.argv[1:2] == ["chat"] and os.isatty(0) and os.tcgetpgrp(0) != os.getpgrp():
             _stop_by(signal.SIGTTIN)  # as whoever reads from a terminal in the background
         signal.signal(signal.SIGTSTP, stop)
         forward(signal.SIGCONT, frame)

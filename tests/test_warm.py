@@ -154,7 +154,7 @@ def test_other_setting_is_cold(home, tiny):
     before = home.served()
     for env in ({"OMP_NUM_THREADS": "2"}, {"HF_HOME": "/nowhere"}, {"WORLD_SIZE": "1"}):
         assert home.run("generate", "--help", env=env).returncode == 0
-    limit = ["sh", "-c", f'ulimit -n 512; exec {sys.executable} -m hfkit --version']
+    limit = ["sh", "-c", f"ulimit -n 512; exec {sys.executable} -m hfkit --version"]
     assert subprocess.run(limit, env={**os.environ, **home.env}, capture_output=True).returncode == 0
     assert home.run("finetune", "nowhere.txt").returncode == 1
     assert home.served() == before
@@ -289,3 +289,114 @@ def test_seconds(time, seconds):
     for wrong in ("", "m", "ten", "-1", "nan", "inf", "0"):
         with pytest.raises(ValueError):
             warm.seconds(wrong)
+
+
+# slow: all commands, many calls, kills
+
+
+def sampled_lines(models: dict[str, str]) -> list[tuple[list, bytes]]:
+    """Forty command lines with their stdin: every command, right and wrong, with seeds."""
+    tiny, story = models["tiny"], "Once upon a time, the king \u65e5\u672c \u00e9."
+    right = [
+        *(
+            ["generate", text, "-m", tiny, "-n", 6, "-s", seed]
+            for seed, text in enumerate(["Hi", story, "", "\U0001f600"])
+        ),
+        ["generate", "Hi", "-m", tiny, "-n", 6, "-s", 1, "--json"],
+        ["generate", "Hi", "-m", tiny, "-n", 6, "-s", 1, "--no-prompt", "--num-return-sequences", 3],
+        ["generate", "Hi", "-m", tiny, "-n", 6, "-t", 0],
+        ["generate", "Hi", "-m", tiny, "-n", 6, "-s", 1, "--sweep", "temperature=0.5,1.0"],
+        ["generate", "Hi", "-m", tiny, "-n", 6, "-s", 1, "--quantize", "int8"],
+        ["generate", "Hi", "-m", tiny, "-n", 6, "-s", 1, "--num-beams", 2],
+        ["generate", "Hi", "-n", 6, "-s", 1],
+        ["generate", "the king", "-m", models["llama"], "-n", 6, "-s", 1],
+        ["generate", "the king", "-m", models["t5"], "-n", 6, "-s", 1],
+        ["generate", "-m", tiny, "-n", 6, "-s", 1],
+        ["generate", "-i", "prompts.txt", "-m", tiny, "-n", 6, "-s", 1],
+        ["generate", "-i", "-", "-m", tiny, "-n", 6, "-s", 1],
+        ["chat", "-m", tiny, "-n", 6, "-s", 1],
+        ["inspect", "Hi there", "-m", tiny],
+        ["inspect", "Hi there", "-m", tiny, "--json"],
+        ["classify", "Hi there", "-m", tiny, "--labels", "good", "--labels", "bad", "--json"],
+        ["answer", "Who?", "-m", tiny, "--context", "prompts.txt", "--json"],
+        ["evaluate", "prompts.txt", "-m", tiny],
+        ["evaluate", "prompts.txt", "-m", tiny, "--json"],
+        ["prepare", "prompts.txt", "-m", tiny, "-o", "prepared", "--overwrite"],
+        ["recipes", "list"],
+        *(["--help"], ["--version"], ["generate", "--help"], ["warm", "--help"]),
+    ]
+    wrong = [
+        *(["nope"], ["generate", "--nope"], ["generate", "a", "b"], ["generate", "Hi", "--top-p", "3"]),
+        *(["generate", "Hi", "-m", "./nowhere"], ["generate", "x" * 99, "-m", tiny], ["generate", "Hi", "--resume"]),
+        *(["evaluate", "nowhere.txt"], ["inspect", "Hi", "--layer", 1], ["classify", "Hi", "-m", tiny]),
+        *(["report", "nowhere"], ["export", "nowhere"]),
+    ]
+    return [(line, LINES) for line in [*right, *wrong]]
+
+
+@pytest.mark.slow
+def test_every_command_same_as_cold(home, cold, tiny, tiny_llama, tiny_t5, tmp_path):
+    """Forty command lines: stdout, stderr and exit code are equal to the byte."""
+    (tmp_path / "prompts.txt").write_bytes(LINES)
+    lines = sampled_lines({"tiny": tiny, "llama": tiny_llama, "t5": tiny_t5})
+    assert len(lines) >= 40
+    different = []
+    for line, text in lines:
+        warm_result, cold_result = (outcome(user.run(*line, input=text, cwd=tmp_path)) for user in (home, cold))
+        if warm_result != cold_result:
+            different.append((line, warm_result, cold_result))
+    assert not different
+    for line in (["generate", "Hi", "-m", tiny, "-n", 6, "-s", 1], ["inspect", "Hi", "-m", tiny], ["--help"]):
+        warm_shown, cold_shown = on_terminal(home, *line), on_terminal(cold, *line)
+        assert (warm_shown[0], without_status(warm_shown[1])) == (cold_shown[0], without_status(cold_shown[1]))
+
+
+def resources(pid: int) -> tuple[int, int]:
+    """Megabytes and open files of a process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * 4096 // 10**6, len(os.listdir(f"/proc/{pid}/fd"))
+
+
+@pytest.mark.slow
+def test_many_calls(home, tiny):
+    """A thousand calls in a row and 32 at once give the same, and the parent's memory and open files stay flat."""
+    line = ["generate", "Hi", "-m", tiny, "-n", 2, "-s", 1]
+    expected, pid, before = outcome(home.run(*line)), home.status()["pid"], home.served()
+    start = resources(pid)
+    for _ in range(1000):
+        assert home.run("--version").stdout == f"hfkit {hfkit.__version__}\n".encode()
+    with ThreadPoolExecutor(32) as pool:
+        assert [outcome(each) for each in pool.map(lambda _: home.run(*line), range(32))] == [expected] * 32
+    end = resources(pid)
+    assert end[0] - start[0] <= 2 and end[1] == start[1]
+    assert home.served() == before + 1032
+    assert wait_until(lambda: not children(pid), 5)
+
+
+@pytest.mark.slow
+def test_kills(tmp_path, tiny):
+    """Parent, child or client killed at any moment: nothing hangs, nothing stays, and the next call is right."""
+    import random
+
+    home, draw = Home(tmp_path / "run"), random.Random(0)
+    line = ["generate", "Hi", "-m", tiny, "-n", "20", "-s", "1"]
+    expected = outcome(home.run(*line))
+    for trial in range(100):
+        if not (status := home.status()):
+            home.start()
+            status = home.status()
+        resident, whom = status["pid"], ("parent", "child", "client")[trial % 3]
+        process = home.open(*line)
+        time.sleep(draw.uniform(0, 0.5))
+        forked = children(resident)
+        with contextlib.suppress(ProcessLookupError):
+            for pid in {"parent": [resident], "child": forked, "client": [process.pid]}[whom]:
+                os.kill(pid, signal.SIGKILL)
+        out, err = process.communicate(timeout=60)
+        # Killed early, the command starts cold; killed late, it has ended already, or ends as if killed itself.
+        assert whom == "parent" and process.returncode == 0 or process.returncode in (0, -9), (trial, whom, err)
+        assert process.returncode or out == expected[1], (trial, whom)
+        wait_until(lambda forked=forked: not any(is_alive(pid) for pid in forked), 2)
+        if trial % 10 == 0:
+            assert outcome(home.run(*line)) == expected
+    home.run("warm", "--stop")
