@@ -8,7 +8,8 @@ __version__ = "0.1.0"
 # Module -> public names that it defines. Each is imported on first use, so that `import hfkit` costs milliseconds.
 _MODULES = {
     "errors": "HfkitError",
-    "evaluation.perplexity": "Evaluation evaluate",
+    "evaluation.figures": "Evaluation",
+    "evaluation.perplexity": "evaluate",
     "evaluation.tasks": "Assessment",
     "inference.answering": "Answer answer",
     "inference.classification": "classify",
@@ -19,8 +20,7 @@ _MODULES = {
     "models.loading": "LanguageModel load",
     "options": "CorpusOptions DataOptions EvaluateOptions ExportOptions GenerateOptions InspectOptions ModelOptions "
     "ServerOptions SizeOptions TaskOptions TrainOptions TuneOptions",
-    "training.finetuning": "finetune",
-    "training.preparation": "prepare",
+    "training.finetuning": "finetune prepare",
     "training.pretraining": "pretrain",
     "training.runs": "Run",
     "tuning.search": "Search tune",
@@ -30,7 +30,7 @@ __all__ = sorted(_HOME)  # noqa: PLE0605
 
 if TYPE_CHECKING:  # the same names, for editors and type checkers; tests/test_layering.py compares both
     from hfkit.errors import HfkitError as HfkitError
-    from hfkit.evaluation.perplexity import Evaluation as Evaluation
+    from hfkit.evaluation.figures import Evaluation as Evaluation
     from hfkit.evaluation.perplexity import evaluate as evaluate
     from hfkit.evaluation.tasks import Assessment as Assessment
     from hfkit.inference.answering import Answer as Answer
@@ -58,7 +58,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers; tests/test_l
     from hfkit.options import TrainOptions as TrainOptions
     from hfkit.options import TuneOptions as TuneOptions
     from hfkit.training.finetuning import finetune as finetune
-    from hfkit.training.preparation import prepare as prepare
+    from hfkit.training.finetuning import prepare as prepare
     from hfkit.training.pretraining import pretrain as pretrain
     from hfkit.training.runs import Run as Run
     from hfkit.tuning.search import Search as Search

@@ -77,23 +77,18 @@ def write(text: str, file: IO[str] | None = None, *, dim: bool = False) -> None:
 
 
 def to_json(value: Any) -> str:
-    """`value` as JSON on one line, in plain characters; half a surrogate pair, which UTF-8 cannot hold, is escaped."""
+    """`value` as a line of JSON, in plain characters; half a surrogate pair, which UTF-8 cannot hold, is escaped."""
     line = json.dumps(value, ensure_ascii=False)
-    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):x}", line)
+    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):x}", line) + "\n"
 
 
-def write_json(value: Any) -> None:
-    """Write `value` to stdout as one line of JSON."""
-    write(to_json(value) + "\n")
+def write_json(*values: Any) -> None:
+    """Write each value to stdout as a line of JSON."""
+    write("".join(map(to_json, values)))
 
 
-def write_table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int = 120, **options: Any) -> None:
-    """Write a table of printable cells to stdout.
-
-    width: columns where stdout is not a terminal. options: those of `rich.table.Table`.
-    """
-    import shutil
-
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int, options: dict[str, Any]) -> tuple[Any, Any]:
+    """A rich console as wide as the terminal, or `width`, and a table of printable cells."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text  # a str would be read as rich's markup
@@ -103,7 +98,36 @@ def write_table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int =
         table.add_column(Text(printable(name)))
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    Console(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else width).print(table)
+    return Console(width=columns() if sys.stdout.isatty() else width), table
+
+
+def columns() -> int:
+    """The width of the terminal."""
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
+def write_table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int = 120, **options: Any) -> None:
+    """Write a table to stdout, whose cells wrap where it is too wide.
+
+    width: columns where stdout is not a terminal. options: those of `rich.table.Table`.
+    """
+    screen, table = _table(head, rows, width, options)
+    screen.print(table)
+
+
+def write_figures(head: Sequence[str], rows: Sequence[Sequence[str]], **options: Any) -> None:
+    """`write_table`, turned where it is too wide for the terminal: each cell on a line, so that none is cut."""
+    screen, table = _table(head, rows, 120, options)
+    if screen.measure(table, options=screen.options.update(max_width=9999)).maximum <= screen.width:
+        screen.print(table)
+        return
+    names = [" ".join(name.split()) for name in head]
+    longest = max(map(len, names))
+    for row in rows:
+        lines = [f"{name:<{longest}}  {cell}\n" for name, cell in zip(names, row, strict=True) if cell]
+        write("".join([*lines, "\n"]))
 
 
 @contextlib.contextmanager
@@ -124,10 +148,8 @@ def status(text: str, delay: float = 0.5) -> Iterator[None]:
 
 
 def _show_status(text: str) -> None:
-    import shutil
-
     state.has_status = True
-    print(printable(text)[: shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
+    print(printable(text)[: columns() - 1], end="", file=sys.stderr, flush=True)
 
 
 def _clear_status() -> None:
@@ -231,23 +253,3 @@ def with_error(value: float, error: float | None, form: str) -> str:
     """`value ± error` in this format; the value alone where the error is not known."""
     known = error is not None and math.isfinite(error)
     return f"{value:{form}} ± {error:{form.lstrip('+')}}" if known else f"{value:{form}}"
-
-
-def write_figures(head: Sequence[str], rows: Sequence[Sequence[str]], **options: Any) -> None:
-    """`write_table`, turned where it is too wide for the terminal: each cell on a line, so that none is cut."""
-    import shutil
-
-    from rich.cells import cell_len
-
-    columns = zip(head, *rows, strict=True)
-    width = 1 + sum(
-        3 + max(cell_len(printable(line)) for cell in column for line in cell.split("\n")) for column in columns
-    )
-    if width <= (shutil.get_terminal_size().columns if sys.stdout.isatty() else 120):
-        write_table(head, rows, **options)
-        return
-    names = [" ".join(name.split()) for name in head]
-    longest = max(map(len, names))
-    for row in rows:
-        lines = [f"{name:<{longest}}  {cell}\n" for name, cell in zip(names, row, strict=True) if cell]
-        write("".join([*lines, "\n"]))

@@ -1,13 +1,14 @@
 """How an option is declared: a dataclass field with its help text and its range, checked wherever it is set."""
 
+import contextlib
 import functools
-import numbers
 import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, Self, get_args, get_origin, get_type_hints
 
 from hfkit.errors import OptionError
@@ -73,33 +74,82 @@ def option(
     help: str,
     *,
     short: str | None = None,
+    name: str | None = None,
     above: float | None = None,
+    min: float | None = None,
+    max: float | None = None,
     secret: bool = False,
+    is_argument: bool = False,
     **typer: Any,
 ) -> Any:
-    """A dataclass field with its help text.
+    """A field of a dataclass, or a parameter of a command, with its help text and its range.
 
-    `above` is a bound that the value must exceed; a `secret` is in no message and no repr; `typer` are arguments of
-    `typer.Option` (`min`, `max` ...).
+    name: of the flag, if it is not that of the field. above: a bound that the value must exceed. secret: it is in no
+    message and no repr. typer: more arguments of `typer.Option`.
     """
-    metadata = {"help": help, "short": short, "above": above, "typer": typer}
+    metadata = {"help": help, "short": short, "name": name, "is_argument": is_argument, "typer": typer}
+    metadata["bounds"] = {"above": above, "min": min, "max": max}
     return field(default=default, repr=not secret, metadata=metadata)
 
 
+def argument(default: Any = MISSING, *, help: str, **typer: Any) -> Any:
+    """A parameter of a command that is given by its place. It may be empty."""
+    return option(default, help, is_argument=True, **typer)
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}
+_WORDS = {"true": True, "false": False, "null": None}
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are not UTF-8
 _hints = functools.cache(get_type_hints)
 
 
-def _is(value: Any, type_: Any) -> bool:
-    """Whether `value` is of an annotated type. A whole number is a float as well (numpy's, too); True is neither."""
-    origin, parts = get_origin(type_), get_args(type_)
-    if origin is Literal:
-        return value in parts
-    if origin is list:
-        return isinstance(value, list | tuple) and all(_is(item, parts[0]) for item in value)
-    if origin:  # a union
-        return any(_is(value, part) for part in parts)
-    kind = {int: numbers.Integral, float: numbers.Real}.get(type_, type_)
-    return isinstance(value, kind) and isinstance(value, bool) == (type_ is bool)
+def kinds_of(group: type["Options"]) -> dict[str, Any]:
+    """The type of each field, without None, which is a value where it is the default."""
+    hints = _hints(group)  # type: ignore[arg-type]  # mypy takes its __hash__ for that of an instance
+    return {f.name: hints[f.name] if f.default is not None else get_args(hints[f.name])[0] for f in fields(group)}
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether `value` is of this kind. A whole number is a float as well; True is neither."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list | tuple) and all(_is(item, get_args(kind)[0]) for item in value)
+    return isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+
+
+def _name_of(kind: Any) -> str:
+    """What a message calls a value of this kind."""
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    return _NAMES.get(kind) or f"a list, each {_name_of(get_args(kind)[0])}"
+
+
+def _read(text: Any, kind: Any) -> Any:
+    """The value of this kind that `text` spells; `text` itself if it spells none, which the check then refuses."""
+    if isinstance(text, list):
+        return [_read(item, kind) for item in text]
+    if not isinstance(text, str) or not text or _is(text, kind) or _is([text], kind):
+        return text
+    for convert in (int, float, Path, lambda word: _WORDS[word.lower()]):
+        with contextlib.suppress(ValueError, KeyError):
+            value = convert(text)
+            if value is None or _is(value, kind) or _is([value], kind):
+                return value
+    return text
+
+
+def _find_fault(value: Any, above: float | None, min: float | None, max: float | None) -> str | None:
+    """What is wrong with a text or a number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "it is not UTF-8 text" if _HALF_PAIR.search(str(value)) else None
+    # Not infinite, and no whole number that has no place in 64 bits.
+    is_finite = abs(value) < 2**63 if isinstance(value, int) else abs(value) <= sys.float_info.max
+    is_inside = is_finite and (min is None or value >= min) and (max is None or value <= max)
+    if is_inside and (above is None or value > above):
+        return None
+    lower = f"more than {above}" if above is not None else "finite" if min is None else f"at least {min}"
+    return f"it must be {lower}" + ("" if max is None else f", at most {max}")
 
 
 def _plain(value: Any) -> Any:
@@ -111,40 +161,46 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """A group of options: Python and recipes meet the same checks as flags. A lone value stands for a list of one."""
+    """A group of options: Python, recipes and flags meet the same checks. A lone value stands for a list of one."""
 
     named_by: ClassVar[str | None] = None  # the field that a lone text sets: ModelOptions.make("gpt2")
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))  # type: ignore[arg-type]  # mypy takes its __hash__ for that of an instance
+        kinds = kinds_of(type(self))
         for f in fields(self):
-            type_ = hints[f.name]
-            value = _plain(getattr(self, f.name))
-            value = [value] if _is([value], type_) else value
+            kind, value = kinds[f.name], getattr(self, f.name)
+            if value is None and f.default is None:
+                continue
+            value = value if kind is Path else _plain(value)
+            value = [value] if _is([value], kind) else value
             object.__setattr__(self, f.name, value)
-            if not _is(value, type_):
-                wanted = type_.__name__ if isinstance(type_, type) else str(type_).removesuffix(" | None")
-                choices = re.findall(r"'(.*?)'", wanted)
-                self._refuse(f.name, f"it must be {'one of ' + ', '.join(choices) if choices else wanted}")
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._check_range(f.name, value, above=f.metadata["above"], **f.metadata["typer"])
-                if _is(0.5, type_):  # transformers takes a temperature of 2.0, not of 2
-                    object.__setattr__(self, f.name, float(value))
-
-    def _check_range(
-        self, name: str, value: float, *, above: float | None, min: float | None = None, max: float | None = None
-    ) -> None:
-        # Not infinite, and no whole number that has no place in 64 bits.
-        is_finite = abs(value) < 2**63 if isinstance(value, int) else abs(value) <= sys.float_info.max
-        is_inside = is_finite and (min is None or value >= min) and (max is None or value <= max)
-        if not is_inside or (above is not None and value <= above):
-            lower = f"more than {above}" if above is not None else "finite" if min is None else f"at least {min}"
-            self._refuse(name, f"it must be {lower}" + ("" if max is None else f", at most {max}"))
+            if not _is(value, kind):
+                self._refuse(f.name, f"it must be {_name_of(kind)}")
+            for item in value if isinstance(value, list) else [value]:
+                if item == "" and not f.metadata["is_argument"]:
+                    self._refuse(f.name, "it must not be empty")
+                if fault := _find_fault(item, **f.metadata["bounds"]):
+                    self._refuse(f.name, fault)
+            if kind is float:  # transformers takes a temperature of 2.0, not of 2
+                object.__setattr__(self, f.name, float(getattr(self, f.name)))
 
     def _refuse(self, name: str, why: str) -> NoReturn:
-        is_secret = not next(f for f in fields(self) if f.name == name).repr
-        value = "secret" if is_secret else repr(getattr(self, name))
-        raise OptionError(f"--{name.replace('_', '-')} is {value}: {why}")
+        f = next(f for f in fields(self) if f.name == name)
+        label = name.upper() if f.metadata["is_argument"] else f"--{name.replace('_', '-')}"
+        raise OptionError(f"{label} is {repr(getattr(self, name)) if f.repr else 'secret'}: {why}")
+
+    @classmethod
+    def read(cls, texts: Mapping[str, Any]) -> Self:
+        """The options that a command line or a recipe gives as texts and lists of texts."""
+        kinds = kinds_of(cls)
+        return cls(**{name: _read(text, kinds[name]) for name, text in texts.items()})
+
+    @classmethod
+    def read_value(cls, name: str, text: str) -> Any:
+        """The value that `text` gives to one option. Raises OptionError if it cannot be one."""
+        value = _read(text, kinds_of(cls)[name])
+        cls(**{name: value})
+        return value
 
     @classmethod
     def names(cls) -> list[str]:

@@ -80,7 +80,7 @@ def _scan_once() -> None:
     """0.25: `transformers` and `transformers.models` both read all files of all models, to learn what is in them."""
     from transformers.utils import import_utils
 
-    scanned, scan = vars(sys.modules["transformers"]), vars(import_utils)["define_import_structure"]
+    scanned, scan = vars(sys.modules["transformers"]), import_utils.define_import_structure
     names, missing = scanned["_import_structure"].items(), scanned["_object_missing_backend"].items()
     within = {name.removeprefix("models."): objects for name, objects in names if name.startswith("models.")}
     vars(import_utils)["define_import_structure"] = lambda *_: {frozenset(): within}

@@ -96,9 +96,6 @@ class GenerateOptions(Options):
         super().__post_init__()
         if self.temperature is not None and 0 < self.temperature < 1e-3:
             self._refuse("temperature", "it must be 0 (greedy) or at least 0.001")
-        for name in ("stop_strings", "bad_words"):
-            if "" in (getattr(self, name) or []):
-                self._refuse(name, "a text must not be empty")
         if self.max_new_tokens and (self.min_new_tokens or 0) > self.max_new_tokens:
             self._refuse("min_new_tokens", "it must be at most --max-new-tokens")
         if self.prompt_lookup_num_tokens or self.assistant_model:
@@ -135,6 +132,7 @@ class TaskOptions(Options):
 class CorpusOptions(TaskOptions):
     """How a corpus is read."""
 
+    exclude: list[str] | None = option(None, "Leave out files or folders by name (*.md, drafts); may be repeated.")
     text_column: str | None = option(None, "Column that holds the text. [default: found, if it is clear]")
     label_column: str = option("label", "Column of the label, for a classification head.")
     errors: Literal["strict", "replace"] = option("strict", "Bytes that are not UTF-8: refuse, or replace and count.")
@@ -223,9 +221,13 @@ class EvaluateOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ManyModelsOptions(ModelOptions):
-    """`ModelOptions` of a command that compares models."""
+    """`ModelOptions` of a command that takes several models."""
 
-    model: list[str] | None = option(None, "Model to evaluate; repeat it to compare models.", short="-m")  # type: ignore[assignment]
+    model: list[str] | None = option(None, "A model, as for `generate`; may be repeated.", short="-m")  # type: ignore[assignment]
+
+    def each(self) -> list[ModelOptions]:
+        """The options of every model."""
+        return [ModelOptions(**{**vars(self), "model": name}) for name in self.model or (None,)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +265,9 @@ class ExportOptions(Options):
     """Where a model is exported to, and how."""
 
     output_dir: str | None = option(None, "Folder to write to.", short="-o")
-    dtype: _Dtype = option("auto", "Precision. [default: unchanged]")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"] = option(
+        "auto", "Precision; float8_e4m3fn: matrices of a byte a weight. [default: unchanged]"
+    )
     push_to_hub: str | None = option(None, "OWNER/NAME on the Hub to push to.")
     private: bool = option(True, "Make a new repository private.")
     overwrite: bool = option(False, "Replace the folder if it exists.")

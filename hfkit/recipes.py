@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from hfkit.console import note
-from hfkit.declaration import Options, divide, explain_unknown_name
+from hfkit.declaration import explain_unknown_name
 from hfkit.errors import HfkitError, OptionError
 from hfkit.storage import write_bytes
 
@@ -18,7 +18,7 @@ _BY_FLAG = ("trust_remote_code", "overwrite")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it. 5e-5 is a number (text in YAML 1.1), 010 is ten (eight there), `no` is a word."""
+    """YAML whose values stay the text that was written, for each option to read: 5e-5, 010 and `no` are no traps."""
 
     yaml_implicit_resolvers = {}
 
@@ -31,18 +31,13 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-for _tag, _pattern, _begin in (
-    ("null", "~|null|Null|NULL|", "~nN"),
-    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?\d{1,99}", "-+0123456789"),
-    ("float", r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"({_pattern})$"), [*_begin, ""])
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 
 
 def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
-    """The values that a recipe sets, by name. A corpus that is not in the working folder is looked up beside it.
+    """What a recipe sets, by name: texts and lists of texts, for `Options.read`.
+
+    A corpus that is not in the working folder is looked up beside the recipe.
 
     Raises:
         OptionError: the recipe cannot be read, or sets an option that is not `known`.
@@ -72,8 +67,7 @@ def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
         raise OptionError(f"not a readable recipe ({where}): {problem}") from error
     values = {key: value for key, value in recipe.items() if value is not None}
     for name in _BY_FLAG:  # a recipe may be somebody else's: it neither runs code nor replaces files
-        if values.get(name):
-            del values[name]
+        if str(values.pop(name, "false")).lower() != "false":
             note(f"{path} sets {name}, which only a flag may: it is ignored, add --{name.replace('_', '-')}")
     return values | {key: _find_data(values[key], path) for key in ("corpus", "eval_file") if key in values}
 
@@ -143,17 +137,3 @@ def _find_data(value: Any, recipe: Path) -> Any:
         return [_find_data(item, recipe) for item in value]
     beside = recipe.parent / str(value)
     return str(beside) if not Path(str(value)).exists() and beside.exists() else value
-
-
-def read_value(text: str) -> Any:
-    """`text` as a value in a recipe. Raises OptionError if it is not one."""
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506, a subclass of SafeLoader
-    except (yaml.YAMLError, RecursionError) as error:
-        raise OptionError(f"{text!r} is not a value: write it as in a recipe") from error
-
-
-def read_recipe(path: str | Path, *groups: type[Options]) -> tuple[Any, ...]:
-    """The options of each group: `model, sampling = read_recipe("story.yaml", ModelOptions, GenerateOptions)`."""
-    values = read_values(path, [name for group in groups for name in group.names()])
-    return tuple(divide(values, *((group, None) for group in groups)))

@@ -126,7 +126,8 @@ def tiny_bert(tmp_path_factory) -> str:
     """A random BERT of 64 positions that fills masks, without a pooler, and its WordPiece tokenizer, in a folder."""
     from transformers import BertForMaskedLM, set_seed
 
-    from hfkit.training.pretraining import make_bert, train_wordpiece
+    from hfkit.training.models import make_bert
+    from hfkit.training.pretraining import train_wordpiece
 
     folder = tmp_path_factory.mktemp("models") / "tiny-bert"
     tokenizer = train_wordpiece([" ".join(trials.WORDS), "abcdefghijklmnopqrstuvwxyz 0123456789 .,?!"] * 9, 300)

@@ -92,18 +92,29 @@ def test_level_of_unknown_file():
             level_of(name)
 
 
-def test_help_imports_nothing_heavy():
-    """What `hfkit --help` loads imports nothing heavy at the top."""
-    waiting, seen = ["cli.app"], set()
+def loaded_with(name: str) -> set[str]:
+    """hfkit's own files that are loaded where a file is imported, itself included."""
+    waiting, seen = [name], set()
     while waiting:
         name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        top = top_of(FILES[name])
-        assert not HEAVY & {module.partition(".")[0] for module in imports_of(top)}, name
-        waiting += own_imports(top)
-    assert {"options", "cli.generate", "models.sources", "corpus.documents"} <= seen
+        if name not in seen:
+            seen.add(name)
+            waiting += own_imports(top_of(FILES[name]))
+    return seen
+
+
+def test_help_imports_nothing_heavy():
+    """What `hfkit --help` loads imports nothing heavy at the top."""
+    seen = loaded_with("cli.app")
+    for name in seen:
+        assert not HEAVY & {module.partition(".")[0] for module in imports_of(top_of(FILES[name]))}, name
+    assert {"options", "cli.generate", "models.sources", "corpus.files"} <= seen
+
+
+def test_generation_imports_no_datasets():
+    """What generates text does not import `datasets`, which takes a second."""
+    for name in loaded_with("inference.generation"):
+        assert "datasets" not in {module.partition(".")[0] for module in imports_of(top_of(FILES[name]))}, name
 
 
 @pytest.mark.parametrize("name", sorted(FILES))

@@ -10,7 +10,7 @@ from support.shell import assert_fails, call
 from hfkit.declaration import divide
 from hfkit.errors import OptionError
 from hfkit.options import SAMPLING, GenerateOptions, ModelOptions, TrainOptions
-from hfkit.recipes import read_recipe
+from hfkit.recipes import read_values
 
 HUGE = 10**9
 NAN, INF = float("nan"), float("inf")
@@ -56,7 +56,7 @@ def test_range_refused(tmp_path, capfdbinary, name, value):
     with pytest.raises(OptionError, match=flag):
         group(**{name: value})
     with pytest.raises(OptionError, match=flag):
-        read_recipe(recipe, ModelOptions, GenerateOptions)
+        group.read(read_values(recipe, [name]))
 
 
 GOOD = {

@@ -9,47 +9,69 @@ from support.shell import assert_fails, call
 from hfkit.declaration import Options, option
 from hfkit.errors import OptionError
 from hfkit.options import GenerateOptions, ModelOptions
-from hfkit.recipes import read_recipe, read_value, read_values
+from hfkit.recipes import read_values
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileOptions(Options):
-    """What `generate` takes besides."""
+class Everything(Options):
+    """An option of each kind."""
 
-    output: str | None = option(None, "")
-    overwrite: bool = option(False, "")
-
-
-GROUPS = (ModelOptions, GenerateOptions, FileOptions)
+    rate: float | None = option(None, "")
+    count: int | None = option(None, "")
+    text: str | None = option(None, "")
+    chosen: bool | None = option(None, "")
+    counts: list[int] | None = option(None, "")
+    texts: list[str] | None = option(None, "")
 
 
 @pytest.fixture
 def read(tmp_path):
     """What a recipe of this text sets."""
 
-    def values(text: str | bytes):
+    def values(text: str | bytes, group: type[Options] = GenerateOptions):
         path = tmp_path / "recipe.yaml"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return read_values(path, [*GenerateOptions.names(), *ModelOptions.names()])
+        return read_values(path, [*group.names(), *ModelOptions.names()])
 
     return values
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
+    ("name", "text", "value"),
     [
-        *(("5e-5", 5e-5), ("1E3", 1e3), ("1.e-3", 1e-3), ("-.5", -0.5), ("+2.5", 2.5), (".inf", float("inf"))),
-        *(("010", 10), ("-3", -3), ("0", 0), ("true", True), ("False", False), ("[1, 2]", [1, 2]), ("'7'", "7")),
+        *(("rate", text, float(text)) for text in ("5e-5", "1E3", "1.e-3", "-.5", "+2.5", "3")),
+        *(("count", "010", 10), ("count", "-3", -3), ("count", "0", 0), ("count", "'7'", 7), ("text", "7", "7")),
+        *(("chosen", "true", True), ("chosen", "False", False), ("chosen", "null", None), ("text", "~", None)),
+        *(("counts", "[1, 2]", [1, 2]), ("counts", "3", [3]), ("texts", "[1, b]", ["1", "b"]), ("texts", "3", ["3"])),
         # what YAML 1.1 would make 480, 90, 16, a date and False of
-        *(("8:00", "8:00"), ("1:30", "1:30"), ("0x10", "0x10"), ("2026-01-01", "2026-01-01"), ("no", "no")),
-        *((" rain", "rain"), ("' rain'", " rain"), ("END # of it", "END"), ("9" * 5000, "9" * 5000)),
+        *(("text", text, text) for text in ("8:00", "1:30", "0x10", "2026-01-01", "no", "9" * 5000, ".inf")),
+        *(("text", " rain", "rain"), ("text", "' rain'", " rain"), ("text", "END # of it", "END")),
     ],
 )
-def test_read_values_types(read, text, value):
+def test_read_values_types(read, name, text, value):
     """A value has the type that a person means."""
-    read_back = read(f"temperature: {text}")["temperature"]
+    read_back = getattr(Everything.read(read(f"{name}: {text}", Everything)), name)
     assert read_back == value and type(read_back) is type(value)
-    assert read_value(text) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        *(("rate", text, "a number") for text in ("8:00", "hot", "true", "[1, 2]", "{a: 1}")),
+        *(("rate", text, "finite") for text in ("inf", "nan")),
+        *(("count", text, "a whole number") for text in ("5e-5", "1.0", "0x10", "x")),
+        *(("text", text, "a text") for text in ("[a]", "{a: b}")),
+        *(("chosen", text, "true or false") for text in ("no", "1", "yes")),
+        *(("counts", text, "a list, each a whole number") for text in ("[1, a]", "x", "[[1]]")),
+        *(("texts", text, "a list, each a text") for text in ("{a: 1}", "[[a]]", "[{a: 1}]")),
+        *(("texts", text, "not be empty") for text in ("['']", "''")),
+        *(("text", text, why) for text, why in (("''", "not be empty"), (r'"\ud800"', "not UTF-8 text"))),
+    ],
+)
+def test_read_refuses_other_types(read, name, text, wanted):
+    """A value of another type is one sentence that says what the option takes."""
+    with pytest.raises(OptionError, match=rf"--{name} is .*: it (must be|must|is) {wanted}"):
+        Everything.read(read(f"{name}: {text}", Everything))
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "top_p: null", "top_p: ~", "top_p:"])
@@ -112,8 +134,9 @@ def test_read_values_shape(capfdbinary, tmp_path, text):
     assert_fails(
         call(capfdbinary, "generate", "hi", "-c", tmp_path / "recipe.yaml"), 2, text.split(":")[0].replace("_", "-")
     )
+    group = ModelOptions if text.startswith("model") else GenerateOptions
     with pytest.raises(OptionError):
-        read_recipe(tmp_path / "recipe.yaml", ModelOptions, GenerateOptions)
+        group.read(read_values(tmp_path / "recipe.yaml", group.names()))
 
 
 def test_read_values_lone_text(capfdbinary, tmp_path, tiny):
@@ -138,18 +161,22 @@ def test_read_values_by_flag(tmp_path, capfdbinary, tiny, value):
     assert output.read_text() == "ten years"
     assert call(capfdbinary, "generate", "hi", "-c", recipe, "--overwrite").returncode == 0
     assert "ten years" not in output.read_text()
-    assert not read_recipe(recipe, *GROUPS)[0].trust_remote_code
+    assert not read_values(recipe, [*ModelOptions.names(), "max_new_tokens", "output", "overwrite"]).keys() & {
+        "trust_remote_code",
+        "overwrite",
+    }
 
 
 def test_read_values_flag_off(tmp_path, capfdbinary):
     """The recipe of a run says false, which needs no word."""
     (tmp_path / "recipe.yaml").write_text("trust_remote_code: false\ntop_p: 0.5")
-    assert read_recipe(tmp_path / "recipe.yaml", *GROUPS)[1] == GenerateOptions(top_p=0.5)
+    values = read_values(tmp_path / "recipe.yaml", ["top_p", "trust_remote_code"])
+    assert GenerateOptions.read(values) == GenerateOptions(top_p=0.5)
     assert capfdbinary.readouterr() == (b"", b"")
 
 
-def test_read_recipe_groups(tmp_path):
-    """A recipe gives one instance for each group of options."""
-    (tmp_path / "recipe.yaml").write_text("model: gpt2\ntop_p: 0.5\nstop_strings: END\n")
-    model, how = read_recipe(tmp_path / "recipe.yaml", ModelOptions, GenerateOptions)
-    assert model == ModelOptions(model="gpt2") and how == GenerateOptions(top_p=0.5, stop_strings=["END"])
+def test_read_groups(read):
+    """A recipe sets options of several groups."""
+    values = read("model: gpt2\ntop_p: 0.5\nstop_strings: END\n")
+    assert ModelOptions.read({"model": values.pop("model")}) == ModelOptions(model="gpt2")
+    assert GenerateOptions.read(values) == GenerateOptions(top_p=0.5, stop_strings=["END"])

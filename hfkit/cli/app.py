@@ -17,22 +17,22 @@ import typer
 
 import hfkit
 from hfkit import console, processes
-from hfkit.cli import recipes
 from hfkit.cli.chat import chat
 from hfkit.cli.classify import answer, classify
 from hfkit.cli.evaluate import evaluate
 from hfkit.cli.generate import generate
 from hfkit.cli.info import info
 from hfkit.cli.inspect import inspect
-from hfkit.cli.report import export, report
+from hfkit.cli.runs import export, recipes, report
 from hfkit.cli.serve import serve
 from hfkit.cli.train import finetune, prepare, pretrain, tune
-from hfkit.cli.usage import Command, explain_usage
+from hfkit.cli.usage import Command, Group, explain_usage
 from hfkit.cli.warm import warm
 from hfkit.errors import HfkitError, StoppedError
 
 app = typer.Typer(
     name="hfkit",
+    cls=Group,
     help=hfkit.__doc__,
     epilog='Start with: hfkit generate "Once upon a time"',
     no_args_is_help=True,
@@ -65,7 +65,7 @@ for _command in (
     *(info, warm),
 ):
     app.command(cls=Command)(_command)
-app.add_typer(recipes.app, name="recipes")
+app.add_typer(recipes, name="recipes")
 
 
 @functools.cache

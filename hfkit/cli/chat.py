@@ -10,12 +10,9 @@ from typing import TYPE_CHECKING, cast
 
 from hfkit import console
 from hfkit.cli.flags import flags
-from hfkit.cli.generation_setup import load_for_generation, reach_server, with_seed
-from hfkit.cli.prompt_files import to_line
+from hfkit.cli.prompts import load_for, reach_server
 from hfkit.errors import HfkitError, OptionError, first_line
-from hfkit.models.sources import find_model
 from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
-from hfkit.recipes import read_value
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -37,6 +34,10 @@ def chat(model: ModelOptions, server: ServerOptions, sampling: GenerateOptions) 
     """Talk with a model, turn by turn.
 
     A model with a chat template gets the turns through it; a base model continues them as one raw text.
+
+    Examples:
+        hfkit chat
+        hfkit chat -m runs/chat -t 0.7
     """
     if (sampling.num_return_sequences or 1) > 1:
         raise OptionError("a chat has one reply: leave --num-return-sequences out")
@@ -45,9 +46,8 @@ def chat(model: ModelOptions, server: ServerOptions, sampling: GenerateOptions) 
         # Other servers do not know how to truncate.
         talk: Conversation = RemoteConversation(remote, replace(sampling, truncate=remote.is_hfkit))
     else:
-        find_model(model)  # report a wrong name before torch is imported
-        lm = load_for_generation(model, sampling)
-        talk = Conversation(lm, replace(with_seed(lm, sampling), truncate=True))
+        lm, _, sampling = load_for(None, model, sampling)
+        talk = Conversation(lm, replace(sampling, truncate=True))
     manner = "through its chat template" if talk.has_template else "as raw text that it continues"
     console.note(f"{talk.name} gets your turns {manner}; /help lists the commands")
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -60,7 +60,8 @@ def chat(model: ModelOptions, server: ServerOptions, sampling: GenerateOptions) 
                 return
             continue
         try:
-            talk.add_reply(_print_reply(talk, text))
+            talk.add("user", text)
+            talk.add("assistant", _print_reply(talk))
         except HfkitError as error:
             talk.undo()
             console.fail(str(error))
@@ -69,12 +70,11 @@ def chat(model: ModelOptions, server: ServerOptions, sampling: GenerateOptions) 
 
 
 class Conversation:
-    """The turns so far: messages for a chat template, or one raw text."""
+    """The turns so far: messages for a chat template, which a model without one gets as one raw text."""
 
     def __init__(self, lm: LanguageModel, options: GenerateOptions) -> None:
         self.lm, self.options = lm, options
-        self.messages: list[dict[str, str]] = []  # with a chat template
-        self.text = self._text_before = ""  # without one; before the last turn
+        self.messages: list[dict[str, str]] = []
 
     @property
     def name(self) -> str:
@@ -86,13 +86,30 @@ class Conversation:
         """Whether the turns go through the model's chat template."""
         return bool(self.lm.tokenizer.chat_template) and not self.options.raw
 
-    def add_turn(self, text: str) -> str | list[int]:
-        """Add the user's turn. Return the prompt of the reply; the oldest turns go if it would not fit the model.
+    @property
+    def text(self) -> str:
+        """The turns as one raw text."""
+        return "".join(message["content"] for message in self.messages)
+
+    def add(self, role: str, text: str) -> None:
+        """Add a turn of the "user" or the "assistant"; HfkitError if it is not UTF-8."""
+        if bad := re.search("[\ud800-\udfff]", text):  # what bytes that are not UTF-8 became
+            place = len(text[: bad.start()].encode()) + 1
+            raise HfkitError(f"this turn is not UTF-8 text (byte {place}) and is left out: convert it")
+        self.messages.append({"role": role, "content": text})
+
+    def reply(self) -> Generator[str, None, Generation]:
+        """The pieces of the model's reply to the turns."""
+        from hfkit.inference import generation
+
+        return generation.stream(self.prompt(), model=self.lm, options=self.options)
+
+    def prompt(self) -> str | list[int]:
+        """The prompt of the reply; the oldest turns are left out if it would not fit the model.
 
         Raises:
-            HfkitError: the turn is not UTF-8, or the chat template cannot be used. Call `undo` then.
+            HfkitError: the chat template cannot be used.
         """
-        self._append(text)
         if not self.has_template:
             return self.text
         ids: list[int] = []
@@ -102,20 +119,6 @@ class Conversation:
                 break
         return ids
 
-    def reply(self, text: str) -> Generator[str, None, Generation]:
-        """The pieces of the model's reply to a turn."""
-        from hfkit.inference import generation
-
-        return generation.stream(self.add_turn(text), model=self.lm, options=self.options)
-
-    def _append(self, text: str) -> None:
-        self._text_before = self.text
-        _check_utf8(text)
-        if self.has_template:
-            self.messages.append({"role": "user", "content": text})
-        else:
-            self.text += text
-
     def _apply_template(self, messages: list[dict[str, str]]) -> list[int]:
         try:
             prompt = self.lm.tokenizer.apply_chat_template(
@@ -123,38 +126,24 @@ class Conversation:
             )
             return cast(list[int], prompt)  # of one conversation, tokenized
         except Exception as error:  # a template is a program: it can fail in every way
-            reason = first_line(error)
-            raise HfkitError(
-                f"the chat template of {self.lm.name} fails: {reason}; /set raw true leaves it out"
-            ) from error
-
-    def add_reply(self, text: str) -> None:
-        """Add the model's turn."""
-        if self.has_template:
-            self.messages.append({"role": "assistant", "content": text})
-        else:
-            self.text += text
+            reason = f"the chat template of {self.lm.name} fails: {first_line(error)}"
+            raise HfkitError(f"{reason}; /set raw true leaves it out") from error
 
     def undo(self) -> None:
         """Remove the user's last turn, which got no reply."""
         if self.messages and self.messages[-1]["role"] == "user":
             self.messages.pop()
-        self.text = self._text_before
-
-    def reset(self) -> None:
-        """Forget all turns."""
-        self.messages, self.text, self._text_before = [], "", ""
 
     def set_option(self, name: str, value: str) -> None:
         """Change one option; OptionError if there is no such option or value."""
         name = name.lstrip("-").replace("-", "_")
         if name not in GenerateOptions.names():
             raise OptionError(f"no option {name!r}: see hfkit chat --help")
-        self.options = replace(self.options, **{name: read_value(value)})
+        self.options = replace(self.options, **{name: GenerateOptions.read_value(name, value)})
 
     def save(self, path: str) -> None:
         """Write the messages as JSON Lines, or the raw text."""
-        content = "".join(map(to_line, self.messages)) if self.has_template else self.text
+        content = "".join(map(console.to_json, self.messages)) if self.has_template else self.text
         try:
             with open(path, "w", encoding="utf-8", errors="replace") as file:
                 file.write(content)
@@ -167,7 +156,7 @@ class RemoteConversation(Conversation):
 
     def __init__(self, server: Server, options: GenerateOptions) -> None:
         self._server, self.options = server, options
-        self.reset()
+        self.messages = []
 
     @property
     def name(self) -> str:
@@ -177,8 +166,7 @@ class RemoteConversation(Conversation):
     def has_template(self) -> bool:
         return not self.options.raw
 
-    def reply(self, text: str) -> Generator[str, None, Generation]:
-        self._append(text)
+    def reply(self) -> Generator[str, None, Generation]:
         return self._server.stream(self.messages if self.has_template else self.text, options=self.options)
 
 
@@ -209,13 +197,6 @@ def _prompt_sign(sign: str) -> str:
     return f"\001\x1b[1;36m\002{sign}\001\x1b[0m\002" if console.has_colour(sys.stdout) else sign
 
 
-def _check_utf8(text: str) -> None:
-    """HfkitError if the turn had bytes that are not UTF-8, which stand as surrogates in it."""
-    if bad := re.search("[\ud800-\udfff]", text):
-        place = len(text[: bad.start()].encode()) + 1
-        raise HfkitError(f"this turn is not UTF-8 text (byte {place}) and is left out: convert it")
-
-
 def _obey(talk: Conversation, line: str) -> bool:
     """Carry out a command; return False if it is time to leave."""
     command, _, rest = line[1:].strip().partition(" ")
@@ -230,7 +211,7 @@ def _obey(talk: Conversation, line: str) -> bool:
                 console.note(", ".join(f"{name} {value}" for name, value in values.items() if value is not None))
                 console.note("not set: " + ", ".join(name for name, value in values.items() if value is None))
             case "reset", []:
-                talk.reset()
+                talk.messages.clear()
             case "save", [_, *_]:
                 talk.save(rest)
             case _:
@@ -240,10 +221,9 @@ def _obey(talk: Conversation, line: str) -> bool:
     return True
 
 
-def _print_reply(talk: Conversation, text: str) -> str:
+def _print_reply(talk: Conversation) -> str:
     """Print the reply while it is generated, and return it. Ctrl-C ends it and keeps its beginning."""
-    pieces = talk.reply(text)
-    reply = ""
+    pieces, reply = talk.reply(), ""
     try:
         while True:
             piece = next(pieces)
@@ -253,6 +233,6 @@ def _print_reply(talk: Conversation, text: str) -> str:
         pieces.close()
     except StopIteration as stop:
         if stop.value.finish_reason == "length" and sys.stdout.isatty():
-            console.write(f" [cut after {stop.value.tokens} tokens]", dim=True)
+            console.write(f" [cut after {console.counted(stop.value.tokens, 'token')}]", dim=True)
     console.write("\n")
     return reply

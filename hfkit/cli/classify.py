@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 import hfkit
 from hfkit import console
-from hfkit.cli.flags import Json, flags
-from hfkit.cli.generation_setup import loading
-from hfkit.cli.prompt_files import STDIN, check_input, read_prompt, read_prompts
+from hfkit.cli.flags import JSON, flags
+from hfkit.cli.prompts import STDIN, check_input, loading, read_prompt, read_prompts
 from hfkit.corpus.formats import read_text
 from hfkit.corpus.templates import make_task
+from hfkit.declaration import argument, option
 from hfkit.errors import HfkitError, OptionError
-from hfkit.models.sources import ModelFiles, find_model
-from hfkit.options import ModelOptions, TaskOptions
+from hfkit.models.folder import ModelFiles
+from hfkit.models.sources import find_model
+from hfkit.options import ModelOptions, ServerOptions, TaskOptions
 
 if TYPE_CHECKING:
     from hfkit.inference.results import Classification
+
+    Labeller = Callable[[Iterable[Any]], Iterator[Classification | HfkitError]]
 
 
 @flags
 def classify(
     model: ModelOptions,
+    server: ServerOptions,
     task: TaskOptions,
-    text: Annotated[str | None, typer.Argument(help="Text to label; without it, stdin is read.")] = None,
-    input: Annotated[
-        Path | None,
-        typer.Option("--input", "-i", help="Many texts: a line each, or a row of .jsonl each; - is stdin."),
-    ] = None,
-    json: Json = False,
+    text: str | None = argument(None, help="Text to label; without it, stdin is read."),
+    input: Path | None = option(None, "Many texts: a line each, or a row of .jsonl each; - is stdin.", short="-i"),
+    json: bool = JSON,
 ) -> None:
-    """Label a text, or many, and print label and probability."""
+    """Label a text, or many, and print label and probability.
+
+    Examples:
+        hfkit classify "What a film!" --labels positive --labels negative
+        hfkit classify -i reviews.txt -m runs/sentiment
+    """
     if input and text is not None:
         raise OptionError("--input brings its own texts: leave the TEXT out")
     make_task(task)  # report a wrong template before a model is loaded
@@ -42,15 +48,30 @@ def classify(
         check_input(input)
     elif text is not None:
         text = read_prompt(text, wanted="text to label")
-    _check_labels(find_model(model), task)
+    if not server.server:
+        _check_labels(find_model(model), task)
     if input:
-        _label_file(input, model, task, json=json)
+        _label_file(input, _labeller(server, model, task), json=json)
         return
     if text is None:
         text = read_prompt(None, wanted="text to label")
-    with loading(model):
-        result = hfkit.classify(text, model=model, options=task)
+    result = next(_labeller(server, model, task)([text]))
+    if isinstance(result, HfkitError):
+        raise result
     _print_label(result, json)
+
+
+def _labeller(server: ServerOptions, model: ModelOptions, task: TaskOptions) -> Labeller:
+    """What labels texts: a model on a server, or one that is loaded here."""
+    if server.server:
+        from hfkit.inference.remote import Server
+
+        return partial(Server(server, model).classify_each, options=task)
+    with loading(model):
+        from hfkit.inference.classification import classify_each
+        from hfkit.models.loading import loaded
+
+        return partial(classify_each, lm=loaded(model, "text", "classification"), options=task)
 
 
 def _check_labels(source: ModelFiles, task: TaskOptions) -> None:
@@ -63,23 +84,19 @@ def _check_labels(source: ModelFiles, task: TaskOptions) -> None:
         raise OptionError(f"{source.name} has no labels of its own: give each with --labels, such as {example}")
 
 
-def _label_file(path: Path, model: ModelOptions, task: TaskOptions, *, json: bool) -> None:
+def _label_file(path: Path, label_each: Labeller, *, json: bool) -> None:
     """Label each line of a file. Report the lines that cannot be read, then raise HfkitError."""
-    with loading(model):
-        from hfkit.inference.classification import classify_each
-        from hfkit.inference.results import Classification
-        from hfkit.models.loading import loaded
-
-        lm = loaded(model, "text", "classification")
     failures = 0
-    for number, result in enumerate(classify_each(read_prompts(path), lm, task), 1):
-        if isinstance(result, Classification):
-            _print_label(result, json)
-        else:
+    for number, result in enumerate(label_each(read_prompts(path)), 1):
+        if isinstance(result, HfkitError):
             console.note(f"{path}, line {number}: {result}")
             failures += 1
+        else:
+            _print_label(result, json)
     if failures:
-        raise HfkitError(f"{failures} texts could not be labelled ({path}): fix the lines named above")
+        raise HfkitError(
+            f"{console.counted(failures, 'text')} could not be labelled ({path}): fix the lines named above"
+        )
 
 
 def _print_label(result: Classification, json: bool) -> None:
@@ -91,17 +108,18 @@ def _print_label(result: Classification, json: bool) -> None:
 
 @flags
 def answer(
-    question: Annotated[str, typer.Argument(help="What to find out.")],
     model: ModelOptions,
-    context: Annotated[
-        Path, typer.Option("--context", help="File with the text that has the answer; - or nothing: stdin.")
-    ] = STDIN,
-    no_answer_threshold: Annotated[
-        float, typer.Option(help="How much likelier than the best span 'no answer' must be to be given.")
-    ] = 0.0,
-    json: Json = False,
+    question: str = argument(help="What to find out."),
+    context: Path = option(STDIN, "File with the text that has the answer; - is stdin."),
+    no_answer_threshold: float = option(0.0, "How much likelier than the best span 'no answer' must be to be given."),
+    json: bool = JSON,
 ) -> None:
-    """Answer a question from a text. If the text has no answer, print nothing and exit with code 1."""
+    """Answer a question from a text. If the text has no answer, print nothing and exit with code 1.
+
+    Examples:
+        hfkit answer "Who has a hat?" --context story.txt
+        echo "Ann has a hat." | hfkit answer "Who has a hat?"
+    """
     find_model(model)  # report a wrong name before anybody types a text
     if context == STDIN:
         if sys.stdin.isatty():

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hfkit import console
-from hfkit.cli.flags import CorpusArgument, Json, flags
+from hfkit.cli.flags import CORPUS, JSON, flags
 from hfkit.console import with_error
-from hfkit.corpus.documents import find_corpus
+from hfkit.corpus.files import find_corpus
 from hfkit.models.sources import find_model
-from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ModelOptions
+from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ServerOptions
 
 if TYPE_CHECKING:
-    from hfkit.evaluation.perplexity import Evaluation
+    from hfkit.evaluation.figures import Evaluation
     from hfkit.evaluation.tasks import Assessment
 
 _MAX_LABELS = 10  # a confusion table of more is in --json only
@@ -22,34 +21,44 @@ _MAX_LABELS = 10  # a confusion table of more is in --json only
 
 @flags
 def evaluate(
-    corpus: CorpusArgument, model: ManyModelsOptions, read: CorpusOptions, options: EvaluateOptions, json: Json = False
+    model: ManyModelsOptions,
+    server: ServerOptions,
+    read: CorpusOptions,
+    options: EvaluateOptions,
+    corpus: list[str] = CORPUS,
+    json: bool = JSON,
 ) -> None:
-    """Measure how well models predict a corpus: perplexity, bits per byte, accuracy, each with its error."""
-    write_evaluation(corpus, model, read, options, json=json)
+    """Measure how well models predict a corpus.
 
+    It prints perplexity, bits per byte and accuracy, each with its error; for a corpus with labels or answers, how
+    many are right.
 
-def write_evaluation(
-    corpus: list[str], models: ManyModelsOptions, read: CorpusOptions, options: EvaluateOptions, *, json: bool
-) -> None:
-    """Evaluate every model on the corpus and print the results."""
-    shared: dict[str, Any] = {each.name: getattr(models, each.name) for each in fields(ModelOptions)}
-    names: list[str | None] = [*models.model] if models.model else [None]
-    chosen = [ModelOptions(**shared | {"model": name}) for name in names]
-    sources = find_corpus(corpus)
-    for model in chosen:
-        find_model(model)  # a wrong name fails before torch is imported
+    Examples:
+        hfkit evaluate held-out.txt
+        hfkit evaluate held-out.txt -m bundled -m runs/corpus
+    """
+    sources = find_corpus(corpus, read)
+    results: list[Evaluation | Assessment]
+    if server.server:
+        from hfkit.evaluation.remote import evaluate_on
+        from hfkit.inference.remote import Server
 
-    from hfkit.evaluation.perplexity import Evaluation, evaluate
-    from hfkit.evaluation.tasks import Assessment
+        results = [evaluate_on(Server(server, each), sources, read, options) for each in model.each()]
+    else:
+        for each in model.each():
+            find_model(each)  # a wrong name is an error before torch is imported
+        from hfkit.evaluation import perplexity
 
-    results = [evaluate(sources, model=model, read=read, options=options) for model in chosen]
+        results = [perplexity.evaluate(sources, model=each, read=read, options=options) for each in model.each()]
     if json:
         rows = [result.to_dict() for result in results]
         console.write_json(rows if len(rows) > 1 else rows[0])
         return
+    from hfkit.evaluation.figures import Evaluation
+
     if evaluations := [result for result in results if isinstance(result, Evaluation)]:
         _write_evaluations(evaluations)
-    if assessments := [result for result in results if isinstance(result, Assessment)]:
+    if assessments := [result for result in results if not isinstance(result, Evaluation)]:
         _write_assessments(assessments)
 
 
@@ -61,10 +70,8 @@ def _write_evaluations(evaluations: list[Evaluation]) -> None:
         console.write(_compare(evaluations) + "\n")
     else:
         console.write("".join(f"{name:<16} {value}\n" for name, value in first.describe().items()))
-        sentence = (
-            "On average the model is as unsure as if it chose among {:,.1f} equally likely tokens; lower is better."
-        )
-        console.write(sentence.format(first.perplexity) + "\n")
+        choice = f"as if it chose among {first.perplexity:,.1f} equally likely tokens"
+        console.write(f"On average the model is as unsure {choice}; lower is better.\n")
     if not isfinite(first.loss_stderr):
         console.write("No ± is shown: the corpus is a single passage, and a spread takes two documents or more.\n")
 

@@ -7,20 +7,16 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from hfkit import console
-from hfkit.cli import generate_file, prompt_files
-from hfkit.cli.flags import Json, flags
-from hfkit.cli.generation_setup import load_with_prompt, reach_server, with_seed
-from hfkit.cli.prompt_files import Results, to_line
+from hfkit.cli import prompts
+from hfkit.cli.flags import JSON, flags
+from hfkit.cli.generate_file import FileOptions, Results, write_results
+from hfkit.declaration import argument, option
 from hfkit.errors import OptionError
 from hfkit.models.sources import find_model
 from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
-from hfkit.recipes import read_value
 
 if TYPE_CHECKING:
     from hfkit.inference.results import Generation
@@ -35,61 +31,45 @@ def generate(
     model: ModelOptions,
     server: ServerOptions,
     sampling: GenerateOptions,
-    prompt: Annotated[str | None, typer.Argument(help="Text to continue; without it, stdin is read.")] = None,
-    input: Annotated[
-        Path | None,
-        typer.Option(
-            "--input", "-i", help="Many prompts: a line each, or `prompt` of each .jsonl object; - is stdin."
-        ),
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON Lines to this file.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an --output that was interrupted.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output if it exists.")] = False,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Most texts at a time. [default: what suits the device]")
-    ] = None,
-    sweep: Annotated[
-        str | None,
-        typer.Option(metavar="NAME=A,B,...", help="Compare values of one option, same seed: temperature=0.3,0.7,1.0."),
-    ] = None,
-    prompt_shown: Annotated[
-        bool, typer.Option("--prompt/--no-prompt", help="Print the prompt before its continuation.")
-    ] = True,
-    json: Json = False,
+    files: FileOptions,
+    prompt: str | None = argument(None, help="Text to continue; without it, stdin is read."),
+    sweep: str | None = option(
+        None, "Compare values of one option, same seed: temperature=0.3,0.7,1.0.", metavar="NAME=A,B,..."
+    ),
+    prompt_shown: bool = option(True, "Print the prompt before its continuation.", name="prompt"),
+    json: bool = JSON,
 ) -> None:
-    """Continue a prompt, or many from a file, and print the texts."""
-    if input and (prompt is not None or sweep):
-        raise OptionError("--input brings its own prompts: leave the PROMPT and --sweep out")
-    if (resume or overwrite) and not output:
-        raise OptionError("--resume and --overwrite are about a file: add --output FILE")
-    if resume and not input:
-        raise OptionError("--resume is for many prompts: add --input FILE")
-    if input:
-        prompt_files.check_input(input)
-        generate_file.write_results(
-            model, server, sampling, input, output, resume=resume, overwrite=overwrite, batch_size=batch_size
-        )
+    """Continue a prompt, or many from a file, and print the texts.
+
+    Examples:
+        hfkit generate "Once upon a time"
+        hfkit generate "The king" -m gpt2 -n 50 -t 0.7 --top-p 0.9 --seed 1
+        hfkit generate -i prompts.txt -o texts.jsonl
+    """
+    if files.input:
+        if prompt is not None or sweep:
+            raise OptionError("--input brings its own prompts: leave the PROMPT and --sweep out")
+        write_results(model, server, sampling, files.input, files)
         return
-    prompt = prompt_files.read_prompt(prompt)
+    prompt = prompts.read_prompt(prompt)
     if not server.server:
-        find_model(model)  # report a wrong name before torch is imported
+        find_model(model)  # a wrong name leaves no file
     if sweep:
         if server.server:
             raise OptionError("--sweep works only on this machine: leave --server out")
         _print_sweep(model, sampling, prompt, sweep, json=json)
         return
-    file = Results(output, overwrite=overwrite) if output else None
+    file = Results(files.output, overwrite=files.overwrite) if files.output else None
     if server.server:
-        remote, sampling = reach_server(server, model, sampling)
+        remote, sampling = prompts.reach_server(server, model, sampling)
         stream: Stream = partial(remote.stream, prompt)
         run: Generate = partial(remote.generate, prompt)
-        streams, continues = True, True
+        streams, continues = True, remote.continues(sampling)
     else:
+        lm, request, sampling = prompts.load_for(prompt, model, sampling)
+        assert request  # noqa: S101, there is a prompt
         from hfkit.inference import generation
 
-        lm, request = load_with_prompt(model, sampling, prompt)
-        assert request  # noqa: S101, there is a prompt
-        sampling = with_seed(lm, sampling)
         stream = partial(generation.stream, request, model=lm)
         count = sampling.num_return_sequences or 1
         # partial() does not know which overload this is.
@@ -142,7 +122,12 @@ def _print_stream(stream: Stream, sampling: GenerateOptions, prompt: str, contin
 
 
 def _print_at_once(
-    run: Generate, sampling: GenerateOptions, file: Results | None, *, prompt_shown: bool, json: bool
+    run: Generate,
+    sampling: GenerateOptions,
+    file: Results | None,
+    *,
+    prompt_shown: bool,
+    json: bool,
 ) -> None:
     """Generate all samples, then write them to `file` or stdout."""
     started = time.perf_counter()
@@ -151,7 +136,7 @@ def _print_at_once(
         file.add(sample.to_dict() | {"line": 1} for sample in samples)
         file.finish()
     elif json:
-        console.write("".join(to_line(sample.to_dict()) for sample in samples))
+        console.write_json(*(sample.to_dict() for sample in samples))
     else:
         texts = [str(sample) if prompt_shown else sample.completion for sample in samples]
         console.write("\n----\n".join(texts) + "\n")
@@ -163,31 +148,29 @@ def _describe(samples: Sequence[Generation], seconds: float, first_token: float 
     if any(sample.loops for sample in samples):
         console.note("the text has begun to repeat itself: try --repetition-penalty 1.2 or a higher --temperature")
     tokens = sum(sample.tokens for sample in samples)
-    latency = f", the first after {first_token:.2f} s" if first_token else ""
+    speed = f"{tokens / seconds:.1f} tokens/s" + (f", the first after {first_token:.2f} s" if first_token else "")
     seeds = ", ".join(str(sample.seed) for sample in samples)
-    console.detail(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s{latency}), seed {seeds}")
+    console.detail(f"{console.counted(tokens, 'token')} in {seconds:.2f} s ({speed}), seed {seeds}")
 
 
 def _print_sweep(model: ModelOptions, sampling: GenerateOptions, prompt: str, sweep: str, *, json: bool) -> None:
     """Print the texts for one prompt and seed under several values of one option, side by side."""
-    from hfkit.inference import generation
-
     name, _, listed = sweep.partition("=")
     name = name.strip().lstrip("-").replace("-", "_")
     if name not in GenerateOptions.names() or not listed:
         raise OptionError(f"--sweep is {sweep!r}: write an option and its values, such as temperature=0.3,0.7,1.0")
-    values = [read_value(value) for value in listed.split(",")]
+    values = [GenerateOptions.read_value(name, text) for text in listed.split(",")]
     variants = [replace(sampling, **{name: value}) for value in values]
-    lm, _ = load_with_prompt(model, sampling, prompt)
-    if name != "seed":
-        seed = with_seed(lm, sampling).seed
-        variants = [replace(variant, seed=seed) for variant in variants]
+    lm, _, begun = prompts.load_for(prompt, model, variants[0] if name == "seed" else sampling)
+    from hfkit.inference import generation
+
     columns: dict[str, list[Generation]] = {}
     for value, variant in zip(values, variants, strict=True):
-        count = variant.num_return_sequences or 1
-        samples = generation.generate(prompt, model=lm, options=variant, num_return_sequences=count)
+        options = variant if name == "seed" else replace(variant, seed=begun.seed)
+        count = options.num_return_sequences or 1
+        samples = generation.generate(prompt, model=lm, options=options, num_return_sequences=count)
         if json:
-            console.write("".join(to_line(sample.to_dict() | {name: value}) for sample in samples))
+            console.write_json(*(sample.to_dict() | {name: value} for sample in samples))
         columns[f"{name} {value}"] = samples
     if not json:
         rows = ([sample.completion.strip() for sample in row] for row in zip(*columns.values(), strict=False))

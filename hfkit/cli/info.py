@@ -1,17 +1,18 @@
 """`hfkit info`: what is installed, what this machine has, what a model needs, and what is wrong."""
 
+import contextlib
 import os
 import platform
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from hfkit import console
-from hfkit.cli.flags import Json, flags
-from hfkit.hub import endpoint
-from hfkit.models.sources import ModelFiles, count_parameters, find_model
+from hfkit.cli.flags import JSON, flags
+from hfkit.errors import HfkitError
+from hfkit.hub import endpoint, reach_hub
+from hfkit.models.folder import ModelFiles, count_parameters
+from hfkit.models.sources import find_model
 from hfkit.options import ModelOptions
 
 _PACKAGES = (
@@ -23,10 +24,14 @@ _PARAMETER_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 @flags
-def info(model: ModelOptions, json: Json = False) -> None:
+def info(model: ModelOptions, json: bool = JSON) -> None:
     """Show versions, devices and a model's size; say what is wrong.
 
     Each problem comes with the way to fix it.
+
+    Examples:
+        hfkit info
+        hfkit info -m gpt2
     """
     source = find_model(model)
     report: dict[str, Any] = {"versions": find_versions(), **describe_machine(), "model": describe_model(source)}
@@ -42,14 +47,13 @@ def info(model: ModelOptions, json: Json = False) -> None:
 
 def find_versions() -> dict[str, str | None]:
     """Return the version of Python and of each package that matters; None if it is not installed."""
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib import metadata
 
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
+        versions[package] = None
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
     return versions
 
 
@@ -57,11 +61,12 @@ def describe_machine() -> dict[str, dict[str, Any]]:
     """Return processor, memory, GPUs, caches and the Hub. Sizes are in bytes."""
     import psutil
     import torch
-    from huggingface_hub import constants
+    from huggingface_hub import constants, scan_cache_dir
 
     features = torch.cpu.get_capabilities()
     memory = psutil.virtual_memory()
     cache = Path(constants.HF_HUB_CACHE)
+    cached = scan_cache_dir(cache).repos if cache.is_dir() else ()
     gpus = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -80,10 +85,10 @@ def describe_machine() -> dict[str, dict[str, Any]]:
         "hub": {
             "endpoint": endpoint(),
             "offline": constants.is_offline_mode(),
-            "reachable": not constants.is_offline_mode() and _is_reachable(constants.ENDPOINT),
+            "reachable": not constants.is_offline_mode() and _is_reachable(),
             "cache": str(cache),
             "cache_free": shutil.disk_usage(_nearest_existing(cache)).free,
-            "cached_models": _cached_models(cache),
+            "cached_models": sorted(repo.repo_id for repo in cached if repo.repo_type == "model"),
         },
     }
 
@@ -118,15 +123,13 @@ def find_problems(report: dict[str, Any]) -> list[str]:
     machine, devices, hub, model = report["machine"], report["devices"], report["hub"], report["model"]
     problems = _version_problems(report["versions"])
     if devices["cuda"] and not devices["gpus"]:
-        problems.append(
-            "torch is built for CUDA but sees no GPU: check nvidia-smi, the driver and CUDA_VISIBLE_DEVICES"
-        )
+        problems.append("torch is built for CUDA but sees no GPU: check nvidia-smi, the driver, CUDA_VISIBLE_DEVICES")
     if not machine["compiler"]:
         problems.append("no C++ compiler, so nothing is compiled for speed: install g++")
     needed, free = model.get("memory", {}).get("float32", model["file_bytes"]), machine["memory_free"]
     if needed > free and not devices["gpus"]:
-        problems.append(f"{model['name']} needs {_readable_size(needed)}, {_readable_size(free)} are free: "
-                        "use --quantize int8")  # fmt: skip
+        sizes = f"{model['name']} needs {_readable_size(needed)}, {_readable_size(free)} are free"
+        problems.append(f"{sizes}: use --quantize int8")
     cache = Path(hub["cache"])
     if hub["cache_free"] < 2**30:
         free = _readable_size(hub["cache_free"])
@@ -134,10 +137,8 @@ def find_problems(report: dict[str, Any]) -> list[str]:
     if not os.access(_nearest_existing(cache), os.W_OK):
         problems.append(f"the cache cannot be written ({cache}): set HF_HOME to a folder of yours")
     if not hub["offline"] and not hub["reachable"]:
-        problems.append(
-            f"the Hub cannot be reached ({hub['endpoint']}): bundled, cached and local models work; "
-            "set HF_ENDPOINT to a mirror for others"
-        )
+        reason = f"the Hub cannot be reached ({hub['endpoint']})"
+        problems.append(f"{reason}: bundled, cached and local models work; HF_ENDPOINT names a mirror for others")
     return problems
 
 
@@ -157,26 +158,16 @@ def _version_problems(versions: dict[str, str | None]) -> list[str]:
     return problems
 
 
-def _is_reachable(endpoint: str) -> bool:
-    url = urlsplit(endpoint)
-    port = url.port or (443 if url.scheme == "https" else 80)
+def _is_reachable() -> bool:
     try:
-        socket.create_connection((url.hostname or "", port), timeout=2).close()
-    except OSError:
+        reach_hub("a model")
+    except HfkitError:
         return False
     return True
 
 
 def _nearest_existing(path: Path) -> Path:
     return next(parent for parent in [path, *path.parents] if parent.exists())
-
-
-def _cached_models(cache: Path) -> list[str]:
-    from huggingface_hub import scan_cache_dir
-
-    if not cache.is_dir():
-        return []
-    return sorted(repo.repo_id for repo in scan_cache_dir(cache).repos if repo.repo_type == "model")
 
 
 def _readable(name: str, value: Any) -> str:
@@ -191,6 +182,8 @@ def _readable(name: str, value: Any) -> str:
 
 
 def _readable_size(number: float) -> str:
-    units = ("B", "kB", "MB", "GB")
-    power = next((index for index in range(3) if number < 1000 ** (index + 1)), 3)
-    return f"{number / 1000**power:.{min(power, 1)}f} {units[power]}"
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.{0 if unit == 'B' else 1}f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from hfkit import console
-from hfkit.cli import prompt_files
-from hfkit.cli.flags import Json, flags
-from hfkit.cli.generation_setup import loading
+from hfkit.cli.flags import JSON, flags
+from hfkit.cli.prompts import loading, read_prompt
+from hfkit.declaration import argument
 from hfkit.errors import OptionError
 from hfkit.options import InspectOptions, ModelOptions
 from hfkit.storage import check_free, make_writable, write_bytes
@@ -25,44 +23,45 @@ if TYPE_CHECKING:
 def inspect(
     model: ModelOptions,
     options: InspectOptions,
-    text: Annotated[str | None, typer.Argument(help="Text to inspect. [default: stdin]")] = None,
-    json: Json = False,
+    text: str | None = argument(None, help="Text to inspect; without it, stdin is read."),
+    json: bool = JSON,
 ) -> None:
-    """Show how likely each token of a text is, what would come next, and what attention heads look at."""
-    check_output(options)  # before torch is imported
-    text = prompt_files.read_prompt(text, wanted="text to inspect")
-    write_inspection(text, model, options, json=json)
+    """Show how likely a text is, and what would come next.
 
+    With --attention, also what each attention head looks at, on a page.
 
-def write_inspection(text: str, model: ModelOptions, options: InspectOptions, *, json: bool) -> None:
-    """Inspect `text`, print the result, and write the file that was asked for."""
-    path = check_output(options)
+    Examples:
+        hfkit inspect "The cat sat."
+        hfkit inspect "The cat sat." --attention -o heads.html
+    """
+    path = _check_output(options)  # before torch is imported
+    text = read_prompt(text, wanted="text to inspect")
     with loading(model):
-        from hfkit.inference.inspection import inspect, to_page
+        from hfkit.inference import inspection
 
-        inspection = inspect(text, model=model, options=options)
-    attention = inspection.attention
+        result = inspection.inspect(text, model=model, options=options)
+    attention = result.attention
     layers = 0 if attention is None else len(attention)
     if options.layer is not None and options.layer >= layers:
-        raise OptionError(f"--layer is {options.layer}: {inspection.model} has layers 0 to {layers - 1}")
+        raise OptionError(f"--layer is {options.layer}: {result.model} has layers 0 to {layers - 1}")
     if json:
-        console.write_json(inspection.to_dict())
+        console.write_json(result.to_dict())
     else:
-        _write_tokens(inspection)
-        _write_next(inspection)
+        _write_tokens(result)
+        _write_next(result)
     if path:
         if path.suffix == ".png" and attention is not None:
             from hfkit.reporting.pictures import draw_attention
 
-            content = draw_attention(attention, inspection.words, options.layer)
+            content = draw_attention(attention, result.words, options.layer)
         else:
-            content = to_page(inspection, options.layer).encode()
+            content = inspection.to_page(result, options.layer).encode()
         write_bytes(path, content)
         console.note(f"written: {path}")
 
 
-def check_output(options: InspectOptions) -> Path | None:
-    """The file to write, if any. Call it before a model is loaded.
+def _check_output(options: InspectOptions) -> Path | None:
+    """Return the file to write, if any.
 
     Raises:
         HfkitError: the options contradict each other, or the file exists.
@@ -71,7 +70,7 @@ def check_output(options: InspectOptions) -> Path | None:
         raise OptionError("--layer chooses what --attention draws: add --attention")
     if not options.output and not options.attention:
         return None
-    path = Path(options.output or "attention.png")
+    path = Path(options.output or "attention.html")
     if path.suffix not in (".png", ".html"):
         raise OptionError(f"--output is {path}: it must end in .png or .html")
     if path.suffix == ".png" and not options.attention:
@@ -95,7 +94,7 @@ def _write_tokens(inspection: Inspection) -> None:
     else:
         console.write("".join(f"{line}\n" for line in inspection.lines()))
     model = console.printable(inspection.model)
-    console.write(f"{inspection.bits:.1f} bits in {len(inspection.tokens)} tokens under {model}\n")
+    console.write(f"{inspection.bits:.1f} bits in {console.counted(len(inspection.tokens), 'token')} under {model}\n")
 
 
 def _style(bits: float) -> str:

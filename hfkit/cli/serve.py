@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
-
-import typer
+from typing import Literal
 
 from hfkit.cli.flags import flags
+from hfkit.declaration import option
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.sources import find_model
-from hfkit.options import ManyModelsOptions, ModelOptions
+from hfkit.options import ManyModelsOptions
 
 
 @flags
 def serve(
     model: ManyModelsOptions,
-    host: Annotated[
-        str, typer.Option(help="Address to listen at; others than this machine need a key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="Port; 0: any free one.")] = 8000,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="HFKIT_API_KEY", show_envvar=True, help="Key that clients must send.")
-    ] = None,
-    allowed_host: Annotated[
-        list[str] | None, typer.Option(help="Name by which clients call the server; may be repeated.")
-    ] = None,
-    max_requests: Annotated[int, typer.Option(min=1, help="Requests at a time; more are told to come again.")] = 256,
-    request_timeout: Annotated[float, typer.Option(min=1, help="Most seconds for one request.")] = 600,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds to finish what has begun, after Ctrl-C.")] = 30,
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Print each request with its prompts.")] = False,
+    host: str = option("127.0.0.1", "Address to listen at; others than this machine need a key."),
+    port: int = option(8000, "Port; 0: any free one.", short="-p", min=0, max=65535),
+    api_key: str | None = option(
+        None, "Key that clients must send. [default: $HFKIT_API_KEY]", secret=True, envvar="HFKIT_API_KEY"
+    ),
+    allowed_host: list[str] | None = option(None, "Name by which clients call the server; may be repeated."),
+    max_requests: int = option(256, "Requests at a time; more are told to come again.", min=1),
+    request_timeout: float = option(600.0, "Most seconds for one request.", min=1),
+    grace: float = option(30.0, "Seconds to finish what has begun, after Ctrl-C.", min=0),
+    log_prompts: bool = option(False, "Print each request with its prompts."),
+    engine: Literal["hfkit", "vllm"] = option("hfkit", "vllm: hand the model to vLLM, for many users and large GPUs."),
 ) -> None:
-    """Serve models over HTTP, as OpenAI's API, with a page to try them on."""
-    options = [ModelOptions(**{**vars(model), "model": name}) for name in model.model or (None,)]
-    sources = [find_model(each) for each in options]  # report a wrong name before torch is imported
+    """Serve models over HTTP as OpenAI's API, with a page to try them.
+
+    Examples:
+        hfkit serve
+        hfkit serve -m gpt2 --port 8080
+    """
+    sources = [find_model(each) for each in model.each()]  # a wrong name is an error before torch is imported
     if len({source.name for source in sources}) < len(sources):
         raise OptionError("--model names one model twice: leave one of them out")
+    if engine == "vllm":
+        from hfkit.serving.vllm import serve_with_vllm
+
+        if len(sources) > 1 or (allowed_host, max_requests, request_timeout, log_prompts) != (None, 256, 600, False):
+            raise OptionError("vLLM takes one model, --host, --port and --api-key: leave the other flags out")
+        serve_with_vllm(model.each()[0], host, port, api_key)
     try:
         from hfkit.serving import server
         from hfkit.serving.guard import Settings
@@ -51,4 +57,4 @@ def serve(
     is_local = host in ("127.0.0.1", "localhost", "::1")
     hosts = (*settings.hosts, *(allowed_host or [])) if is_local or allowed_host else ()
     listener = server.bind(host, port)
-    server.serve([load(each) for each in options], listener, replace(settings, hosts=hosts), grace)
+    server.serve([load(each) for each in model.each()], listener, replace(settings, hosts=hosts), grace)

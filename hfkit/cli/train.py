@@ -8,14 +8,13 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 import hfkit
 from hfkit import console, processes
-from hfkit.cli.flags import CorpusArgument, Json, flags
-from hfkit.corpus.documents import find_corpus, is_prepared
+from hfkit.cli.flags import CORPUS, JSON, flags
+from hfkit.corpus.files import find_corpus, is_prepared
+from hfkit.declaration import option
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, LaunchOptions, ModelOptions, SizeOptions, TrainOptions, TuneOptions
@@ -24,46 +23,50 @@ if TYPE_CHECKING:
     from hfkit.training.runs import Run
     from hfkit.tuning.search import Search
 
-_Show = Annotated[int, typer.Option(metavar="N", min=0, help="Print the first N sequences as the model sees them.")]
-_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what the run would be and cost, then stop.")]
+_DRY_RUN = option(False, "Print what the run would be and cost, then stop.")
 
 
 @flags
 def finetune(
-    corpus: CorpusArgument,
     model: ModelOptions,
     data: DataOptions,
     train: TrainOptions,
     launch: LaunchOptions,
-    dry_run: _DryRun = False,
-    json: Json = False,
+    corpus: list[str] = CORPUS,
+    dry_run: bool = _DRY_RUN,
+    json: bool = JSON,
 ) -> None:
-    """Continue training a model on a corpus; print its new folder."""
-    _check_inputs(corpus, data, model)
-    from hfkit.training import run_folder
+    """Continue training a model on a corpus; print its new folder.
 
-    inputs = [*(data.eval_file or []), *filter(None, [model.model])]
-    run_folder.check_request("finetune", corpus, train, inputs=inputs, dry_run=dry_run)
+    Examples:
+        hfkit finetune corpus.txt
+        hfkit finetune corpus.txt -m gpt2 --lora --num-train-epochs 5
+        hfkit finetune --config generation-stories
+    """
+    _check_inputs(corpus, data, model)
+    _check_folder("finetune", corpus, train, [*(data.eval_file or []), *filter(None, [model.model])], dry_run)
     if not launch_processes(launch):
         _print_run(hfkit.finetune(corpus, model=model, data=data, train=train, dry_run=dry_run), json)
 
 
 @flags
 def pretrain(
-    corpus: CorpusArgument,
     size: SizeOptions,
     data: DataOptions,
     train: TrainOptions,
     launch: LaunchOptions,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dry_run: _DryRun = False,
-    json: Json = False,
+    corpus: list[str] = CORPUS,
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps ..."),
+    dry_run: bool = _DRY_RUN,
+    json: bool = JSON,
 ) -> None:
-    """Train a tokenizer and a GPT-2 from nothing; print the folder."""
-    _check_inputs(corpus, data)
-    from hfkit.training import run_folder
+    """Train a tokenizer and a GPT-2 from nothing; print the folder.
 
-    run_folder.check_request("pretrain", corpus, train, inputs=data.eval_file or [], dry_run=dry_run)
+    Examples:
+        hfkit pretrain corpus.txt --size mini
+    """
+    _check_inputs(corpus, data)
+    _check_folder("pretrain", corpus, train, data.eval_file or [], dry_run)
     if not launch_processes(launch):
         run = hfkit.pretrain(corpus, size=size, data=data, train=train, device=device, dry_run=dry_run)
         _print_run(run, json)
@@ -73,11 +76,20 @@ def _check_inputs(corpus: list[str], data: DataOptions, model: ModelOptions | No
     """HfkitError if a corpus or the model does not exist. Call it before torch is imported."""
     if processes.count > 1:
         return  # the launcher has checked them
-    for paths in filter(None, (corpus, data.eval_file)):
-        if not is_prepared(Path(paths[0])):
-            find_corpus(paths)
+    for paths, options in ((corpus, data), (data.eval_file, None)):
+        if paths and not is_prepared(Path(paths[0])):
+            find_corpus(paths, options)
     if model:
         find_model(model)
+
+
+def _check_folder(command: str, corpus: list[str], train: TrainOptions, inputs: list[str], dry_run: bool) -> None:
+    """HfkitError if the run's folder is not free. Call it before torch is imported."""
+    from hfkit.training import run_folder
+
+    if processes.count == 1:  # else the launcher has checked it
+        with run_folder.reserve(command, corpus, train, inputs, dry_run=dry_run):
+            pass
 
 
 def _print_run(run: Run | None, json: bool) -> None:
@@ -92,34 +104,45 @@ def _print_run(run: Run | None, json: bool) -> None:
 
 @flags
 def prepare(
-    corpus: CorpusArgument,
     model: ModelOptions,
     data: DataOptions,
-    output: Annotated[Path | None, typer.Option("--output-dir", "-o", help="Folder to keep the tokens in.")] = None,
-    show: _Show = 0,
-    json: Json = False,
+    corpus: list[str] = CORPUS,
+    output_dir: Path | None = option(None, "Folder to keep the tokens in.", short="-o"),
+    show: int = option(0, "Print the first N sequences as the model sees them.", min=0),
+    json: bool = JSON,
 ) -> None:
-    """Tokenize a corpus; print what is in it and what training costs."""
+    """Tokenize a corpus; print what is in it and what training costs.
+
+    Examples:
+        hfkit prepare corpus.txt
+    """
     _check_inputs(corpus, data, model)
-    preparation = hfkit.prepare(corpus, model=model, data=data, output_dir=output, show=show)
+    preparation = hfkit.prepare(corpus, model=model, data=data, output_dir=output_dir, show=show)
     if json:
         console.write_json(preparation.to_dict())
         return
     console.write("".join(f"{line}\n" for line in preparation.lines()))
-    chosen = ["-m", model.model] if model.model else []
-    console.note(f"next: {shlex.join(['hfkit', 'finetune', *([str(output)] if output else corpus), *chosen])}")
+    from hfkit.training.run_folder import command_line
+
+    command = command_line("finetune", str(output_dir) if output_dir else corpus, data)
+    console.note(f"next: {command}" + (f" -m {shlex.quote(model.model)}" if model.model else ""))
 
 
 @flags
 def tune(
-    corpus: CorpusArgument,
     model: ModelOptions,
     data: DataOptions,
     train: TrainOptions,
     options: TuneOptions,
-    json: Json = False,
+    corpus: list[str] = CORPUS,
+    json: bool = JSON,
 ) -> None:
-    """Search for good training options; print trials and best recipe."""
+    """Search for good training options; print trials and best recipe.
+
+    Examples:
+        hfkit tune corpus.txt -n 20
+        hfkit tune corpus.txt --search learning_rate=1e-5..1e-3
+    """
     _check_inputs(corpus, data, model)
     search = hfkit.tune(corpus, model=model, data=data, train=train, options=options)
     if json:
@@ -137,7 +160,7 @@ def tune(
 
 def _print_trials(search: Search) -> None:
     """Print a table of the trials, the best one first. A column's head gives the importance of its option."""
-    from hfkit.reporting.summaries import merit, show_figure
+    from hfkit.reporting.summaries import merit, show_figure, show_value
 
     names = list(dict.fromkeys(name for trial in search.trials for name in trial["params"]))
     heads = [f"{name}\n{search.importances[name]:.0%}" if name in search.importances else name for name in names]
@@ -148,9 +171,7 @@ def _print_trials(search: Search) -> None:
         scores = [show_figure(trial[measure], measure) for measure in measures]
         if trial["loss"] is None:
             scores[0] = trial["state"]
-        values = (trial["params"].get(name, "") for name in names)
-        cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
-        rows.append((number, *scores, *cells))
+        rows.append((number, *scores, *(show_value(trial["params"].get(name, "")) for name in names)))
     console.write_table(("trial", *(f"held-out {measure}" for measure in measures), *heads), rows, 140)
 
 

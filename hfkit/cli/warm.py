@@ -2,13 +2,12 @@
 
 import sys
 import time
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from hfkit import console
 from hfkit import warm as client
-from hfkit.cli.flags import Json, flags
+from hfkit.cli.flags import JSON, flags
+from hfkit.declaration import option
 from hfkit.errors import HfkitError, OptionError
 
 _LONGEST_START = 120  # seconds
@@ -16,14 +15,19 @@ _LONGEST_START = 120  # seconds
 
 @flags
 def warm(
-    idle: Annotated[str, typer.Option(help="End after this time without a command: 90s, 10m, 2h.")] = "10m",
-    stop: Annotated[bool, typer.Option("--stop", help="End the process.")] = False,
-    status: Annotated[bool, typer.Option("--status", help="Describe the process.")] = False,
-    json: Json = False,
+    idle: str = option("10m", "End after this time without a command: 90s, 10m, 2h."),
+    stop: bool = option(False, "End the process."),
+    status: bool = option(False, "Describe the process."),
+    json: bool = JSON,
 ) -> None:
     """Keep a process ready, so that the next commands start at once.
 
     It has the libraries imported, and each command is a copy of it. Training and several processes start cold.
+
+    Examples:
+        hfkit warm
+        hfkit warm --idle 2h
+        hfkit warm --stop
     """
     try:
         seconds = client.seconds(idle)

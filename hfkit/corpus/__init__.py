@@ -1,18 +1,15 @@
-"""Text to tokens.
+"""Text to tokens, and tokens to what a model is trained on.
 
-formats: what files hold, and their text
-rows: rows of tables, JSON, Parquet, Arrow and the Hub
-folders: which files of a folder are read
+files: which files a corpus is
+formats: what a file holds, and its text
+rows: the rows of tables, JSON, Parquet, Arrow and the Hub
 examples: rows as texts, prompts with completions, or conversations
-templates: how a row becomes a prompt and its answer
-pieces: where a long text is cut
+templates: how a prompt and its answer, or a conversation, become one text
 documents: any corpus as a stream of records
-chat: conversations as one text, and where the answers are in it
 encoding: records to token ids
 cache: tokens kept on disk
-splitting: what is held out
-streams: a corpus that is read again for each pass
 sequences: tokens as training sequences and their batches
+training_data: what is trained on and what is held out
 labelled: rows for classification and question answering heads
 overlap: what a text copies from a corpus
 """

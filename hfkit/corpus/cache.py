@@ -1,6 +1,5 @@
 """A corpus as tokens: encoded once, kept on disk by content, and found again."""
 
-import hashlib
 import json
 import os
 import re
@@ -19,13 +18,15 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from hfkit.console import counted, note, progress
-from hfkit.corpus.documents import PREPARED, Corpus, Example, Piece, is_prepared, read_records
-from hfkit.corpus.encoding import BATCH, encode_records, fingerprint, is_empty, sha256_of, texts_of
+from hfkit.corpus.documents import Example, Piece, read_records
+from hfkit.corpus.encoding import BATCH, encode_records, fingerprint, is_empty, sha256_of
+from hfkit.corpus.files import PREPARED, Corpus, hash_files, is_prepared
 from hfkit.errors import HfkitError, first_line
 from hfkit.options import DataOptions
 from hfkit.storage import add_owned, check_owned, check_regular, lock, make_names_durable, make_writable, write_text
 
 _VERSION = 8  # of the files on disk
+_DECIDING = ("text_column", "errors", "dataset_config_name", "dataset_split", "template", "labels")  # options
 _SAMPLE = 1_000_000  # characters that are examined for their script
 _SCRIPTS = {"Cjk": "Han", "Masculine": "Latin", "Feminine": "Latin", "Micro": "Greek"}  # ª, º and µ
 _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ue000-\uf8ff\ufeff\ufffd]")
@@ -73,11 +74,7 @@ def encode_corpus(
     Raises:
         HfkitError: the corpus cannot be read or is empty, or `folder` holds another one.
     """
-    read = (
-        *(options.text_column, options.errors, options.dataset_config_name, options.dataset_split),
-        *(options.template, options.labels),
-    )
-    content = sha256_of(repr((corpus.fingerprint(), *read, _VERSION)))
+    content = sha256_of(repr((corpus.fingerprint(), [getattr(options, name) for name in _DECIDING], _VERSION)))
     report = Report(fingerprint=content, tokenizer=fingerprint(tokenizer))
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "hfkit"
     target = folder or cache / sha256_of(report.fingerprint + report.tokenizer)
@@ -88,15 +85,14 @@ def encode_corpus(
             raise
         raise HfkitError(f"cannot write to the cache ({target.parent}): set HF_DATASETS_CACHE") from error
     with lock(target, wait=True):
-        if is_prepared(target) and (folder or not corpus.hub):  # a data set on the Hub may have changed since
+        if is_prepared(target) and (folder or corpus.is_local):  # a data set on the Hub may have changed since
             try:
                 prepared = load_prepared(target)
             except HfkitError:
                 note(f"the tokens are damaged ({target}): making them anew")
-                prepared = None
-            if prepared and prepared.report.fingerprint == content and prepared.report.tokenizer == report.tokenizer:
-                return prepared
-            if prepared:
+            else:
+                if (prepared.report.fingerprint, prepared.report.tokenizer) == (report.fingerprint, report.tokenizer):
+                    return prepared
                 raise HfkitError(f"{folder} holds another corpus, or this for another model: name a new folder")
         check_owned(target)
         with progress(corpus.size, "B", f"tokenizing {corpus.files[0].name if corpus.files else ''}") as bar:
@@ -109,23 +105,18 @@ def load_prepared(folder: Path) -> Prepared:
     """Load the tokens that `hfkit prepare` wrote to `folder`. HfkitError if they are damaged."""
     try:
         content = json.loads((folder / PREPARED).read_text("utf-8"))
-        digest = content.pop("sha256", None)
-        report = Report(**content)
+        digest, report = content.pop("sha256", None), Report(**content)
         if _digest(folder, report) != digest:  # a flipped bit ends the process, or is trained on
             raise ValueError("it is not what was written")
         return Prepared(datasets.load_from_disk(str(folder)), report, folder, cached=True)
     except (OSError, ValueError, TypeError, LookupError) as error:
-        reason = first_line(error)
-        raise HfkitError(f"the prepared corpus cannot be read ({folder}): {reason}; prepare it again") from error
+        reason = f"the prepared corpus cannot be read ({folder}): {first_line(error)}"
+        raise HfkitError(f"{reason}; prepare it again") from error
 
 
 def _digest(folder: Path, report: Report) -> str:
     """SHA-256 of everything that is kept in `folder`."""
-    total = hashlib.sha256(repr(report).encode())
-    for name in (_DATA, _INFO, _STATE):
-        with (folder / name).open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+    return hash_files([folder / name for name in (_DATA, _INFO, _STATE)], report)
 
 
 def _measure_records(
@@ -140,7 +131,7 @@ def _measure_records(
     for record in records:
         if isinstance(record, Example) and report.kind != "messages":
             report.kind = "messages" if "messages" in record.row else "completion"
-        texts = [record.text] if isinstance(record, Piece) else texts_of(record.row)
+        texts = record.texts
         for text in texts:
             report.characters += len(text)
             report.bytes += len(text.encode())
@@ -218,11 +209,10 @@ def _make_column(values: list[Any], type_: pa.DataType) -> pa.Array:
 
 def corpus_lines(report: Report) -> list[str]:
     """What is in a corpus, for people; a line each."""
-    what = "document" if report.kind == "text" else "example"
-    lines = [
-        f"{counted(report.documents, what)}, {counted(report.characters, 'character')}, "
-        f"{counted(report.tokens, 'token')} ({report.characters / max(1, report.tokens):.2f} characters a token)",
-    ]
+    noun = "document" if report.kind == "text" else "example"
+    sizes = [(report.documents, noun), (report.characters, "character"), (report.tokens, "token")]
+    ratio = report.characters / max(1, report.tokens)
+    lines = [f"{', '.join(counted(*size) for size in sizes)} ({ratio:.2f} characters a token)"]
     if report.characters < 0.9 * report.tokens:
         lines.append(
             "less than one character a token: the tokenizer spells this text byte by byte; 'hfkit pretrain' makes a "
@@ -232,14 +222,9 @@ def corpus_lines(report: Report) -> list[str]:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in report.scripts.items())
         lines.append(f"scripts: {shares or 'no letters'}")
     if report.duplicates:
-        copies = (
-            "is a copy of an earlier one and counts"
-            if report.duplicates == 1
-            else "are copies of earlier ones and count"
-        )
-        lines.append(f"{counted(report.duplicates, what)} {copies} twice")
+        lines.append(f"copies of earlier ones, which count twice: {counted(report.duplicates, noun)}")
     if report.empty:
-        lines.append(f"{counted(report.empty, f'empty {what}')} left out")
+        lines.append(f"empty and left out: {counted(report.empty, noun)}")
     if report.odd:
         odd = sorted(report.odd.items(), key=lambda item: -item[1])[:6]
         lines.append("odd characters: " + ", ".join(f"{name} {counted(count, 'time')}" for name, count in odd))

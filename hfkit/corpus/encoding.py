@@ -1,21 +1,25 @@
 """Text to token ids: documents, examples with labels, and prompts."""
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
-from hfkit.corpus.chat import CHAT_TEMPLATE, RenderedChat, render_chat
 from hfkit.corpus.documents import Example, Piece
-from hfkit.corpus.splitting import content_of
+from hfkit.corpus.rows import row_error
+from hfkit.corpus.templates import CHAT_TEMPLATE, RenderedChat, render_chat, special_tokens
 from hfkit.errors import HfkitError, OptionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # label of a token that is not learned and does not count in a score
 BATCH = 512  # records that are encoded together
@@ -40,10 +44,10 @@ def sha256_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def texts_of(row: dict[str, Any]) -> list[str]:
-    """The texts of an example."""
-    turns = row.get("messages")
-    return [turn["content"] for turn in turns] if turns else [row["prompt"], row["completion"]]
+def content_of(text: str) -> int:
+    """A 64-bit hash of a text without its case and white space: copies have the same."""
+    letters = "".join(text.split()).casefold().encode()
+    return int.from_bytes(hashlib.blake2b(letters, digest_size=8).digest(), "big", signed=True)
 
 
 def encode_records(records: Iterator[Piece | Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
@@ -75,14 +79,15 @@ def encode_documents(
 
     A document begins as the tokenizer begins a text, and ends with EOS if `close`.
     """
-    begin, end = _frame(tokenizer)
+    (begin, _), end = special_tokens(tokenizer), _end_tokens(tokenizer)
     numbered = number_documents(pieces)
     while batch := list(islice(numbered, BATCH)):
-        texts, follows = [piece.text for *_, piece in batch], [not first for _, first, _ in batch]
-        rows = _encode_parts(texts, follows, tokenizer)
-        for (document, first, piece), ids in zip(batch, rows, strict=True):
-            ids = (begin if first else []) + ids + (end if piece.last and close else [])
-            yield {"input_ids": np.array(ids, np.int32), **_origin(document, [piece.text])}
+        firsts = iter(_encode_plain([piece.text for _, first, piece in batch if first], tokenizer))
+        others = iter(encode_answers([piece.text for _, first, piece in batch if not first], tokenizer))
+        for document, first, piece in batch:
+            ids = begin + next(firsts) if first else next(others)
+            ids = ids + end if piece.last and close else ids
+            yield {"input_ids": np.array(ids, np.int32), **_origin(document, piece.texts)}
 
 
 def encode_examples(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
@@ -90,13 +95,12 @@ def encode_examples(examples: Iterable[Example], tokenizer: PreTrainedTokenizerB
 
     A conversation has several rows if its template needs a text for each answer: see `render_chat`.
     """
-    begin, end = _frame(tokenizer)
-    for document, (row, where) in enumerate(examples):
+    (begin, _), end = special_tokens(tokenizer), _end_tokens(tokenizer)
+    for document, example in enumerate(examples):
+        row, where = example
         if "messages" in row:
             if not tokenizer.is_fast:
-                raise HfkitError(
-                    f"this tokenizer cannot locate tokens in a text ({where}): give prompt and completion"
-                )
+                raise row_error("this tokenizer cannot locate tokens in a text", where, "give prompt and completion")
             chats = render_chat(row["messages"], tokenizer, where, row.get("tools"))
             encoded = [_encode_chat(chat, tokenizer) for chat in chats]
         else:
@@ -105,9 +109,9 @@ def encode_examples(examples: Iterable[Example], tokenizer: PreTrainedTokenizerB
             encoded = [(prompt + answer, [IGNORED] * len(prompt) + answer)]
         for ids, labels in encoded:
             if all(label == IGNORED for label in labels):
-                raise HfkitError(f"nothing is learned from this example ({where}): fix or delete it")
+                raise row_error("nothing is learned from this example", where)
             arrays = {"input_ids": np.array(ids, np.int32), "labels": np.array(labels, np.int32)}
-            yield {**arrays, **_origin(document, texts_of(row), parts=len(encoded))}
+            yield {**arrays, **_origin(document, example.texts, parts=len(encoded))}
 
 
 def _origin(document: int, texts: list[str], parts: int = 1) -> dict[str, int]:
@@ -116,37 +120,24 @@ def _origin(document: int, texts: list[str], parts: int = 1) -> dict[str, int]:
     return {"document": document, "content": content_of("\0".join(texts)), "bytes": size}
 
 
-def encode_answers(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of texts that follow a prompt, without the space that some tokenizers write before any text."""
-    return _encode_parts(texts, [True] * len(texts), tokenizer)
+def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that ends a document, if the tokenizer has one."""
+    return [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
 
 
-def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer begins a text with, and the token that ends a document."""
-    whole, bare = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
-    begin = whole[: whole.index(bare[0])] if bare else []
-    return begin, [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
-
-
-def _encode_parts(
-    texts: Sequence[str], follows: Sequence[bool], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    """Token ids of texts, some of which follow another text: no space is written before these."""
+def encode_answers(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of texts that follow another text: without the space that some tokenizers write before any text."""
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
-    if not tokens or not tokens[0].startswith(("▁", "Ġ")):  # it writes no space before a text
+    if not tokens or not tokens[0].startswith(("▁", "Ġ")):
         return _encode_plain(texts, tokenizer)
-    inner = _backend_within_text(tokenizer, len(tokenizer)) if tokenizer.is_fast else None
-    pairs = list(zip(texts, follows, strict=True))
-    if inner:
-        firsts = iter(_encode_plain([text for text, after in pairs if not after], tokenizer))
-        others = iter(inner.encode_batch_fast([text for text, after in pairs if after], add_special_tokens=False))
-        return [next(others).ids if after else next(firsts) for after in follows]
-    space = tokenizer.convert_tokens_to_ids("▁")
+    if tokenizer.is_fast and (backend := _backend_within_text(tokenizer, len(tokenizer))):
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
     # The space that the tokenizer writes stands for the one that a text begins with; without one it must go.
-    rows = _encode_plain([text.removeprefix(" ") if after else text for text, after in pairs], tokenizer)
+    space = tokenizer.convert_tokens_to_ids("▁")
+    rows = _encode_plain([text.removeprefix(" ") for text in texts], tokenizer)
     return [
-        ids[1:] if after and not text.startswith(" ") and ids[:1] == [space] else ids
-        for (text, after), ids in zip(pairs, rows, strict=True)
+        ids[1:] if ids[:1] == [space] and not text.startswith(" ") else ids
+        for text, ids in zip(texts, rows, strict=True)
     ]
 
 
@@ -177,15 +168,21 @@ def _backend_within_text(tokenizer: PreTrainedTokenizerBase, size: int) -> Token
 def _encode_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of each text without special tokens, on all cores."""
     if not tokenizer.is_fast:
-        return cast(list[list[int]], tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
-    backend = tokenizer.backend_tokenizer
+        return [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    # Unlike tokenizer(texts), this makes no offsets and no masks.
+    encoded = backend_of(tokenizer).encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in encoded]
+
+
+def backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The part of a fast tokenizer that is written in Rust, without truncation and padding."""
+    backend: Tokenizer = tokenizer.backend_tokenizer
     # Only where a caller's own truncating call left them: a change fails while another thread encodes.
     if backend.truncation:
         backend.no_truncation()
     if backend.padding:
         backend.no_padding()
-    # Unlike tokenizer(texts), this makes no offsets and no masks.
-    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    return backend
 
 
 def _encode_chat(chat: RenderedChat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -1,12 +1,9 @@
 """Rows for models with a head, which label a text or find an answer in it: read, encoded, and cut into windows."""
 
-import copy
-import functools
-import hashlib
 import re
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,12 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from hfkit.console import note, note_once
 from hfkit.corpus.cache import Report
-from hfkit.corpus.documents import Corpora, Corpus, read_table
-from hfkit.corpus.encoding import encode, fingerprint
-from hfkit.corpus.examples import check_text, choose_text_column
-from hfkit.corpus.rows import column_names
-from hfkit.corpus.sequences import LabelledItem, TrainingData
-from hfkit.corpus.splitting import content_of, hold_out
+from hfkit.corpus.documents import read_table
+from hfkit.corpus.encoding import backend_of, content_of, encode, fingerprint, sha256_of
+from hfkit.corpus.examples import choose_text_column, text_of
+from hfkit.corpus.files import Corpora, Corpus
+from hfkit.corpus.rows import column_names, row_error
+from hfkit.corpus.sequences import LabelledItem
+from hfkit.corpus.templates import special_tokens
+from hfkit.corpus.training_data import TrainingData, hold_out
 from hfkit.errors import HfkitError
 from hfkit.options import CorpusOptions, DataOptions
 
@@ -55,7 +54,8 @@ def gather_labelled_data(
     """
     read = classification_rows if head == "classification" else question_rows
     rows: list[Any] = read(corpus, data)
-    held: list[Any] = read(data.eval_file, data) if data.eval_file else []
+    held: list[Any] = read(data.eval_file, replace(data, exclude=None)) if data.eval_file else []
+    texts = 1 if head == "classification" else 2  # a row begins with its text, or with its question and context
     if head == "classification":
         labels = labels or sorted({label for _, label in rows})
         if len(labels) < 2:
@@ -63,45 +63,39 @@ def gather_labelled_data(
         counts = Counter(label for _, label in rows).most_common()
         shown = ", ".join(f"{label!r} {count:,}" for label, count in counts[:20])
         note(f"{len(counts)} labels: {shown}{' ...' if len(counts) > 20 else ''}")
-        encode_rows = functools.partial(encode_labelled, tokenizer=tokenizer, labels=list(labels), length=length)
-    else:
-        encode_rows = functools.partial(encode_questions, tokenizer=tokenizer, length=length)
-    texts = 1 if labels else 2  # a row begins with its text, or with its question and context
     if not held:
         sizes = np.array([len(row[0]) for row in rows])
         contents = np.array([content_of("\0".join(row[:texts])) for row in rows])
         kept, out = hold_out(contents, sizes, data.eval_fraction, seed)
         rows, held = [rows[i] for i in kept], [rows[i] for i in out]
-    train_set, held_out = encode_rows(rows), encode_rows(held)
+    if head == "classification":
+        train_set, held_out = (encode_labelled(part, tokenizer, list(labels or ()), length) for part in (rows, held))
+    else:
+        train_set, held_out = (encode_questions(part, tokenizer, length) for part in (rows, held))
     if not train_set:
         raise HfkitError("there is nothing to train on: the corpus is too small")
-    tokens = sum(len(item["input_ids"]) for item in train_set)
-    report = Report(
-        kind=head, documents=len(rows) + len(held), tokens=tokens,
-        characters=sum(len(text) for row in rows for text in row[:texts]),
-        fingerprint=hashlib.sha256(repr((rows, held)).encode()).hexdigest(), tokenizer=fingerprint(tokenizer),
-    )  # fmt: skip
-    return TrainingData(
-        train_set, held_out, sequences=len(train_set), length=tokens / len(train_set), report=report, head=head,
-        labels=tuple(labels or ()),
-    )  # fmt: skip
+    report = Report(kind=head, documents=len(rows) + len(held), tokenizer=fingerprint(tokenizer))
+    report.tokens = sum(len(item["input_ids"]) for item in train_set)
+    report.characters = sum(len(text) for row in rows for text in row[:texts])
+    report.fingerprint = sha256_of(repr((rows, held)))
+    average = report.tokens / len(train_set)
+    return TrainingData(train_set, held_out, len(train_set), average, report, head=head, labels=tuple(labels or ()))
 
 
 def classification_rows(corpus: Corpora | Corpus, options: CorpusOptions) -> list[tuple[str, str]]:
-    """(text, label) of every row. A label is a text or a whole number: 1, "1" and 1.0 are the same.
+    """(text, label) of every row. HfkitError if a row has none.
 
-    Raises:
-        HfkitError: a column is missing, or a label is not one; the message has the line.
+    A label is a text or a whole number: 1, "1" and 1.0 are the same.
     """
     rows: list[tuple[str, str]] = []
     name, column = options.label_column, ""
-    for row, where in read_table(corpus, options):
+    for row, where in read_table(corpus, options, [name]):
         if name not in row:
             raise HfkitError(f"no column {name!r} ({where}: {column_names(row)}): name it with --label-column")
         if not column or column not in row:
             column = choose_text_column(row, where, options.text_column, name)
             note_once(f"{where}: the text is column {column!r}, the label {name!r}")
-        rows.append((check_text(row[column], column, where), _read_label(row[name], name, where)))
+        rows.append((text_of(row, column, where), _read_label(row[name], name, where)))
     return rows
 
 
@@ -117,19 +111,16 @@ def _read_label(value: Any, column: str, where: str) -> str:
         return str(int(float(label)))
     else:
         reason = f"has the fraction {label}, but a class is a text or a whole number"
-    raise HfkitError(f"column {column!r} {reason} ({where}): fix or delete the row")
+    raise row_error(f"column {column!r} {reason}", where)
 
 
 def question_rows(corpus: Corpora | Corpus, options: CorpusOptions) -> list[Question]:
     """Every row as a Question, without answers where the context has none.
 
-    Rows are those of SQuAD, or have texts in `answer` or `answers`.
-
-    Raises:
-        HfkitError: a column is missing.
+    Rows are those of SQuAD, or have texts in `answer` or `answers`. HfkitError if a column is missing.
     """
     rows = []
-    for row, where in read_table(corpus, options):
+    for row, where in read_table(corpus, options, ["question", "context"]):
         answers: Any = row.get("answers", row.get("answer"))
         starts = [row.get("answer_start")]
         if isinstance(answers, Mapping):  # SQuAD's {"text": [...], "answer_start": [...]}
@@ -138,12 +129,12 @@ def question_rows(corpus: Corpora | Corpus, options: CorpusOptions) -> list[Ques
             answers, starts = ([answer.get(key) for answer in answers] for key in ("text", "answer_start"))
         if not row.keys() >= {"question", "context"} or answers is None:
             raise HfkitError(f"rows must have question, context and answer ({where}: {column_names(row)})")
-        question, context = (check_text(row[name], name, where) for name in ("question", "context"))
+        question, context = (text_of(row, name, where) for name in ("question", "context"))
         if isinstance(answers, str) and answers[:1] in ("[", "{") and answers not in context:
-            raise HfkitError(f"answers are a list written as text ({where}): write JSON Lines, or one answer a row")
+            raise row_error("answers are a list written as text", where, "write JSON Lines, or one answer a row")
         answers = [answer for answer in ([answers] if isinstance(answers, str) else answers) if answer]
         if not all(isinstance(answer, str) for answer in answers):
-            raise HfkitError(f"an answer is not text ({where}): fix or delete the row")
+            raise row_error("an answer is not text", where)
         rows.append(Question(question, context, answers, _find_answer(context, answers, starts)))
     return rows
 
@@ -176,21 +167,8 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> l
     ids = encode(text, tokenizer, "the model")
     if len(ids) <= length:
         return ids
-    return list(_truncate(tokenizer, text, truncation=True, max_length=length)["input_ids"])
-
-
-_truncating = threading.Lock()
-
-
-def _truncate(tokenizer: PreTrainedTokenizerBase, *texts: str, **options: Any) -> Any:
-    """`tokenizer(*texts, **options)` with truncation, which is a state of the tokenizer: a copy of it has it."""
-    with _truncating:
-        return _copy(tokenizer, len(tokenizer))(*texts, **options)
-
-
-@functools.lru_cache(maxsize=1)
-def _copy(tokenizer: PreTrainedTokenizerBase, size: int) -> PreTrainedTokenizerBase:
-    return copy.deepcopy(tokenizer)
+    _, end = special_tokens(tokenizer)
+    return ids[: length - len(end)] + end
 
 
 def encode_questions(rows: Iterable[Question], tokenizer: PreTrainedTokenizerBase, length: int) -> list[LabelledItem]:
@@ -218,17 +196,17 @@ def windows(question: str, context: str, tokenizer: PreTrainedTokenizerBase, len
     """
     if not tokenizer.is_fast:
         raise HfkitError("finding answers needs the place of each token in the text: use a fast tokenizer")
-    try:
-        encoded = _truncate(
-            tokenizer, question, context, truncation="only_second", max_length=length, stride=min(STRIDE, length // 4),
-            return_overflowing_tokens=True, return_offsets_mapping=True, verbose=False,
-        )  # fmt: skip
-    except Exception as error:  # tokenizers raises it where the question alone is too long
-        raise HfkitError(f"the question is too long for {length} tokens: shorten it") from error
-    names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
-    for number, offsets in enumerate(encoded["offset_mapping"]):
-        parts = encoded.sequence_ids(number)  # 1 for tokens of the context
+    backend = backend_of(tokenizer)
+    first, second = (backend.encode(text, add_special_tokens=False) for text in (question, context))
+    room = length - len(first) - backend.num_special_tokens_to_add(True)
+    if room < 1:
+        raise HfkitError(f"the question is too long for {length} tokens: shorten it")
+    second.truncate(room, stride=min(STRIDE, length // 4, room // 2))
+    for part in (second, *second.overflowing):
+        window, spans = backend.post_process(first, part), iter(part.offsets)
+        inputs = {"input_ids": window.ids, "token_type_ids": window.type_ids}
         yield {
-            "inputs": {name: encoded[name][number] for name in names},
-            "offsets": [span if part == 1 else None for part, span in zip(parts, offsets, strict=True)],
+            "inputs": {name: inputs[name] for name in tokenizer.model_input_names if name in inputs},
+            # 1 stands for tokens of the context.
+            "offsets": [next(spans) if sequence == 1 else None for sequence in window.sequence_ids],
         }

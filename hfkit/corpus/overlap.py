@@ -1,14 +1,14 @@
 """How much of a text stands word for word in a corpus."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from hfkit.console import note
-from hfkit.corpus.documents import Corpora, Corpus, Example, Piece, find_corpus, read_records
+from hfkit.corpus.documents import Example, Piece, read_records
+from hfkit.corpus.files import Corpora, Corpus, find_corpus
 from hfkit.options import CorpusOptions
 
 WORDS = 8  # in a row that count as copied
@@ -93,12 +93,9 @@ def _run_hashes(ids: np.ndarray, length: int) -> np.ndarray:
 
 def index_corpus(corpus: Corpora | Corpus, options: CorpusOptions | None = None, length: int = WORDS) -> Index:
     """The index of a corpus; of examples, only their answers."""
-    index = Index(_pieces(read_records(find_corpus(corpus), options or CorpusOptions())), length)
+    options = options or CorpusOptions()
+    records = read_records(find_corpus(corpus, options), options)
+    index = Index((Piece("\n".join(r.answers), True) if isinstance(r, Example) else r for r in records), length)
     if not index.is_whole:
         note(f"copies are looked for only in the first {MOST:,} words of the corpus")
     return index
-
-
-def _pieces(records: Iterable[Any]) -> Iterator[Piece]:
-    for record in records:
-        yield Piece("\n".join(record.answers), True) if isinstance(record, Example) else record

@@ -3,18 +3,18 @@
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from hfkit.console import note_once
-from hfkit.corpus.formats import LONGEST_LINE, read_lines, read_text, read_whole, unpacked
+from hfkit.corpus.formats import DAMAGE, LONGEST, open_file, read_lines, read_text
 from hfkit.errors import HfkitError, first_line
 from hfkit.hub import endpoint, reach_hub
 from hfkit.options import CorpusOptions, DataOptions
 
-csv.field_size_limit(LONGEST_LINE)
+csv.field_size_limit(LONGEST)
 _BATCH = 128  # rows
 _SURROGATE = re.compile("[\ud800-\udfff]")  # an unpaired one: JSON can express it, UTF-8 cannot
 _START, _NEXT = re.compile(r"\s*\[\s*(?P<end>])?"), re.compile(r"\s*(,\s*|(?P<end>]))")  # of a JSON array
@@ -23,13 +23,20 @@ _ROW_TEXTS = ("content", "document", "body")  # likewise, where they are texts
 Row = tuple[dict[str, Any], str]  # columns, and where the row is: "FILE, line N"
 
 
+def row_error(reason: str, where: str, remedy: str = "fix or delete the row") -> HfkitError:
+    """The error for a row that cannot be used."""
+    return HfkitError(f"{reason} ({where}): {remedy}")
+
+
+def column_names(row: Iterable[Any]) -> str:
+    """The columns of a row, for a message."""
+    return ", ".join(map(repr, row))
+
+
 def read_rows(path: Path, kind: str, errors: str, split: str = "train") -> Iterator[Row]:
     """Rows of a file of this kind, read in small parts; only a JSON object that holds the rows is read at once.
 
-    split: which of the arrays of a JSON object to read, if it has several.
-
-    Raises:
-        HfkitError: the file is damaged; the message has the line or the row.
+    split: which of the arrays of a JSON object to read, if it has several. HfkitError names the line of any damage.
     """
     match kind:
         case "csv" | "tsv":
@@ -42,25 +49,25 @@ def read_rows(path: Path, kind: str, errors: str, split: str = "train") -> Itera
             return _read_columnar(path, kind)
 
 
-def column_names(row: Iterable[Any]) -> str:
-    """The columns of a row, for a message."""
-    return ", ".join(map(repr, row))
-
-
 def _read_lines(path: Path, errors: str) -> Iterator[Row]:
     for number, line in enumerate(read_lines(path, errors), 1):
         if line.strip():
-            yield _check_object(_parse_json(line, path, number, errors), f"{path}, line {number}")
+            where = f"{path}, line {number}"
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise HfkitError(f"not valid JSON ({where}, column {error.colno}): {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                raise HfkitError(f"not valid JSON ({where}): {first_line(error)}") from None
+            yield _check_object(_check_surrogates(value, line, where, errors), where)
 
 
 def _read_json(path: Path, errors: str, split: str) -> Iterator[Row]:
     """The rows of a JSON array, or of one in a JSON object; SQuAD's articles become a row for each question."""
     start = next(filter(None, map(str.lstrip, read_text(path, errors))), "")
-    values: Iterable[Any]
-    if start.startswith("["):
-        values = _read_array(path, errors)
-    else:
-        values = _choose_array(_parse_json(read_whole(path, errors), path, 1, errors), path, split)
+    values: Iterable[Any] = _read_array(path, errors)
+    if not start.startswith("["):
+        values = _choose_array(_read_value(path, errors), path, split)
     for number, value in enumerate(values, 1):
         row, where = _check_object(value, f"{path}, row {number}")
         if "paragraphs" in row:
@@ -69,12 +76,22 @@ def _read_json(path: Path, errors: str, split: str) -> Iterator[Row]:
             yield row, where
 
 
-def _read_array(path: Path, errors: str) -> Iterator[Any]:
-    """The values of a JSON array, one after the other: no more than one of them has to be in memory."""
+def _read_value(path: Path, errors: str) -> Any:
+    """The only value of a JSON file."""
+    return next(_read_array(path, errors, is_bare=True))
+
+
+def _read_array(path: Path, errors: str, *, is_bare: bool = False) -> Iterator[Any]:
+    """The values of a JSON array, one after the other: no more than one of them has to be in memory.
+
+    is_bare: the file has a single value, without the brackets of an array.
+    """
     chunks, decode = read_text(path, errors), json.JSONDecoder().raw_decode
     text, position = "", 0  # what has been read, and how much of it is done
     line, column = 1, 1  # where `text` starts
     separator = _START
+    if is_bare:
+        chunks, column = chain("[", chunks, "]"), 0
     while True:
         try:
             match = separator.match(text, position)
@@ -88,10 +105,13 @@ def _read_array(path: Path, errors: str) -> Iterator[Any]:
             if stop == len(text):  # a number may go on
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, stop)
         except json.JSONDecodeError as error:
+            start = column if error.lineno == 1 else 1
+            where = f"{path}, line {line + error.lineno - 1}, column {start + error.colno - 1}"
+            if len(text) - position > LONGEST:
+                limit = f"{LONGEST >> 20} million characters"
+                raise row_error(f"a JSON value of more than {limit}", where, "write each row on a line") from None
             more = list(islice(chunks, 1 + (len(text) >> 20)))  # as much again
-            if not more or len(text) - position > LONGEST_LINE:
-                start = column if error.lineno == 1 else 1
-                where = f"{path}, line {line + error.lineno - 1}, column {start + error.colno - 1}"
+            if not more:
                 raise HfkitError(f"not valid JSON ({where}): {error.msg}") from None
             done = text[:position]
             column = position - done.rfind("\n") if "\n" in done else column + position
@@ -135,23 +155,11 @@ def _squad_rows(article: dict[str, Any], where: str) -> Iterator[Row]:
 def read_notebook(path: Path, errors: str) -> Iterator[str]:
     """The source of each cell of a Jupyter notebook, without outputs."""
     try:
-        for cell in _parse_json(read_whole(path, errors), path, 1, errors)["cells"]:
+        for cell in _read_value(path, errors)["cells"]:
             if source := "".join(cell["source"]).strip():
                 yield source + "\n\n"
     except (KeyError, TypeError) as error:
         raise HfkitError(f"not a Jupyter notebook ({path}): it has no cells") from error
-
-
-def _parse_json(text: str, path: Path, line: int, errors: str) -> Any:
-    """The value of a JSON text that starts on `line` of a file."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
-        raise HfkitError(f"not valid JSON ({where}): {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise HfkitError(f"not valid JSON ({path}, line {line}): {first_line(error)}") from None
-    return _check_surrogates(value, text, f"{path}, line {line}", errors)
 
 
 def _check_surrogates(value: Any, text: str, where: str, errors: str) -> Any:
@@ -188,8 +196,8 @@ def _read_table(path: Path, lines: Iterator[str], kind: str) -> Iterator[Row]:
         for row in reader:
             if not names:
                 names = row
-                if twice := next((name for name in names if name and names.count(name) > 1), None):
-                    raise csv.Error(f"two columns are called {twice!r}; rename one")
+                if twice := [name for name in names if name and names.count(name) > 1]:
+                    raise csv.Error(f"two columns are called {twice[0]!r}; rename one")
             elif any(row):  # not an empty line
                 if kind == "tsv" and any(re.fullmatch(r'".*"', field) for field in row):
                     note_once(f"{path}: quotes around fields are read as text; if they are not, save it as CSV")
@@ -218,45 +226,37 @@ def _find_delimiter(lines: list[str]) -> str:
 
 def _read_columnar(path: Path, kind: str) -> Iterator[Row]:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     number = 0
     try:
-        with unpacked(path) as plain, pa.memory_map(str(plain)) as source:
-            for batch in _read_batches(source, kind):
-                labels = _label_names(batch.schema.metadata)
+        with open_file(path) as file:
+            match kind:
+                case "parquet":
+                    batches = pq.ParquetFile(file).iter_batches(batch_size=_BATCH)
+                case "arrow":
+                    reader = pa.ipc.open_file(file)
+                    batches = map(reader.get_batch, range(reader.num_record_batches))
+                case _:
+                    batches = pa.ipc.open_stream(file)
+            for batch in batches:
+                saved = json.loads((batch.schema.metadata or {}).get(b"huggingface", b"{}"))  # by `datasets`
+                labels = _label_names(saved.get("info", {}).get("features", {}))
                 for start in range(0, batch.num_rows, _BATCH):
                     for row in batch.slice(start, _BATCH).to_pylist():
                         number += 1
                         yield _name_labels(row, labels), f"{path}, row {number}"
-    except (pa.ArrowException, ValueError, OSError) as error:  # ValueError: also a string that is not UTF-8
+    except (*DAMAGE, pa.ArrowException, ValueError) as error:  # ValueError: also a string that is not UTF-8
         raise HfkitError(f"cannot read the corpus ({path}, after row {number}): {first_line(error)}") from error
 
 
-def _read_batches(source: Any, kind: str) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    match kind:
-        case "parquet":
-            yield from pq.ParquetFile(source).iter_batches(batch_size=_BATCH)
-        case "arrow":
-            reader = pa.ipc.open_file(source)
-            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-        case _:
-            yield from pa.ipc.open_stream(source)
-
-
-def _label_names(metadata: dict[bytes, bytes] | None) -> dict[str, dict[int, str]]:
-    """The names of the labels in each column that `datasets` wrote as a ClassLabel, by their numbers."""
-    try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return {
-            column: dict(enumerate(feature["names"]))
-            for column, feature in features.items()
-            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-        }
-    except (LookupError, ValueError, TypeError, AttributeError):  # the file was not written by `datasets`
-        return {}
+def _label_names(features: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+    """The names of the labels in each column that is a ClassLabel of `datasets`, by their numbers."""
+    return {
+        column: dict(enumerate(feature["names"]))
+        for column, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    }
 
 
 def _name_labels(row: dict[str, Any], labels: dict[str, dict[int, str]]) -> dict[str, Any]:
@@ -265,32 +265,24 @@ def _name_labels(row: dict[str, Any], labels: dict[str, dict[int, str]]) -> dict
 
 
 def read_hub_rows(name: str, options: CorpusOptions) -> Iterator[Row]:
-    """Rows of a data set on the Hub.
-
-    Raises:
-        HfkitError: the Hub cannot be reached within seconds, or the data set cannot be read.
-    """
-    from datasets import ClassLabel, load_dataset
+    """Rows of a data set on the Hub. HfkitError within seconds if the Hub cannot be reached."""
+    from datasets import load_dataset
     from huggingface_hub import constants
 
     if not constants.is_offline_mode():
         try:
             reach_hub(name)
         except HfkitError as error:
-            raise HfkitError(
-                f"the Hub cannot be reached ({endpoint()}): go online, set HF_ENDPOINT to a mirror, "
-                f"or HF_HUB_OFFLINE=1 if {name} is cached"
-            ) from error
+            remedy = f"go online, set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 if {name} is cached"
+            raise HfkitError(f"the Hub cannot be reached ({endpoint()}): {remedy}") from error
     streaming = isinstance(options, DataOptions) and options.streaming
     number = 0
     try:
         # The prefix keeps `datasets` from reading a local folder of the same name.
         url = f"hf://datasets/{name}"
         rows = load_dataset(url, options.dataset_config_name, split=options.dataset_split, streaming=streaming)
-        features = getattr(rows, "features", None) or {}
-        labels = {
-            column: dict(enumerate(kind.names)) for column, kind in features.items() if isinstance(kind, ClassLabel)
-        }
+        features = getattr(rows, "features", None)
+        labels = _label_names(features.to_dict() if features else {})
         for number, row in enumerate(rows, 1):
             yield _name_labels(row, labels), f"hf://{name}, row {number}"
     except Exception as error:  # the Hub's and the format's own errors, of many classes

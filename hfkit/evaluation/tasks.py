@@ -8,7 +8,8 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from hfkit.console import counted, progress, with_error
-from hfkit.corpus.documents import Corpus, read_table
+from hfkit.corpus.documents import read_table
+from hfkit.corpus.files import Corpus
 from hfkit.corpus.labelled import classification_rows, question_rows
 from hfkit.corpus.rows import Row
 from hfkit.corpus.templates import Task, make_task, task_of
@@ -17,8 +18,8 @@ from hfkit.evaluation.metrics import METRICS, find_metric, mean_figures
 from hfkit.inference.answering import find_answers
 from hfkit.inference.classification import calibration_error, classify_each, label_names
 from hfkit.inference.generation import generate_each
-from hfkit.inference.likelihood import jsonable
 from hfkit.inference.results import Classification
+from hfkit.inference.scores import jsonable
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel
 from hfkit.options import CorpusOptions, GenerateOptions, TaskOptions
@@ -90,13 +91,14 @@ def find_task(lm: LanguageModel, corpus: Corpus, options: CorpusOptions) -> Task
     Raises:
         HfkitError: a template or a metric was given, and the rows lack the columns that it needs.
     """
-    if "text" in corpus.kinds and not options.metric and not options.template:
+    if corpus.has_texts and not options.metric and not options.template:
         return None
     task = make_task(options) or task_of(lm.tokenizer)
-    row, _ = next(read_table(corpus, options), ({}, ""))
-    if task and {*task.inputs, task.answer} <= set(row):
+    columns = task.columns if task else _PAIRS.columns if options.metric else []
+    row, _ = next(read_table(corpus, options, columns), ({}, ""))
+    if task and row.keys() >= {*task.columns}:
         return replace(task, metric=tuple(options.metric or task.metric), labels=tuple(options.labels or task.labels))
-    if options.metric and {"prompt", "completion"} <= set(row):
+    if options.metric and row.keys() >= {*_PAIRS.columns}:
         return replace(_PAIRS, metric=tuple(options.metric))
     if options.template or options.metric:
         wanted = "the template's columns" if options.template else "prompt and completion, which a metric compares,"
@@ -127,7 +129,7 @@ def assess(lm: LanguageModel, corpus: Corpus, options: CorpusOptions, task: Task
         texts, labels = [text for text, _ in pairs], [label for _, label in pairs]
         return _measure_labels(lm, texts, labels, TaskOptions(), metrics)
     assert task is not None  # noqa: S101, a model that writes text comes here with a task only
-    table = list(read_table(corpus, options))
+    table = list(read_table(corpus, options, task.columns))
     for row, where in table:
         task.example(row, where)  # raises where a field is missing
     right = [str(row[task.answer]).strip() for row, _ in table]

@@ -1,19 +1,20 @@
-"""Windows over the documents of a corpus: what is predicted from what."""
+"""Windows over the documents of a corpus: what is predicted from what. Imports no torch."""
+
+from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain, groupby, islice
-from typing import Any
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
 
 from hfkit.corpus.documents import Example, Piece
 from hfkit.corpus.encoding import IGNORED, encode_documents, encode_examples, first_tokens, number_documents
-from hfkit.corpus.sequences import Item, group
 
-_SORTED = 256  # windows that are sorted by length together
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Item = dict[str, np.ndarray]  # input_ids, targets and units, (length,) each
 
 
 class WindowReader:
@@ -93,15 +94,3 @@ def slide(passages: Iterable[np.ndarray], begin: list[int], window: int, stride:
             done = end
     if offset + text.shape[1] - 1 > done:
         yield from cut(offset + text.shape[1] - 1)
-
-
-def batch_windows(windows: Iterator[Item], tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
-    """Batches of windows of similar length, padded on the right, where a causal model does not look."""
-    while nearby := list(islice(windows, _SORTED)):
-        nearby.sort(key=lambda item: len(item["input_ids"]))
-        for items in group(nearby, tokens):
-            ids, targets, units = (
-                pad_sequence([torch.tensor(item[name]) for item in items], batch_first=True, padding_value=padding)
-                for name, padding in (("input_ids", 0), ("targets", IGNORED), ("units", 0))
-            )
-            yield ids, targets, units.numpy()

@@ -1,12 +1,13 @@
 """What a loaded model does with a text. No call changes a model, a tokenizer or the process: threads may share them.
 
-prompts: a prompt as token ids that fit the model
-vocabulary: what tokens write, and which would complete a banned text
+text: a prompt as token ids that fit the model, and what tokens write
 controls: sampling options as transformers takes them
-decoding: tokens to text while they are generated
+decoding: what happens at each step while texts are generated
 batches: requests run together
 generation: generate and stream
 likelihood: log-probabilities of given tokens
-twins: copies of a model that share its weights
+scores: their sums
+remote, connection: a model on a server
+results: what generate and classify return
 classification, answering, inspection: the calls of these names
 """

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 
 from hfkit.corpus.labelled import windows
-from hfkit.corpus.sequences import HeadCollator
+from hfkit.corpus.sequences import Collator
 from hfkit.corpus.templates import Task, task_of
 from hfkit.errors import HfkitError, NotFiniteError
 from hfkit.inference.generation import generate
-from hfkit.inference.twins import in_eval_mode
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel, Model, loaded, split_options
 from hfkit.options import GenerateOptions
@@ -44,12 +43,7 @@ class Answer:
 
 
 def answer(
-    question: str,
-    context: str,
-    *,
-    model: Model = None,
-    no_answer_threshold: float = 0.0,
-    **overrides: Any,
+    question: str, context: str, *, model: Model = None, no_answer_threshold: float = 0.0, **overrides: Any
 ) -> Answer:
     """Answer a question from a text.
 
@@ -71,22 +65,16 @@ def answer(
             raise HfkitError(f"question and context are a str, not {type(text).__name__} ({text!r:.60}): convert it")
     if not question.strip() or not context.strip():
         raise HfkitError("give a question, and a text to answer it from")
-    model, _ = split_options(model, overrides, (GenerateOptions, None))
+    model, _ = split_options(model, overrides, (GenerateOptions, None))  # before a model is loaded
     lm = loaded(model, "question-answering", "text")
     if head_of(lm.model.config) == "question-answering":
         return next(find_answers(lm, [(question, context)], no_answer_threshold))
-    return _write(
-        lm, question, context, {name: overrides[name] for name in overrides if name in GenerateOptions.names()}
-    )
-
-
-def _write(lm: LanguageModel, question: str, context: str, overrides: dict[str, Any]) -> Answer:
     task = task_of(lm.tokenizer) or _GENERATIVE
     if not {*task.inputs} <= {"question", "context"}:
         raise HfkitError(f"{lm.name} learned another task, from {', '.join(task.inputs)}: use 'hfkit generate'")
-    options = {"max_new_tokens": 40, "temperature": 0, "stop_strings": [task.end], "raw": True} | overrides
-    prompt = task.prompt({"question": question, "context": context})
-    generation = generate(prompt, model=lm, options=GenerateOptions.make(None, options))
+    options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0, "stop_strings": [task.end], "raw": True}
+    options |= {name: value for name, value in overrides.items() if name in GenerateOptions.names()}
+    generation = generate(task.prompt({"question": question, "context": context}), model=lm, **options)
     score = math.exp(generation.logprob)
     return Answer(generation.completion.strip(), score, start=None, end=None, question=question, model=lm.name)
 
@@ -94,9 +82,8 @@ def _write(lm: LanguageModel, question: str, context: str, overrides: dict[str, 
 @torch.inference_mode()
 def find_answers(lm: LanguageModel, pairs: Iterable[tuple[str, str]], threshold: float) -> Iterator[Answer]:
     """The likeliest span of each (question, context), or none, in order."""
-    lm = in_eval_mode(lm)
     length = min(lm.context or 512, 512)
-    collate = HeadCollator(lm.tokenizer.pad_token_id or 0)
+    collate = Collator(lm.tokenizer.pad_token_id or 0, has_mask=True)
     pairs = iter(pairs)
     while batch := list(islice(pairs, _BATCH)):
         parts = [(number, part) for number, pair in enumerate(batch) for part in windows(*pair, lm.tokenizer, length)]
@@ -128,19 +115,15 @@ def _spans(offsets: list[Any], start: np.ndarray, end: np.ndarray) -> np.ndarray
 
 def _choose(name: str, question: str, context: str, spans: np.ndarray, none: float, threshold: float) -> Answer:
     """The likeliest of `spans`, (3, spans), or no answer where that is likelier by more than `threshold`."""
+    spans = spans[:, (-spans[0]).argsort(kind="stable")]
     # Windows overlap: of a span that is in two of them, the better score counts.
-    order = np.lexsort((-spans[0], spans[2], spans[1]))
-    spans = spans[:, order]
-    is_first = np.ones(len(order), bool)
-    is_first[1:] = (spans[1:, 1:] != spans[1:, :-1]).any(0)
-    spans = spans[:, is_first]
-    best = int(spans[0].argmax()) if spans.size else None
-    score = -math.inf if best is None else float(spans[0, best])
+    _, firsts = np.unique(spans[1] * (len(context) + 1) + spans[2], return_index=True)
+    spans = spans[:, np.sort(firsts)]
     total = np.logaddexp.reduce([none, *spans[0]])
-    if best is None or none - score > threshold:
+    if not spans.size or none - spans[0, 0] > threshold:
         return Answer("", float(np.exp(none - total)), start=None, end=None, question=question, model=name)
-    first, last = map(int, spans[1:, best])
+    first, last = map(int, spans[1:, 0])
     text = context[first:last]
     first, last = last - len(text.lstrip()), first + len(text.rstrip())
-    probability = float(np.exp(score - total))
+    probability = float(np.exp(spans[0, 0] - total))
     return Answer(context[first:last], probability, start=first, end=last, question=question, model=name)

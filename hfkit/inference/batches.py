@@ -1,23 +1,22 @@
 """Run requests through a model: in batches of like length, by the plain loop or by transformers' others."""
 
-import contextlib
 import copy
 import functools
 import logging
-import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from hfkit.console import note
 from hfkit.errors import HfkitError, NotFiniteError
 from hfkit.inference.controls import draws, endings, generate_arguments, generation_config, needs_equal_lengths
 from hfkit.inference.decoding import Completion, Rows, StopTexts, complete, decode
-from hfkit.inference.prompts import Request
+from hfkit.inference.text import Request
 from hfkit.models.loading import LanguageModel, load
 from hfkit.options import GenerateOptions
 
@@ -26,7 +25,7 @@ _TOKENS_AT_ONCE = {"cpu": 32_768, "cuda": 262_144}  # prompt and new tokens of a
 # transformers samples with torch's global generator in its loops for beams and speculation, so one of them runs at a
 # time. Assistants are changed by it, too: they are loaded here and belong to nobody else.
 _special_loops = threading.Lock()
-# What transformers says about the way in which it calls an assistant itself is nothing that a user could change.
+# transformers warns of the way in which it calls an assistant itself. No user can change that.
 logging.getLogger("transformers.generation.utils").addFilter(
     lambda record: "Passing `generation_config` together" not in record.getMessage()
 )
@@ -41,39 +40,46 @@ def default_size(lm: LanguageModel) -> int:
     return _ROWS_AT_ONCE.get(lm.model.device.type, 64)
 
 
+def pad(rows: Sequence[Sequence[int]], *, left: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of rows of tokens, (rows, longest) each.
+
+    A row is padded with its own first token, so that no penalty hits another one.
+    """
+    options: dict[str, Any] = {"batch_first": True, "padding_side": "left" if left else "right"}
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], **options)
+    firsts = torch.tensor([[row[0]] for row in rows])
+    return torch.where(mask.bool(), pad_sequence([torch.tensor(row) for row in rows], **options), firsts), mask
+
+
+def group_by_length(lengths: Mapping[int, int], most: int, tokens: int) -> Iterator[list[int]]:
+    """Numbers of rows of like length, the longest first: at most so many rows, and tokens once padded, together.
+
+    lengths: tokens of each row by its number.
+    """
+    numbers = sorted(lengths, key=lambda number: lengths[number], reverse=True)
+    while numbers:
+        count = max(1, min(most, tokens // lengths[numbers[0]]))
+        yield numbers[:count]
+        numbers = numbers[count:]
+
+
 def run_all(
-    lm: LanguageModel,
-    requests: Sequence[Request],
-    options: GenerateOptions,
-    size: int,
-    on_done: Callable[[int], None],
+    lm: LanguageModel, requests: Sequence[Request], options: GenerateOptions, size: int, on_done: Callable[[int], None]
 ) -> list[Completion]:
     """The result of each request, in batches of at most `size` rows. `on_done` is called with the size of each."""
+    # Rows of a batch share their number of new tokens, so that they end together at the latest.
+    lengths: dict[tuple[int, int], dict[int, int]] = {}
+    exact = needs_equal_lengths(lm, options)
+    for number, request in enumerate(requests):
+        shape = request.new_tokens, len(request.ids) if exact else 0
+        lengths.setdefault(shape, {})[number] = len(request.ids) + request.new_tokens
+    tokens = _TOKENS_AT_ONCE.get(lm.model.device.type, _TOKENS_AT_ONCE["cpu"])
     results: dict[int, Completion] = {}
-    for batch in _batches(lm, requests, options, size):
-        completions = _run_smaller(lm, [requests[index] for index in batch], options)
+    for batch in chain.from_iterable(group_by_length(alike, size, tokens) for alike in lengths.values()):
+        completions = _run_smaller(lm, [requests[number] for number in batch], options)
         results |= dict(zip(batch, completions, strict=True))
         on_done(len(batch))
-    return [results[index] for index in range(len(requests))]
-
-
-def _batches(
-    lm: LanguageModel, requests: Sequence[Request], options: GenerateOptions, size: int
-) -> Iterator[list[int]]:
-    """Indices of requests of like length, at most `size` and the device's number of tokens together."""
-    tokens, exact = _TOKENS_AT_ONCE.get(lm.model.device.type, 32_768), needs_equal_lengths(lm, options)
-
-    def shape(index: int) -> tuple[int, int]:
-        return requests[index].new_tokens, len(requests[index].ids)
-
-    order = sorted(range(len(requests)), key=shape, reverse=True)
-    # Rows of a batch share their number of new tokens, so that they end together at the latest.
-    for (new, _), group in groupby(order, lambda index: shape(index) if exact else (shape(index)[0], 0)):
-        indices = list(group)
-        while indices:
-            count = max(1, min(size, tokens // (shape(indices[0])[1] + new)))
-            yield indices[:count]
-            indices = indices[count:]
+    return [results[number] for number in range(len(requests))]
 
 
 def _run_smaller(lm: LanguageModel, requests: list[Request], options: GenerateOptions) -> list[Completion]:
@@ -96,7 +102,7 @@ def run_batch(
     rows = rows or new_rows(lm, requests, options)
     config = generation_config(lm, options, requests[0].new_tokens)
     _call(lm, requests, options, config, custom_generate=decode, rows=rows)
-    return _check_finite(lm, rows.results())
+    return rows.results()
 
 
 def new_rows(
@@ -107,8 +113,8 @@ def new_rows(
 ) -> Rows:
     """The state of a batch. on_text: called with the text of a single row as it comes."""
     seeds = [request.seed or 0 for request in requests] if draws(lm, options) else None
-    contexts, ends = [_context(lm, request) for request in requests], endings(lm, options)
-    return Rows(lm.tokenizer, contexts, seeds=seeds, eos=ends.tokens, stops=ends.strings, on_text=on_text)
+    contexts = [_context(lm, request) for request in requests]
+    return Rows(lm.tokenizer, contexts, endings(lm, options), seeds=seeds, on_text=on_text)
 
 
 def run_special(lm: LanguageModel, request: Request, options: GenerateOptions) -> list[Completion]:
@@ -117,20 +123,18 @@ def run_special(lm: LanguageModel, request: Request, options: GenerateOptions) -
     config.return_dict_in_generate = config.output_logits = True
     config.num_return_sequences = options.num_return_sequences or 1
     context, ends, start = _context(lm, request), endings(lm, options), _start(lm, len(request.ids))
-    criteria = [StopTexts(lm.tokenizer, context, start, ends.strings)] if ends.strings else []
+    stops = [StopTexts(lm.tokenizer, context, start, ends.strings)] if ends.strings else []
     with _special_loops, torch.random.fork_rng([lm.model.device] if lm.model.device.type == "cuda" else []):
         torch.manual_seed(request.seed or 0)
-        assistant = _assistant_arguments(lm, options, start + request.new_tokens)
-        arguments = {"tokenizer": lm.tokenizer, "stopping_criteria": StoppingCriteriaList(criteria), **assistant}
+        arguments = _assistant_arguments(lm, options, start + request.new_tokens)
+        arguments |= {"tokenizer": lm.tokenizer, "stopping_criteria": StoppingCriteriaList(stops)}
         output = _call(lm, [request], options, config, **arguments)
-    beams = getattr(output, "beam_indices", None)
     model: Any = lm.model
-    scores = model.compute_transition_scores(output.sequences, output.logits, beams, normalize_logits=True)
-    completions = [
-        complete(lm.tokenizer, context, tokens[start:], ends.tokens, ends.strings, logprobs)
-        for tokens, logprobs in zip(output.sequences.tolist(), scores.double().cpu(), strict=True)
-    ]
-    return _check_finite(lm, completions)
+    scores = model.compute_transition_scores(
+        output.sequences, output.logits, getattr(output, "beam_indices", None), normalize_logits=True
+    )
+    rows = zip(output.sequences[:, start:].tolist(), scores.double().cpu(), strict=True)
+    return [complete(lm.tokenizer, context, tokens, ends, nats) for tokens, nats in rows]
 
 
 def _assistant_arguments(lm: LanguageModel, options: GenerateOptions, length: int) -> dict[str, Any]:
@@ -167,12 +171,6 @@ def _start(lm: LanguageModel, width: int) -> int:
     return 1 if lm.model.config.is_encoder_decoder else width
 
 
-def _check_finite(lm: LanguageModel, completions: list[Completion]) -> list[Completion]:
-    if any(math.isnan(completion.logprob) for completion in completions):
-        raise NotFiniteError.of(lm.name)
-    return completions
-
-
 def _call(
     lm: LanguageModel,
     requests: Sequence[Request],
@@ -180,32 +178,17 @@ def _call(
     config: GenerationConfig,
     **arguments: Any,
 ) -> Any:
-    """`model.generate` on a padded batch, with its complaints as HfkitErrors."""
-    width = max(len(request.ids) for request in requests)
-    ids, mask = [], []
-    for request in requests:
-        gap, ones = width - len(request.ids), [1] * len(request.ids)
-        padding = request.ids[:1] * gap  # the row's own token, so that no penalty hits another one
-        # A prompt that is continued is padded on the left, an encoder's on the right: its positions count from there.
-        right = lm.model.config.is_encoder_decoder
-        ids.append(request.ids + padding if right else padding + request.ids)
-        mask.append(ones + [0] * gap if right else [0] * gap + ones)
-    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    """`model.generate` on a padded batch. What transformers and torch complain of is one sentence each."""
+    # A prompt that is continued is padded on the left, an encoder's on the right: its positions count from there.
+    ids, mask = pad([request.ids for request in requests], left=not lm.model.config.is_encoder_decoder)
+    arguments |= {"input_ids": ids.to(lm.model.device), "attention_mask": mask.to(lm.model.device)}
     # A copy, so that transformers does not fill what is None in `config` from the model's own one. What torch.compile
     # returns would pass the attribute on.
     model: Any = copy.copy(getattr(lm.model, "_orig_mod", lm.model))
     model.generation_config = config
-    with _errors(lm, options):
-        arguments |= {name: tensor.to(lm.model.device) for name, tensor in inputs.items()}
-        arguments |= generate_arguments(lm, options, len(requests), _start(lm, width))
-        return model.generate(generation_config=config, **arguments)
-
-
-@contextlib.contextmanager
-def _errors(lm: LanguageModel, options: GenerateOptions) -> Iterator[None]:
-    """What transformers and torch raise while they generate, as one sentence each."""
+    arguments |= generate_arguments(lm, options, len(requests), _start(lm, ids.shape[1]))
     try:
-        yield
+        return model.generate(generation_config=config, **arguments)
     except (ValueError, RuntimeError, IndexError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             hint = "lower --max-new-tokens, or use a smaller model or --quantize int8"

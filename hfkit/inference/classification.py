@@ -4,33 +4,31 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, TypedDict, cast, overload
+from typing import Any, overload
 
+import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from hfkit.console import note
-from hfkit.corpus.encoding import encode, encode_answers
+from hfkit.corpus.encoding import IGNORED, encode, encode_answers
 from hfkit.corpus.labelled import encode_text
-from hfkit.corpus.sequences import HeadCollator, group
+from hfkit.corpus.sequences import Collator, pad_rows
 from hfkit.corpus.templates import Task, make_task, task_of
 from hfkit.errors import HfkitError, NotFiniteError, OptionError
-from hfkit.inference.prompts import Text, check_text, list_texts
+from hfkit.inference.batches import group_by_length, pad
+from hfkit.inference.likelihood import score
+from hfkit.inference.remote import Server
 from hfkit.inference.results import Classification
-from hfkit.inference.twins import in_eval_mode
+from hfkit.inference.text import Text, check_text, list_texts
 from hfkit.models.architecture import check_causal, head_of
 from hfkit.models.loading import LanguageModel, Model, loaded, split_options
-from hfkit.options import TaskOptions
+from hfkit.options import ServerOptions, TaskOptions
 
 _WINDOW = 128  # texts that are sorted by length together
 _TOKENS = {"cpu": 16_384, "cuda": 131_072}  # at a time, of texts with their labels
 _SCORED = {"cpu": 2048, "cuda": 16_384}  # likewise, of the labels alone: their logits take the memory
 _ZERO_SHOT = "{text}\nThis is about: {label}"  # for labels without a template
-
-
-class _Item(TypedDict):
-    number: int  # of the text in its window
-    input_ids: list[int]
 
 
 # A str is a Sequence[str], too: the overload for one text comes first.
@@ -52,7 +50,7 @@ def classify(
     Args:
         text: a text, or the columns of a row where the template has several; or a list of such.
         model: a model with a classification head, one that learned a task, or any causal model with `labels`.
-        options: every field of `TaskOptions` and `ModelOptions` is a keyword, too: `labels=["good", "bad"]`.
+        options: every field of it, of `ModelOptions` and of `ServerOptions` is a keyword, too: `labels=["a", "b"]`.
 
     Returns:
         A `Classification` for a text, a list of them for a list.
@@ -60,11 +58,14 @@ def classify(
     Raises:
         HfkitError: there are no labels, a text does not fit, or the model cannot be loaded.
     """
-    model, options = split_options(model, overrides, (TaskOptions, options))
+    model, options, server = split_options(model, overrides, (TaskOptions, options), (ServerOptions, None))
     texts, is_single = list_texts(text, "a text")
-    lm = loaded(model, "text", "classification")
+    if server.server:
+        each = Server(server, model).classify_each(texts, options)
+    else:
+        each = classify_each(texts, loaded(model, "text", "classification"), options)
     results: list[Classification] = []
-    for result in classify_each(texts, lm, options):
+    for result in each:
         if isinstance(result, HfkitError):
             raise result if len(texts) == 1 else type(result)(f"text {len(results)}: {result}") from result
         results.append(result)
@@ -75,58 +76,52 @@ def classify_each(
     texts: Iterable[Text | HfkitError], lm: LanguageModel, options: TaskOptions
 ) -> Iterator[Classification | HfkitError]:
     """As `classify`, in order; in place of a text that cannot be labelled, or was not read, an HfkitError."""
-    lm = in_eval_mode(lm)
     task = None if head_of(lm.model.config) == "classification" else labelling_task(lm, options)
     if not task and (options.labels or options.template):
         raise OptionError(f"{lm.name} has labels of its own: leave --labels and --template out")
     names = list(task.labels) if task else label_names(lm.model)
     labels = _label_ids(lm, task) if task else []
-    tokens, most = _batch_size(lm, labels)
+    most, tokens = _batch_size(lm, labels)
     texts, cut = iter(texts), 0
     while window := list(islice(texts, _WINDOW)):
         results: dict[int, Classification | HfkitError] = {}
         shown: dict[int, str] = {}
-        items: list[_Item] = []
+        prompts: dict[int, list[int]] = {}
         for number, text in enumerate(window):
             try:
                 if isinstance(text, HfkitError):
                     raise text
                 check_text(text, "a text")
                 shown[number] = _shown(text, task)
-                ids = _prompt_ids(lm, task.fill(text), labels) if task else _text_ids(lm, shown[number])
-                if not task and len(ids) == lm.context:
-                    cut += 1
-                items.append({"number": number, "input_ids": ids})
+                if task:
+                    prompts[number] = _prompt_ids(lm, task.fill(text), labels)
+                else:
+                    prompts[number] = encode_text(shown[number], lm.tokenizer, lm.context or 512)
+                    if len(prompts[number]) == lm.context:
+                        cut += 1
             except HfkitError as error:
                 results[number] = error
-        for batch in _batches(items, tokens, most):
-            rows = [item["input_ids"] for item in batch]
+        for batch in group_by_length({number: len(ids) for number, ids in prompts.items()}, most, tokens):
+            rows = [prompts[number] for number in batch]
             shares = label_scores(lm, rows, labels).softmax(-1) if task else _head_probabilities(lm, rows)
             if shares.isnan().any():
                 raise NotFiniteError.of(lm.name)
-            for item, row in zip(batch, shares.tolist(), strict=True):
+            for number, row in zip(batch, shares.tolist(), strict=True):
                 ranked = dict(sorted(zip(names, row, strict=True), key=lambda pair: -pair[1]))
-                results[item["number"]] = Classification(shown[item["number"]], next(iter(ranked)), ranked, lm.name)
+                results[number] = Classification(shown[number], next(iter(ranked)), ranked, lm.name)
         yield from (results[number] for number in range(len(window)))
     if cut:
         note(f"{cut} texts have {lm.context} tokens or more, which {lm.name} takes: their ends are left out")
 
 
 def _batch_size(lm: LanguageModel, labels: list[list[int]]) -> tuple[int, int]:
-    """Most tokens of texts, and most texts, at a time."""
+    """Most texts, and most tokens of texts, at a time."""
     device = lm.model.device.type
     tokens = _TOKENS.get(device, _TOKENS["cpu"])
     if labels:
-        return tokens // len(labels), max(1, _SCORED.get(device, _SCORED["cpu"]) // sum(map(len, labels)))
+        return max(1, _SCORED.get(device, _SCORED["cpu"]) // sum(map(len, labels))), tokens // len(labels)
     # Without a padding token a head does not see where a text ends: one text at a time.
-    return 1 if lm.model.config.pad_token_id is None else tokens, _WINDOW
-
-
-def _batches(items: list[_Item], tokens: int, most: int) -> Iterator[list[_Item]]:
-    """Items of like length, at most so many tokens and items together."""
-    alike: list[Any] = sorted(items, key=lambda item: len(item["input_ids"]))
-    for batch in group(alike, tokens):
-        yield from (cast(list[_Item], batch[first : first + most]) for first in range(0, len(batch), most))
+    return 1 if lm.model.config.pad_token_id is None else _WINDOW, tokens
 
 
 def _shown(text: Text, task: Task | None) -> str:
@@ -166,14 +161,10 @@ def label_names(model: Any) -> list[str]:
     return [model.config.id2label[index] for index in range(model.config.num_labels)]
 
 
-def _text_ids(lm: LanguageModel, text: str) -> list[int]:
-    return encode_text(text, lm.tokenizer, lm.context or 512)
-
-
 @torch.inference_mode()
 def _head_probabilities(lm: LanguageModel, rows: list[list[int]]) -> torch.Tensor:
     """Probabilities by a classification head, (texts, labels); where several labels may hold, of each by itself."""
-    inputs = HeadCollator(lm.model.config.pad_token_id or 0)([{"input_ids": row} for row in rows])
+    inputs = Collator(lm.model.config.pad_token_id or 0, has_mask=True)([{"input_ids": row} for row in rows])
     output = lm.model(**{name: tensor.to(lm.model.device) for name, tensor in inputs.items()})
     logits: torch.Tensor = output.logits.float().cpu()
     several = lm.model.config.problem_type == "multi_label_classification"
@@ -205,28 +196,24 @@ def label_scores(lm: LanguageModel, rows: list[list[int]], labels: list[list[int
     A prompt is computed once, whatever the number of labels: they continue from its keys and values. Where a model
     keeps none, or a state besides them, each label is computed with the whole prompt.
     """
-    width, longest = max(map(len, rows)), max(map(len, labels))
-    ids = torch.tensor([[row[0]] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids, mask = pad(rows)
     places = (mask.cumsum(1) - 1).clamp(min=0)
     first = _forward(lm, input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1)
     start: torch.Tensor = first.logits[:, -1].float().log_softmax(-1).cpu()
     scores = torch.stack([start[:, label[0]] for label in labels], 1)
-    if longest == 1:
+    if (longest := max(map(len, labels))) == 1:
         return scores
     cache: Any = getattr(first, "cache", None)
     if not _can_repeat(cache):
         return _whole_scores(lm, rows, labels)
     cache.batch_repeat_interleave(len(labels))
-    padded = torch.tensor([label + [0] * (longest - len(label)) for label in labels]).repeat(len(rows), 1)
-    real = torch.tensor([[1] * len(label) + [0] * (longest - len(label)) for label in labels]).repeat(len(rows), 1)
+    padded, real = (part.repeat(len(rows), 1) for part in pad(labels, left=False))
     places = mask.sum(1).repeat_interleave(len(labels))[:, None] + torch.arange(longest - 1)
     seen = torch.cat([mask.repeat_interleave(len(labels), 0), real[:, :-1]], 1)
     output = _forward(lm, input_ids=padded[:, :-1], attention_mask=seen, position_ids=places, cache=cache)
-    logits: torch.Tensor = output.logits.float()
-    targets = padded[:, 1:, None].to(logits.device)
-    following = (logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)).cpu()
-    return scores + (following * real[:, 1:]).sum(1).view(len(rows), len(labels))
+    targets = padded.masked_fill(real == 0, IGNORED)[:, 1:]
+    nll, _ = score(output.logits, targets.to(lm.model.device))
+    return scores - nll.sum(1).cpu().view(len(rows), len(labels))
 
 
 def _can_repeat(cache: Any) -> bool:
@@ -240,37 +227,26 @@ def _can_repeat(cache: Any) -> bool:
 def _whole_scores(lm: LanguageModel, rows: list[list[int]], labels: list[list[int]]) -> torch.Tensor:
     """As `label_scores`, by a pass over each prompt with each label."""
     pairs = [(row, label) for row in rows for label in labels]
-    width = max(len(row) + len(label) for row, label in pairs)
-    # Padding comes last, where no earlier token sees it.
-    ids = torch.tensor([row + label + [row[0]] * (width - len(row) - len(label)) for row, label in pairs])
-    logs = _forward(lm, input_ids=ids).logits.float().log_softmax(-1).cpu()
-    sums = [
-        sum(logs[number, len(row) + place - 1, token] for place, token in enumerate(label))
-        for number, (row, label) in enumerate(pairs)
-    ]
-    return torch.tensor(sums).view(len(rows), len(labels))
+    ids, _ = pad([row + label for row, label in pairs], left=False)  # where no earlier token sees the padding
+    following = [[IGNORED] * (len(row) - 1) + label for row, label in pairs]
+    targets = pad_rows(following, IGNORED, shape=(len(pairs), ids.shape[1]))
+    nll, _ = score(_forward(lm, input_ids=ids).logits, targets.to(lm.model.device))
+    return -nll.sum(1).cpu().view(len(rows), len(labels))
 
 
 def _forward(lm: LanguageModel, **inputs: Any) -> Any:
     """The model's outputs. Not all models take positions, or compute only the logits that are wanted."""
-    known = inspect.signature(lm.model.forward).parameters
-    device = lm.model.device
-    return lm.model(**{
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in inputs.items()
-        if name in known or name not in ("position_ids", "logits_to_keep")
-    })  # fmt: skip
+    known, device = inspect.signature(lm.model.forward).parameters, lm.model.device
+    for name in {"position_ids", "logits_to_keep"} - set(known):
+        inputs.pop(name, None)
+    inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    return lm.model(**inputs)
 
 
 def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> float:
-    """Expected calibration error: how far the accuracy is from the predicted probability, on average."""
+    """Expected calibration error: how far the accuracy is from the predicted probability, on average over bins."""
     if not confidence:
         return math.nan
-    error = 0.0
-    for number in range(bins):
-        inside = [i for i, claimed in enumerate(confidence) if min(int(claimed * bins), bins - 1) == number]
-        if inside:
-            claimed = sum(confidence[i] for i in inside) / len(inside)
-            accuracy = sum(right[i] for i in inside) / len(inside)
-            error += len(inside) / len(confidence) * abs(claimed - accuracy)
-    return error
+    places = np.minimum((np.array(confidence) * bins).astype(int), bins - 1)
+    gaps = np.bincount(places, np.array(confidence) - np.array(right, float))
+    return float(np.abs(gaps).sum() / len(confidence))

@@ -13,12 +13,12 @@ from typing import Any
 
 import httpx2
 
-from hfkit.console import detail
+from hfkit.console import detail, note
 from hfkit.errors import HfkitError, OptionError, first_line, hide_passwords
 from hfkit.options import ServerOptions
 
 OPENAI = "https://api.openai.com/v1"
-_TRIES, _FIRST_WAIT, _LONGEST_WAIT = 5, 0.5, 60  # the waits between tries are in seconds, and double
+_TRIES, _FIRST_WAIT, _LONGEST_WAIT = 6, 0.5, 60  # the waits between tries are in seconds, and double
 MISSING = (404, 405, 501)  # status codes of a server that has no such route
 
 
@@ -80,10 +80,10 @@ class Connection:
                 error = self.refusal(response)
                 may_pass = response.status_code in (408, 429) or response.status_code >= 500
                 asked = response.headers.get("retry-after", "")
-                wait = int(asked) if asked.isdecimal() else wait
+                wait = max(wait, int(asked) if asked.isdecimal() else 0)
             if not may_pass or attempt == _TRIES or wait > _LONGEST_WAIT:
                 break
-            detail(f"{error}; trying again in {wait:.1f} s")
+            (note if wait > 2 else detail)(f"{error}; trying again in {wait:.1f} s")
             time.sleep(wait)
         raise error
 

@@ -1,35 +1,33 @@
 """From `GenerateOptions` to what `model.generate` takes. Nothing here changes a model, a tokenizer or a config."""
 
 import copy
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, WatermarkingConfig
 
-from hfkit.console import note
+from hfkit.console import note_once
 from hfkit.corpus.encoding import language_token
-from hfkit.corpus.templates import Task, task_of
 from hfkit.declaration import set_fields
 from hfkit.errors import OptionError
-from hfkit.inference.vocabulary import BannedTexts, special_tokens
+from hfkit.inference.decoding import BannedTexts, Endings
+from hfkit.inference.text import chosen_task, special_tokens
 from hfkit.models.loading import LanguageModel
 from hfkit.options import SAMPLING, GenerateOptions
 
 # Options that GenerationConfig has by another name, in another form, or not at all.
-OWN = ("stop_strings", "bad_words", "sequence_bias", "negative_prompt", "watermark", "assistant_model",
-       "novel", "novel_words", "src_lang", "tgt_lang", "raw", "truncate", "seed", "num_return_sequences")  # fmt: skip
+OWN = (
+    "stop_strings bad_words sequence_bias negative_prompt watermark assistant_model "
+    "novel novel_words src_lang tgt_lang raw truncate seed num_return_sequences"
+).split()
 # Fields of a model's own generation_config.json that hfkit decides itself: the length, what comes back, where keys and
 # values are kept, and which of transformers' decoding loops runs. Options that are set are applied after these.
-_RESET = {
-    **dict.fromkeys(("max_length", "stop_strings", "use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit")),
-    **dict.fromkeys(("assistant_ensemble_weight", "speculation_type", "penalty_alpha", "dola_layers", "constraints")),
-    **dict.fromkeys(("cache_implementation", "cache_config", "max_cache_len", "compile_config")),
-    **dict.fromkeys(("force_words_ids", "num_beam_groups", "diversity_penalty", "is_assistant")),
-    **dict.fromkeys(("token_healing", "return_dict_in_generate", "output_scores", "output_logits"), False),
-    **dict.fromkeys(("output_attentions", "output_hidden_states"), False),
-    "num_return_sequences": 1,
-}
+_UNSET = (
+    "max_length stop_strings use_mtp prompt_lookup_num_tokens assistant_early_exit assistant_ensemble_weight "
+    "speculation_type penalty_alpha dola_layers constraints cache_implementation cache_config max_cache_len "
+    "compile_config force_words_ids num_beam_groups diversity_penalty is_assistant token_healing num_return_sequences "
+    "return_dict_in_generate output_scores output_logits output_attentions output_hidden_states"
+).split()
 
 
 def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: int) -> GenerationConfig:
@@ -39,8 +37,8 @@ def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: i
     fills the field from the model's.
     """
     config = copy.deepcopy(_own_config(lm))
-    for name, value in _RESET.items():
-        setattr(config, name, value)
+    for name in _UNSET:
+        setattr(config, name, None)
     for name, value in set_fields(options).items():
         if name not in OWN:
             setattr(config, name, value)
@@ -56,8 +54,12 @@ def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: i
     if config.pad_token_id is None:
         config.pad_token_id = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else (ends or [0])[0]
     if options.sequence_bias:
+        # Each text as it is and after a space: to a byte-level tokenizer these are different words.
         config.sequence_bias = {
-            tuple(ids): bias for text, bias in options.biases() for ids in _spellings(lm, _unescape(text))
+            tuple(ids): bias
+            for text, bias in options.biases()
+            for variant in (_unescape(text), " " + _unescape(text).lstrip(" "))
+            if (ids := lm.tokenizer(variant, add_special_tokens=False)["input_ids"])
         }
     if options.tgt_lang:
         config.forced_bos_token_id = language_token(lm.tokenizer, options.tgt_lang)
@@ -78,8 +80,8 @@ def generate_arguments(lm: LanguageModel, options: GenerateOptions, rows: int, s
         ids = torch.tensor([lm.tokenizer(options.negative_prompt)["input_ids"]] * rows, device=lm.model.device)
         arguments["negative_prompt_ids"] = ids
     if options.bad_words:
-        texts = tuple(_unescape(text) for text in options.bad_words)
-        arguments["logits_processor"] = LogitsProcessorList([BannedTexts(lm.tokenizer, texts, start)])
+        banned = BannedTexts(lm.tokenizer, [_unescape(text) for text in options.bad_words], start)
+        arguments["logits_processor"] = LogitsProcessorList([banned])
     return arguments
 
 
@@ -102,12 +104,11 @@ def needs_equal_lengths(lm: LanguageModel, options: GenerateOptions) -> bool:
     if lm.model.config.is_encoder_decoder:  # only the encoder's input is padded
         return bool(config.encoder_no_repeat_ngram_size)
     phrases = [*(config.sequence_bias or {}), *(config.bad_words_ids or [])]
-    watermark_width = getattr(config.watermarking_config, "context_width", 2) if config.watermarking_config else 1
     return bool(
         config.no_repeat_ngram_size
         or config.min_length
         or config.forced_bos_token_id is not None
-        or watermark_width > 1
+        or (config.watermarking_config and getattr(config.watermarking_config, "context_width", 2) > 1)
         # A model's own config holds biases as [[ids, bias], ...].
         or any(len(phrase[0] if isinstance(phrase[0], list | tuple) else phrase) > 1 for phrase in phrases)
     )
@@ -127,18 +128,7 @@ def draws(lm: LanguageModel, options: GenerateOptions) -> bool:
         return True
     if lm.model.config.is_encoder_decoder:
         return bool(_own_config(lm).do_sample)
-    return beams(lm, options) == 1 and not _task_of(lm, options) and _own_config(lm).temperature != 0
-
-
-def _task_of(lm: LanguageModel, options: GenerateOptions) -> Task | None:
-    return None if options.raw else task_of(lm.tokenizer)
-
-
-class Endings(NamedTuple):
-    """What ends a text: the tokens, and the strings, which are left out of it."""
-
-    tokens: set[int]
-    strings: list[str]
+    return beams(lm, options) == 1 and not chosen_task(options, lm.tokenizer) and _own_config(lm).temperature != 0
 
 
 def endings(lm: LanguageModel, options: GenerateOptions) -> Endings:
@@ -147,7 +137,7 @@ def endings(lm: LanguageModel, options: GenerateOptions) -> Endings:
     eos = lm.tokenizer.eos_token_id if eos is None else eos
     tokens = set() if eos is None else set(eos) if isinstance(eos, list) else {eos}
     wanted = options.stop_strings or _own_config(lm).stop_strings or []
-    if not wanted and (task := _task_of(lm, options)):
+    if not wanted and (task := chosen_task(options, lm.tokenizer)):
         return Endings(tokens, [task.end])
     strings = [_unescape(text) for text in ([wanted] if isinstance(wanted, str) else wanted)]
     # A special token is left out of the text, so a string that has one in it ends the text at that token.
@@ -166,10 +156,9 @@ def check_options(options: GenerateOptions) -> None:
     for name, needed in (("num_assistant_tokens", "assistant_model"), ("novel_words", "novel")):
         if getattr(options, name) is not None and not getattr(options, needed):
             raise OptionError(f"{_flag(name)} has no effect alone: add {_flag(needed)}")
-    rivals = (("assistant_model", "prompt_lookup_num_tokens"), ("tgt_lang", "forced_bos_token_id"))
-    for name, other in rivals:
-        if getattr(options, name) is not None and getattr(options, other) is not None:
-            raise OptionError(f"{_flag(name)} and {_flag(other)} exclude each other: leave one of both out")
+    for name, rival in (("assistant_model", "prompt_lookup_num_tokens"), ("tgt_lang", "forced_bos_token_id")):
+        if getattr(options, name) is not None and getattr(options, rival) is not None:
+            raise OptionError(f"{_flag(name)} and {_flag(rival)} exclude each other: leave one of both out")
     if options.temperature == 0 and options.do_sample:
         raise OptionError("--temperature 0 is greedy, --do-sample is not: leave one of both out")
 
@@ -178,19 +167,14 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-@functools.cache  # once for each set of options, not for each batch of a file
-def _note_ignored(names: tuple[str, ...]) -> None:
-    note(f"greedy decoding ignores {', '.join(map(_flag, names))}")
-
-
 def check_controls(lm: LanguageModel, options: GenerateOptions) -> None:
     """OptionError for what transformers would notice late, or never; a note about options that change nothing."""
-    count, beam_count = options.num_return_sequences or 1, beams(lm, options)
-    if count > 1 and not draws(lm, options) and count > beam_count:
+    count, beam_count, is_random = options.num_return_sequences or 1, beams(lm, options), draws(lm, options)
+    if count > beam_count and not is_random:
         limit = f"it must be at most --num-beams ({beam_count})"
         way_out = limit if beam_count > 1 else "greedy decoding has one result, so sample"
         raise OptionError(f"--num-return-sequences is {count}: {way_out}")
-    if options.novel and not (draws(lm, options) and is_plain(lm, options)):
+    if options.novel and not (is_random and is_plain(lm, options)):
         raise OptionError("--novel draws again what copies: sample, without beams and speculation")
     if options.negative_prompt and (options.guidance_scale or _own_config(lm).guidance_scale or 1) == 1:
         raise OptionError("--negative-prompt has no effect alone: add --guidance-scale, such as 1.5")
@@ -198,21 +182,10 @@ def check_controls(lm: LanguageModel, options: GenerateOptions) -> None:
         value = getattr(options, name)
         if value is not None and value is not False and beam_count == 1:
             raise OptionError(f"{_flag(name)} has no effect without beams: add --num-beams, such as 4")
-    ignored = tuple(name for name in SAMPLING if getattr(options, name)) if not draws(lm, options) else ()
-    if ignored:
-        _note_ignored(ignored)
+    if not is_random and (ignored := [_flag(name) for name in SAMPLING if getattr(options, name)]):
+        note_once(f"greedy decoding ignores {', '.join(ignored)}")
     size = lm.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     for name in ("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"):
         value = getattr(options, name)
         if any(not 0 <= token < size for token in ([value] if isinstance(value, int) else value or [])):
             raise OptionError(f"{_flag(name)} takes token ids from 0 to {size - 1}")
-
-
-def _spellings(lm: LanguageModel, text: str) -> list[list[int]]:
-    """Token ids of `text` as it is and after a space: to a byte-level tokenizer these are different words."""
-    spellings: list[list[int]] = []
-    for variant in (text, " " + text.lstrip(" ")):
-        ids = lm.tokenizer(variant, add_special_tokens=False)["input_ids"]
-        if ids and ids not in spellings:
-            spellings.append(ids)
-    return spellings

@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import math
 import queue
 import secrets
 import threading
@@ -10,17 +11,15 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, overload
 
-from hfkit.corpus.documents import find_corpus
+from hfkit.corpus.files import find_corpus
 from hfkit.corpus.overlap import WORDS, Index, index_corpus
-from hfkit.corpus.templates import task_of
-from hfkit.errors import HfkitError, OptionError
+from hfkit.errors import HfkitError, NotFiniteError, OptionError
 from hfkit.inference import batches
 from hfkit.inference.controls import check_controls, check_options, draws, is_plain
-from hfkit.inference.decoding import Completion, repeats
-from hfkit.inference.prompts import Prompt, Request, Text, fit_prompt, list_texts
+from hfkit.inference.decoding import Completion
 from hfkit.inference.remote import CONCURRENT, Server
 from hfkit.inference.results import Generation
-from hfkit.inference.twins import in_eval_mode
+from hfkit.inference.text import Prompt, Request, Text, chosen_task, fit_prompt, list_texts, repeats
 from hfkit.models.loading import LanguageModel, Model, loaded, split_options
 from hfkit.options import GenerateOptions, ServerOptions
 
@@ -34,26 +33,20 @@ REDRAW_STRIDE = 2**40 + 1_000_003
 # A str is a Sequence[str], too: the overloads for one prompt come first.
 @overload
 def generate(
-    prompt: Text | Request, *, model: Model = None, options: GenerateOptions | None = None,
-    batch_size: int | None = None, num_return_sequences: None = None, **overrides: Any,
-) -> Generation: ...  # fmt: skip
+    prompt: Text | Request, *, model: Model = None, num_return_sequences: None = None, **overrides: Any
+) -> Generation: ...
 @overload
 def generate(
-    prompt: Text | Request, *, model: Model = None, options: GenerateOptions | None = None,
-    batch_size: int | None = None, num_return_sequences: int, **overrides: Any,
-) -> list[Generation]: ...  # fmt: skip
+    prompt: Text | Request, *, model: Model = None, num_return_sequences: int, **overrides: Any
+) -> list[Generation]: ...
 @overload
 def generate(
-    prompt: Sequence[Text | Request], *, model: Model = None, options: GenerateOptions | None = None,
-    batch_size: int | None = None, num_return_sequences: None = None, **overrides: Any,
-) -> list[Generation]: ...  # fmt: skip
+    prompt: Sequence[Text | Request], *, model: Model = None, num_return_sequences: None = None, **overrides: Any
+) -> list[Generation]: ...
 @overload
 def generate(
-    prompt: Sequence[Text | Request], *, model: Model = None, options: GenerateOptions | None = None,
-    batch_size: int | None = None, num_return_sequences: int, **overrides: Any,
-) -> list[list[Generation]]: ...  # fmt: skip
-
-
+    prompt: Sequence[Text | Request], *, model: Model = None, num_return_sequences: int, **overrides: Any
+) -> list[list[Generation]]: ...
 def generate(
     prompt: Text | Request | Sequence[Text | Request],
     *,
@@ -90,7 +83,7 @@ def generate(
         each = remote.generate_each(enumerate(prompts), options=options, concurrent=batch_size or CONCURRENT)
     else:
         novel_index(options)
-        lm = in_eval_mode(loaded(model))
+        lm = loaded(model)
         requests = []  # all of them first: one that does not fit is an error before any is run
         for number, text in enumerate(prompts):
             try:
@@ -120,37 +113,45 @@ def generate_each(
     ids. An HfkitError among the prompts is passed through. The number goes into the seed, see `generate`.
     `on_done` is called with the number of texts that were just finished.
     """
-    lm, options = in_eval_mode(loaded(model)), options or GenerateOptions()
+    lm, options = loaded(model), options or GenerateOptions()
     first_seed = draw_seed() if options.seed is None else options.seed
     check_controls(lm, options)
     samples, size = options.num_return_sequences or 1, batch_size or batches.default_size(lm)
     plain, prompts = is_plain(lm, options), iter(prompts)
     while window := list(islice(prompts, window_size(lm, options, batch_size))):
-        results: dict[int, list[Any] | HfkitError] = {}
-        rows: list[tuple[int, int, Request]] = []
+        results: dict[int, list[Generation] | HfkitError] = {}
+        rows: list[tuple[int, Request]] = []
         for number, prompt in window:
             try:
                 if isinstance(prompt, HfkitError):
                     raise prompt
                 request, seed = _prepare(lm, prompt, options), first_seed + number * samples
                 if plain:
-                    results[number] = [None] * samples
-                    rows += [(number, k, replace(request, seed=seed + k)) for k in range(samples)]
+                    results[number] = []
+                    rows += [(number, replace(request, seed=seed + k)) for k in range(samples)]
                 else:
-                    results[number] = _run_special(lm, replace(request, seed=seed), options)
+                    results[number] = _run_alone(lm, options, replace(request, seed=seed))
                     on_done(samples)
             except HfkitError as error:
                 results[number] = error
                 on_done(samples)
-        completions = batches.run_all(lm, [request for *_, request in rows], options, size, on_done)
-        for (number, k, request), completion in zip(rows, completions, strict=True):
-            if isinstance(generations := results[number], HfkitError):
-                continue
+        completions = batches.run_all(lm, [request for _, request in rows], options, size, on_done)
+        for (number, request), completion in zip(rows, completions, strict=True):
             try:
-                generations[k] = _redraw(lm, options, request, _generation(lm, options, request, completion))
+                if isinstance(generations := results[number], list):
+                    generations.append(_redraw(lm, options, request, _generation(lm, options, request, completion)))
             except HfkitError as error:
                 results[number] = error
         yield from results.items()
+
+
+def _run_alone(lm: LanguageModel, options: GenerateOptions, request: Request) -> list[Generation]:
+    """What one request gives: several samples if they are those of one beam search."""
+    if is_plain(lm, options):
+        completions = batches.run_batch(lm, [request], options)
+    else:
+        completions = batches.run_special(lm, request, options)
+    return [_generation(lm, options, request, completion) for completion in completions]
 
 
 def _redraw(lm: LanguageModel, options: GenerateOptions, request: Request, generation: Generation) -> Generation:
@@ -161,7 +162,7 @@ def _redraw(lm: LanguageModel, options: GenerateOptions, request: Request, gener
         if not (copied := index.look_up(generation.completion)).words:
             return generation
         request = replace(request, seed=((request.seed or 0) + REDRAW_STRIDE) % 2**63)
-        generation = _run_single(lm, request, options)
+        (generation,) = _run_alone(lm, options, request)
     raise HfkitError(
         f"every one of {_ATTEMPTS} samples copies more than {options.novel_words or WORDS} words, such as "
         f"{copied.longest!r}: raise --novel-words or --temperature"
@@ -179,14 +180,6 @@ def novel_index(options: GenerateOptions) -> Index | None:
 @functools.lru_cache(maxsize=1)
 def _index(corpus: tuple[str, ...], length: int, stamps: tuple[tuple[str, int], ...]) -> Index:
     return index_corpus(list(corpus), length=length)
-
-
-def _run_single(lm: LanguageModel, request: Request, options: GenerateOptions) -> Generation:
-    return _generation(lm, options, request, batches.run_batch(lm, [request], options)[0])
-
-
-def _run_special(lm: LanguageModel, request: Request, options: GenerateOptions) -> list[Generation]:
-    return [_generation(lm, options, request, completion) for completion in batches.run_special(lm, request, options)]
 
 
 def window_size(lm: LanguageModel, options: GenerateOptions, batch_size: int | None) -> int:
@@ -211,7 +204,7 @@ def stream(
     if server.server:
         return Server(server, model).stream(prompt, options=options)
     novel_index(options)
-    lm = in_eval_mode(loaded(model))
+    lm = loaded(model)
     check_controls(lm, options)
     request = _prepare(lm, prompt, options)
     request = replace(request, seed=draw_seed() if options.seed is None else options.seed)
@@ -220,10 +213,7 @@ def stream(
 
 def _stream(lm: LanguageModel, request: Request, options: GenerateOptions) -> Generator[str, None, Generation]:
     if options.novel or not is_plain(lm, options):  # what may be taken back is not shown before the end
-        if options.novel:
-            generation = _redraw(lm, options, request, _run_single(lm, request, options))
-        else:
-            generation = _run_special(lm, request, options)[0]
+        generation = _redraw(lm, options, request, _run_alone(lm, options, request)[0])
         yield generation.completion
         return generation
     pieces: queue.SimpleQueue[str | Completion | BaseException] = queue.SimpleQueue()
@@ -265,6 +255,8 @@ def _prepare(lm: LanguageModel, prompt: Prompt, options: GenerateOptions) -> Req
 
 
 def _generation(lm: LanguageModel, options: GenerateOptions, request: Request, completion: Completion) -> Generation:
+    if math.isnan(completion.logprob):
+        raise NotFiniteError.of(lm.name)
     return Generation(
         prompt=request.prompt,
         completion=completion.text,
@@ -273,6 +265,6 @@ def _generation(lm: LanguageModel, options: GenerateOptions, request: Request, c
         logprob=completion.logprob,
         seed=request.seed if draws(lm, options) else None,
         model=lm.name,
-        echo=not lm.model.config.is_encoder_decoder and (options.raw or not task_of(lm.tokenizer)),
+        echo=not lm.model.config.is_encoder_decoder and not chosen_task(options, lm.tokenizer),
         loops=repeats(completion.tokens),
     )

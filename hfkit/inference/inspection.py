@@ -1,14 +1,16 @@
 """`inspect`: how likely each token of a text is, what would come next, and what each sampling control leaves of it."""
 
 import base64
+import contextlib
 import math
 import re
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import (
-    LogitsProcessor,
+    LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
@@ -16,18 +18,18 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from hfkit.console import counted
 from hfkit.corpus.encoding import encode, first_tokens
 from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError
 from hfkit.inference.likelihood import score
-from hfkit.inference.twins import in_eval_mode, share_weights
-from hfkit.inference.vocabulary import token_writer
+from hfkit.inference.text import token_writer
 from hfkit.models.architecture import check_causal
-from hfkit.models.loading import LanguageModel, Model, loaded, split_options
+from hfkit.models.loading import LanguageModel, Model, loaded, share_weights, split_options
 from hfkit.options import InspectOptions
 from hfkit.reporting.templates import render
 
-_WARPERS: dict[str, type[LogitsProcessor]] = {
+_WARPERS: dict[str, Any] = {
     "temperature": TemperatureLogitsWarper,
     "top_k": TopKLogitsWarper,
     "top_p": TopPLogitsWarper,
@@ -36,7 +38,6 @@ _WARPERS: dict[str, type[LogitsProcessor]] = {
 _EXAMPLE: dict[str, Any] = {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.05}  # where no control is given
 _MOST_WEIGHTS = 30_000_000  # bytes of attention on a page, before base64
 _PART = re.compile("⟨(?:[0-9a-f]{2} ?)+⟩")  # as `readable` writes what is not a whole character
-_FULL = 12.0  # bits of surprise that get the strongest colour
 _SIGNS = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
 
 
@@ -48,6 +49,11 @@ class Token:
     id: int
     bits: float | None  # of surprise; None where nothing comes before
     rank: int | None  # 0: it was the likeliest
+
+    @property
+    def figures(self) -> str:
+        """What a page shows while somebody points at the token."""
+        return f"token {self.id}" + ("" if self.bits is None else f": {self.bits:.2f} bits, rank {self.rank}")
 
 
 class Characters(NamedTuple):
@@ -82,19 +88,27 @@ class Inspection:
     def characters(self) -> list[Characters]:
         """The tokens, those joined that are parts of one character."""
         joined: list[Characters] = []
-        waiting: list[Token] = []  # bytes that are not a character yet
-        for token in [*self.tokens, Token("", -1, None, None)]:
-            part = _PART.fullmatch(token.text)
-            waiting += [token] if part else []
-            raw = bytes.fromhex("".join(word.text[1:-1] for word in waiting))
-            if part and is_cut_off(raw):
-                continue
-            text = raw.decode(errors="ignore")
-            whole = text.encode() == raw
-            joined += [Characters(text, waiting)] if whole and waiting else [Characters(t.text, [t]) for t in waiting]
-            joined += [] if part else [Characters(token.text, [token])]
-            waiting = []
-        return joined[:-1]
+        for token in self.tokens:
+            joined.append(Characters(token.text, [token]))
+            for size in range(2, 9):  # a token may end one character and begin the next
+                parts = joined[-size:]
+                if len(parts) < size or not all(_PART.fullmatch(part.text) for part in parts):
+                    break
+                with contextlib.suppress(UnicodeDecodeError):
+                    text = bytes.fromhex("".join(part.text[1:-1] for part in parts)).decode()
+                    joined[-size:] = [Characters(text, [each for part in parts for each in part.tokens])]
+                    break
+        return joined
+
+    @property
+    def title(self) -> str:
+        """The beginning of the text, on one line."""
+        text = "".join(part.text for part in self.characters).replace("·", " ").replace("↵", " ").strip()
+        return text if len(text) <= 60 else f"{text[:60]}…"
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.bits:.1f} bits in {counted(len(self.tokens), 'token')}"
 
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
@@ -112,24 +126,11 @@ class Inspection:
         return lines
 
     def __str__(self) -> str:
-        lines = [*self.lines(), f"{self.bits:.1f} bits in {len(self.tokens)} tokens under {self.model}", "next:"]
+        lines = [*self.lines(), f"{self.sentence} under {self.model}", "next:"]
         return "\n".join([*lines, *(f"{cell(row['probability']):>7} {row['text']:>9}" for row in self.following)])
 
     def _repr_html_(self) -> str:
-        return render("inspection.html.jinja", view=_view(self), is_page=False, attention=None)
-
-
-def _describe(token: Token) -> str:
-    return f"token {token.id}" + ("" if token.bits is None else f": {token.bits:.2f} bits, rank {token.rank}")
-
-
-def is_cut_off(raw: bytes) -> bool:
-    """Whether `raw` is the beginning of a character in UTF-8, or whole ones and a beginning."""
-    try:
-        raw.decode()
-    except UnicodeDecodeError as error:
-        return error.reason == "unexpected end of data"
-    return False
+        return render("inspection.html.jinja", inspection=self, is_page=False, attention=None)
 
 
 def cell(value: str | float) -> str:
@@ -137,13 +138,7 @@ def cell(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:.2%}" if value else ""
 
 
-def inspect(
-    text: str,
-    *,
-    model: Model = None,
-    options: InspectOptions | None = None,
-    **overrides: Any,
-) -> Inspection:
+def inspect(text: str, *, model: Model = None, options: InspectOptions | None = None, **overrides: Any) -> Inspection:
     """Look at a text through a model.
 
     Args:
@@ -157,7 +152,7 @@ def inspect(
     model, options = split_options(model, overrides, (InspectOptions, options))
     if not isinstance(text, str):
         raise HfkitError(f"a text is a str, not {type(text).__name__} ({text!r:.60}): convert it")
-    lm = in_eval_mode(loaded(model))
+    lm = loaded(model)
     check_causal(lm.name, lm.model.config, "inspect a causal model")
     if not text:
         raise HfkitError("there is nothing to inspect: give a text")
@@ -196,27 +191,19 @@ def _next(
     lm: LanguageModel, logits: torch.Tensor, options: InspectOptions
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The likeliest next tokens, alone and under each control and all of them together; logits: (1, vocabulary)."""
-
-    def warp(logits: torch.Tensor, name: str, value: Any) -> torch.Tensor:
-        warper: Any = _WARPERS[name](value)  # type: ignore[call-arg]
-        return cast(torch.Tensor, warper(None, logits.clone()))
-
     chosen = {name: value for name, value in set_fields(options).items() if name in _WARPERS}
-    warped = {f"{name} {value:g}": warp(logits, name, value) for name, value in (chosen or _EXAMPLE).items()}
+    warpers = {f"{name} {value:g}": [_WARPERS[name](value)] for name, value in (chosen or _EXAMPLE).items()}
     if len(chosen) > 1:
-        together = logits
-        for name, value in chosen.items():
-            together = warp(together, name, value)
-        warped["together"] = together
-    plain = logits.softmax(-1)[0]
-    under = {name: values.softmax(-1)[0] for name, values in warped.items()}
-    likeliest = plain.topk(min(options.top, len(plain))).indices.tolist()
+        warpers["together"] = list(chain.from_iterable(warpers.values()))
+    warped = {name: LogitsProcessorList(each)(cast(Any, None), logits.clone()) for name, each in warpers.items()}
+    shares = {name: scores.softmax(-1)[0] for name, scores in {"probability": logits, **warped}.items()}
+    likeliest = shares["probability"].topk(min(options.top, logits.shape[1])).indices.tolist()
     rows = [
-        {"text": readable(lm.tokenizer, token), "id": token, "probability": plain[token].item()}
-        | {name: values[token].item() for name, values in under.items()}
+        {"text": readable(lm.tokenizer, token), "id": token}
+        | {name: row[token].item() for name, row in shares.items()}
         for token in likeliest
     ]
-    return rows, {name: int(values.isfinite().sum()) for name, values in warped.items()}
+    return rows, {name: int(scores.isfinite().sum()) for name, scores in warped.items()}
 
 
 def readable(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
@@ -231,31 +218,6 @@ def readable(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
         return raw.decode().translate(_SIGNS)
     except UnicodeDecodeError:
         return "⟨" + raw.hex(" ") + "⟩"
-
-
-def _view(inspection: Inspection) -> dict[str, Any]:
-    """What a page shows of an inspection."""
-    names = ["probability", *inspection.left]
-    title = "".join(part.text for part in inspection.characters).replace("·", " ").replace("↵", " ").strip()
-    return {
-        "model": inspection.model,
-        "title": title if len(title) <= 60 else f"{title[:60]}…",
-        "sentence": f"{inspection.bits:.1f} bits in {len(inspection.tokens)} tokens",
-        "tokens": [
-            {
-                "text": part.text,
-                "title": "\n".join(map(_describe, part.tokens)),
-                "strength": 0.8 * min(1.0, part.bits / _FULL),
-                "ends_line": "↵" in part.text,
-            }
-            for part in inspection.characters
-        ],
-        "head": ["next token", "alone", *(f"{name}: {count:,} left" for name, count in inspection.left.items())],
-        "rows": [
-            [{"text": row["text"]}, *({"text": cell(row[name]), "share": round(100 * row[name])} for name in names)]
-            for row in inspection.following
-        ],
-    }
 
 
 def to_page(inspection: Inspection, layer: int | None = None) -> str:
@@ -280,4 +242,4 @@ def to_page(inspection: Inspection, layer: int | None = None) -> str:
             "heads": weights.shape[1],
             "weights": base64.b64encode((255 * weights.sqrt()).round().to(torch.uint8).numpy().tobytes()).decode(),
         }
-    return render("inspection.html.jinja", view=_view(inspection), is_page=True, attention=attention)
+    return render("inspection.html.jinja", inspection=inspection, is_page=True, attention=attention)

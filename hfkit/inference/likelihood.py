@@ -1,84 +1,18 @@
-"""How likely a model finds the tokens of a text: negative log-likelihood, accuracy, and their standard errors."""
+"""How likely a model finds the tokens of a text: negative log-likelihood and rank of each."""
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 
 from hfkit.corpus.encoding import IGNORED
+from hfkit.inference.scores import Scores
+from hfkit.models.loading import share_weights
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 _LOGITS_AT_ONCE = {False: 1 << 22, True: 1 << 28}  # by is_cuda; on a CPU, about what its caches hold
-
-
-def _none() -> np.ndarray:
-    return np.zeros(0)
-
-
-@dataclass
-class Scores:
-    """Sums over the tokens of each unit of a text (a sequence, a passage); all arrays: (units,)."""
-
-    nll: np.ndarray = field(default_factory=_none)  # nats
-    tokens: np.ndarray = field(default_factory=_none)
-    top1: np.ndarray = field(default_factory=_none)  # tokens that the model found likeliest
-    top5: np.ndarray = field(default_factory=_none)  # tokens among its five likeliest
-
-    def add(self, units: np.ndarray, nll: np.ndarray, rank: np.ndarray) -> None:
-        """Add tokens. All arrays: (tokens,); units: number of the unit of each; rank: 0 for the likeliest."""
-        weights = (nll, None, rank == 0, rank < 5)
-        self.merge(Scores(*(np.bincount(units, weight).astype(float) for weight in weights)))
-
-    def merge(self, other: "Scores") -> None:
-        """Add the sums that `other` has of the same units."""
-        size = max(len(self.nll), len(other.nll))
-        for name, values in vars(other).items():
-            sums = getattr(self, name)
-            setattr(self, name, np.pad(sums, (0, size - len(sums))) + np.pad(values, (0, size - len(values))))
-
-    def join(self, other: "Scores") -> None:
-        """Append the units of `other`."""
-        for name, values in vars(other).items():
-            setattr(self, name, np.concatenate([getattr(self, name), values]))
-
-    @property
-    def count(self) -> int:
-        """Tokens in all."""
-        return int(self.tokens.sum())
-
-    @property
-    def loss(self) -> float:
-        """Nats a token."""
-        return float(self.nll.sum() / self.count) if self.count else math.nan
-
-    @property
-    def loss_stderr(self) -> float:
-        """Standard error of `loss`, with the units as a sample."""
-        return ratio_stderr(self.nll, self.tokens)
-
-    @property
-    def perplexity(self) -> float:
-        return exp(self.loss)
-
-    @property
-    def perplexity_stderr(self) -> float:
-        return self.perplexity * self.loss_stderr
-
-
-def exp(loss: float) -> float:
-    """e to the power of `loss`, capped at the largest float."""
-    return math.exp(min(loss, 709.0))
-
-
-def ratio_stderr(above: np.ndarray, below: np.ndarray) -> float:
-    """Standard error of sum(above) / sum(below) over sampled units, to first order; NaN for fewer than two."""
-    units = np.count_nonzero(below)
-    if units < 2:
-        return math.nan
-    residuals = above - below * (above.sum() / below.sum())
-    return float(np.sqrt((residuals**2).sum() * units / (units - 1)) / below.sum())
 
 
 def score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,17 +56,6 @@ def score_batches(model: Any, batches: Iterable[tuple[torch.Tensor, torch.Tensor
     return scores
 
 
-def jsonable(value: Any) -> Any:
-    """`value` in JSON's types: Python's numbers for numpy's, None for what is not finite."""
-    if isinstance(value, dict):
-        return {name: jsonable(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return jsonable(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 @torch.inference_mode()
 def score_items(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> Scores:
     """Loss and accuracy of a model with a head; each item is a unit of one token.
@@ -143,18 +66,47 @@ def score_items(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> Score
     for batch in batches:
         output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
         if "labels" in batch:
-            pairs = [(output.logits, batch["labels"])]
+            pairs = [(output.logits.float().cpu(), batch["labels"])]
         else:
-            pairs = [(output.start_logits, batch["start_positions"]), (output.end_logits, batch["end_positions"])]
+            places = [(output.start_logits, batch["start_positions"]), (output.end_logits, batch["end_positions"])]
             padding = batch["attention_mask"] == 0  # no answer is there, in whichever batch the item is
-            pairs = [(logits.float().cpu().masked_fill(padding, -torch.inf), target) for logits, target in pairs]
-        count = len(batch["input_ids"])
-        nll, is_right = torch.zeros(count), torch.ones(count, dtype=torch.bool)
-        for logits, target in pairs:
-            logits = logits.float().cpu()
-            nll -= logits.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
-            is_right &= logits.argmax(-1) == target
-        part = Scores()
-        part.add(np.arange(count), nll.double().numpy() / len(pairs), (~is_right).numpy().astype(int))
-        scores.join(part)
+            pairs = [(logits.float().cpu().masked_fill(padding, -torch.inf), target) for logits, target in places]
+        losses = [torch.nn.functional.cross_entropy(*pair, reduction="none") for pair in pairs]
+        nll = torch.stack(losses).double().mean(0).numpy()
+        is_right = torch.stack([logits.argmax(-1) == target for logits, target in pairs]).all(0).numpy().astype(float)
+        scores.join(Scores(nll, np.ones(len(nll)), is_right, np.ones(len(nll))))
     return scores
+
+
+def precise_head(model: Module) -> Module:
+    """A copy that computes logits in float32, whatever the precision of the rest.
+
+    GPT-2's logits are near -100, where bfloat16 has steps of 0.5.
+    """
+    original: Any = model
+    head = original.get_output_embeddings()
+    if head is None or hasattr(head, "_hf_hook"):  # accelerate brings this head's weights only while it runs
+        return model
+    copy: Any = share_weights(model)
+    head = copy.get_output_embeddings()
+    plain_forward = head.forward
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            if not head.weight.is_floating_point():  # a quantized head applies its scale itself
+                return cast(torch.Tensor, plain_forward(hidden.float()))
+            bias = None if head.bias is None else head.bias.float()
+            return _linear(hidden.float(), head.weight.float(), bias)
+
+    head.forward = forward
+    return cast(Module, copy)
+
+
+def _linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """torch's `linear`. On AMD's processors MKL, which torch uses for it, takes twice as long as oneDNN."""
+    if hidden.device.type == "cpu" and torch.backends.mkldnn.is_available() and not torch.is_grad_enabled():  # type: ignore[no-untyped-call]
+        # A private operator, which torch.compile uses. It may disappear.
+        product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+        if product and torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+            return cast(torch.Tensor, product(hidden, weight, bias, "none", [], ""))
+    return torch.nn.functional.linear(hidden, weight, bias)

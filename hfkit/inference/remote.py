@@ -18,8 +18,8 @@ import httpx2
 from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inference.connection import MISSING, OPENAI, Connection, RefusedError, events_of, message_of
-from hfkit.inference.results import Generation
-from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
+from hfkit.inference.results import Classification, Generation
+from hfkit.options import GenerateOptions, ModelOptions, ServerOptions, TaskOptions
 
 CONCURRENT = 16  # requests at a time
 _DEFAULTS = GenerateOptions()
@@ -43,9 +43,11 @@ class Server:
         """
         model = None if isinstance(model, tuple) else ModelOptions.make(model)
         if not model or model != ModelOptions(model=model.model):
-            raise OptionError("a model is loaded here, or by a server: leave --server out, or --device and the like")
+            raise OptionError(
+                "a model is loaded here, or by a server: leave --server (HFKIT_SERVER) out, or --device and the like"
+            )
         self.connection = Connection(options)
-        self._route = "completions"
+        self._route = "completions" if self.connection.url != OPENAI else "chat/completions"
         response = self.connection.send("models", returned=MISSING if model.model else ())
         with self.connection.named_errors():
             entries = (response.json().get("data") or []) if response.is_success else []
@@ -56,7 +58,12 @@ class Server:
             self.model = model.model or names[0]
             entry: dict[str, Any] = next((entry for entry in entries if entry["id"] == self.model), {})
         self.is_hfkit = entry.get("owned_by") == "hfkit"
+        self._answers = not entry.get("continues", True)  # a translator, or a model that learned a task
         self.context: int | None = entry.get("max_model_len")  # in tokens, if the server tells
+
+    def continues(self, options: GenerateOptions) -> bool:
+        """Whether a text goes on from its prompt, or answers it."""
+        return self._route == "completions" and (options.raw or not self._answers)
 
     def stream(self, prompt: Any, *, options: GenerateOptions, live: bool = True) -> Generator[str, None, Generation]:
         """As `generation.stream`, of a text; or of a chat's messages, which the server puts into a template.
@@ -83,7 +90,7 @@ class Server:
             logprob=sum(answer.logprobs) if answer.logprobs else math.nan,
             seed=options.seed if draws(options) else None,
             model=self.model,
-            echo=self._route == "completions",
+            echo=self.continues(options),
         )
 
     def generate(self, prompt: str, *, options: GenerateOptions) -> list[Generation]:
@@ -116,6 +123,26 @@ class Server:
         while group := list(islice(results, samples)):
             error = next((result for _, result in group if isinstance(result, HfkitError)), None)
             yield group[0][0], error or [result for _, result in group]
+
+    def classify_each(self, texts: Iterable[Any], options: TaskOptions) -> Iterator[Classification | HfkitError]:
+        """As `classification.classify_each`, by hfkit's own server."""
+        if options.template or not self.is_hfkit:
+            raise OptionError("hfkit's own server labels texts, without --template: leave that out, or --server")
+
+        def run(text: Any) -> Classification | HfkitError:
+            if isinstance(text, HfkitError):
+                return text
+            try:
+                reply = self.connection.post(
+                    "classify", {"model": self.model, "input": text, "labels": options.labels}
+                )
+            except RefusedError as error:
+                return error
+            with self.connection.named_errors():
+                (row,) = reply["data"]
+                return Classification(row["text"], row["label"], row["probabilities"], self.model)
+
+        return run_ahead(run, texts)
 
     def _ask(self, prompt: str | list[dict[str, str]], options: GenerateOptions, live: bool) -> httpx2.Response:
         """The answer of the first route that the server has for this model."""

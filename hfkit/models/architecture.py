@@ -8,18 +8,27 @@ import torch
 
 from hfkit.console import note
 from hfkit.errors import HfkitError
-from hfkit.models.sources import ModelFiles, count_parameters
+from hfkit.models.folder import ModelFiles, count_parameters
 from hfkit.options import ModelOptions
 
 # These number the positions of a text from the padding token's id on.
-_SHIFTED = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "mpnet",
-            "longformer")  # fmt: skip
+_SHIFTED = ("roberta xlm-roberta xlm-roberta-xl roberta-prelayernorm camembert data2vec-text mpnet longformer").split()
 # The purpose of a transformers class, by a part of its name. All others write text.
-_HEADS = {"SequenceClassification": "classification", "QuestionAnswering": "question-answering",
-          "TokenClassification": "other", "MultipleChoice": "other", "MaskedLM": "masked",
-          "PreTraining": "masked"}  # fmt: skip
-_COMMANDS = {"text": "'hfkit generate'", "classification": "'hfkit classify'", "question-answering": "'hfkit answer'",
-             "masked": "'hfkit finetune --head classification'", "other": "its own library"}  # fmt: skip
+_HEADS = {
+    "SequenceClassification": "classification",
+    "QuestionAnswering": "question-answering",
+    "TokenClassification": "other",
+    "MultipleChoice": "other",
+    "MaskedLM": "masked",
+    "PreTraining": "masked",
+}
+_COMMANDS = {
+    "text": "'hfkit generate'",
+    "classification": "'hfkit classify'",
+    "question-answering": "'hfkit answer'",
+    "masked": "'hfkit finetune --head classification'",
+    "other": "its own library",
+}
 
 
 def context_length(config: Any) -> int | None:
@@ -41,6 +50,12 @@ def check_head(name: str, config: Any, *heads: str) -> None:
     """Raise HfkitError, which names the right command, unless the model is for one of `heads`."""
     if (head := head_of(config)) not in heads:
         raise HfkitError(f"{name} is a {config.architectures[0]}: use {_COMMANDS[head]}, or choose another model")
+
+
+def check_causal(name: str, config: Any, instead: str) -> None:
+    """Raise HfkitError, with what to do `instead`, if a model has an encoder."""
+    if config.is_encoder_decoder:
+        raise HfkitError(f"{name} has an encoder: {instead}")
 
 
 def choose_device(options: ModelOptions) -> torch.device:
@@ -68,13 +83,28 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, name)
         return dtype
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if computes_faster_in_bfloat16("cuda") else torch.float16
     return torch.float16 if device.type == "mps" else torch.float32
+
+
+def computes_faster_in_bfloat16(device: str) -> bool:
+    """Whether "cuda", "cpu" or another device type computes faster in bfloat16 than in float32."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device == "cpu" and has_bfloat16_units()
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this processor multiplies faster in bfloat16 than in float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16"))
 
 
 def choose_bits(options: ModelOptions, source: ModelFiles, device: torch.device, dtype: torch.dtype) -> str | None:
     """ "int8" or "int4", or None for whole weights. "auto" is int8 if these fill over half of the free memory."""
     if options.quantize != "auto":
+        if options.quantize and device.type not in ("cpu", "cuda"):
+            raise HfkitError(f"--quantize works on a CPU and with CUDA, not on {device}: add --device cpu")
         return options.quantize
     if device.type not in ("cpu", "cuda"):
         return None
@@ -93,22 +123,3 @@ def spread_over_devices(device: torch.device, source: ModelFiles) -> str | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return "auto" if source.size > 0.9 * free else None
-
-
-def has_bfloat16_units() -> bool:
-    """Whether this processor multiplies faster in bfloat16 than in float32."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16"))
-
-
-def computes_faster_in_bfloat16(device: str) -> bool:
-    """Whether "cuda", "cpu" or another device type computes faster in bfloat16 than in float32."""
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device == "cpu" and has_bfloat16_units()
-
-
-def check_causal(name: str, config: Any, instead: str) -> None:
-    """HfkitError, with what to do `instead`, if a model has an encoder."""
-    if config.is_encoder_decoder:
-        raise HfkitError(f"{name} has an encoder: {instead}")

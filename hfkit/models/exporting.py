@@ -7,17 +7,21 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from hfkit import console
 from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.hub import reach_hub
+from hfkit.models.folder import check_target
 from hfkit.models.loading import LanguageModel, load_tokenizer, load_weights
-from hfkit.models.sources import check_target, find_model
+from hfkit.models.sources import find_model
 from hfkit.options import ExportOptions, ModelOptions
 from hfkit.storage import add_owned, check_space, publish, temporary
 
+_FLOAT8 = "float8_e4m3fn"
 _KEPT = ("README.md", "loss.png", "report.html", "metrics.json")  # files of a training run to copy
 
 
@@ -50,13 +54,14 @@ def export(
         reach_hub(options.push_to_hub)
     saved = source.config.get("dtype") or source.config.get("torch_dtype")
     dtype = options.dtype if options.dtype != "auto" else saved if saved in ("bfloat16", "float16") else "float32"
-    whole = replace(chosen, device="cpu", dtype=dtype, device_map=None, quantize=None)
+    loaded = "float32" if dtype == _FLOAT8 else dtype
+    whole = replace(chosen, device="cpu", dtype=loaded, device_map=None, quantize=None)
     lm = load_weights(source, whole, load_tokenizer(source))
     # A name that only this process uses: another export into this folder may be under way.
     staging = temporary(target.with_name(target.name[:40]))
     try:
         name = options.push_to_hub or str(target)
-        _write(lm, source.adapter or source.folder, staging, name)
+        _write(lm, source.adapter or source.folder, staging, name, dtype)
         if options.push_to_hub:
             _push(staging, options)
         if options.output_dir:
@@ -72,10 +77,10 @@ def export(
     return f"https://huggingface.co/{options.push_to_hub}"
 
 
-def _write(lm: LanguageModel, source: Path, folder: Path, name: str) -> None:
+def _write(lm: LanguageModel, source: Path, folder: Path, name: str, dtype: str) -> None:
     """Write the model, and what its run left, to `folder`; its card calls it `name`."""
     with console.quiet_libraries():
-        lm.model.save_pretrained(folder)
+        lm.model.save_pretrained(folder, state_dict=_float8_weights(lm.model) if dtype == _FLOAT8 else None)
         lm.tokenizer.save_pretrained(folder)
     for kept in _KEPT:
         if (source / kept).is_file():
@@ -85,6 +90,26 @@ def _write(lm: LanguageModel, source: Path, folder: Path, name: str) -> None:
         own_name = re.compile(r"^(    hfkit \w+ -m )(?:'[^']*'|[^\s'])+", re.MULTILINE)
         card.write_text(own_name.sub(lambda command: command[1] + shlex.quote(name), text), "utf-8")
     find_model(str(folder))  # raises if it cannot be read
+
+
+def _float8_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A model's weights with a byte for each number of a matrix, and bfloat16 for the rest.
+
+    The model is left in bfloat16: config.json names the precision to compute in, to which transformers casts what the
+    file holds.
+    """
+    rounded: dict[int, torch.Tensor] = {}  # by address: tied weights must stay one tensor to be written once
+    weights = model.state_dict()
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and tensor.ndim > 1:
+            if tensor.data_ptr() not in rounded:
+                limit = torch.finfo(torch.float8_e4m3fn).max  # beyond it a cast gives NaN
+                rounded[tensor.data_ptr()] = tensor.clamp(-limit, limit).to(torch.float8_e4m3fn)
+            weights[name] = rounded[tensor.data_ptr()]
+        elif tensor.is_floating_point():
+            weights[name] = tensor.bfloat16()
+    model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers' wrapper hides torch's signature
+    return weights
 
 
 def _push(folder: Path, options: ExportOptions) -> None:

@@ -1,48 +1,38 @@
 """Load a model and its tokenizer: `model, tokenizer = load("gpt2")`."""
 
+import copy
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import transformers
 from safetensors import safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from hfkit.console import detail
 from hfkit.declaration import Options, divide
 from hfkit.errors import HfkitError, OptionError
-from hfkit.models.architecture import (
-    check_head,
-    choose_bits,
-    choose_device,
-    choose_dtype,
-    context_length,
-    head_of,
-    spread_over_devices,
-)
-from hfkit.models.integrity import (
-    LOADING,
-    calling_library,
-    check_blocks,
-    check_files,
-    check_names,
-    check_report,
-    check_sizes,
-    check_values,
-)
+from hfkit.models import architecture, integrity
+from hfkit.models.folder import ModelFiles
+from hfkit.models.integrity import LOADING, calling_library
 from hfkit.models.quantization import bitsandbytes_config, quantize
-from hfkit.models.sources import ModelFiles, find_model
-from hfkit.models.tokenizers import read_tokenizer
+from hfkit.models.sources import find_model
 from hfkit.options import ModelOptions
+from hfkit.storage import check_weights
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+# The class of a model that does not write text, by what it is for: see `head_of`.
+_HEADS: dict[str, Any] = {
+    "classification": transformers.AutoModelForSequenceClassification,
+    "question-answering": transformers.AutoModelForQuestionAnswering,
+    "masked": transformers.AutoModel,
+    "other": transformers.AutoModel,
+}
 
 
 class LanguageModel(NamedTuple):
@@ -59,7 +49,7 @@ class LanguageModel(NamedTuple):
     @property
     def context(self) -> int | None:
         """Most tokens of prompt and continuation together; None where the model sets no limit."""
-        return context_length(self.model.config)
+        return architecture.context_length(self.model.config)
 
     def __repr__(self) -> str:
         size, dtype = self.model.num_parameters(), str(self.model.dtype).removeprefix("torch.")
@@ -108,7 +98,10 @@ _kept: tuple[Any, LanguageModel] | None = None  # the model that `loaded` loaded
 
 
 def loaded(model: Model, *heads: str) -> LanguageModel:
-    """`model` as a LanguageModel. A name is loaded once, as long as its files stay the same, by any number of threads.
+    """`model` as a LanguageModel in eval mode.
+
+    A name is loaded once, as long as its files stay the same, by any number of threads. Of a model in train mode the
+    result is a copy, so that its training goes on undisturbed.
 
     heads: what the model must be for, see `architecture.head_of`. Default: "text".
     """
@@ -116,20 +109,29 @@ def loaded(model: Model, *heads: str) -> LanguageModel:
     heads = heads or ("text",)
     if isinstance(model, tuple):
         lm = LanguageModel(*model)
-        check_head(lm.name, lm.model.config, *heads)
-        return lm
+        architecture.check_head(lm.name, lm.model.config, *heads)
+        return LanguageModel(share_weights(lm.model).train(False), lm.tokenizer) if lm.model.training else lm
     options = ModelOptions.make(model)
     with LOADING:
         source = find_model(options)
         key = options, _state_of(source)
         if _kept and _kept[0] == key:
-            check_head(source.name, _kept[1].model.config, *heads)
+            architecture.check_head(source.name, _kept[1].model.config, *heads)
             return _kept[1]
         config = load_config(source)
-        check_head(source.name, config, *heads)
+        architecture.check_head(source.name, config, *heads)
         _kept = None  # memory may not hold two models
         _kept = key, load_weights(source, options, load_tokenizer(source), config)
         return _kept[1]
+
+
+def share_weights(model: Module) -> Module:
+    """A copy with modules and configs of its own, and the same parameters and buffers. It takes milliseconds.
+
+    A model may serve several threads at once, so no call changes it. A call that needs another attention, another head
+    or eval mode changes a copy instead.
+    """
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 
 def _state_of(source: ModelFiles) -> list[tuple[str, int]]:
@@ -143,7 +145,7 @@ def load_config(source: ModelFiles) -> Any:
     with calling_library(source):
         extra = {"gguf_file": source.gguf} if source.gguf else {}
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code, **extra)
-    check_sizes(source, config)
+    integrity.check_sizes(source, config)
     if source.gguf and config.model_type == "gpt2":
         # transformers reads the context of a GGUF GPT-2 into n_ctx, which its model ignores.
         config.n_positions = getattr(config, "n_ctx", None) or config.n_positions
@@ -153,23 +155,14 @@ def load_config(source: ModelFiles) -> Any:
 def load_tokenizer(source: ModelFiles) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, checked. It needs neither torch nor the weights."""
     with calling_library(source):
-        tokenizer = read_tokenizer(source)
+        tokenizer = integrity.read_tokenizer(source)
     # GPT2Tokenizer is empty, without an error, where files are missing.
     if len(tokenizer) <= 1:
-        raise HfkitError(
-            f"the tokenizer is empty ({source.tokenizer_folder}): copy tokenizer.json of the model into it"
-        )
-    size = source.config.get("vocab_size")
-    if isinstance(size, int) and not source.adapter:  # an adapter may bring tokens of its own
-        _check_size(source, tokenizer, size)
-    return tokenizer
-
-
-def _check_size(source: ModelFiles, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    count = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
-    if count > size:
         where = source.tokenizer_folder
-        raise HfkitError(f"the tokenizer has {count} tokens, the model {size} ({where}): use the model's own")
+        raise HfkitError(f"the tokenizer is empty ({where}): copy tokenizer.json of the model into it")
+    if not source.adapter:  # which may bring tokens of its own
+        integrity.check_vocabulary(source, tokenizer, source.config.get("vocab_size"))
+    return tokenizer
 
 
 def _rows_of(model: PreTrainedModel) -> int:
@@ -184,36 +177,30 @@ def load_weights(
 
     config: what `load_config` returned, if the caller has it already.
     """
-    check_files(source)
     config = config or load_config(source)
-    device = choose_device(options)
-    dtype = choose_dtype(options.dtype, device)
-    placement: Any = options.device_map or spread_over_devices(device, source)
-    arguments: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
-    arguments |= _gguf_arguments(source.gguf) if source.gguf else {"use_safetensors": True}
-    bits = choose_bits(options, source, device, dtype)
+    device = architecture.choose_device(options)
+    dtype = architecture.choose_dtype(options.dtype, device)
+    bits = architecture.choose_bits(options, source, device, dtype)
+    placement: Any = options.device_map or architecture.spread_over_devices(device, source)
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if source.gguf:
+        arguments |= _gguf_arguments(source, config)
     if bits and device.type == "cuda":
         arguments["quantization_config"] = bitsandbytes_config(bits)
         placement = placement or {"": device}
     if placement:
         arguments["device_map"] = placement
-    with calling_library(source), no_init_weights():  # a missing weight is an error: no random one is of use
-        if source.gguf:
-            check_blocks(source, config)
-        model, report = _class_for(config).from_pretrained(
-            source.folder, trust_remote_code=source.trust_remote_code, **arguments
-        )
-    check_report(source, model, report)
+    with calling_library(source), no_init_weights():  # what is missing is an error, so no random number is of any use
+        model, report = _read_model(source, _class_for(source, config), config, **arguments)
+    integrity.check_report(source, model, report)
     if source.adapter:
         model = _merge_adapter(model, source, source.adapter)
-        _check_size(source, tokenizer, _rows_of(model))
-    check_values(source.folder, model)
+        integrity.check_vocabulary(source, tokenizer, _rows_of(model))
+    integrity.check_values(source.folder, model)
     model.name_or_path = source.name
     if not placement:
         model = model.to(device)
-    if bits and device.type != "cuda":
-        if device.type != "cpu":
-            raise HfkitError(f"--quantize works on a CPU and with CUDA, not on {device}: add --device cpu")
+    if bits and device.type == "cpu":
         quantize(model, bits)
     precision = bits or str(dtype).removeprefix("torch.")
     detail(f"{source.name}: {model.num_parameters():,} parameters, {precision} on {placement or device}")
@@ -230,41 +217,60 @@ def load_with_head(
     Raises:
         HfkitError: more than the head is missing.
     """
-    check_files(source)
     config = load_config(source)
+    is_new = architecture.head_of(config) != head
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
-    elif head_of(config) != head:
+    elif is_new:
         config.num_labels = 2  # where an answer begins, and where it ends
     config.pad_token_id = tokenizer.pad_token_id
-    kind = AutoModelForSequenceClassification if labels else AutoModelForQuestionAnswering
-    with calling_library(source):
-        model, report = kind.from_pretrained(
-            source.folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-            trust_remote_code=source.trust_remote_code, ignore_mismatched_sizes=head_of(config) != head,
-        )  # fmt: skip
+    model, report = _read_model(source, _HEADS[head], config, dtype=torch.float32, ignore_mismatched_sizes=is_new)
     body = f"{model.base_model_prefix}."
     # A pooler belongs to the head: a masked language model has none.
     missing = [key for key in report["missing_keys"] if key.startswith(body) and ".pooler." not in key]
-    check_names(source.folder, missing=missing)
-    trainable: PreTrainedModel = model.to(choose_device(options))
+    integrity.check_names(source.folder, missing=missing)
+    trainable: PreTrainedModel = model.to(architecture.choose_device(options))
     return trainable
 
 
-def _class_for(config: Any) -> Any:
-    import transformers
+def _read_model(source: ModelFiles, kind: Any, config: Any, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+    """The model of `source` as a transformers class, and the names that `from_pretrained` reports."""
+    for folder in {source.folder, source.adapter or source.folder}:
+        check_weights(folder)
+    with calling_library(source):
+        integrity.check_family(source, config)
+        model, report = kind.from_pretrained(
+            source.folder,
+            config=config,
+            use_safetensors=None if source.gguf else True,
+            output_loading_info=True,
+            trust_remote_code=source.trust_remote_code,
+            **arguments,
+        )
+    return model, report
 
-    match head_of(config):
-        case "classification":
-            return transformers.AutoModelForSequenceClassification
-        case "question-answering":
-            return transformers.AutoModelForQuestionAnswering
-        case "masked" | "other":
-            return transformers.AutoModel
+
+def _class_for(source: ModelFiles, config: Any) -> Any:
+    if kind := _HEADS.get(architecture.head_of(config)):
+        return kind
     if config.model_type == "gpt2":
         return transformers.GPT2LMHeadModel
-    return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
+    if type(config) in transformers.MODEL_MAPPING and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise HfkitError(f"{source.name} is a {config.model_type}, which does not write text: choose another model")
+    return transformers.AutoModelForCausalLM
+
+
+def _gguf_arguments(source: ModelFiles, config: Any) -> dict[str, Any]:
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    with calling_library(source):
+        integrity.check_blocks(source, config)
+    reader.tqdm = lambda tensors, **_: tensors  # type: ignore[assignment, attr-defined]  # nothing else hides this progress bar
+    # Without dequantize=True the model could not be saved.
+    return {"gguf_file": source.gguf, "quantization_config": transformers.GgufConfig(dequantize=True)}
 
 
 def _merge_adapter(model: PreTrainedModel, source: ModelFiles, folder: Path) -> PreTrainedModel:
@@ -275,8 +281,7 @@ def _merge_adapter(model: PreTrainedModel, source: ModelFiles, folder: Path) -> 
     with calling_library(source), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft only warns of what is an error below
         with safe_open(folder / "adapter_model.safetensors", framework="np") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        saved = set(shapes)
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
         # An adapter that was trained with new tokens has the whole embedding, with more rows than that of its base.
         embedding = next(name for name, part in model.named_modules() if part is model.get_input_embeddings())
         rows = shapes.get(f"base_model.model.{embedding}.weight", [0])[0]
@@ -284,15 +289,7 @@ def _merge_adapter(model: PreTrainedModel, source: ModelFiles, folder: Path) -> 
             model.resize_token_embeddings(rows, mean_resizing=False)
         adapted = PeftModel.from_pretrained(model, folder, use_safetensors=True)
         wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        check_names(folder, missing=wanted - saved, unexpected={name for name in saved - wanted if "lora_" in name})
+        unexpected = {name for name in shapes.keys() - wanted if "lora_" in name}
+        integrity.check_names(folder, missing=wanted - shapes.keys(), unexpected=unexpected)
         merged: PreTrainedModel = adapted.merge_and_unload()
         return merged
-
-
-def _gguf_arguments(file: str) -> dict[str, Any]:
-    from transformers import GgufConfig
-    from transformers import modeling_gguf_pytorch_utils as reader
-
-    reader.tqdm = lambda tensors, **_: tensors  # type: ignore[assignment, attr-defined]  # nothing else hides this progress bar
-    # Without dequantize=True the model could not be saved.
-    return {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)}

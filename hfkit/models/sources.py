@@ -1,43 +1,26 @@
-"""From a model's name to a local folder that is safe to load. Imports neither torch nor transformers."""
+"""From a model's name to a local folder that is safe to load. Imports neither torch nor transformers.
 
-import math
+What is cached never touches the network; a Hub that cannot be reached fails within seconds.
+"""
+
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import hfkit
-from hfkit.errors import HfkitError, first_line
-from hfkit.models.download import from_hub
-from hfkit.models.folder import check_header, has_tokenizer, is_inside, read_json, weight_files
+from hfkit.console import detail
+from hfkit.errors import HfkitError
+from hfkit.hub import PROBE_SECONDS, endpoint, explain_hub_error, reach_hub
+from hfkit.models.folder import INDEX, ModelFiles, check_folder, check_header, has_tokenizer, read_json, weight_files
 from hfkit.options import ModelOptions
-from hfkit.storage import check_free, check_owned, make_writable
+from hfkit.storage import check_home
 
 BUNDLED = Path(hfkit.__file__).parent / "bundled"
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """The files of a model on this machine."""
-
-    name: str  # as the user gave it
-    folder: Path
-    config: dict[str, Any]  # config.json; empty for a .gguf file
-    gguf: str | None = None  # name of the .gguf file inside `folder`
-    adapter: Path | None = None  # folder of a LoRA adapter on top of the model
-    trust_remote_code: bool = False
-
-    @property
-    def size(self) -> int:
-        """Bytes of the weight files."""
-        files = [self.folder / self.gguf] if self.gguf else list(self.folder.glob("*.safetensors"))
-        return sum(file.stat().st_size for file in files)
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        """The folder with the tokenizer and the task: the adapter's own, if it has them, else the model's."""
-        return self.adapter if self.adapter and has_tokenizer(self.adapter) else self.folder
+# What is downloaded: these files and the weights, of which a repository may hold several layouts.
+_SMALL_FILES = (".json", ".model", ".spm", ".txt", ".jinja", ".py")
+_WHOLE_WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 
 
 def find_model(options: ModelOptions | str | None = None) -> ModelFiles:
@@ -62,7 +45,7 @@ def find_model(options: ModelOptions | str | None = None) -> ModelFiles:
         return _with_base(name, path, options)
     config = read_json(path / "config.json", name)
     source = ModelFiles(name, path, config, trust_remote_code=options.trust_remote_code)
-    _check_folder(source)
+    check_folder(source)
     return source
 
 
@@ -73,6 +56,17 @@ def _local(name: str) -> Path | None:
         return path if name and path.exists() else None
     except (OSError, RuntimeError):  # too long for a path, a folder we may not read, ~nobody
         return None
+
+
+def _check_gguf(name: str, path: Path) -> ModelFiles:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise HfkitError(f"{name} cannot be read: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise HfkitError(f"not a model ({name}): give a .gguf file or a folder with config.json")
+    return ModelFiles(name, path.parent, {}, gguf=path.name)
 
 
 def _with_base(name: str, path: Path, options: ModelOptions) -> ModelFiles:
@@ -94,104 +88,92 @@ def _with_base(name: str, path: Path, options: ModelOptions) -> ModelFiles:
     except HfkitError as error:
         hint = ", which runs for a model that is named itself" if options.trust_remote_code else ""
         raise HfkitError(f"no base model for the adapter ({path}): {error}{hint}") from error
+    if folder:
+        _check_base(path, source)
     return replace(source, name=name, adapter=path)
 
 
-def _check_gguf(name: str, path: Path) -> ModelFiles:
+def _check_base(adapter: Path, base: ModelFiles) -> None:
+    """Raise HfkitError if the weights of an adapter's local base are not those that the adapter was trained on."""
+    run = read_json(adapter / "run.json", base.name) if (adapter / "run.json").is_file() else {}
+    # A run of an old version recorded only the size.
+    if any(run.get(name, value) != value for name, value in base.fingerprint.items()):
+        raise HfkitError(
+            f"the base of the adapter has changed since it was trained ({adapter}: {base.folder}): train the adapter "
+            "again, or put the old base back"
+        )
+
+
+def from_hub(name: str, revision: str | None) -> Path:
+    """The folder of a Hub model, from the cache if it is complete there, else downloaded."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not listed
+
     try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise HfkitError(f"{name} cannot be read: {error.strerror}") from error
-    if magic != b"GGUF":
-        raise HfkitError(f"not a model ({name}): give a .gguf file or a folder with config.json")
-    return ModelFiles(name, path.parent, {}, gguf=path.name)
-
-
-def _check_folder(source: ModelFiles) -> None:
-    folder, name = source.folder, source.name
-    if _names_kernel(source.config):
-        raise HfkitError(f"config.json asks for code from the Hub ({folder}): remove its attn_implementation")
-    architectures = source.config.get("architectures") or []
-    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise HfkitError(f"config.json is damaged ({folder}): architectures is {architectures!r}; get the model again")
-    if "transformers_weights" in source.config:
-        # transformers would load that file, or the shards that it lists, unchecked.
-        raise HfkitError(f"config.json names other weights ({folder}): remove its transformers_weights")
-    _check_code(source)
-    shards = weight_files(folder, name)
-    if shards == ["model.safetensors"] and not (folder / shards[0]).is_file():
-        other = next((file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".h5")), None)
-        what = f"only {other}, which is not safetensors and could run code" if other else "no model.safetensors"
-        raise HfkitError(f"{what} ({folder}): save the model again with save_pretrained")
-    for shard in shards:
-        path = folder / shard
-        if not shard.isprintable() or Path(shard).name != shard or not is_inside(path, folder):
-            raise HfkitError(f"weights outside of the model's folder ({folder}: {shard}): refused")
-        if not path.is_file():
-            raise HfkitError(f"a part of the weights is missing ({path}): get the model again")
-        check_header(path)
-    if not has_tokenizer(folder):
-        raise HfkitError(f"no tokenizer files ({folder}): copy tokenizer.json of the model into it")
-
-
-def _names_kernel(config: dict[str, Any]) -> bool:
-    """Whether a config, or one of its sub-configs, names an attention implementation `owner/name`: code on the Hub."""
-    configs = [config, *(value for value in config.values() if isinstance(value, dict))]
-    return any("attn_implementation" in key and "/" in str(part[key]) for part in configs for key in part)
-
-
-def needs_code(source: ModelFiles) -> HfkitError:
-    """The error for a model that only its own code can load."""
-    name = source.folder if source.adapter else source.name
-    return HfkitError(f"{name} needs its own Python code ({source.folder}): read it, then --trust-remote-code")
-
-
-def _check_code(source: ModelFiles) -> None:
-    """Refuse code, or with trust code outside the folder: `owner/name--module.Class` is whatever is there today."""
-    auto_map = source.config.get("auto_map")
-    if not source.trust_remote_code:
-        if auto_map and "model_type" not in source.config:
-            raise needs_code(source)
-        return
-    if (source.folder / "tokenizer_config.json").is_file():
-        auto_map = [auto_map, read_json(source.folder / "tokenizer_config.json", source.name).get("auto_map")]
-    if "--" in str(auto_map):
-        raise HfkitError(f"auto_map names code of another repository ({source.folder}): copy it here and read it")
-
-
-def count_parameters(source: ModelFiles) -> int:
-    """Number of parameters of a saved model, read from its files alone."""
-    if source.gguf:
-        from gguf import GGUFReader
-
-        return sum(int(tensor.n_elements) for tensor in GGUFReader(source.folder / source.gguf).tensors)
-    from safetensors import safe_open
-
-    total = 0
-    for path in source.folder.glob("model*.safetensors"):
-        with safe_open(path, framework="np") as file:
-            total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    return total
-
-
-def check_target(target: Path, source: ModelFiles, *, overwrite: bool) -> None:
-    """Raise HfkitError unless a model made from `source` can be written to `target` and nothing of value is lost."""
-    make_writable(target.parent)
+        validate_repo_id(name)
+    except HFValidationError:
+        why = "no such file or folder, and a Hub name looks like gpt2 or owner/name"
+        raise HfkitError(f"no model {name!r}: {why}") from None
+    for file in ("config.json", "adapter_config.json"):
+        cached = try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(cached, str) and _is_whole(Path(cached).parent):
+            return Path(cached).parent
+    missing = f"no folder {name!r} here{_suggestion(name)}, and"
+    if constants.is_offline_mode():
+        raise HfkitError(
+            f"{missing} of the Hub's models it is not cached and HF_HUB_OFFLINE is set: "
+            "check the name, unset it, or use -m bundled or a local folder"
+        )
+    check_home(Path(constants.HF_HUB_CACHE))
     try:
-        target.lstat()
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:  # a folder cannot have this name
-        raise HfkitError(f"cannot write to {target}: {first_line(error)}; name another --output-dir") from error
-    if target.is_symlink() or not target.is_dir():
-        raise HfkitError(f"{target} is not a folder: name another --output-dir")
-    if not any(target.iterdir()):
-        return
-    for folder in (source.folder, source.adapter or source.folder):
-        if folder.resolve().is_relative_to(target.resolve()):
-            raise HfkitError(f"{target} holds the model itself: name another --output-dir")
-    check_owned(target, hidden=True)  # the whole folder is replaced
-    if not (target / "config.json").is_file():
-        raise HfkitError(f"{target} does not hold a model: name another --output-dir")
-    check_free(target, overwrite=overwrite, flag="--output-dir")
+        reach_hub(name)
+    except HfkitError as error:
+        raise HfkitError(f"{missing} {error}") from error
+    return _download(name, revision)
+
+
+def _suggestion(name: str) -> str:
+    """The folder beside a missing one that it may be."""
+    parent = Path(name).parent
+    folders = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    close = get_close_matches(Path(name).name, folders, n=1)
+    return f" (did you mean {parent / close[0]}?)" if close else ""
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cached snapshot has everything that loading needs. An interrupted download leaves only parts."""
+    if (folder / "adapter_config.json").is_file():
+        return (folder / "adapter_model.safetensors").is_file()
+    try:
+        needed = ["config.json", *weight_files(folder, folder.name)]
+    except HfkitError:
+        return False
+    return has_tokenizer(folder) and all((folder / file).is_file() for file in needed)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    try:
+        info = HfApi().model_info(name, revision=revision, timeout=PROBE_SECONDS)
+        files = [file.rfilename for file in info.siblings or [] if "/" not in file.rfilename]
+    except Exception as error:  # whatever answers may not be a Hub, so more than httpx's errors
+        raise HfkitError(explain_hub_error(error, name, revision)) from error
+    if not any(file in files for file in (*_WHOLE_WEIGHTS, INDEX)):
+        raise HfkitError(f"{name} has no safetensors weights: choose a model that has, or another --revision")
+    if not any(file in files for file in ("config.json", "adapter_config.json")):
+        raise HfkitError(f"{name} has no config.json: choose a transformers model")
+    detail(f"downloading {name} from {endpoint()}")
+    try:
+        # Not snapshot_download: it lists the files without a timeout and hides the Hub's errors. All files are of one
+        # commit. Asking for one by the revision's name, once all are there, records the commit in the cache.
+        small = [file for file in files if file.endswith(_SMALL_FILES)]
+        folder = Path([hf_hub_download(name, file, revision=info.sha) for file in small][0]).parent
+        for file in [file for file in _WHOLE_WEIGHTS if file in files] or weight_files(folder, name):
+            hf_hub_download(name, file, revision=info.sha)
+        return Path(hf_hub_download(name, small[0], revision=revision)).parent
+    except HfkitError:
+        raise
+    except Exception as error:
+        raise HfkitError(explain_hub_error(error, name, revision, started=True)) from error

@@ -1,4 +1,4 @@
-"""Report pages: of one run, of several runs side by side, and of a search. Each is one file that fetches nothing."""
+"""The model card, and report pages of one run, of several runs and of a search: single files that fetch nothing."""
 
 import contextlib
 import json
@@ -12,20 +12,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from huggingface_hub import ModelCardData
 from markupsafe import Markup
 
-from hfkit.console import counted
+from hfkit.console import counted, printable
 from hfkit.errors import HfkitError, first_line
-from hfkit.reporting.cards import make_card
 from hfkit.reporting.pictures import Curve, draw_curves, draw_measure, plot_trials, points, smooth, to_png, to_svg
-from hfkit.reporting.summaries import Summary, compared_by, merit, show_figure, summarize
+from hfkit.reporting.summaries import Summary, compared_by, merit, show_figure, show_value, summarize
 from hfkit.reporting.templates import render
 from hfkit.storage import make_writable, write_text
 
 METRICS, SEARCH = "metrics.json", "tuning.json"  # in the folder of a run, and of a search
 CARD, PAGE, PICTURE = "README.md", "report.html", "loss.png"
-
-
+_TAGS = {"classification": "text-classification", "question-answering": "question-answering"}  # of the Hub, by head
 # What a run logs, and what a chart of it is called.
 _MEASURES = {
     "eval_loss": "held-out loss",
@@ -41,7 +40,21 @@ def make_files(metrics: dict[str, Any]) -> dict[str, str | bytes]:
     summary = summarize(metrics)
     figure = draw_curves(metrics["history"], summary.unit)
     page = render("report.html.jinja", folder=metrics["folder"], run=summary, curves=to_svg(figure))
-    return {CARD: make_card(metrics, summary, PICTURE), PAGE: page, PICTURE: to_png(figure, dpi=160)}
+    return {CARD: _make_card(metrics, summary), PAGE: page, PICTURE: to_png(figure, dpi=160)}
+
+
+def _make_card(metrics: dict[str, Any], summary: Summary) -> str:
+    """The model card, as the Hub shows it."""
+    model = metrics["model"]
+    is_on_hub = not metrics["from_nothing"] and model != "bundled" and not Path(model).exists()
+    data = ModelCardData(
+        library_name=metrics["library"],
+        pipeline_tag=_TAGS.get(str(metrics.get("head")), "text-generation"),
+        base_model=model if is_on_hub else None,
+    )
+    head = Markup(data.to_yaml().strip())  # noqa: S704, YAML is quoted by its writer
+    line = Markup(printable(summary.command))  # noqa: S704, indented lines are code
+    return render("card.md.jinja", head=head, metrics=metrics, run=summary, line=line, picture=PICTURE)
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
@@ -89,7 +102,7 @@ class _Run:
     summary: Summary
     curves: dict[str, Curve]  # by the names of _MEASURES
     cells: dict[str, str]  # the row of the run
-    rank: float  # the smaller, the better
+    rank: tuple[float, float]  # see `merit`
 
 
 def _read_run(folder: Path, output: Path) -> _Run:
@@ -97,14 +110,13 @@ def _read_run(folder: Path, output: Path) -> _Run:
     target = folder / PAGE if (folder / PAGE).is_file() else folder
     with _checked(folder / METRICS, "run"):
         summary, copied = summarize(metrics), metrics.get("copied")
-        scores = {name: (before, after) for name, before, after, _ in summary.scores}
         cells: dict[str, str] = {}
-        for name in ("accuracy", "perplexity"):
-            if before_after := scores.get(f"held-out {name}"):
-                cells |= {name: before_after[1], f"{name} before": before_after[0]}
-        loss = metrics.get("loss")
+        for name, before, after, _ in summary.scores:
+            if name in ("held-out accuracy", "held-out perplexity"):
+                name = name.removeprefix("held-out ")
+                cells |= {name: after, f"{name} before": before}
         cells |= {
-            "loss": "–" if loss is None else f"{loss:.4f}",
+            "loss": show_figure(metrics.get("loss"), "loss"),
             "copied": f"{copied['share']:.1%}" if copied else "",
             "step": f"{metrics['step']:,}",
             "tokens": f"{metrics['tokens']:,}",
@@ -117,50 +129,40 @@ def _read_run(folder: Path, output: Path) -> _Run:
             summary=summary,
             curves={name: points(metrics["history"], name) for name in _MEASURES},
             cells=cells,
-            rank=-metrics["accuracy"] if metrics.get("accuracy") is not None else math.inf if loss is None else loss,
+            rank=merit(metrics.get("accuracy"), metrics.get("loss")),
         )
 
 
 def _runs_page(folders: Sequence[Path], output: Path) -> str:
     runs = [_read_run(folder, output) for folder in folders]
-    kinds: dict[str, list[_Run]] = {}
-    for run in runs:
-        kinds.setdefault(run.summary.kind, []).append(run)
-    names = list(runs[0].summary.settings)
-    differing = [
-        (name, *(run.summary.settings[name] for run in runs))
-        for name in names
-        if name != "command" and len({run.summary.settings[name] for run in runs}) > 1
-    ]
-    groups = [_group(kind, members) for kind, members in kinds.items()]
+    kinds = dict.fromkeys(run.summary.kind for run in runs)
+    groups = [_group(kind, [run for run in runs if run.summary.kind == kind]) for kind in kinds]
+    settings = [(name, *(run.summary.settings[name] for run in runs)) for name in runs[0].summary.settings]
     return render(
         "runs.html.jinja",
         headline=groups[0]["headline"] if len(groups) == 1 else f"{len(runs)} runs of {len(groups)} tasks",
         groups=groups,
         settings_head=["", *(run.folder for run in runs)],
-        settings=differing,
+        settings=[(name, *values) for name, *values in settings if name != "command" and len(set(values)) > 1],
         runs=runs,
     )
 
 
 def _group(kind: str, runs: list[_Run]) -> dict[str, Any]:
     """Runs that do the same task: a table, the best run marked, and a chart for each measure."""
-    head = list(
-        dict.fromkeys(name for run in runs for name in run.cells if any(other.cells.get(name) for other in runs))
-    )
+    names = dict.fromkeys(name for run in runs for name in run.cells)
+    head = [name for name in names if any(run.cells.get(name) for run in runs)]
     charts: dict[str, Markup] = {}
     for name, label in _MEASURES.items():
         curves = {run.folder: smooth(run.curves[name]) if name == "loss" else run.curves[name] for run in runs}
         is_accuracy = label == "held-out accuracy"
         if any(curves.values()) and not (is_accuracy and ("accuracy" not in head or label in charts)):
             charts[label] = to_svg(draw_measure(curves, label))
-    best = min(range(len(runs)), key=lambda number: runs[number].rank)
-    headline = runs[best].summary.headline
+    best = min(runs, key=lambda run: run.rank)
+    headline = best.summary.headline
     if len(runs) > 1:
-        is_measured = runs[best].rank < math.inf
-        headline = (
-            f"Best of {len(runs)} runs: {runs[best].folder}. {headline}" if is_measured else "No run was measured"
-        )
+        is_measured = best.rank[1] < math.inf
+        headline = f"Best of {len(runs)} runs: {best.folder}. {headline}" if is_measured else "No run was measured"
     return {
         "title": kind,
         "headline": headline,
@@ -185,7 +187,7 @@ def _search_page(folder: Path) -> str:
             (
                 f"{trial['number']}",
                 *(show_figure(trial[measure], measure) for measure in measures),
-                *(_short(trial["params"].get(name, "")) for name in options),
+                *(show_value(trial["params"].get(name, "")) for name in options),
                 str(trial["state"]) + (", the defaults" if trial.get("default") else ""),
             )
             for trial in trials
@@ -224,11 +226,7 @@ def explain_search(trials: Sequence[dict[str, Any]], before: float | None = None
     parts = []
     for what, value in rivals.items():
         if value is not None:
-            gain = abs(best[figure] - value)
-            by = f"{100 * gain:.1f} points" if figure == "accuracy" else f"{gain:.4f}"
-            parts.append(f"{by} {'above' if best[figure] > value else 'below'} that of {what}")
+            gain = best[figure] - value
+            by = f"{100 * abs(gain):.1f} points" if figure == "accuracy" else f"{abs(gain):.4f}"
+            parts.append((f"{by} {'above' if gain > 0 else 'below'}" if gain else "equal to") + f" that of {what}")
     return f"The held-out {figure} of trial {best['number']} is {', '.join(parts)}." if parts else ""
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from hfkit.console import printable
-from hfkit.reporting.summaries import compared_by
+from hfkit.reporting.summaries import compared_by, merit
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +25,10 @@ _LABELLED = 48  # tokens along an axis that get a name; of more, every second, t
 _PITCH = 0.11  # inches that a name needs
 _WIDTH, _LARGEST = 7.5, 64.0  # inches: of one layer's heads, and of any picture
 # matplotlib's own font has no Chinese, Japanese or Korean. One of these is installed where people read them.
-_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
-          "Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Arial Unicode MS")  # fmt: skip
+_FONTS = (
+    "Noto Sans CJK SC,Noto Sans CJK JP,Noto Sans SC,WenQuanYi Zen Hei,WenQuanYi Micro Hei,Droid Sans Fallback,"
+    "PingFang SC,Hiragino Sans,Microsoft YaHei,Arial Unicode MS"
+).split(",")
 _INK = "#010203"  # replaced in an SVG by the colour of the page's text
 
 
@@ -120,30 +122,30 @@ def draw_attention(attention: "torch.Tensor", words: Sequence[str], layer: int |
     return to_png(figure)
 
 
-def draw_trials(trials: Sequence[dict[str, Any]], importances: dict[str, float]) -> bytes:
-    """A search, as PNG: see `plot_trials`."""
-    return to_png(plot_trials(trials, importances))
-
-
 def plot_trials(trials: Sequence[dict[str, Any]], importances: dict[str, float]) -> "Figure":
     """Scores of a search's trials in order and against each option's values, and what the options are worth.
 
     The best trial is marked in every chart.
     """
-    figure_name = compared_by(trials)
+    measure = compared_by(trials)
     scored = [trial for trial in trials if trial["loss"] is not None]
-    names = list({**importances, **{name: 0 for trial in scored for name in trial["params"]}})
+    scores = [trial[measure] for trial in scored]
+    best = min(scored, key=lambda trial: merit(trial.get("accuracy"), trial["loss"]))
+    names = list(dict.fromkeys([*importances, *(name for trial in scored for name in trial["params"])]))
     charts = 1 + bool(importances) + len(names)
-    figure, grid = _start(-(-charts // 3), 3, size=(10.8, 3.0 * -(-charts // 3)))
-    order, *rest = grid
-    scores = [trial[figure_name] for trial in scored]
-    better = max if figure_name == "accuracy" else min
-    best = scores.index(better(scores)) if scores else None
-    so_far = [better(scores[: number + 1]) for number in range(len(scores))]
+    figure, (order, *rest) = _start(-(-charts // 3), 3, size=(10.8, 3.0 * -(-charts // 3)))
+
+    def scatter(axes: "Axes", label: str, values: list[Any]) -> None:
+        known = [(value, score) for value, score in zip(values, scores, strict=True) if value is not None]
+        axes.plot(*zip(*known, strict=True), "o", color="C0", alpha=0.7)
+        if (star := values[scored.index(best)]) is not None:
+            axes.plot([star], [best[measure]], "*", color="C3", markersize=14, label="best")
+        axes.set(xlabel=label, ylabel=f"held-out {measure}")
+
     numbers = [trial["number"] for trial in scored]
-    _scatter(order, numbers, scores, best)
+    so_far = (np.maximum if measure == "accuracy" else np.minimum).accumulate(scores)
+    scatter(order, "trial", numbers)
     order.plot(numbers, so_far, drawstyle="steps-post", color="C1", label="best so far")
-    order.set(xlabel="trial", ylabel=f"held-out {figure_name}")
     _add_legend(order)
     _use_whole_numbers(order)
     if importances:
@@ -152,29 +154,18 @@ def plot_trials(trials: Sequence[dict[str, Any]], importances: dict[str, float])
         for place, name in enumerate(importances):
             bars.text(0.01, place, name, va="center", fontsize=9, color=_INK)
         bars.invert_yaxis()
-        bars.set(xlabel=f"share of the differences in {figure_name}", xlim=(0, 1), yticks=[])
+        bars.set(xlabel=f"share of the differences in {measure}", xlim=(0, 1), yticks=[])
     for axes, name in zip(rest, names, strict=False):
-        tried = [
-            (trial["params"][name], score)
-            for trial, score in zip(scored, scores, strict=True)
-            if name in trial["params"]
-        ]
-        values, heights = [value for value, _ in tried], [score for _, score in tried]
-        if not all(isinstance(value, int | float) for value in values):
-            values = [str(value) for value in values]
-        _scatter(axes, values, heights, heights.index(better(heights)))
-        if all(isinstance(value, float) and value > 0 for value in values) and max(values) > 20 * min(values):
+        values = [trial["params"].get(name) for trial in scored]
+        known = [value for value in values if value is not None]
+        if not all(isinstance(value, int | float) for value in known):
+            values = [None if value is None else str(value) for value in values]
+        scatter(axes, name, values)
+        if all(isinstance(value, float) and value > 0 for value in known) and max(known) > 20 * min(known):
             axes.set_xscale("log")
-        axes.set(xlabel=name, ylabel=f"held-out {figure_name}")
     for axes in rest[len(names) :]:
         axes.set_visible(False)
     return figure
-
-
-def _scatter(axes: "Axes", x: Sequence[Any], y: Sequence[float], best: int | None) -> None:
-    axes.plot(x, y, "o", color="C0", alpha=0.7)
-    if best is not None:
-        axes.plot([x[best]], [y[best]], "*", color="C3", markersize=14, label="best")
 
 
 def _start(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple["Figure", list["Axes"]]:

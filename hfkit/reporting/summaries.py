@@ -14,7 +14,6 @@ from hfkit.console import counted, duration, printable, with_error
 _COMMANDS = {
     "classification": 'hfkit classify -m {folder} "A text"',
     "question-answering": 'hfkit answer -m {folder} "A question?" --context text.txt',
-    None: "hfkit generate -m {folder} {prompt}",
 }
 _SENTENCE_END = re.compile(r"""[.!?…。！？]["'”’»)]*(?=\s|$)""")
 
@@ -31,9 +30,12 @@ def compared_by(trials: Iterable[dict[str, Any]]) -> str:
 
 def show_figure(value: float | None, name: str) -> str:
     """A loss, an accuracy or a perplexity as a text."""
-    if value is None:
-        return "–"
-    return f"{value:.1%}" if name == "accuracy" else f"{value:.4f}" if name == "loss" else f"{value:,.2f}"
+    return "–" if value is None else format(value, {"accuracy": ".1%", "loss": ".4f"}.get(name, ",.2f"))
+
+
+def show_value(value: Any) -> str:
+    """The value of a training option as a text."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,18 @@ def summarize(metrics: dict[str, Any]) -> Summary:
         _cut(f"Sample {number}", prompt if text.startswith(prompt) else "", text.removeprefix(prompt))
         for number, text in enumerate(metrics.get("samples") or [], 1)
     ]
-    headline, explanation = _judge(metrics)
+    unit = "nats per example" if metrics.get("head") else "nats per token"
+    headline, explanation = _judge(metrics, unit)
     return Summary(
         name=str(metrics["folder"]).rstrip("/").rpartition("/")[2],
         kind=metrics.get("head") or (f"task {task['template'].strip()}" if task else "text"),
-        unit=_unit(metrics),
+        unit=unit,
         headline=headline,
         explanation=explanation,
         command=_command(metrics),
         has_weights=metrics.get("has_weights", True),
         template=json.dumps(task["template"], ensure_ascii=False) if task else "",
-        scores=_scores(metrics),
+        scores=_scores(metrics, unit),
         before_after=_before_and_after(metrics),
         samples=samples,
         copying=_copying(metrics, len(samples)),
@@ -94,7 +97,7 @@ def summarize(metrics: dict[str, Any]) -> Summary:
     )
 
 
-def _judge(metrics: dict[str, Any]) -> tuple[str, str]:
+def _judge(metrics: dict[str, Any], unit: str) -> tuple[str, str]:
     """What the run gained: a headline, and a sentence that explains it."""
     if metrics.get("loss") is None:
         return "Not measured", (
@@ -111,7 +114,7 @@ def _judge(metrics: dict[str, Any]) -> tuple[str, str]:
         return headline, f"On what it was not trained on the model is {verdict} than {always}."
     if gain is None:
         return headline, f"{'Higher' if name == 'accuracy' else 'Lower'} is better."
-    by = f"{with_error(abs(gain), error, '.4f')} {_unit(metrics)}"
+    by = f"{with_error(abs(gain), error, '.4f')} {unit}"
     if gain > 2 * (error or 0.0):
         return headline, f"The model predicts what it was not trained on better than before: its loss fell by {by}."
     if gain < -2 * (error or 0.0):
@@ -119,43 +122,35 @@ def _judge(metrics: dict[str, Any]) -> tuple[str, str]:
     return headline, f"That is no clear gain: the loss changed by {by}, which is within its error."
 
 
-def _unit(metrics: dict[str, Any]) -> str:
-    return "nats per example" if metrics.get("head") else "nats per token"
-
-
 def _command(metrics: dict[str, Any]) -> str:
-    task, head = metrics.get("task"), metrics.get("head")
+    task = metrics.get("task")
     folder = shlex.quote(" ".join(printable(metrics["folder"]).split()))
     if not metrics.get("has_weights", True):
         return f"hfkit finetune --config {folder}/recipe.yaml"
-    kind = "classification" if task and task.get("labels") else head
+    kind = "classification" if task and task.get("labels") else metrics.get("head")
+    if kind in _COMMANDS:
+        return _COMMANDS[kind].format(folder=folder)
     prompt = "A text" if task else printable(" ".join((metrics.get("prompt") or "Once").split()))
-    return _COMMANDS.get(kind, _COMMANDS[None]).format(folder=folder, prompt=shlex.quote(prompt))
+    return f"hfkit generate -m {folder} {shlex.quote(prompt)}"
 
 
-def _scores(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def _scores(metrics: dict[str, Any], unit: str) -> list[tuple[str, str, str, str]]:
     if metrics.get("loss") is None:
         return []
-    gain, error = metrics.get("loss_gain"), metrics.get("loss_gain_stderr")
-    difference = "" if gain is None else with_error(-gain, error or None, "+.4f")
-    before, after = show_figure(metrics["loss_before"], "loss"), show_figure(metrics["loss"], "loss")
-    rows = [(f"held-out loss ({_unit(metrics)})", before, after, difference)]
-    if metrics.get("perplexity") is not None:
-        before = show_figure(metrics["perplexity_before"], "perplexity")
-        rows.insert(0, ("held-out perplexity", before, _perplexity(metrics), ""))
-    if metrics.get("accuracy") is not None:
-        before, after = (show_figure(metrics[name], "accuracy") for name in ("accuracy_before", "accuracy"))
-        rows.insert(0, ("held-out accuracy", before, after, ""))
+    gain, gain_error, error = (metrics.get(name) for name in ("loss_gain", "loss_gain_stderr", "loss_stderr"))
+    rows = []
+    if (accuracy := metrics.get("accuracy")) is not None:
+        before = show_figure(metrics["accuracy_before"], "accuracy")
+        rows.append(("held-out accuracy", before, show_figure(accuracy, "accuracy"), ""))
     if baseline := metrics.get("baseline"):
-        rows.insert(
-            1, (f"accuracy of always {baseline['label']!r}", "", show_figure(baseline["accuracy"], "accuracy"), "")
-        )
-    return rows
-
-
-def _perplexity(metrics: dict[str, Any]) -> str:
-    value, error = metrics.get("perplexity"), metrics.get("loss_stderr")
-    return "–" if value is None else with_error(value, value * error if error else None, ",.2f")
+        always = f"accuracy of always {baseline['label']!r}"
+        rows.append((always, "", show_figure(baseline["accuracy"], "accuracy"), ""))
+    if (perplexity := metrics.get("perplexity")) is not None:
+        before = show_figure(metrics["perplexity_before"], "perplexity")
+        rows.append(("held-out perplexity", before, with_error(perplexity, error and perplexity * error, ",.2f"), ""))
+    before, after = show_figure(metrics["loss_before"], "loss"), show_figure(metrics["loss"], "loss")
+    difference = "" if gain is None else with_error(-gain, gain_error or None, "+.4f")
+    return [*rows, (f"held-out loss ({unit})", before, after, difference)]
 
 
 def _before_and_after(metrics: dict[str, Any]) -> list[Sample]:

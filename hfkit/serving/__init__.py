@@ -6,5 +6,6 @@
 - `jobs`: from a request to the rows that answer it, and back to the event loop.
 - `replies`: what goes back, whole or as a stream.
 - `guard`: key, host, places and time limits of every request.
-- `app`: the routes. `server`: from a free port to the last reply.
+- `app`: the routes. `server`: from a free port to the last reply. `page.html`: a page to try the models on.
+- `vllm`: hand a model to vLLM.
 """

@@ -16,9 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 
 import hfkit
-from hfkit.corpus.chat import CHAT_TEMPLATE
+from hfkit.corpus.templates import CHAT_TEMPLATE, task_of
 from hfkit.errors import HfkitError, OptionError
-from hfkit.inference.likelihood import jsonable
+from hfkit.inference.scores import jsonable
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel
 from hfkit.serving import protocol
@@ -219,9 +219,9 @@ async def _tokenizer_info(request: fastapi.Request, model: str | None = None) ->
 
 
 def _model(server: Server, lm: LanguageModel) -> dict[str, Any]:
-    head = head_of(lm.model.config)
+    continues = not lm.model.config.is_encoder_decoder and not task_of(lm.tokenizer)
     return {"id": lm.name, "object": "model", "created": server.started, "owned_by": "hfkit",
-            "max_model_len": lm.context, "task": head}  # fmt: skip
+            "max_model_len": lm.context, "task": head_of(lm.model.config), "continues": continues}  # fmt: skip
 
 
 @router.get("/v1/models")

@@ -14,15 +14,17 @@ from transformers.cache_utils import DynamicCache
 
 from hfkit.inference.batches import default_size
 from hfkit.inference.decoding import Completion
-from hfkit.inference.generation import Generation, stream
+from hfkit.inference.generation import stream
+from hfkit.inference.results import Generation
 from hfkit.models.loading import LanguageModel
-from hfkit.serving.cache import SHORTEST_PREFIX, Prefixes, Window, can_share_steps, common_length
+from hfkit.serving.cache import Prefixes, Window, can_share_steps
 from hfkit.serving.reading import Prompts, top_tokens
 from hfkit.serving.rows import Row, Token, UnavailableError
 
 # Tokens of prompts in a round, while texts are being written and while none is.
 _PROMPT_TOKENS = {"cpu": (64, 512), "cuda": (1024, 8192)}
 _TOKENS_AT_ONCE = {"cpu": 32_768, "cuda": 262_144}  # columns of all rows
+_PATIENCE = 10.0  # seconds until the thread ends: beams cannot be interrupted
 
 
 class Engine:
@@ -65,7 +67,7 @@ class Engine:
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(_PATIENCE)
 
     def _run(self) -> None:
         with torch.inference_mode():
@@ -116,11 +118,21 @@ class StepEngine(Engine):
         self._reading: Prompts | None = None
         self._most, self._columns = default_size(lm), _TOKENS_AT_ONCE.get(device, 32_768)
         self._busy_tokens, self._idle_tokens = _PROMPT_TOKENS.get(device, (64, 512))
+        self._solo = SoloEngine(lm)  # for beams
         super().__init__(lm)
 
     @property
     def running(self) -> int:
         return len(self._rows) + (len(self._reading.rows) if self._reading else 0)
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        super().submit([row for row in rows if not row.is_special])
+        if special := [row for row in rows if row.is_special]:
+            self._solo.submit(special)
+
+    def stop(self) -> None:
+        self._solo.stop()
+        super().stop()
 
     def _drop_all(self) -> list[Row]:
         rows = self._rows + (self._reading.rows if self._reading else [])
@@ -145,10 +157,9 @@ class StepEngine(Engine):
             for row in self._take(self._rows, logits):
                 self._leave(row)
 
-    def _next_prompts(self, budget: int) -> "Prompts | None":
-        """Waiting rows whose prompts are read together: at most `budget` tokens, or a single longer one."""
-        groups: dict[tuple[int, ...], list[Row]] = {}
-        cache, alone = None, False  # alone: no other prompt can be read with the first one
+    def _next_prompts(self, budget: int) -> Prompts | None:
+        """Waiting rows whose prompts are read together: at most `budget` columns, or a single longer one."""
+        prompts: Prompts | None = None
         while self._waiting:
             row = self._waiting[0]
             if row.is_cancelled or row.is_late:
@@ -156,33 +167,17 @@ class StepEngine(Engine):
                 if not row.is_cancelled:
                     _end(row)
                 continue
-            ids = tuple(row.request.ids)
-            if groups and not self._shares(row, groups) and (alone or not self._fits(row, groups, budget)):
+            if not self._has_room(row, len(prompts.rows) if prompts else 0):
                 break
-            if not self._has_room(row, sum(map(len, groups.values()))):
+            if prompts is None:
+                prompts = Prompts(self.lm, self._prefixes, row)
+            elif not prompts.add(row, budget):
                 break
-            if not groups and not row.wishes.scores_prompt:
-                cache = self._prefixes.find(ids)
-            alone = row.wishes.scores_prompt or cache is not None
-            self.prompt_tokens += len(ids)
-            self.prompt_tokens_read += 0 if ids in groups else len(ids) - (cache.get_seq_length() if cache else 0)
-            groups.setdefault(ids, []).append(self._waiting.popleft())
-        return Prompts(self.lm, groups, cache) if groups else None
-
-    def _shares(self, row: Row, groups: dict[tuple[int, ...], list[Row]]) -> bool:
-        """Whether `groups` has the prompt of a row, read as this row needs it."""
-        others = groups.get(tuple(row.request.ids))
-        return others is not None and row.wishes.scores_prompt <= others[0].wishes.scores_prompt
-
-    def _fits(self, row: Row, groups: dict[tuple[int, ...], list[Row]], budget: int) -> bool:
-        """Whether another prompt can be read with those of `groups`.
-
-        One that begins like one of them waits until that is known, and so does one that begins like an earlier one.
-        """
-        ids = row.request.ids
-        columns = max(len(ids), *map(len, groups)) * (len(groups) + 1)
-        shared = max(self._prefixes.length(ids), *(common_length(ids, other) for other in groups))
-        return columns <= budget and shared < SHORTEST_PREFIX and not row.wishes.scores_prompt
+            self._waiting.popleft()
+        if prompts:
+            self.prompt_tokens += sum(len(row.request.ids) for row in prompts.rows)
+            self.prompt_tokens_read += prompts.count
+        return prompts
 
     def _has_room(self, row: Row, more: int) -> bool:
         """Whether one more row, after `more` others, keeps within the device's number of rows and tokens."""
@@ -190,21 +185,22 @@ class StepEngine(Engine):
         longest = max(len(each.request.ids) + each.request.new_tokens for each in [*self._rows, row])
         return count == 1 or (count <= self._most and count * longest <= self._columns)
 
-    def _join(self, prompts: "Prompts", logits: torch.Tensor) -> None:
+    def _join(self, prompts: Prompts, logits: torch.Tensor) -> None:
         """Write the first token of each text whose prompt has been read, (prompts, vocabulary), and go on with it."""
         self._reading = None
-        for ids, place in zip(prompts.groups, range(len(logits)), strict=True):
+        places = [place for place, rows in enumerate(prompts.groups.values()) for _ in rows]
+        for place, ids in enumerate(prompts.groups):
             if not prompts.scores:
                 self._prefixes.keep(ids, prompts.cache, place)
-        places = {id(row): place for place, rows in enumerate(prompts.groups.values()) for row in rows}
-        rows = [row for row in prompts.rows if row.request.new_tokens]
-        ended = self._take(rows, logits[[places[id(row)] for row in rows]]) if rows else []
+        pairs = [pair for pair in zip(prompts.rows, places, strict=True) if pair[0].request.new_tokens]
+        ended = self._take([row for row, _ in pairs], logits[[place for _, place in pairs]]) if pairs else []
+        for row, place in pairs:
+            if row not in ended:
+                self._window.add(prompts.cache, place, len(row.request.ids))
+                self._rows.append(row)
         for row in prompts.rows:
             if not row.request.new_tokens:
                 row.finish()
-            elif row not in ended:
-                self._window.add(prompts.cache, places[id(row)], len(row.request.ids))
-                self._rows.append(row)
 
     def _leave(self, row: Row) -> None:
         """Take a row out of the window, where the last one takes its place."""
@@ -274,11 +270,12 @@ class SoloEngine(Engine):
         self._row = None
 
     def _write(self, row: Row) -> None:
-        options = replace(row.options, seed=row.request.seed, num_return_sequences=None)
+        options = replace(row.options, seed=row.request.seed, num_return_sequences=None, max_time=row.seconds_left)
         pieces = stream(row.request, model=self.lm, options=options)
         try:
-            while not row.is_cancelled:
+            while not (row.is_cancelled or self._stopping):
                 row.show(next(pieces))
+            _end(row)
         except StopIteration as stop:
             text: Generation = stop.value
             self.tokens_written += text.tokens

@@ -58,6 +58,8 @@ def error_reply(status: int, message: str, *, param: str | None = None, code: st
 def explain(error: Exception) -> tuple[int, str, str | None]:
     """Status, message and code for what went wrong while a text was prepared or written."""
     match error:
+        case ClientDisconnect():
+            return 499, "nobody is there to read this", None
         case UnavailableError():
             return 503, str(error), None
         case HfkitError() if "do not fit" in str(error):
@@ -92,7 +94,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            await asyncio.wait_for(send(message), _STALLED)
+            async with asyncio.timeout(_STALLED):
+                await send(message)
 
         takes_place = scope["method"] == "POST"
         refusal = self._refusal(scope, headers)
@@ -104,8 +107,8 @@ class Guard:
             self._counts.in_flight += takes_place
             try:
                 await self._app(scope, _in_time(receive, headers), send_on)
-            except (ClientDisconnect, TimeoutError, OSError):
-                status = 499  # nobody is there to read a reply
+            except Exception as error:  # noqa: BLE001, the application has answered, if anybody is there to read it
+                console.detail(f"{request_id} ended early: {type(error).__name__}")
             finally:
                 self._counts.in_flight -= takes_place
                 if "job" in state:
@@ -130,14 +133,14 @@ class Guard:
         origin = headers.get("origin")
         if origin and origin.partition("://")[2] != headers.get("host"):
             return error_reply(403, "a page of another site may not call this server")
-        if (
-            scope["method"] == "POST"
-            and headers.get("content-type", "").partition(";")[0].strip() != "application/json"
-        ):
-            return error_reply(415, "the body is not JSON: send it with content-type application/json")
-        is_open = scope["method"] in ("GET", "HEAD") and scope["path"] in _OPEN
+        is_open = scope["method"] == "GET" and scope["path"] in _OPEN
         if self._settings.api_key and not is_open and not self._has_key(headers):
             return error_reply(401, "the API key is missing or wrong", code="invalid_api_key")
+        content = headers.get("content-type", "").partition(";")[0].strip()
+        if scope["method"] == "POST" and content != "application/json":
+            return error_reply(415, "the body is not JSON: send it with content-type application/json")
+        if int(headers.get("content-length", 0)) > self._settings.max_body:
+            return error_reply(413, f"the body is larger than {self._settings.max_body} bytes: send less")
         return None
 
     def _has_key(self, headers: Headers) -> bool:
@@ -153,7 +156,8 @@ def _in_time(receive: Receive, headers: Headers) -> Receive:
 
     async def receive_soon() -> Message:
         nonlocal waits
-        message = await asyncio.wait_for(receive(), _STALLED if waits else None)
+        async with asyncio.timeout(_STALLED if waits else None):
+            message = await receive()
         waits = waits and bool(message.get("more_body"))
         return message
 

@@ -6,15 +6,14 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from hfkit.corpus.chat import CHAT_TEMPLATE
-from hfkit.corpus.templates import task_of
+from hfkit.corpus.templates import CHAT_TEMPLATE, task_of
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.inference.controls import check_controls, check_options
 from hfkit.inference.generation import draw_seed
-from hfkit.inference.prompts import Request, fit_prompt
+from hfkit.inference.text import Request, fit_prompt
 from hfkit.models.loading import LanguageModel
 from hfkit.options import GenerateOptions
-from hfkit.serving.engine import Engine, StepEngine
+from hfkit.serving.engine import Engine
 from hfkit.serving.rows import Event, Piece, Result, Row, Wishes
 
 _TURNS = ("\nUser:", "\nAssistant:", "\nSystem:")  # where a model that is none for chats writes the other side, too
@@ -97,9 +96,12 @@ class Job:
 
     async def start(self, engine: Engine, seconds: float) -> None:
         """Hand the rows to the engine, which has so many seconds to write them."""
-        if self.plan.wishes.top is not None and not isinstance(engine, StepEngine):
-            raise OptionError(f"{engine.lm.name} gives no log-probabilities here: leave logprobs out")
         self.rows = await asyncio.to_thread(self._make_rows, engine.lm, seconds)
+        if self.plan.wishes != Wishes(streams=self.plan.wishes.streams) and any(row.is_special for row in self.rows):
+            raise OptionError(
+                "models with an encoder and beams know no log-probabilities, penalties and biases of tokens: "
+                "leave these out"
+            )
         engine.submit(self.rows)
 
     def _make_rows(self, lm: LanguageModel, seconds: float) -> list[Row]:

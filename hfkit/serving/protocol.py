@@ -31,16 +31,20 @@ Ids = list[int]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class Body(BaseModel):
-    """What every request may have. Null is as good as nothing."""
-
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-    model: str | None = None
+class _Nullable(BaseModel):
+    """Null is as good as nothing: many clients send it for what they leave out."""
 
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, values: Any) -> Any:
         return {name: value for name, value in values.items() if value is not None} if type(values) is dict else values
+
+
+class Body(_Nullable):
+    """What every request may have."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model: str | None = None
 
     def extras(self) -> dict[str, Any]:
         """The fields beyond those that are declared; OptionError for one that would be ignored silently."""
@@ -53,7 +57,7 @@ class Body(BaseModel):
         return extras
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Nullable):
     """What a stream has besides text."""
 
     include_usage: bool = False
@@ -146,16 +150,11 @@ class Part(BaseModel):
     text: str
 
 
-class Message(BaseModel):
+class Message(_Nullable):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part] = ""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, values: Any) -> Any:
-        return {name: value for name, value in values.items() if value is not None} if type(values) is dict else values
 
     def to_dict(self) -> dict[str, str]:
         """What a chat template takes."""

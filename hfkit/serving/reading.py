@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from hfkit.models.loading import LanguageModel
-from hfkit.serving.cache import forward
+from hfkit.serving.cache import SHORTEST_PREFIX, Prefixes, common_length, forward
 from hfkit.serving.rows import Row, Token
 
 
@@ -22,23 +22,54 @@ def top_tokens(logprobs: torch.Tensor, count: int | None, token: int) -> list[tu
 class Prompts:
     """Prompts that are read together, a part in each round."""
 
-    def __init__(
-        self, lm: LanguageModel, groups: dict[tuple[int, ...], list[Row]], cache: DynamicCache | None
-    ) -> None:
-        """groups: the rows of each prompt. cache: of the beginning of the only one, if that is known."""
-        self.groups, self.cache = groups, cache or DynamicCache()
-        self.rows = [row for rows in groups.values() for row in rows]
-        self.scores = self.rows[0].wishes.scores_prompt
-        self._lm, self._done = lm, self.cache.get_seq_length()
-        width, device = max(map(len, groups)), lm.model.device
-        # Padded as `hfkit generate` pads a batch.
-        self._ids = torch.tensor([ids[:1] * (width - len(ids)) + ids for ids in groups], device=device)
-        gaps = torch.tensor([[width - len(ids)] for ids in groups], device=device)
+    def __init__(self, lm: LanguageModel, prefixes: Prefixes, row: Row) -> None:
+        """row: the first one; `add` takes more, as long as nothing has been read."""
+        self.groups = {tuple(row.request.ids): [row]}  # the rows of each prompt
+        self.scores = row.wishes.scores_prompt
+        # What is known of the beginning of a prompt; it is not known with its scores.
+        known = None if self.scores else prefixes.find(row.request.ids)
+        self.cache = known or DynamicCache()
+        self._lm, self._prefixes, self._done = lm, prefixes, self.cache.get_seq_length()
+        self._ids: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of all prompts."""
+        return [row for rows in self.groups.values() for row in rows]
+
+    @property
+    def count(self) -> int:
+        """Tokens that are to be read."""
+        return sum(map(len, self.groups)) - self._done
+
+    def add(self, row: Row, most: int) -> bool:
+        """Add a row if it has one of these prompts, or another one that can be read with them in `most` columns.
+
+        One that begins like one of them, or like an earlier prompt, waits until its beginning is known.
+        """
+        ids, scores = tuple(row.request.ids), row.wishes.scores_prompt
+        if ids in self.groups and scores <= self.scores:
+            self.groups[ids].append(row)
+            return True
+        shared = max(self._prefixes.length(ids), *(common_length(ids, other) for other in self.groups))
+        columns = max(len(ids), *map(len, self.groups)) * (len(self.groups) + 1)
+        if scores or self.scores or self._done or columns > most or shared >= SHORTEST_PREFIX:
+            return False
+        self.groups[ids] = [row]
+        return True
+
+    def _pad(self) -> torch.Tensor:
+        """Token ids, (prompts, columns), padded as `hfkit generate` pads a batch."""
+        width, device = max(map(len, self.groups)), self._lm.model.device
+        gaps = torch.tensor([[width - len(ids)] for ids in self.groups], device=device)
         self._mask = (torch.arange(width, device=device) >= gaps).long()
         self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
+        return torch.tensor([ids[:1] * (width - len(ids)) + ids for ids in self.groups], device=device)
 
     def advance(self, count: int) -> torch.Tensor | None:
         """Read `count` more columns. Returns the logits after the last ones, (prompts, vocabulary)."""
+        if self._ids is None:
+            self._ids = self._pad()
         columns = slice(self._done, self._done + count)
         keep: dict[str, Any] = {} if self.scores else {"logits_to_keep": 1}
         logits, _ = forward(
@@ -46,13 +77,12 @@ class Prompts:
             position_ids=self._positions[:, columns], cache=self.cache, **keep,
         )  # fmt: skip
         if self.scores:
-            self._score(logits[0].float().log_softmax(-1))
+            self._score(self._ids[0, self._done + 1 : columns.stop + 1].tolist(), logits[0].float().log_softmax(-1))
         self._done = min(columns.stop, self._ids.shape[1])
         return logits[:, -1] if self._done == self._ids.shape[1] else None
 
-    def _score(self, logprobs: torch.Tensor) -> None:
+    def _score(self, following: list[int], logprobs: torch.Tensor) -> None:
         """Note the scores of the tokens that follow. logprobs: (columns, vocabulary)."""
-        following = self._ids[0, self._done + 1 : self._done + 1 + len(logprobs)].tolist()
         values = logprobs[range(len(following)), following].tolist() if following else []
         count = self.rows[0].wishes.top
         tokens: list[Token | None] = [] if self._done else [None]

@@ -5,8 +5,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
-from hfkit.inference.decoding import Detokenizer
-from hfkit.inference.vocabulary import token_writer
+from hfkit.inference.text import Detokenizer, token_writer
 from hfkit.models.loading import LanguageModel
 from hfkit.serving.jobs import Job, Plan
 from hfkit.serving.rows import Piece, Result, Token
@@ -112,12 +111,13 @@ class Reply:
         """The reply as one object."""
         results = await self._job.results()
         self._completion_tokens = sum(len(result.completion.tokens) for result in results)
-        choices: list[dict[str, Any]] = []
+        chosen: list[int] = []
         for first in range(0, len(results), self._plan.samples):
-            numbers = range(first, first + self._plan.samples)
+            numbers = list(range(first, first + self._plan.samples))
             if self._n < len(numbers):  # by the mean score of a token, as OpenAI chooses
-                numbers = sorted(numbers, key=lambda number: _mean(results[number]), reverse=True)[: self._n]  # type: ignore[assignment]
-            choices += (self._choice(len(choices) + k, number, results[number]) for k, number in enumerate(numbers))
+                numbers.sort(key=lambda number: _mean(results[number]), reverse=True)
+            chosen += numbers[: self._n]
+        choices = [self._choice(index, number, results[number]) for index, number in enumerate(chosen)]
         return self._frame | {"choices": choices, "usage": self._usage()}
 
     def _choice(self, index: int, number: int, result: Result) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers.generation import logits_process
@@ -13,11 +13,12 @@ from transformers.generation import logits_process
 from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError, NotFiniteError
 from hfkit.inference.batches import logits_processors
-from hfkit.inference.controls import draws, endings
-from hfkit.inference.decoding import Completion, Detokenizer, complete, cut_at_stop, held_back
-from hfkit.inference.prompts import Request
+from hfkit.inference.controls import draws, endings, is_plain
+from hfkit.inference.decoding import Completion, complete
+from hfkit.inference.text import Detokenizer, Request, cut_at_stop, held_back
 from hfkit.models.loading import LanguageModel
 from hfkit.options import GenerateOptions
+from hfkit.serving.cache import can_share_steps
 
 # Processors that look at nothing but the scores: they are applied to all rows with the same options at once.
 _MEMORYLESS = tuple(
@@ -99,7 +100,11 @@ class Row:
         self._generator: torch.Generator | None = None
         if draws(lm, options):
             self._generator = torch.Generator(lm.model.device).manual_seed(request.seed or 0)
-        self.processors = logits_processors(lm, request, options) if request.new_tokens else []
+        # Whether it must be written in a loop of transformers' own, with nothing beside it.
+        self.is_special = not (can_share_steps(lm) and is_plain(lm, options))
+        self.processors: Sequence[Any] = []
+        if request.new_tokens and not self.is_special:
+            self.processors = logits_processors(lm, request, options)
         # Rows of one kind get their scores from the same processors.
         self.kind: object = self
         if all(isinstance(processor, _MEMORYLESS) for processor in self.processors):
@@ -125,9 +130,14 @@ class Row:
         return self._cancelled.is_set()
 
     @property
+    def seconds_left(self) -> float | None:
+        """Until its time is over; None without a limit."""
+        return self._deadline - time.monotonic() if self._deadline < math.inf else None
+
+    @property
     def is_late(self) -> bool:
         """Whether its time is over."""
-        return time.monotonic() > self._deadline
+        return self._deadline <= time.monotonic()
 
     def penalize(self, scores: torch.Tensor) -> None:
         """Apply what OpenAI's options add to the scores, (vocabulary,), in place."""
@@ -171,9 +181,7 @@ class Row:
         """Emit what there is as the result."""
         logprobs = torch.tensor([token.logprob for token in self.tokens], dtype=torch.double)
         ids = [token.id for token in self.tokens]
-        completion = complete(
-            self._lm.tokenizer, self.request.ids, ids, self._ends.tokens, self._ends.strings, logprobs
-        )
+        completion = complete(self._lm.tokenizer, self.request.ids, ids, self._ends, logprobs)
         self._text = completion.text
         if len(self._text) > self._shown:
             self._show(len(self._text))

@@ -18,11 +18,6 @@ from hfkit.errors import OptionError
 from hfkit.options import TrainOptions
 from hfkit.training.plan import Job, Plan
 
-# Options that mean something else to Trainer, or that it gets in another form.
-OWN = ("output_dir", "resume", "overwrite", "num_train_epochs", "max_steps", "optim", "eval_steps", "save_steps",
-        "save_total_limit", "bf16", "fp16", "torch_compile", "load_best_model_at_end", "lr_scheduler_kwargs",
-        "fsdp_config", "head", "dropout")  # fmt: skip
-
 
 @contextlib.contextmanager
 def freed_memory_kept(plan: Plan) -> Iterator[None]:
@@ -65,38 +60,43 @@ def training_arguments(job: Job, rows: int, accumulation: int) -> TrainingArgume
     plan, options = job.plan, job.plan.options
     if plan.device.type == "cuda" and processes.count == 1 and (number := plan.device.index):
         raise OptionError(f"--device cuda:{number}: Trainer takes the first GPU, so set CUDA_VISIBLE_DEVICES={number}")
-    shared = {f.name for f in fields(TrainingArguments)} - set(OWN)
-    values = {name: value for name, value in set_fields(options).items() if name in shared}
-    if options.optim != "muon":
-        values["optim"] = options.optim
-    if options.lr_scheduler_kwargs:
-        try:
-            values["lr_scheduler_kwargs"] = json.loads(options.lr_scheduler_kwargs)
-        except ValueError as error:
-            raise OptionError(f"--lr-scheduler-kwargs is not valid JSON: {error}") from error
-    if options.fsdp_config:
-        values |= {"fsdp": True, "fsdp_config": options.fsdp_config}
-    if processes.count > 1:
-        values["ddp_find_unused_parameters"] = False
-    answers = job.dataset.head == "question-answering"
-    values |= plan.autocast | {
+    known = {field.name for field in fields(TrainingArguments)}
+    values = {name: value for name, value in set_fields(options).items() if name in known}
+    # Below is what means something else to Trainer, or what it gets in another form.
+    values |= {
         "output_dir": str(job.checkpoints),
         "max_steps": plan.steps,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": accumulation,
         "report_to": options.report_to or "none",
         "use_cpu": plan.device.type == "cpu",
+        "bf16": plan.precision == "bfloat16",
+        "fp16": plan.precision == "float16",
         "torch_compile": plan.compile,
         "dataloader_pin_memory": plan.device.type == "cuda",
         "remove_unused_columns": False,
-        "label_names": ["start_positions", "end_positions"] if answers else ["labels"],
+        "label_names": ["start_positions", "end_positions"]
+        if job.dataset.head == "question-answering"
+        else ["labels"],
         "disable_tqdm": True,
-        "save_strategy": "no",  # StepCallback decides
+        "save_strategy": "no",  # StepCallback decides when to save, and what to keep
+        "save_total_limit": None,
+        "load_best_model_at_end": False,
         "logging_nan_inf_filter": False,  # a NaN ends the run
     }
+    if options.optim == "muon":
+        del values["optim"]  # see `make_optimizer`
+    if options.lr_scheduler_kwargs:
+        try:
+            values["lr_scheduler_kwargs"] = json.loads(options.lr_scheduler_kwargs)
+        except ValueError as error:
+            raise OptionError(f"--lr-scheduler-kwargs is not valid JSON: {error}") from error
+    if options.fsdp_config:
+        values["fsdp"] = True
+    if processes.count > 1:
+        values["ddp_find_unused_parameters"] = False
     arguments = TrainingArguments(**values)
-    if arguments.n_gpu > 1:  # one process drives one GPU; several GPUs take several processes
-        arguments._n_gpu = 1
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one GPU; several GPUs take several processes
     return arguments
 
 
@@ -119,8 +119,9 @@ class Muon(torch.optim.Optimizer):
         """matrices: (in, out) or (out, in) weights of hidden layers. groups: AdamW's parameter groups."""
         lr, decay = options["lr"], options["weight_decay"]
         muon = torch.optim.Muon(list(matrices), lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-        self._parts = [muon, torch.optim.AdamW(groups, lr=lr, betas=options["betas"], eps=options["eps"], fused=True)]
-        super().__init__([group for part in self._parts for group in part.param_groups], {"lr": lr})
+        adam = torch.optim.AdamW(groups, lr=lr, betas=options["betas"], eps=options["eps"], fused=True)
+        self._parts = [muon, adam]
+        super().__init__([*muon.param_groups, *adam.param_groups], {"lr": lr})
         self._share_groups()
 
     def _share_groups(self) -> None:

@@ -17,17 +17,16 @@ from typing import Any
 
 from hfkit import processes
 from hfkit.console import note
-from hfkit.errors import DivergedError, HfkitError, first_line
+from hfkit.errors import HfkitError, first_line
 from hfkit.storage import make_durable, sync_folder, write_text
 
 _MANIFEST = "manifest.json"
 _UNFINISHED = "it was not finished"
-_PICKLE = "training_args.bin"  # written by Trainer, read by nothing here
 
 
 def commit(checkpoint: Path) -> None:
     """Make the files that Trainer wrote into `checkpoint` durable and verifiable."""
-    (checkpoint / _PICKLE).unlink(missing_ok=True)
+    (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nothing here reads
     make_durable(checkpoint)
     sync_folder(checkpoint.parent)
     write_text(checkpoint / _MANIFEST, json.dumps({"files": _digests(checkpoint)}, indent=1))
@@ -70,7 +69,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_newest(folder: Path, best: int | None = None) -> Path | None:
-    """The newest checkpoint that verifies, or rather that of step `best`; None if none was finished yet.
+    """The checkpoint of step `best` if it verifies, else the newest one that does; None if none was finished yet.
 
     Those that were tried before and do not verify lose their manifest: `rotate` deletes them after the next save.
 
@@ -78,13 +77,12 @@ def find_newest(folder: Path, best: int | None = None) -> Path | None:
         HfkitError: there are checkpoints, and all of them are damaged.
     """
     faults: dict[Path, str] = {}
-    whole = None
-    for checkpoint in sorted(list_checkpoints(folder), key=lambda path: step_of(path) != best):
-        fault = find_fault(checkpoint)
-        if not fault:
-            whole = checkpoint
+    for whole in sorted(list_checkpoints(folder), key=lambda path: step_of(path) != best):
+        if not (fault := find_fault(whole)):
             break
-        faults[checkpoint] = fault
+        faults[whole] = fault
+    else:
+        whole = None
     # A run that was interrupted in its very first save has lost nothing.
     if not whole and faults and list(faults.values()) != [_UNFINISHED]:
         what = "; ".join(f"{checkpoint.name}: {fault}" for checkpoint, fault in faults.items())
@@ -108,14 +106,6 @@ def rotate(folder: Path, keep: int, best: int | None) -> None:
             shutil.rmtree(checkpoint)
         except OSError as error:
             raise HfkitError(f"cannot delete {checkpoint}: {first_line(error)}; fix that, then --resume") from error
-
-
-def diverged(what: str, step: int, learning_rate: float) -> DivergedError:
-    """The error of a training that cannot recover."""
-    return DivergedError(
-        f"{what} at step {step}: lower --learning-rate (it is {learning_rate:g}) and --overwrite; "
-        "the last checkpoint is kept"
-    )
 
 
 class Stop:

@@ -1,28 +1,35 @@
-"""Fine-tuning: from a corpus and a model to a folder with the best state, its scores and its card."""
+"""Fine-tuning: from a corpus and a model to a folder with the best state, its scores and its card.
+
+`prepare` tokenizes the corpus beforehand, and says what is in it and what training on it would cost here.
+"""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 
 from hfkit import processes
-from hfkit.corpus.documents import Corpora, Corpus
-from hfkit.corpus.labelled import gather_labelled_data
-from hfkit.corpus.sequences import TrainingData, gather_training_data
+from hfkit.console import counted
+from hfkit.corpus.cache import Prepared, corpus_lines, encode_corpus
+from hfkit.corpus.files import Corpora, find_corpus, is_prepared
+from hfkit.corpus.sequences import cut_sequences, show_examples
 from hfkit.corpus.templates import give_task, make_task
 from hfkit.declaration import divide
-from hfkit.errors import HfkitError, OptionError, first_line
-from hfkit.models.architecture import check_head, choose_device, context_length, head_of
-from hfkit.models.loading import load_config, load_tokenizer, load_weights, load_with_head
-from hfkit.models.sources import ModelFiles, count_parameters, find_model
+from hfkit.errors import HfkitError, OptionError
+from hfkit.models.architecture import check_causal, check_head, choose_device, context_length, head_of
+from hfkit.models.folder import ModelFiles, count_parameters
+from hfkit.models.loading import load_config, load_tokenizer
+from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
+from hfkit.storage import check_owned, make_writable
 from hfkit.training import run_folder
-from hfkit.training.plan import Job, Plan, block_size_for, describe_plan, make_plan
-from hfkit.training.runs import Run, execute, reserve
+from hfkit.training.models import make_trainable
+from hfkit.training.plan import Job, Plan, block_size_for, gather, make_plan
+from hfkit.training.runs import Run, run_job
 
 
 def finetune(
@@ -35,7 +42,7 @@ def finetune(
     dry_run: bool = False,
     **overrides: Any,
 ) -> Run | None:
-    """Go on training a model on a corpus.
+    """Continue training a model on a corpus.
 
     Args:
         corpus: files, folders, globs, `hf://NAME`, or a folder that `prepare` made.
@@ -53,41 +60,45 @@ def finetune(
     """
     options: ModelOptions
     options, data, train = divide(overrides, (ModelOptions, model), (DataOptions, data), (TrainOptions, train))
-    inputs = [*run_folder.sources_of(corpus), *(data.eval_file or []), *filter(None, [options.model])]
-    with reserve("finetune", corpus, train, dry_run, inputs) as (folder, settled):
+    inputs = [*(data.eval_file or []), *filter(None, [options.model])]
+    with run_folder.reserve("finetune", corpus, train, inputs, dry_run=dry_run) as (folder, settled):
         job = make_job(corpus, options, data, settled, folder)
-        job.facts["command"] = run_folder.command_line("finetune", corpus, options, data, train)
-        describe_plan(job.dataset.report, job.plan)
-        return None if dry_run else execute(replace(job, callbacks=callbacks))
+        command = run_folder.command_line("finetune", corpus, options, data, train)
+        return run_job(job, command, callbacks, dry_run=dry_run)
 
 
 def make_job(corpus: Corpora, options: ModelOptions, data: DataOptions, train: TrainOptions, folder: Path) -> Job:
     """What `finetune` would do in `folder`, decided: the corpus is tokenized, nothing is written there."""
-    files, source = run_folder.find_files(corpus, folder), find_model(options)
+    files, source = run_folder.find_files(corpus, data, folder), find_model(options)
     if train.overwrite:
         run_folder.check_not_input(folder, [source.folder, source.adapter or source.folder])
     tokenizer, config = load_tokenizer(source), load_config(source)
     train = _choose_head(source, config, train)
     _check_model(source, config, options, train, data)
     block_size = block_size_for(context_length(config), data.block_size)
-    with processes.first_one_first():
-        if train.head:
-            dataset = _gather_labelled(files, config, tokenizer, data, train, block_size)
-        else:
-            dataset = gather_training_data(files, tokenizer, data, block_size, train.seed)
+    labels = [config.id2label[i] for i in range(config.num_labels)] if head_of(config) == train.head else None
+    if train.head and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    dataset = gather(files, tokenizer, data, train, block_size, labels)
     if task := make_task(data):
         give_task(tokenizer, task)
     plan = make_plan(
-        config, count_parameters(source), dataset.sequences, dataset.length, train, choose_device(options),
-        processes=processes.count,
-    )  # fmt: skip
+        config, count_parameters(source), dataset.sequences, dataset.length, train, choose_device(options)
+    )
     return Job(
-        command="finetune", name=source.name, files=files, folder=folder,
+        command="finetune",
+        name=source.name,
+        files=files,
+        folder=folder,
         recipe=run_folder.make_recipe(corpus, replace(options, model=source.name), data, plan.options),
-        facts=dataset.fingerprint | {"model_bytes": source.size, "processes": processes.count}, tokenizer=tokenizer,
+        facts=dataset.fingerprint | source.fingerprint | {"processes": processes.count},
+        tokenizer=tokenizer,
         make_model=partial(make_trainable, source, options, plan, tokenizer, dataset),
-        dataset=dataset, plan=plan, block_size=block_size, data=data,
-    )  # fmt: skip
+        dataset=dataset,
+        plan=plan,
+        block_size=block_size,
+        data=data,
+    )
 
 
 def _choose_head(source: ModelFiles, config: Any, train: TrainOptions) -> TrainOptions:
@@ -99,24 +110,8 @@ def _choose_head(source: ModelFiles, config: Any, train: TrainOptions) -> TrainO
     return train if head == "text" else replace(train, head=head)
 
 
-def _gather_labelled(
-    files: Corpora | Corpus,
-    config: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    data: DataOptions,
-    train: TrainOptions,
-    size: int,
-) -> TrainingData:
-    """Rows for a head; the tokenizer gets a token to pad with if it has none."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    labels = [config.id2label[i] for i in range(config.num_labels)] if head_of(config) == train.head else None
-    return gather_labelled_data(files, tokenizer, data, str(train.head), size, train.seed, labels)
-
-
 def _check_model(source: ModelFiles, config: Any, model: ModelOptions, train: TrainOptions, data: DataOptions) -> None:
-    if config.is_encoder_decoder:
-        raise HfkitError(f"{source.name} has an encoder: choose a causal model, such as gpt2")
+    check_causal(source.name, config, "choose a causal model, such as gpt2")
     if train.head and (train.lora or data.streaming or source.adapter):
         raise OptionError("--head trains a whole model from files: leave --lora, --streaming and adapters out")
     if train.lora and source.adapter:
@@ -129,49 +124,70 @@ def _check_model(source: ModelFiles, config: Any, model: ModelOptions, train: Tr
         raise OptionError("--streaming does not know how long the corpus is: add --max-steps")
 
 
-def make_trainable(
-    source: ModelFiles, options: ModelOptions, plan: Plan, tokenizer: PreTrainedTokenizerBase, dataset: TrainingData
-) -> Any:
-    """The model of `source` in float32, with its head, or with an adapter around it if the plan has LoRA."""
-    if dataset.head:
-        model = load_with_head(source, options, tokenizer, dataset.head, dataset.labels)
-    else:
-        model = load_weights(source, replace(options, dtype="float32"), tokenizer).model
-    model.name_or_path = source.name if source.name == "bundled" else str(source.folder)
-    model.requires_grad_(not plan.options.lora)  # merging an adapter has frozen the weights
-    set_training_mode(model, plan)
-    return add_adapter(model, source, options.revision, plan.options) if plan.options.lora else model
+@dataclass(frozen=True)
+class Preparation:
+    """A tokenized corpus: `finetune` takes its folder."""
+
+    prepared: Prepared
+    plan: Plan  # of training on all of it with the default options
+    blocks: int
+    block_size: int
+    examples: list[str] = field(default_factory=list)  # as the model sees them
+
+    @property
+    def folder(self) -> str:
+        return str(self.prepared.folder)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `--json` prints. Seconds and bytes of memory are estimates for this machine."""
+        names = ("parameters", "steps", "seconds", "memory", "precision")
+        cost = {name: getattr(self.plan, name) for name in names} | {"device": self.plan.device.type}
+        sizes = {"blocks": self.blocks, "block_size": self.block_size, "folder": self.folder}
+        shown = {"examples": self.examples} if self.examples else {}
+        return {**asdict(self.prepared.report), **sizes, "training": cost, **shown}
+
+    def lines(self) -> list[str]:
+        """The same figures for people."""
+        blocks = f"{counted(self.blocks, 'sequence')} of at most {self.block_size:,} tokens, in {self.folder}"
+        lines = [*corpus_lines(self.prepared.report), blocks, *self.plan.lines()]
+        for number, example in enumerate(self.examples, 1):
+            lines += [f"--- sequence {number}: what stands between ⟦ and ⟧ is learned", example]
+        return lines
 
 
-def set_training_mode(model: Any, plan: Plan) -> None:
-    """Set what is not in a model's weights: how its loss is counted, and its dropout while it trains."""
-    if not plan.options.head:
-        # Without this, Trainer counts the labels unshifted: loss and gradients come out too small.
-        model.loss_type = "ForCausalLM"
-    for module in model.modules():
-        if plan.options.dropout is not None and isinstance(module, torch.nn.Dropout):
-            module.p = plan.options.dropout
-        if not plan.attention_dropout and isinstance(getattr(module, "attn_dropout", None), torch.nn.Dropout):
-            module.attn_dropout.p = 0.0
+def prepare(
+    corpus: Corpora,
+    *,
+    model: str | Path | ModelOptions | None = None,
+    data: DataOptions | None = None,
+    output_dir: str | Path | None = None,
+    show: int = 0,
+    **overrides: Any,
+) -> Preparation:
+    """Tokenize a corpus for a model, into `output_dir` or into the cache, where `finetune` finds it again.
 
+    Args:
+        corpus: files, folders, globs or `hf://NAME`.
+        model: the model whose tokenizer to use, as `load` takes it.
+        data: options; every field of `ModelOptions` and `DataOptions` is a keyword, too.
+        output_dir: a new folder; `datasets.load_from_disk` reads it, too.
+        show: how many sequences the result has in `examples`, as the model sees them.
 
-def add_adapter(model: Any, source: ModelFiles, revision: str | None, options: TrainOptions) -> Any:
-    """`model` with a new adapter around it; only the adapter is trained."""
-    try:
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    except ImportError as error:
-        raise HfkitError("--lora needs peft: pip install 'hfkit[lora]'") from error
-    # Record the base so that peft and transformers find it from any folder.
-    is_on_hub = not source.folder.is_dir() or source.folder.parent.name == "snapshots"
-    model.name_or_path = source.name if is_on_hub else str(source.folder.resolve())
-    config = LoraConfig(
-        revision=revision, r=options.lora_r, lora_alpha=options.lora_alpha or 2 * options.lora_r,
-        lora_dropout=options.lora_dropout, target_modules=options.lora_target_modules or "all-linear",
-        task_type="CAUSAL_LM", fan_in_fan_out=model.config.model_type == "gpt2",  # its Conv1D keeps (in, out)
-    )  # fmt: skip
-    if getattr(model, "is_quantized", False):
-        model = prepare_model_for_kbit_training(model)  # type: ignore[no-untyped-call]
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise OptionError(f"--lora-target-modules: {first_line(error)}") from error
+    Raises:
+        HfkitError: the corpus or the model cannot be read, or the folder is not free.
+    """
+    options: ModelOptions
+    options, data = divide(overrides, (ModelOptions, model), (DataOptions, data))
+    folder = Path(output_dir) if output_dir else None
+    if folder:
+        make_writable(folder)
+        if not is_prepared(folder):
+            check_owned(folder)
+    files, source = find_corpus(corpus, data), find_model(options)
+    tokenizer, config = load_tokenizer(source), load_config(source)
+    prepared = encode_corpus(files, tokenizer, data, folder)
+    block_size = block_size_for(context_length(config), data.block_size)
+    sequences = cut_sequences(prepared, block_size)
+    count, length, train = len(sequences), sequences.tokens / max(1, len(sequences)), TrainOptions()
+    plan = make_plan(config, count_parameters(source), count, length, train, choose_device(options))
+    return Preparation(prepared, plan, count, block_size, show_examples(sequences, tokenizer, show))

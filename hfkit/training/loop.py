@@ -33,14 +33,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from hfkit import console, processes
 from hfkit.console import counted
-from hfkit.corpus.sequences import Collator, Examples, HeadCollator
-from hfkit.errors import HfkitError, OptionError, first_line
+from hfkit.errors import DivergedError, HfkitError, OptionError, first_line
 from hfkit.options import TrainOptions
 from hfkit.storage import check_space, folder_size
-from hfkit.training.accuracy import find_answers
 from hfkit.training.arguments import freed_memory_kept, make_optimizer, private_environment, training_arguments
-from hfkit.training.checkpoints import Stop, commit, diverged, find_newest, list_checkpoints, rotate
-from hfkit.training.monitor import HeldOutMonitor, ProgressCallback, best_step, is_measured, is_stale
+from hfkit.training.checkpoints import Stop, commit, find_newest, list_checkpoints, rotate
+from hfkit.training.monitor import HeldOutMonitor, ProgressCallback, best_step, is_stale
 from hfkit.training.plan import Job, Plan
 
 
@@ -98,18 +96,19 @@ def _train(job: Job, stop: Stop, rows: int, accumulation: int, checkpoint: Path 
         # The arguments come before the model: loading it for DeepSpeed depends on them.
         arguments = training_arguments(job, rows, accumulation)
         set_seed(job.plan.options.seed)  # a new model or adapter begins with random numbers
-        collator, padding = _collators(job, rows)
-        model = job.make_model()
-        held_out = _sample_held_out(job.dataset.held_out, job.plan)
-        monitor = HeldOutMonitor(
-            held_out, collator=padding, prompt=job.prompt, plan=job.plan, stop=stop, tell=progress.tell,
-            answers=find_answers(job.dataset, held_out, job.tokenizer, job.block_size),
-        )  # fmt: skip
+        # A compiled model is compiled anew for each shape of a batch.
+        is_static = job.plan.compile and getattr(job.dataset.train_set, "is_joined", True)
         trainer = _Trainer(
-            job, stop, monitor, progress, model=model, args=arguments, data_collator=collator,
+            job,
+            stop,
+            progress,
+            model=job.make_model(),
+            args=arguments,
+            data_collator=job.collator((rows, job.block_size) if is_static else None),
             train_dataset=job.dataset.train_set,
-            processing_class=job.tokenizer, optimizer_cls_and_kwargs=make_optimizer(job.plan.options),
-        )  # fmt: skip
+            processing_class=job.tokenizer,
+            optimizer_cls_and_kwargs=make_optimizer(job.plan.options),
+        )
         with trainer.steps.save_errors():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return trainer.state
@@ -118,11 +117,9 @@ def _train(job: Job, stop: Stop, rows: int, accumulation: int, checkpoint: Path 
 class _Trainer(Trainer):
     """transformers' Trainer, with a loss that must be finite and with hfkit's measurements."""
 
-    def __init__(
-        self, job: Job, stop: Stop, monitor: HeldOutMonitor, progress: ProgressCallback, *, model: Any, **options: Any
-    ) -> None:
-        self._monitor, self._tell, self._use_cache = monitor, progress.tell, model.config.use_cache
-        self._patience = job.plan.options.early_stopping_patience
+    def __init__(self, job: Job, stop: Stop, progress: ProgressCallback, *, model: Any, **options: Any) -> None:
+        self._monitor, self._tell = HeldOutMonitor(job, stop, progress.tell), progress.tell
+        self._patience, self._use_cache = job.plan.options.early_stopping_patience, model.config.use_cache
         self.steps = StepCallback(job.checkpoints, job.plan.options, stop, self.measure)
         super().__init__(model=model, callbacks=[progress, self.steps, *job.callbacks], **options)
         self.remove_callback(PrinterCallback)
@@ -132,7 +129,7 @@ class _Trainer(Trainer):
         result = super().compute_loss(*args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss).all():
-            raise diverged(f"the loss is {loss.item()}", self.state.global_step + 1, self.args.learning_rate)
+            raise _diverged(f"the loss is {loss.item()}", self.state.global_step + 1, self.args.learning_rate)
         return result
 
     def measure(self) -> None:
@@ -142,14 +139,15 @@ class _Trainer(Trainer):
             KeyboardInterrupt: the run was asked to stop meanwhile; when it is resumed it measures first.
         """
         history, step = self.state.log_history, self.state.global_step
-        if is_measured(history, step):
+        if any(entry.get("measured") == step for entry in history):
             return
         measurement = self._monitor.measure(self.model, self.processing_class, history, step)
         if measurement is None:
             raise KeyboardInterrupt
-        if figures := measurement.figures():
+        figures, entry = measurement
+        if figures:
             self.log(figures)
-        history.append(measurement.entry(step))
+        history.append(entry)
         if is_stale(history, self._patience):
             self._tell(f"no progress in {counted(self._patience or 0, 'measurement')}: stopping early")
             self.control.should_training_stop = True
@@ -194,7 +192,7 @@ class StepCallback(TrainerCallback):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # One pass over the memory: a sum is not finite where a term is not.
         if not all(parameter.detach().sum().isfinite() for parameter in trained):
-            raise diverged("the weights are not finite", state.global_step, learning_rate)
+            raise _diverged("the weights are not finite", state.global_step, learning_rate)
         self._unfinished = self._folder / f"checkpoint-{state.global_step}"
         if processes.rank == 0:
             earlier = next(iter(list_checkpoints(self._folder)), None)
@@ -230,6 +228,14 @@ class StepCallback(TrainerCallback):
             ) from error
 
 
+def _diverged(what: str, step: int, learning_rate: float) -> DivergedError:
+    """The error of a training that cannot recover."""
+    return DivergedError(
+        f"{what} at step {step}: lower --learning-rate (it is {learning_rate:g}) and --overwrite; "
+        "the last checkpoint is kept"
+    )
+
+
 @contextlib.contextmanager
 def _option_errors(progress: ProgressCallback) -> Iterator[None]:
     """What Trainer raises before its first step is the fault of an option."""
@@ -241,23 +247,3 @@ def _option_errors(progress: ProgressCallback) -> Iterator[None]:
         if progress.begun:
             raise
         raise OptionError(f"Trainer does not take these options: {first_line(error)}") from error
-
-
-def _collators(job: Job, rows: int) -> tuple[Any, Collator | HeadCollator]:
-    """What makes batches of items to train on, and of items to measure on."""
-    pad = job.tokenizer.pad_token_id
-    pad = pad if pad is not None else job.tokenizer.eos_token_id or 0
-    if job.dataset.head:
-        return HeadCollator(pad), HeadCollator(pad)
-    # A compiled model is compiled anew for each shape of a batch.
-    is_static = job.plan.compile and not isinstance(job.dataset.train_set, Examples)
-    return Collator(pad, (rows, job.block_size) if is_static else None), Collator(pad)
-
-
-def _sample_held_out(held_out: Any, plan: Plan) -> Any:
-    """So many of the held-out items, evenly spaced, that measuring costs about a tenth of the training."""
-    per_step = plan.rows * plan.options.gradient_accumulation_steps
-    limit, count = max(32, int(0.3 * per_step * plan.eval_steps)), len(held_out)
-    if count <= limit:
-        return held_out
-    return torch.utils.data.Subset(held_out, [number * count // limit for number in range(limit)])

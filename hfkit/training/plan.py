@@ -15,15 +15,18 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from hfkit import console, processes
 from hfkit.console import counted, duration, note
 from hfkit.corpus.cache import Report, corpus_lines
-from hfkit.corpus.documents import Corpora, Corpus
-from hfkit.corpus.sequences import TrainingData
+from hfkit.corpus.files import Corpora, Corpus
+from hfkit.corpus.labelled import gather_labelled_data
+from hfkit.corpus.sequences import Collator
+from hfkit.corpus.training_data import TrainingData, gather_training_data
 from hfkit.errors import OptionError
 from hfkit.models.architecture import has_bfloat16_units
 from hfkit.options import DataOptions, TrainOptions
-from hfkit.training import run_folder
+from hfkit.training.run_folder import CHECKPOINTS
 
 _COMPILE_SECONDS = {"cpu": 600, "cuda": 300}  # estimated length of a run from which compiling pays
-_UTILIZATION = {"cpu": 0.35, "cuda": 0.35}  # share of the speed of a matrix product of the model's size
+_UTILIZATION = 0.35  # share of the speed of a matrix product of the model's size
+_MOST_SCORES = 1e9  # bytes of attention scores to keep in memory for speed
 _CONTEXT = 1024
 # Fine-tuning makes 3 epochs; over a small text as many as make up these tokens, at most 30, since the names and the
 # voice of three pages are learned then, not before. Such a run stops when the held-out part gets worse.
@@ -39,17 +42,13 @@ class Plan:
     precision: str  # float32, bfloat16, float16
     compile: bool
     attention_dropout: bool
+    plain_attention: bool  # instead of torch's fused one
     steps: int
     tokens: int  # in all steps
     parameters: int
     memory: int  # bytes, estimated
     seconds: float  # estimated
     why: tuple[str, ...]  # lines for --verbose
-
-    @property
-    def autocast(self) -> dict[str, Any]:
-        """The precision as TrainingArguments have it."""
-        return {"bf16": self.precision == "bfloat16", "fp16": self.precision == "float16"}
 
     @property
     def rows(self) -> int:
@@ -60,13 +59,80 @@ class Plan:
     def eval_steps(self) -> int:
         return self.options.eval_steps or self.steps
 
+    def lines(self) -> list[str]:
+        """What the training will be and cost, a line each."""
+        times = self.options.gradient_accumulation_steps
+        batch = (f"{times} × " if times > 1 else "") + counted(self.rows, "sequence")
+        return [
+            f"{self.parameters:,} parameters, {counted(self.steps, 'step')} of {batch}, "
+            f"{counted(self.tokens, 'token')}, {self.options.optim} at {self.options.learning_rate:g}",
+            f"about {duration(self.seconds)} and {self.memory / 1e9:.1f} GB on this {self.device.type}, "
+            f"in {self.precision}{', compiled' if self.compile else ''}",
+        ]
+
+    def describe(self, report: Report | None) -> None:
+        """Say on stderr what is about to be trained on what."""
+        if processes.rank == 0:
+            for line in (corpus_lines(report) if report else []) + self.lines():
+                console.note(line)
+            for line in self.why:
+                console.detail(line)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be trained, whichever command asks for it."""
+
+    command: str  # finetune or pretrain
+    name: str  # of the model it begins with
+    files: Corpora | Corpus  # that it is trained on
+    folder: Path  # of the run
+    recipe: dict[str, Any]
+    facts: dict[str, Any]  # that a resumed run must share
+    tokenizer: PreTrainedTokenizerBase
+    make_model: Callable[[], Any]  # a new one each time, in float32
+    dataset: TrainingData
+    plan: Plan
+    block_size: int
+    data: DataOptions
+    keep: Callable[[Path], Any] = lambda folder: (
+        None
+    )  # writes what a resumed run will need into the folder of a new one
+    callbacks: Sequence[TrainerCallback] = ()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / CHECKPOINTS
+
+    @property
+    def prompt(self) -> str | None:
+        """What samples continue; None for a model that does not write text."""
+        return None if self.dataset.head else self.plan.options.sample_prompt or self.dataset.prompt
+
+    def collator(self, shape: tuple[int, int] | None = None) -> Collator:
+        """What makes batches of items, all of them (rows, tokens) of this shape if one is given."""
+        pad = self.tokenizer.pad_token_id
+        pad = pad if pad is not None else self.tokenizer.eos_token_id or 0
+        return Collator(pad, has_mask=True) if self.dataset.head else Collator(pad, shape)
+
+
+def gather(
+    files: Corpora | Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataOptions,
+    train: TrainOptions,
+    block_size: int,
+    labels: list[str] | None,
+) -> TrainingData:
+    """Tokenize a corpus for a model of text, or for its head. labels: those that the head has; None for a new one."""
+    with processes.first_one_first():
+        if train.head:
+            return gather_labelled_data(files, tokenizer, data, train.head, block_size, train.seed, labels)
+        return gather_training_data(files, tokenizer, data, block_size, train.seed)
+
 
 def block_size_for(context: int | None, wanted: int | None) -> int:
-    """Tokens of a sequence: as wanted, else the model's context, at most 1,024.
-
-    Raises:
-        OptionError: the model does not take so many.
-    """
+    """Tokens of a sequence: as wanted, else the model's context, at most 1,024. OptionError if it takes fewer."""
     if wanted and context and wanted > context:
         raise OptionError(f"--block-size is {wanted}: the model takes at most {context} tokens")
     return wanted or min(context or _CONTEXT, _CONTEXT)
@@ -81,53 +147,61 @@ def make_plan(
     device: torch.device,
     *,
     fresh: bool = False,
-    processes: int = 1,
+    shared_by: int = processes.count,
 ) -> Plan:
-    """Decide what `options` leave open.
+    """Decide what the user's options leave open.
 
-    Args:
-        config: the model's configuration.
-        parameters: number of the model's parameters.
-        sequences: sequences in an epoch; 0 for a stream, where they are not known.
-        length: tokens of a sequence, on average.
-        options: the user's options.
-        device: where the model is trained.
-        fresh: the model is new, not trained before.
-        processes: how many share the work.
+    sequences: in an epoch; 0 for a stream, where they are not known. length: tokens of a sequence, on average.
+    fresh: the model is new, not trained before. shared_by: processes that share the work.
     """
-    options = _decide(options, parameters, sequences, length, fresh, processes)
-    batch = (options.per_device_train_batch_size or 1) * processes
+    options = _decide(options, parameters, sequences, length, fresh, shared_by)
+    batch = (options.per_device_train_batch_size or 1) * shared_by
     per_epoch = math.ceil(math.ceil(sequences / batch) / options.gradient_accumulation_steps)
     steps = options.max_steps or max(1, math.ceil((options.num_train_epochs or 1) * per_epoch))
-    precision, why = _choose_precision(options, device)
     tokens = int(steps * batch * options.gradient_accumulation_steps * length)
-    seconds = tokens / _speed(config, parameters, precision, device) / processes
+    precision, *why = _choose_precision(options, device)
+    seconds = tokens / _speed(config, parameters, precision, device) / shared_by
     compiled, reason = _choose_compilation(options, device, seconds)
-    # Record machine-dependent choices as options, so that the recipe reproduces the run elsewhere.
-    options = replace(
-        options, eval_steps=options.eval_steps or math.ceil(steps / 10), bf16=precision == "bfloat16",
-        fp16=precision == "float16", torch_compile=compiled,
-    )  # fmt: skip
-    reasons = [why, reason]
+    why.append(reason)
     dropout = device.type != "cpu" or not getattr(config, "attn_pdrop", 0)
     if not dropout:
-        reasons.append("no attention dropout: a CPU has no fast attention with it")
-    if device.type == "cuda" and processes == 1 and (count := torch.cuda.device_count()) > 1:
-        reasons.append(f"one of {count} GPUs: --num-processes {count} uses all of them")
+        why.append("no attention dropout: a CPU has no fast attention with it")
+    # On a CPU torch's fused attention takes twice as long as the plain one, compiled. What it saves is memory.
+    plain = compiled and device.type == "cpu" and _attention_memory(config, batch / shared_by, length) < _MOST_SCORES
+    if plain:
+        why.append("plain attention: compiled, it is faster on a CPU than a fused one")
+    if device.type == "cuda" and shared_by == 1 and (count := torch.cuda.device_count()) > 1:
+        why.append(f"one of {count} GPUs: --num-processes {count} uses all of them")
     return Plan(
-        options=options, device=device, precision=precision, compile=compiled, attention_dropout=dropout, steps=steps,
-        tokens=tokens, parameters=parameters, seconds=seconds, why=tuple(reasons),
-        memory=_estimate_memory(config, parameters, batch / processes * length, options),
-    )  # fmt: skip
+        # Record machine-dependent choices as options, so that the recipe reproduces the run elsewhere.
+        options=replace(
+            options,
+            eval_steps=options.eval_steps or math.ceil(steps / 10),
+            bf16=precision == "bfloat16",
+            fp16=precision == "float16",
+            torch_compile=compiled,
+        ),
+        device=device,
+        precision=precision,
+        compile=compiled,
+        attention_dropout=dropout,
+        plain_attention=plain,
+        steps=steps,
+        tokens=tokens,
+        parameters=parameters,
+        memory=_estimate_memory(config, parameters, batch / shared_by * length, options),
+        seconds=seconds,
+        why=tuple(why),
+    )
 
 
 def _decide(
-    options: TrainOptions, parameters: int, sequences: int, length: float, fresh: bool, processes: int
+    options: TrainOptions, parameters: int, sequences: int, length: float, fresh: bool, shared_by: int
 ) -> TrainOptions:
     """`options` with a value for everything that makes a difference to the result."""
     chosen: dict[str, Any] = {
         # Trainer's 8, but a short corpus gets smaller batches: enough for some 30 steps an epoch.
-        "per_device_train_batch_size": max(1, min(8, sequences // (30 * processes))) if sequences else 8,
+        "per_device_train_batch_size": max(1, min(8, sequences // (30 * shared_by))) if sequences else 8,
         "learning_rate": _learning_rate(parameters, fresh, options.lora),
         "optim": "muon" if fresh else "adamw_torch_fused",
         "weight_decay": 0.1 if fresh else 0.01,
@@ -152,33 +226,31 @@ def _learning_rate(parameters: int, fresh: bool, lora: bool) -> float:
 
 def _choose_precision(options: TrainOptions, device: torch.device) -> tuple[str, str]:
     """The precision, and why."""
-    if options.bf16 and options.fp16:
+    asked = [name for name, flag in (("bfloat16", options.bf16), ("float16", options.fp16)) if flag]
+    if len(asked) == 2:
         raise OptionError("--bf16 and --fp16 exclude each other: leave one of them out")
-    if options.bf16:
-        return "bfloat16", "bfloat16: asked for"
-    if options.fp16:
-        return "float16", "float16: asked for"
-    if options.bf16 is False or options.fp16 is False:
-        return "float32", "float32: asked for"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bfloat16", "bfloat16: this GPU has units for it"
+    if asked or False in (options.bf16, options.fp16):
+        precision = asked[0] if asked else "float32"
+        return precision, f"{precision}: asked for"
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "float16", "float16: this GPU has no units for bfloat16"
-    if device.type == "cpu" and has_bfloat16_units():
-        return "bfloat16", "bfloat16: this processor has units for it"
+    if device.type == "cuda" or (device.type == "cpu" and has_bfloat16_units()):
+        return "bfloat16", f"bfloat16: this {'processor' if device.type == 'cpu' else 'GPU'} has units for it"
     return "float32", f"float32: this {device.type} has no units for less"
 
 
 def _choose_compilation(options: TrainOptions, device: torch.device, seconds: float) -> tuple[bool, str]:
     """Whether to compile a run that takes so many seconds, and why."""
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
-    if options.torch_compile is not None:
-        if options.torch_compile and not compiler:
-            note(reason := "not compiled, though asked for: there is no C++ compiler")
-            return False, reason
-        return options.torch_compile, "compiled: asked for" if options.torch_compile else "not compiled: asked for"
-    if not compiler:
-        return False, "not compiled: no C++ compiler"
+    asked = options.torch_compile
+    if asked is False:
+        return False, "not compiled: asked for"
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        reason = f"not compiled{', though asked for' if asked else ''}: no C++ compiler"
+        if asked:
+            note(reason)
+        return False, reason
+    if asked:
+        return True, "compiled: asked for"
     if device.type not in _COMPILE_SECONDS:
         return False, f"not compiled: not done on {device.type}"
     if seconds < _COMPILE_SECONDS[device.type]:
@@ -203,7 +275,7 @@ def _speed(config: Any, parameters: int, precision: str, device: torch.device) -
 
     once = max(seconds_of(2), 1e-6)
     flops = 2 * inputs.numel() * len(weights) / seconds_of(max(2, int(0.1 / once)))
-    return _UTILIZATION.get(device.type, 0.3) * flops / (6 * parameters)
+    return _UTILIZATION * flops / (6 * parameters)
 
 
 def _estimate_memory(config: Any, parameters: int, tokens: float, options: TrainOptions) -> int:
@@ -214,53 +286,7 @@ def _estimate_memory(config: Any, parameters: int, tokens: float, options: Train
     return int(state + activations + 10 * tokens * getattr(config, "vocab_size", 50257))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is to be trained, whichever command asks for it."""
-
-    command: str  # finetune or pretrain
-    name: str  # of the model it begins with
-    files: Corpora | Corpus  # that it is trained on
-    folder: Path  # of the run
-    recipe: dict[str, Any]
-    facts: dict[str, Any]  # that a resumed run must share
-    tokenizer: PreTrainedTokenizerBase
-    make_model: Callable[[], Any]  # a new one each time, in float32
-    dataset: TrainingData
-    plan: Plan
-    block_size: int
-    data: DataOptions
-    callbacks: Sequence[TrainerCallback] = ()
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / run_folder.CHECKPOINTS
-
-    @property
-    def prompt(self) -> str | None:
-        """What samples continue; None for a model that does not write text."""
-        return None if self.dataset.head else self.plan.options.sample_prompt or self.dataset.prompt
-
-
-def plan_lines(plan: Plan) -> list[str]:
-    """What a training will be and cost, a line each."""
-    options = plan.options
-    batch = counted(plan.rows, "sequence")
-    if options.gradient_accumulation_steps > 1:
-        batch = f"{options.gradient_accumulation_steps} × {batch}"
-    return [
-        f"{plan.parameters:,} parameters, {counted(plan.steps, 'step')} of {batch}, {counted(plan.tokens, 'token')}, "
-        f"{options.optim} at {options.learning_rate:g}",
-        f"about {duration(plan.seconds)} and {plan.memory / 1e9:.1f} GB on this {plan.device.type}, "
-        f"in {plan.precision}{', compiled' if plan.compile else ''}",
-    ]
-
-
-def describe_plan(report: Report | None, plan: Plan) -> None:
-    """Say on stderr what is about to be trained."""
-    if processes.rank:
-        return
-    for line in (corpus_lines(report) if report else []) + plan_lines(plan):
-        console.note(line)
-    for line in plan.why:
-        console.detail(line)
+def _attention_memory(config: Any, rows: float, length: float) -> float:
+    """Bytes of the attention scores that plain attention keeps for the backward pass."""
+    layers, heads = getattr(config, "num_hidden_layers", 12), getattr(config, "num_attention_heads", 12)
+    return 4 * layers * heads * rows * length**2

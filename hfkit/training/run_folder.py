@@ -14,67 +14,62 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from hfkit import processes
-from hfkit.corpus.documents import Corpora, Corpus, find_corpus, is_prepared, name_of
+from hfkit import console, processes, storage
+from hfkit.corpus.files import Corpora, Corpus, find_corpus, is_prepared, name_of
 from hfkit.declaration import Options, set_fields
 from hfkit.errors import HfkitError, OptionError, first_line
-from hfkit.options import TrainOptions
+from hfkit.options import DataOptions, TrainOptions
 from hfkit.reporting.pages import METRICS
-from hfkit.storage import (
-    add_owned,
-    check_owned,
-    check_space,
-    lock,
-    make_durable,
-    make_writable,
-    remove_owned,
-    remove_temporary,
-    sync_folder,
-    write_text,
-)
 
 RECIPE, FACTS, CHECKPOINTS = "recipe.yaml", "run.json", "checkpoints"
 # They do not change what is trained, and trust is not given by a file.
 _NOT_IN_RECIPE = ("output_dir", "resume", "overwrite", "trust_remote_code")
 # What transformers reports to, and the module that it needs for that.
-_TRACKERS = {"azure_ml": "azureml", "clearml": "clearml", "codecarbon": "codecarbon", "comet_ml": "comet_ml",
-             "dagshub": "dagshub", "dvclive": "dvclive", "flyte": "flytekit", "mlflow": "mlflow",
-             "neptune": "neptune", "swanlab": "swanlab", "tensorboard": "tensorboard", "trackio": "trackio",
-             "wandb": "wandb"}  # fmt: skip
+_TRACKERS = {"azure_ml": "azureml", "flyte": "flytekit"} | {
+    name: name
+    for name in "clearml codecarbon comet_ml dagshub dvclive mlflow neptune swanlab tensorboard trackio wandb".split()
+}
+_LENGTH = ("max_steps", "lr_scheduler_kwargs")  # of a run; the latter has the number of its last, falling steps
 _STAGING = ".staging"
-_TENSORBOARD = "tensorboard"
 # The files of a checkpoint that make up the model; everything else in it is for the training alone.
-_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
-                "adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
-                "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.codes", "chat_template*")  # fmt: skip
+_MODEL_FILES = (
+    "*.safetensors *.safetensors.index.json config.json generation_config.json adapter_config.json tokenizer* "
+    "special_tokens_map.json added_tokens.json vocab* merges.txt *.model *.spm *.tiktoken *.codes chat_template*"
+).split()
 
 
-def check_request(
-    command: str, corpus: Sequence[str], train: TrainOptions, *, inputs: Sequence[str], dry_run: bool
-) -> None:
-    """Check what takes no time to check: that there is a corpus, and that the folder is free."""
-    if processes.count > 1:
-        return  # the process that started this one has done it
+@contextlib.contextmanager
+def reserve(
+    command: str, corpus: Corpora, train: TrainOptions, inputs: Iterable[str | Path], *, dry_run: bool
+) -> Iterator[tuple[Path, TrainOptions]]:
+    """Hold the run's folder for this process. HfkitError if it is not free, or a tracker is not installed.
+
+    Yields the folder, and `train` with what a run to be resumed decided when it began.
+
+    inputs: what the run reads in addition to the corpus, which overwriting the folder must not delete.
+    """
     check_trackers(train.report_to or [])
     folder = folder_for(command, corpus, train)
-    find_files(corpus, folder)
-    if not dry_run:
-        check_run_folder(folder, resume=train.resume, overwrite=train.overwrite, inputs=[*corpus, *inputs])
-        with lock(folder):
-            pass
+    with contextlib.ExitStack() as stack:
+        if not dry_run and processes.rank == 0:
+            check_run_folder(
+                folder, resume=train.resume, overwrite=train.overwrite, inputs=[*sources_of(corpus), *inputs]
+            )
+            stack.enter_context(storage.lock(folder))
+        processes.gather([])
+        yield folder, _settle(folder, train)
 
 
-def find_files(corpus: Corpora, folder: Path) -> Corpora | Corpus:
+def find_files(corpus: Corpora, data: DataOptions, folder: Path) -> Corpora | Corpus:
     """The files of a corpus, but for the run's own folder; the name of a folder that `prepare` made stays a name."""
-    sources = sources_of(corpus)
-    is_alone = len(sources) == 1
-    return corpus if is_alone and is_prepared(Path(sources[0]).expanduser()) else find_corpus(corpus, folder)
+    first, *others = sources_of(corpus)
+    return corpus if not others and is_prepared(Path(first).expanduser()) else find_corpus(corpus, data, folder)
 
 
 def folder_for(command: str, corpus: Corpora, train: TrainOptions) -> Path:
@@ -83,35 +78,27 @@ def folder_for(command: str, corpus: Corpora, train: TrainOptions) -> Path:
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """See that the trackers' packages are installed.
-
-    Raises:
-        OptionError: one is not.
-    """
+    """Raise OptionError if a tracker does not exist, or its package is not installed."""
     for name in names:
         if name not in (*_TRACKERS, "all", "none"):
-            raise OptionError(f"--report-to {name}: no such tracker; there are {', '.join(_TRACKERS)}")
+            raise OptionError(f"--report-to {name}: no such tracker; there are {', '.join(sorted(_TRACKERS))}")
         if name in _TRACKERS and not importlib.util.find_spec(module := _TRACKERS[name]):
             package = "'hfkit[tensorboard]'" if name == "tensorboard" else module.replace("_", "-")
             raise OptionError(f"--report-to {name} needs a package: pip install {package}")
 
 
 def check_run_folder(folder: Path, *, resume: bool, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
-    """Check that a run may begin, or go on, in `folder`.
+    """Raise HfkitError if a run can neither begin nor go on in `folder`.
 
     inputs: what the run reads, a corpus or a model: overwriting the folder must not delete it.
-
-    Raises:
-        HfkitError: the folder cannot be written, holds a run that is neither to be resumed nor to be overwritten, or
-            holds what hfkit did not write.
     """
-    make_writable(folder)
+    storage.make_writable(folder)
     begun = is_begun(folder)
     if begun and resume and not overwrite:
         return
     if begun:
         check_not_input(folder, inputs)
-    check_owned(folder)
+    storage.check_owned(folder)
     if begun and not overwrite:
         raise HfkitError(f"{folder} holds a run: --resume continues it, --overwrite starts over")
 
@@ -136,12 +123,12 @@ def is_begun(folder: Path) -> bool:
     return is_run and ((folder / METRICS).is_file() or any((folder / CHECKPOINTS).glob("checkpoint-*")))
 
 
-def settle(folder: Path, train: TrainOptions) -> TrainOptions:
+def _settle(folder: Path, train: TrainOptions) -> TrainOptions:
     """`train` with what the run to be resumed decided when it began."""
-    if not (train.resume and is_begun(folder)) or train.overwrite:
+    if train.overwrite or not (train.resume and is_begun(folder)):
         return train
     decided = _read_json(folder / FACTS)["recipe"]
-    left_open = [f.name for f in fields(train) if getattr(train, f.name) is None]
+    left_open = [name for name in train.names() if getattr(train, name) is None]
     return replace(train, **{name: decided[name] for name in left_open if name in decided})
 
 
@@ -177,46 +164,61 @@ def command_line(command: str, corpus: Corpora, *groups: Options) -> str:
                 continue
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
-                continue
-            for item in value if isinstance(value, list) else [value]:
-                words += [f"--{flag}", str(item)]
+            else:
+                values = value if isinstance(value, list) else [value]
+                words += [word for item in values for word in (f"--{flag}", str(item))]
     return shlex.join(words)
 
 
-def begin(folder: Path, command: str, recipe: dict[str, Any], facts: dict[str, Any], keep: Callable[[], Any]) -> None:
+def begin(
+    folder: Path, command: str, recipe: dict[str, Any], facts: dict[str, Any], keep: Callable[[Path], Any]
+) -> None:
     """Write down what was asked for, and what `keep` writes, in a folder that is new or to be overwritten."""
     if is_begun(folder):
         (folder / METRICS).unlink(missing_ok=True)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    add_owned(folder, (FACTS, RECIPE, METRICS, CHECKPOINTS, _STAGING, _TENSORBOARD))
+    storage.add_owned(folder, (FACTS, RECIPE, METRICS, CHECKPOINTS, _STAGING, "tensorboard"))
     packages = ("hfkit", "torch", "transformers", "accelerate", "datasets", "tokenizers")
-    facts = facts | {
-        "recipe": recipe,
-        "versions": {package: importlib.metadata.version(package) for package in packages},
-    }
+    versions = {package: importlib.metadata.version(package) for package in packages}
     # From here on the folder belongs to this run; what an older run left in it may be deleted.
-    write_text(folder / FACTS, json.dumps(facts, indent=1))
-    remove_owned(folder, keep=[FACTS])
+    storage.write_text(folder / FACTS, json.dumps(facts | {"recipe": recipe, "versions": versions}, indent=1))
+    storage.remove_owned(folder, keep=[FACTS])
     (folder / CHECKPOINTS).mkdir()
-    keep()
+    keep(folder)
+    _write_recipe(folder, command, recipe)
+    storage.make_durable(folder / CHECKPOINTS)
+
+
+def _write_recipe(folder: Path, command: str, recipe: dict[str, Any]) -> None:
     # Values in JSON are YAML in which a text cannot be taken for a number.
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in recipe.items()]
-    write_text(folder / RECIPE, f"# hfkit {command} --config {RECIPE} -o ANOTHER-FOLDER\n{''.join(lines)}")
-    make_durable(folder / CHECKPOINTS)
+    storage.write_text(folder / RECIPE, f"# hfkit {command} --config {RECIPE} -o ANOTHER-FOLDER\n{''.join(lines)}")
 
 
-def check_same_settings(folder: Path, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Raise HfkitError if the run in `folder` was begun with other settings."""
-    begun = _read_json(folder / FACTS)
-    begun, asked = begun.pop("recipe") | begun, recipe | facts
-    names = [name for name in {**asked, **begun} if name not in ("command", "versions")]
+def check_same_settings(folder: Path, command: str, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Raise HfkitError if the run in `folder` was begun with other settings.
+
+    A schedule that only falls at its end may get another length: nothing that was trained so far depends on it.
+    """
+    record = _read_json(folder / FACTS)
+    facts = {name: value for name, value in facts.items() if name in record}  # old versions recorded fewer
+    begun, asked = record["recipe"] | record, recipe | facts
+    names = [name for name in {**asked, **begun} if name not in ("command", "versions", "recipe")]
     names = [name for name in names if begun.get(name) != asked.get(name)]
-    if names:
-        shown = ", ".join(f"{name} was {_short(begun.get(name))}, is {_short(asked.get(name))}" for name in names[:8])
+    if {"model_bytes", "model_sha256"} & {*names} and begun.get("model") == asked.get("model"):
+        raise HfkitError(
+            f"{asked['model']} has changed since {folder} was begun on it: --overwrite starts over on the new one"
+        )
+    shown = ", ".join(f"{name} was {begun.get(name)!s:.60}, is {asked.get(name)!s:.60}" for name in names[:8])
+    if {*names} - {*(_LENGTH if recipe["lr_scheduler_type"] == "warmup_stable_decay" else ())}:
         raise HfkitError(
             f"{folder} was begun with other settings ({shown}): --config {folder / RECIPE} has those, "
             "or --overwrite starts over"
         )
+    if names:
+        console.note(f"the run gets another length: {shown}")
+        storage.write_text(folder / FACTS, json.dumps(record | {"recipe": recipe}, indent=1))
+        _write_recipe(folder, command, recipe)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -234,37 +236,32 @@ def read_metrics(folder: Path) -> dict[str, Any] | None:
     return _read_json(folder / METRICS) if (folder / METRICS).is_file() else None
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def finish(folder: Path, checkpoint: Path, extra: dict[str, str | bytes], metrics: dict[str, Any]) -> None:
     """Put the model of a checkpoint and `extra` files into the run's folder, each whole; drop the checkpoints."""
     staging = folder / _STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
-    model = [path for path in checkpoint.iterdir() if path.is_file() and _is_published(path.name)]
-    check_space(folder, sum(path.stat().st_size for path in model))
+    model = [
+        path
+        for path in checkpoint.iterdir()
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _MODEL_FILES)
+    ]
+    storage.check_space(folder, sum(path.stat().st_size for path in model))
     for path in model:
         shutil.copy(path, staging)
     for name, content in extra.items():
         (staging / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    make_durable(staging)
-    add_owned(folder, [path.name for path in staging.iterdir()], weights=staging)
+    storage.make_durable(staging)
+    storage.add_owned(folder, [path.name for path in staging.iterdir()], weights=staging)
     for path in staging.iterdir():
         os.replace(path, folder / path.name)
-    sync_folder(folder)
-    write_text(folder / METRICS, json.dumps(metrics, indent=1))  # last: with it the run is finished
+    storage.sync_folder(folder)
+    storage.write_text(folder / METRICS, json.dumps(metrics, indent=1))  # last: with it the run is finished
     clear(folder)
-
-
-def _is_published(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in _MODEL_FILES)
 
 
 def clear(folder: Path) -> None:
     """Remove what a finished run no longer needs."""
     for name in (_STAGING, CHECKPOINTS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    remove_temporary(folder)
+    storage.remove_temporary(folder)

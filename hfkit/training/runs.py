@@ -1,31 +1,29 @@
-"""A run from begin to end: its folder is reserved, its job is trained, its result is written down."""
+"""A run from beginning to end: its job is trained, its result is written down."""
 
 import contextlib
 import json
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from hfkit import console, processes
-from hfkit.corpus.documents import Corpora, Corpus
+from hfkit.corpus.files import Corpus
 from hfkit.corpus.overlap import MOST, WORDS, index_corpus
 from hfkit.corpus.templates import task_of
 from hfkit.errors import HfkitError, StoppedError, first_line
 from hfkit.inference.generation import generate
-from hfkit.inference.likelihood import jsonable
-from hfkit.options import TrainOptions
+from hfkit.inference.scores import jsonable
 from hfkit.reporting.pages import PAGE, make_files
 from hfkit.reporting.summaries import summarize
-from hfkit.storage import lock
 from hfkit.training import run_folder
 from hfkit.training.checkpoints import Stop, find_newest, step_of
 from hfkit.training.loop import fit, is_done
-from hfkit.training.monitor import best_step, evaluations
+from hfkit.training.monitor import best_step, evaluations, seconds_of
 from hfkit.training.plan import Job, Plan
 
 _SAMPLES, _TOKENS = 4, 80
@@ -45,39 +43,24 @@ class Run:
         return self.metrics.get("perplexity")
 
 
-@contextlib.contextmanager
-def reserve(
-    command: str, corpus: Corpora, train: TrainOptions, dry_run: bool, inputs: Iterable[str | Path]
-) -> Iterator[tuple[Path, TrainOptions]]:
-    """Hold the run's folder for this process.
+def run_job(job: Job, command: str, callbacks: Sequence[TrainerCallback], *, dry_run: bool) -> Run | None:
+    """Say what a job is and, unless it is a dry run, do it: train, and leave the best state in the job's folder.
 
-    Yields the folder, and `train` with what a run to be resumed decided when it began.
-
-    inputs: what the run reads, which overwriting the folder must not delete.
-    """
-    run_folder.check_trackers(train.report_to or [])
-    folder = run_folder.folder_for(command, corpus, train)
-    with contextlib.ExitStack() as stack:
-        if not dry_run and processes.rank == 0:
-            run_folder.check_run_folder(folder, resume=train.resume, overwrite=train.overwrite, inputs=inputs)
-            stack.enter_context(lock(folder))
-        processes.gather([])
-        yield folder, run_folder.settle(folder, train)
-
-
-def execute(job: Job, keep: Callable[[], Any] = lambda: None) -> Run:
-    """Train, from the newest checkpoint if there is one, and leave the best state in the job's folder.
-
-    keep: writes what a resumed run will need into the folder of a new one.
+    command: what a person types for this run.
 
     Raises:
         StoppedError: the run was stopped; what it had done is saved.
     """
+    job.plan.describe(job.dataset.report)
+    return None if dry_run else _execute(replace(job, callbacks=callbacks, facts=job.facts | {"command": command}))
+
+
+def _execute(job: Job) -> Run:
     if processes.rank == 0:
         if run_folder.is_begun(job.folder) and not job.plan.options.overwrite:
-            run_folder.check_same_settings(job.folder, job.recipe, job.facts)
+            run_folder.check_same_settings(job.folder, job.command, job.recipe, job.facts)
         else:
-            run_folder.begin(job.folder, job.command, job.recipe, job.facts, keep)
+            run_folder.begin(job.folder, job.command, job.recipe, job.facts, job.keep)
     processes.gather([])
     if metrics := run_folder.read_metrics(job.folder):
         console.note(f"{job.folder} is finished: there is nothing to resume")
@@ -126,7 +109,7 @@ def make_metrics(job: Job, state: TrainerState, kept: Path) -> dict[str, Any]:
     history = [jsonable({k: v for k, v in entry.items() if k != "units"}) for entry in state.log_history]
     facts = json.loads((job.folder / run_folder.FACTS).read_text("utf-8"))
     task = task_of(job.tokenizer)
-    seconds = max((entry.get("seconds", 0.0) for entry in history), default=0.0)
+    seconds = seconds_of(history)
     tokens = int(plan.tokens * state.global_step / plan.steps)
     samples = _optional("samples", lambda: _draw_samples(job, kept)) or []
     copied = _optional("the share that is copied", lambda: _find_copied(job, samples)) if not task else None
@@ -140,7 +123,7 @@ def make_metrics(job: Job, state: TrainerState, kept: Path) -> dict[str, Any]:
         "corpus": job.recipe["corpus"],
         "step": step_of(kept),
         "steps": state.global_step,
-        **held_out_scores(history, step_of(kept), job.dataset.head),
+        **_held_out_scores(history, step_of(kept), job.dataset.head),
         "parameters": plan.parameters,
         "tokens": tokens,
         "seconds": seconds,
@@ -160,26 +143,19 @@ def make_metrics(job: Job, state: TrainerState, kept: Path) -> dict[str, Any]:
     }
 
 
-def held_out_scores(history: list[dict[str, Any]], step: int, head: str | None = None) -> dict[str, Any]:
+def _held_out_scores(history: list[dict[str, Any]], step: int, head: str | None) -> dict[str, Any]:
     """Held-out scores at `step` and before the training, and the gain with its error.
 
     Accuracies for a head and where a task has labels, beside the accuracy of always giving the most frequent answer.
     """
     scores = {entry["step"]: entry for entry in evaluations(history)}
     before, after = scores.get(0, {}), scores.get(step, {})
-    figures: dict[str, Any] = {
-        "loss_before": before.get("eval_loss"),
-        "loss": after.get("eval_loss"),
-        "loss_stderr": after.get("eval_loss_stderr"),
-        "loss_gain": after.get("eval_loss_gain"),
-        "loss_gain_stderr": after.get("eval_loss_gain_stderr"),
-    }
-    if head or "eval_accuracy" in after:
-        figures |= {"accuracy_before": before.get("eval_accuracy"), "accuracy": after.get("eval_accuracy")}
+    figures = {name: after.get(f"eval_{name}") for name in ("loss_stderr", "loss_gain", "loss_gain_stderr")}
+    has_accuracy = head or "eval_accuracy" in after
+    for name in ("loss", *(["accuracy"] if has_accuracy else []), *([] if head else ["token_accuracy", "perplexity"])):
+        figures |= {f"{name}_before": before.get(f"eval_{name}"), name: after.get(f"eval_{name}")}
+    if has_accuracy:
         figures["baseline"] = next((entry["baseline"] for entry in history if "baseline" in entry), None)
-    if not head:
-        for name in ("token_accuracy", "perplexity"):
-            figures |= {f"{name}_before": before.get(f"eval_{name}"), name: after.get(f"eval_{name}")}
     return figures
 
 
@@ -224,9 +200,14 @@ def _draw_samples(job: Job, kept: Path) -> list[str]:
         return []
     with contextlib.suppress(HfkitError):
         samples = generate(
-            job.prompt, model=str(kept), seed=job.plan.options.seed, num_return_sequences=_SAMPLES, temperature=1.0,
-            max_new_tokens=min(_TOKENS, max(1, job.block_size // 2)), raw=True,
-        )  # fmt: skip
+            job.prompt,
+            model=str(kept),
+            seed=job.plan.options.seed,
+            num_return_sequences=_SAMPLES,
+            temperature=1.0,
+            max_new_tokens=min(_TOKENS, max(1, job.block_size // 2)),
+            raw=True,
+        )
         return [job.prompt + sample.completion for sample in samples]
     return []
 
@@ -238,6 +219,11 @@ def _find_copied(job: Job, samples: list[str]) -> dict[str, Any] | None:
     index = index_corpus(job.files, job.data)
     copies = [index.look_up(sample.removeprefix(job.prompt or "")) for sample in samples]
     longest = max(copies, key=lambda copy: copy.words)
-    share = sum(copy.share for copy in copies) / len(copies)
-    return {"longest": longest.longest, "words": longest.words, "share": share, "is_whole": index.is_whole,
-            "run": WORDS, "limit": MOST}  # fmt: skip
+    return {
+        "longest": longest.longest,
+        "words": longest.words,
+        "share": sum(copy.share for copy in copies) / len(copies),
+        "is_whole": index.is_whole,
+        "run": WORDS,
+        "limit": MOST,
+    }

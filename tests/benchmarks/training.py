@@ -81,7 +81,7 @@ def train_plainly(model: str, corpus: str, steps: int, block: int) -> tuple[floa
     from transformers.trainer_callback import PrinterCallback
 
     from hfkit.corpus.sequences import Collator
-    from hfkit.corpus.sequences import gather_training_data as gather_material
+    from hfkit.corpus.training_data import gather_training_data as gather_material
     from hfkit.models.loading import load_tokenizer
     from hfkit.models.sources import find_model as find
     from hfkit.options import DataOptions, ModelOptions

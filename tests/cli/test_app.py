@@ -99,7 +99,7 @@ def test_explain_prints_one_line(capfdbinary, monkeypatch, error, code, words, c
         secret = "my secret prompt"  # noqa: F841, tracebacks with locals would show it
         raise error
 
-    [monkeypatch.setattr(f"hfkit.cli.{name}.find_model", fail) for name in ("generate", "chat", "info")]
+    [monkeypatch.setattr(f"hfkit.cli.{name}.find_model", fail) for name in ("generate", "prompts", "info")]
     prompt = ["my secret prompt"] if command == "generate" else []
     result = call(capfdbinary, command, *prompt)
     assert_fails(result, code, words)
@@ -123,7 +123,7 @@ def test_explain_is_silent_about_signals(capfdbinary, monkeypatch, error, code):
     def end(*arguments):
         raise error
 
-    [monkeypatch.setattr(f"hfkit.cli.{name}.find_model", end) for name in ("generate", "chat")]
+    monkeypatch.setattr("hfkit.cli.generate.find_model", end)
     result = call(capfdbinary, "generate", "hi")
     assert (result.returncode, result.stdout, result.stderr) == (code, b"", b"")
 

@@ -48,17 +48,19 @@ def test_chat_base_model(tiny, typed, capfdbinary):
 def test_conversation_uses_the_template(templated):
     """The chat template gets all messages."""
     talk = Conversation(templated, GenerateOptions(max_new_tokens=4))
-    talk.add_turn("hi")
-    talk.add_reply("yo")
-    assert templated.tokenizer.decode(talk.add_turn("so")) == "[user]hi[assistant]yo[user]so[assistant]"
+    talk.add("user", "hi")
+    talk.add("assistant", "yo")
+    talk.add("user", "so")
+    assert templated.tokenizer.decode(talk.prompt()) == "[user]hi[assistant]yo[user]so[assistant]"
 
 
 def test_conversation_drops_the_oldest_turns(templated):
     """The oldest turns are dropped when the context is full."""
     talk = Conversation(templated, GenerateOptions(max_new_tokens=4))
     for word in ("one", "two", "three"):
-        ids = talk.add_turn(word)
-        talk.add_reply("x" * 9)
+        talk.add("user", word)
+        ids = talk.prompt()
+        talk.add("assistant", "x" * 9)
     text = templated.tokenizer.decode(ids)
     assert len(ids) + 4 <= templated.context
     assert text.startswith("[user]two") and text.endswith("[user]three[assistant]")
@@ -140,14 +142,14 @@ def test_chat_after_a_bad_byte(copy, tiny, template, bad):
 )
 def test_chat_with_a_bad_template(tiny, typed, capfdbinary, monkeypatch, template):
     """A chat template that fails is one line for each turn; the chat continues, and /set raw true leaves it out."""
-    load = chat.load_for_generation
+    load = chat.load_for
 
     def load_bad(*arguments):
-        lm = load(*arguments)
+        lm, *rest = load(*arguments)
         monkeypatch.setattr(lm.tokenizer, "chat_template", template)
-        return lm
+        return lm, *rest
 
-    monkeypatch.setattr(chat, "load_for_generation", load_bad)
+    monkeypatch.setattr(chat, "load_for", load_bad)
     typed("ab\nab\n/set raw true\nab\n")
     result = call(capfdbinary, "chat", "-m", tiny, "-n", 2, "-s", 1)
     assert result.returncode == 0 and result.stdout.count(b"\n") >= 1
@@ -177,8 +179,8 @@ def test_chat_sign_of_a_cut(tiny):
 def test_conversation_save(templated, tmp_path):
     """Messages are saved as JSON Lines."""
     talk = Conversation(templated, GenerateOptions())
-    talk.add_turn("hi")
-    talk.add_reply("yo")
+    talk.add("user", "hi")
+    talk.add("assistant", "yo")
     talk.save(str(tmp_path / "said"))
     rows = [json.loads(line) for line in (tmp_path / "said").read_text().splitlines()]
     assert rows == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]

@@ -8,11 +8,11 @@ import sys
 import pytest
 from support.shell import WATCH, assert_fails, call
 
-from hfkit.cli.prompt_files import read_prompts
+from hfkit.cli.prompts import read_prompts
 from hfkit.errors import OptionError
 from hfkit.options import TrainOptions
 from hfkit.recipes import copy_recipe
-from hfkit.tuning.study import read_space
+from hfkit.tuning.space import read_space
 
 
 @pytest.fixture

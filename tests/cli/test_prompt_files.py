@@ -15,7 +15,9 @@ from support.shell import assert_fails, call
 
 import hfkit
 from hfkit.cli import app
-from hfkit.cli.prompt_files import Results, read_prompt, read_prompts, to_line
+from hfkit.cli.generate_file import Results
+from hfkit.cli.prompts import read_prompt, read_prompts
+from hfkit.console import to_json
 from hfkit.errors import HfkitError, OptionError
 
 
@@ -126,7 +128,7 @@ def test_generate_input_reads_a_pipe(tiny, tmp_path, capfdbinary):
         (["-i", "none.txt"], 1, ["none.txt", "No such file"]),
         (["-i", "."], 1, ["directory"]),
         (["-i", "in.txt", "-o", "no/folder/out"], 1, ["no/folder/out.partial", "No such file"]),
-        (["-i", "in.txt", "-o", "sub"], 1, ["sub is a folder"]),
+        (["-i", "in.txt", "-o", "sub"], 1, ["sub is not a regular file"]),
         (["-i", "in.txt", "-o", "there.jsonl"], 1, ["there.jsonl exists", "--overwrite"]),
         (["-i", "in.txt", "-o", "begun.jsonl"], 1, ["begun.jsonl.partial", "--resume", "--overwrite"]),
         (["-i", "in.txt", "hi"], 2, ["--input"]),
@@ -141,7 +143,7 @@ def test_generate_checks_files_first(tiny, tmp_path, monkeypatch, capfdbinary, f
     (tmp_path / "in.txt").write_text("a\n")
     (tmp_path / "sub").mkdir()
     (tmp_path / "there.jsonl").write_text("kept")
-    (tmp_path / "begun.jsonl.partial").write_text(to_line({"line": 1}))
+    (tmp_path / "begun.jsonl.partial").write_text(to_json({"line": 1}))
     assert_fails(call(capfdbinary, "generate", *flags, "-m", tiny), code, *words)
     assert (tmp_path / "there.jsonl").read_text() == "kept"
 
@@ -381,7 +383,7 @@ def test_read_prompt_terminal_and_bad_bytes(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["é日本", "\ud800", "a\nb\x1b\u2028", '"'])
-def test_to_line_reads_back(text):
+def test_to_json_reads_back(text):
     """A record is one line of UTF-8 that reads back."""
-    line = to_line({"text": text})
+    line = to_json({"text": text})
     assert line.encode().count(b"\n") == 1 and json.loads(line) == {"text": text}

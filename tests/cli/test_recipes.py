@@ -8,12 +8,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support import trials
 from support.shell import assert_fails, call, run
 
 import hfkit
 from hfkit.models.sources import BUNDLED
+from hfkit.options import GenerateOptions
 from hfkit.recipes import head_comment as describe
-from hfkit.recipes import read_recipe, shipped
+from hfkit.recipes import read_values, shipped
 
 TRAINED = [name for name in shipped() if name not in ("sampling-story", "bundled")]
 # Figures that are better when they are lower.
@@ -97,6 +99,34 @@ def test_recipe_commands_run(name, kitchen, small, monkeypatch, capfdbinary):
         result = call(capfdbinary, *arguments)
         # An untrained BERT may find that the text has no answer, which is told by the exit code.
         assert result.returncode == 0 or b"does not answer that" in result.stderr, (line, result.stderr.decode())
+
+
+@pytest.fixture
+def books(kitchen, corpus) -> list[str]:
+    """Books to try the bundled model's recipe on, and the options that fit them."""
+    texts = Path(corpus).read_text().split("<|endoftext|>")
+    for name, part in (("books", texts[4:]), ("aside-books", texts[:4])):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps({"title": name, "text": text}) + "\n" for text in part))
+    return ["pretrain", "--config", "bundled", "--vocab-size", "300", "-q"]
+
+
+def test_bundled_twice(books, capfdbinary):
+    """The recipe of the bundled model gives the same weights each time, to the bit."""
+    small = ["--n-layer", 1, "--n-embd", 32, "--n-head", 2, "--n-positions", 32, "--num-processes", 1, "--no-bf16"]
+    steps = ["--max-steps", 8, "--warmup-steps", 2, "--lr-scheduler-kwargs", '{"num_decay_steps": 4}']
+    for folder in ("first", "second"):
+        result = call(capfdbinary, *books, *small, *steps, "-o", folder)
+        assert result.returncode == 0, result.stderr
+    assert trials.outcome("first") == trials.outcome("second")
+
+
+@pytest.mark.slow
+def test_bundled_twice_at_full_size(books):
+    """200 steps of the recipe as it is, in two processes, but for shorter sequences."""
+    for folder in ("first", "second"):
+        result = run(*books, "--block-size", 128, "--max-steps", 200, "-o", folder, timeout=1500)
+        assert result.returncode == 0, result.stderr
+    assert trials.outcome("first") == trials.outcome("second")
 
 
 @pytest.mark.slow
@@ -189,17 +219,11 @@ def test_copy_on_a_full_disk(kitchen, capfdbinary, monkeypatch):
 def test_read_values_finds_shipped_recipes(kitchen):
     """A shipped recipe is found by name and finds its data."""
     from hfkit.options import DataOptions, TrainOptions
-    from hfkit.recipes import read_values
 
     values = read_values("generation-poems", ["corpus", *TrainOptions.names(), *DataOptions.names()])
     assert Path(values["corpus"]).is_file()
     shutil.copytree(shipped()["generation-poems"].parent / "data", "data")
     values = read_values("generation-poems", ["corpus", *TrainOptions.names(), *DataOptions.names()])
     assert values["corpus"] == "data/poems.txt"
-    assert read_recipe(shipped()["sampling-story"], *_groups())[0].temperature == 0.8
-
-
-def _groups():
-    from hfkit.options import GenerateOptions
-
-    return (GenerateOptions,)
+    values = read_values(shipped()["sampling-story"], GenerateOptions.names())
+    assert GenerateOptions.read(values).temperature == 0.8

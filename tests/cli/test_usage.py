@@ -4,14 +4,14 @@ import re
 
 import pytest
 import typer
-from support.shell import assert_fails, call
+from support.shell import assert_fails, call, run
 
 import hfkit
 from hfkit import declaration, options
 from hfkit.cli import app
-from hfkit.cli.usage import EXAMPLES
 
 COMMANDS = typer.main.get_command(app.app).commands
+EXAMPLES = {name: command.examples for name, command in COMMANDS.items() if name != "recipes"}
 FLAGS = {name: {param.name: param for param in command.params} for name, command in COMMANDS.items()}
 
 
@@ -29,12 +29,19 @@ def test_help_cuts_nothing(capfdbinary, monkeypatch, name):
     assert wanted <= words and "…" not in "".join(lines)
 
 
-@pytest.mark.parametrize("name", sorted({*EXAMPLES} - {"copy"}))
+def test_help_fits_80_columns(capfdbinary, monkeypatch):
+    """The list of commands cuts no sentence."""
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = call(capfdbinary, "--help").stdout.decode().splitlines()
+    assert max(map(len, lines)) <= 80 and not [line for line in lines[1:] if line.endswith("...")]
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_help_ends_with_examples(capfdbinary, monkeypatch, name):
     """The help of a command ends with examples, whose flags exist."""
     monkeypatch.setenv("COLUMNS", "100")
     lines = call(capfdbinary, "help", name).stdout.decode().splitlines()
-    assert [line.strip() for line in lines[-len(EXAMPLES[name]) :]] == list(EXAMPLES[name])
+    assert EXAMPLES[name] and [line.strip() for line in lines[-len(EXAMPLES[name]) :]] == EXAMPLES[name]
     known = {opt for param in FLAGS[name].values() for opt in param.opts}
     used = {word for line in EXAMPLES[name] if f"hfkit {name}" in line for word in re.findall(r" (--?[a-z-]+)", line)}
     assert used <= known
@@ -123,8 +130,8 @@ def test_options_of_another_type(options_):
         ("generate hi --verbose=3", "--verbose takes no value"),
         ("generate hi --top-p x", "--top-p is 'x': it must be a number"),
         ("generate hi -n 2.5", "--max-new-tokens is '2.5': it must be a whole number"),
-        ("generate hi --top-p 3", "--top-p is '3': it must be at most 1"),
-        ("generate hi --top-k -3", "--top-k is '-3': it must be at least 0"),
+        ("generate hi --top-p 3", "--top-p is 3: it must be more than 0, at most 1"),
+        ("generate hi --top-k -3", "--top-k is -3: it must be at least 0"),
         ("generate hi --dtype f8", "--dtype is 'f8': it must be one of auto, float32, bfloat16, float16"),
     ],
 )
@@ -145,3 +152,53 @@ def test_help_command(capfdbinary):
     """`hfkit help` and `hfkit help COMMAND` print what --help does."""
     assert call(capfdbinary, "help").stdout == call(capfdbinary, "--help").stdout != b""
     assert call(capfdbinary, "help", "info").stdout == call(capfdbinary, "info", "-h").stdout != b""
+
+
+# values that no option takes
+
+BAD_BYTES = "a\udcffb"  # as Python reads bytes of a command line that are not UTF-8
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(["generate", BAD_BYTES], ["generate", "hi", "--stop", BAD_BYTES], ["generate", "hi", "-m", BAD_BYTES]),
+        *(["generate", "-i", BAD_BYTES], ["generate", "hi", "-o", BAD_BYTES], ["generate", "hi", "-c", BAD_BYTES]),
+        *(["classify", "hi", "--labels", BAD_BYTES], ["answer", BAD_BYTES], ["inspect", BAD_BYTES]),
+        *(["finetune", BAD_BYTES], ["evaluate", "c.txt", "-m", BAD_BYTES], ["tune", "c.txt", "--search", BAD_BYTES]),
+        *(["recipes", "copy", BAD_BYTES], ["export", BAD_BYTES], ["report", BAD_BYTES], ["info", "-m", BAD_BYTES]),
+    ],
+    ids=ascii,
+)
+def test_bytes_that_are_not_utf8(capfdbinary, line):
+    """Bytes that are not UTF-8 in any option or argument are a usage error that shows them."""
+    assert_fails(call(capfdbinary, *line), 2, r"a\udcffb", "it is not UTF-8 text")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("generate hi", "generate -i c.txt", "inspect hi", "finetune c.txt", "pretrain c.txt", "prepare c.txt"),
+        *("tune c.txt", "report runs/a", "export bundled"),
+    ],
+)
+def test_empty_output(capfdbinary, line, tmp_path, monkeypatch):
+    """An empty -o, as an unset variable of a shell gives, is a usage error for every command that has one."""
+    monkeypatch.chdir(tmp_path)
+    assert_fails(call(capfdbinary, *line.split(), "-o", ""), 2, "--output", "is ''", "must")
+    assert_fails(call(capfdbinary, "recipes", "copy", "sampling-story", "--to", ""), 2, "--to is ''")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("hfkit recipes copy gen", ["generation-news", "generation-poems", "generation-stories"]),
+        ("hfkit generate --dtype fl", ["float32", "float16"]),
+        ("hfkit gen", ["generate"]),
+    ],
+)
+def test_tab_completion(line, words):
+    """A shell completes commands, names of recipes and the values of an option."""
+    env = {"_HFKIT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    assert run(env=env).stdout.decode().split() == words

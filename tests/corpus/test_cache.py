@@ -6,16 +6,17 @@ import resource
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from support.corpora import CHATML, TEXTS, prepare, talk, whole, write
 
 from hfkit.corpus import cache
-from hfkit.corpus.cache import load_prepared
-from hfkit.corpus.chat import CHAT_TEMPLATE
-from hfkit.corpus.documents import PREPARED
+from hfkit.corpus.cache import Report, corpus_lines, load_prepared
 from hfkit.corpus.encoding import encode_examples, fingerprint
+from hfkit.corpus.files import PREPARED
+from hfkit.corpus.templates import CHAT_TEMPLATE
 from hfkit.errors import HfkitError
 from hfkit.models.loading import load_tokenizer
 from hfkit.models.sources import find_model as find
@@ -157,6 +158,16 @@ def test_encode_corpus_without_a_writable_cache(tmp_path, monkeypatch, bundled):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(HfkitError, match="HF_DATASETS_CACHE"):
         prepare(write(tmp_path / "a.txt"), bundled)
+
+
+@pytest.mark.parametrize(("count", "ending"), [(1, ""), (2, "s"), (1000, "s")])
+def test_corpus_lines_count_in_words(count, ending):
+    """One document is not called documents."""
+    report = Report(documents=count, duplicates=count, empty=count, characters=count, tokens=count)
+    lines = corpus_lines(report)
+    assert lines[0].startswith(", ".join(f"{count:,} {noun}{ending}" for noun in ("document", "character", "token")))
+    assert sum(line.endswith(f": {count:,} document{ending}") for line in lines) == 2
+    assert f"{count:,} example{ending}," in corpus_lines(replace(report, kind="messages"))[0]
 
 
 # crashes

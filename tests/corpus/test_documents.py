@@ -16,7 +16,8 @@ from support.corpora import TEXTS, scrawl, write
 from support.shell import assert_fails, call
 
 from hfkit.console import printable
-from hfkit.corpus.documents import END, Example, Piece, cut_pieces, find_corpus, name_of, read_records, read_table
+from hfkit.corpus.documents import END, Example, Piece, cut_pieces, read_records, read_table
+from hfkit.corpus.files import find_corpus, name_of
 from hfkit.corpus.labelled import classification_rows, question_rows
 from hfkit.errors import HfkitError
 from hfkit.options import CorpusOptions, DataOptions
@@ -130,7 +131,7 @@ def test_read_rows_across_chunks(tmp_path, kind):
 # sources
 
 
-def test_find_corpus_in_a_folder(tmp_path):
+def test_find_corpus_in_a_folder(tmp_path, capfd):
     """All files of a folder are read, except hidden ones, empty ones and those that are not text."""
     folder = tmp_path / "folder"
     for name, content in {
@@ -153,7 +154,7 @@ def test_find_corpus_in_a_folder(tmp_path):
     corpus = find_corpus(folder)
     read_as_texts = ["a/deep/er/1.py", "b.txt", "c.c", "package.json"]
     assert documents(folder) == [*((folder / name).read_text() for name in read_as_texts), "last"]
-    assert corpus.left_out == 4
+    assert f"{folder}: left out 4 files without text" in capfd.readouterr().err
     assert corpus.size == sum((folder / name).stat().st_size for name in [*read_as_texts, "z.jsonl"])
 
 
@@ -192,7 +193,7 @@ def test_find_corpus_once_for_all_readers(tmp_path, monkeypatch):
     path.write_text('{"text": "rain", "label": "a", "question": "q", "context": "c", "answer": "c"}\n')
     corpus = find_corpus(path)
     expected = classification_rows(path, DataOptions()), question_rows(path, DataOptions())
-    monkeypatch.setattr("hfkit.corpus.documents.kind_of", lambda *_: pytest.fail("found twice"))
+    monkeypatch.setattr("hfkit.corpus.files.kind_of", lambda *_: pytest.fail("found twice"))
     assert find_corpus(corpus) is corpus
     assert (classification_rows(corpus, DataOptions()), question_rows(corpus, DataOptions())) == expected
     assert [row for row, _ in read_table(corpus, DataOptions())] == [json.loads(path.read_text())]

@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hfkit.corpus.documents import Example, find_corpus, read_records
+from hfkit.corpus.documents import Example, read_records
+from hfkit.corpus.files import find_corpus
 from hfkit.errors import HfkitError
 from hfkit.options import CorpusOptions
 
@@ -163,3 +164,8 @@ def test_read_records_checks_every_row(tmp_path):
     """A key that comes later is not dropped either."""
     with pytest.raises(HfkitError, match=r"'weight' is 0\.5.*line 3, message 2"):
         read(tmp_path, CHAT, CHAT, {"messages": [ASK, SAY | {"weight": 0.5}]})
+    rows = [CHAT, {"conversations": CHAT["messages"]}, {"prompt": "a", "completion": "b"},
+            {"instruction": "a", "output": "b"}, {"text": "a"}]  # fmt: skip
+    for first, second in zip(rows, rows[1:] + rows[:1], strict=True):
+        with pytest.raises(HfkitError, match=r"rows.jsonl, line 2"):
+            read(tmp_path, first, second)

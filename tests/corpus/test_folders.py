@@ -1,12 +1,16 @@
 """A folder is read without what hfkit or `datasets` wrote there, and whatever else lies beside its texts."""
 
+import json
+
 import datasets
 import pytest
 from support import trials
 from support.shell import assert_fails, call
 
 import hfkit
-from hfkit.corpus.documents import Example, Piece, find_corpus, read_records, read_table
+from hfkit.corpus.documents import Example, Piece, read_records, read_table
+from hfkit.corpus.files import find_corpus
+from hfkit.corpus.labelled import classification_rows, question_rows
 from hfkit.errors import HfkitError
 from hfkit.options import CorpusOptions
 
@@ -68,7 +72,7 @@ def test_list_folder_without_runs_models_and_the_output(folder, tiny, copy, capf
     (folder / "out" / "draft.txt").write_text("draft")
     read = ["plain.txt", "site/config.json", "site/notes.txt", "site/run.json"]
     assert names(folder) == ["out/draft.txt", *read]
-    assert names(folder, exclude=folder / "out") == read
+    assert names(folder, output=folder / "out") == read
     notes = capfd.readouterr().err
     assert f"{folder}: left out 4 folders with a run or a model, such as {folder}/adapter" in notes
 
@@ -95,7 +99,7 @@ def test_find_corpus_of_a_glob_leaves_runs_out(folder, tiny, copy):
     (folder / "out" / "draft.txt").write_text("draft")
     pattern = f"{folder}/**/*.*"
     assert [path.name for path in find_corpus(pattern).files] == ["draft.txt", "plain.txt"]
-    assert [path.name for path in find_corpus(pattern, exclude=folder / "out").files] == ["plain.txt"]
+    assert [path.name for path in find_corpus(pattern, output=folder / "out").files] == ["plain.txt"]
     with pytest.raises(HfkitError, match=f"names files of {folder}/model, a run or a model: did you mean -m"):
         find_corpus(f"{folder}/model/*.json")
 
@@ -166,6 +170,8 @@ def test_list_folder_says_that_it_reads_all_splits(tmp_path, other, is_told, cap
         (tmp_path / name).write_text('{"text": "one"}\n')
     assert read(tmp_path) == ["one", "one"]
     assert ("has files called test and train: all are read" in capfd.readouterr().err) == is_told
+    find_corpus(tmp_path, CorpusOptions(exclude="test*"))
+    assert "has files" not in capfd.readouterr().err
 
 
 def test_fingerprint_tells_a_split_from_all_its_files(tmp_path):
@@ -229,3 +235,141 @@ def test_prepared_corpus_in_a_folder_is_left_out(folder, tiny):
     assert names(folder) == ["plain.txt"]
     again = hfkit.prepare(str(folder), model=tiny, output_dir=folder / "prepared")
     assert again.prepared.cached
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """A folder of conversations as people publish them."""
+    (tmp_path / "chats" / "data").mkdir(parents=True)
+    row = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}\n'
+    (tmp_path / "chats" / "data" / "train.jsonl").write_text(row)
+    for name in ("README.md", "LICENSE", "CHANGELOG-2.txt", "package.json", "info.yaml"):
+        (tmp_path / "chats" / name).write_text('{"name": "not a row"}')
+    return tmp_path / "chats"
+
+
+def test_read_records_leaves_out_descriptions_beside_examples(chats, capfd):
+    """A README or settings beside conversations are not taken for texts, with a note; other texts are refused."""
+    (record,) = read_records(find_corpus(chats), CorpusOptions())
+    assert isinstance(record, Example)
+    assert f"left out {chats}/README.md, which only describes the examples" in capfd.readouterr().err
+    with pytest.raises(HfkitError, match="mixes texts and examples"):
+        list(read_records(find_corpus([chats / "README.md", chats / "data"]), CorpusOptions()))
+    (chats / "story.txt").write_text("Once upon a time")
+    with pytest.raises(HfkitError, match=r"mixes texts and examples .*story.txt.* \(--exclude\)"):
+        list(read_records(find_corpus(chats), CorpusOptions()))
+    exclude = CorpusOptions(exclude="story.txt")
+    assert list(read_records(find_corpus(chats, exclude), exclude)) == [record]
+
+
+def test_has_texts_beside_rows(chats):
+    """What describes rows is not a text; without rows, and by its own name, it is one."""
+    assert not find_corpus(chats).has_texts and not find_corpus(chats / "data").has_texts
+    assert find_corpus([chats / "README.md", chats / "data"]).has_texts
+    (chats / "story.txt").write_text("Once upon a time")
+    assert find_corpus(chats).has_texts
+    for path in (chats / "story.txt", chats / "data" / "train.jsonl"):
+        path.unlink()
+    assert find_corpus(chats).has_texts
+
+
+def test_read_records_keeps_descriptions_beside_texts(folder):
+    """Beside texts, and beside rows with a text, a README is a text like any other."""
+    (folder / "README.md").write_text("read me")
+    (folder / "plain.txt").write_text("plain")
+    assert read(folder) == ["read me", "plain"]
+    (folder / "rows.jsonl").write_text('{"text": "row"}\n')
+    assert read(folder) == ["read me", "plain", "row"]
+
+
+ODD = {
+    "manifest.json": '{"icons": [{"src": "a.png"}]}',
+    "a-package.json": '{"name": "x"}',
+    "dataset_info.json": '{"features": [{"name": "text"}]}',
+}
+
+
+@pytest.mark.parametrize("read", [classification_rows, question_rows, read_records], ids=["label", "question", "task"])
+def test_rows_in_a_folder_without_odd_json(tmp_path, capfd, read):
+    """JSON that is no rows does not stop a head or a template; in a folder of nothing else, it is named."""
+    options = CorpusOptions(template="{question}={label}" if read is read_records else None)
+    rows = (tmp_path / "rows").absolute()
+    rows.mkdir()
+    for name, content in ODD.items():
+        (rows / name).write_text(content)
+    (rows / "rows.jsonl").write_text('{"text": "a", "label": "b", "question": "c", "context": "d", "answer": "d"}\n')
+    assert len(list(read(find_corpus(rows), options))) == 1
+    notes = capfd.readouterr().err
+    assert "left out 2 files without the columns" in notes and f"{rows}/dataset_info.json" in notes
+    (rows / "rows.jsonl").unlink()
+    with pytest.raises(HfkitError, match=r"dataset_info.json|a-package.json"):
+        list(read(find_corpus(rows), options))
+
+
+def test_rows_in_a_folder_keep_their_errors(tmp_path):
+    """A data file with a bad value in its first row is not taken for an odd file."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": null}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "a", "label": "b"}\n')
+    with pytest.raises(HfkitError, match="column 'label' has no label .*a.jsonl, line 1"):
+        classification_rows(tmp_path, CorpusOptions())
+
+
+# --exclude
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.md", "drafts/c.txt", "drafts/deep/d.md", "final/drafts/e.txt", "final/f.txt"):
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_text(name)
+    return tmp_path / "tree"
+
+
+@pytest.mark.parametrize(
+    ("patterns", "kept"),
+    [
+        (["*.md"], "a.txt drafts/c.txt final/drafts/e.txt final/f.txt"),
+        (["drafts"], "a.txt b.md final/f.txt"),
+        (["drafts/"], "a.txt b.md final/f.txt"),
+        (["drafts/*.txt"], "a.txt b.md drafts/deep/d.md final/f.txt"),
+        (["final/drafts"], "a.txt b.md drafts/c.txt drafts/deep/d.md final/f.txt"),
+        (["drafts", "?.txt"], "b.md"),
+        (["raft", "txt"], "a.txt b.md drafts/c.txt drafts/deep/d.md final/drafts/e.txt final/f.txt"),
+    ],
+)
+def test_find_corpus_with_exclude(tree, patterns, kept, capfd):
+    """The same files are left out of a folder, of a glob, and of names that a shell made of a glob."""
+    options = CorpusOptions(exclude=patterns)
+    for source in (tree, f"{tree}/**/*.*", "tree/**/*.*", sorted(tree.rglob("*.*"))):
+        files = find_corpus(source, options).files
+        assert sorted(str(path.absolute().relative_to(tree)) for path in files) == sorted(kept.split())
+    assert ("--exclude 'raft' matches no file of the corpus" in capfd.readouterr().err) == ("raft" in patterns)
+    assert len(find_corpus(tree).files) == 6
+
+
+def test_find_corpus_with_exclude_of_everything(tree):
+    """The error names the option; a folder above the corpus is not compared with a pattern."""
+    for source in (tree, tree / "a.txt", f"{tree}/*"):
+        with pytest.raises(HfkitError, match=r"--exclude leaves no file of the corpus \(.*tree.*\): \*"):
+            find_corpus(source, CorpusOptions(exclude="*"))
+    assert len(find_corpus(tree / "drafts", CorpusOptions(exclude="drafts")).files) == 2
+    assert len(find_corpus([tree / "a.txt", tree / "b.md"], CorpusOptions(exclude="*.md")).files) == 1
+
+
+def test_exclude_at_a_shell_and_in_python(tree, tiny, capfdbinary, tmp_path):
+    """Every command that reads a corpus leaves the files out; not those that --eval-file names."""
+    trials.write_corpus(tree / "long.txt")
+    skip = ["--exclude", "*.md", "--exclude", "drafts", "--exclude", "?.txt"]
+    alone = json.loads(call(capfdbinary, "prepare", tree / "long.txt", "-m", tiny, "--json").stdout)
+    prepared = call(capfdbinary, "prepare", tree, *skip, "-m", tiny)
+    assert prepared.stderr.decode().endswith(
+        f"next: hfkit finetune {tree} --exclude '*.md' --exclude drafts --exclude '?.txt' -m {tiny}\n"
+    )
+    result = json.loads(call(capfdbinary, "prepare", tree, *skip, "-m", tiny, "--json").stdout)
+    assert result["tokens"] == alone["tokens"]
+    assert json.loads(call(capfdbinary, "evaluate", tree, *skip, "-m", tiny, "--json").stdout)["documents"] == 24
+    options = trials.SMALL | {"model": tiny, "output_dir": str(tmp_path / "run"), "max_steps": 1, "eval_steps": 1}
+    hfkit.finetune(str(tree), exclude=["*.md", "?.txt"], eval_file=str(tree / "a.txt"), **options)
+    recipe = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert recipe["corpus_sha256"] == result["fingerprint"] and recipe["recipe"]["exclude"] == ["*.md", "?.txt"]

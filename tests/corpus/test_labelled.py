@@ -25,7 +25,7 @@ from hfkit.corpus.labelled import (
     question_rows,
     windows,
 )
-from hfkit.corpus.sequences import HeadCollator
+from hfkit.corpus.sequences import Collator
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inference.likelihood import score_items
 from hfkit.models.loading import load_config
@@ -478,7 +478,7 @@ def test_head_collator_pads_with_a_mask():
     """Shorter rows are padded, and the mask says where."""
     items = [{"input_ids": [5, 6, 7], "token_type_ids": [0, 1, 1], "labels": 2},
              {"input_ids": [8], "token_type_ids": [1], "labels": 0}]  # fmt: skip
-    batch = HeadCollator(9)(items)
+    batch = Collator(9, has_mask=True)(items)
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[5, 6, 7], [8, 9, 9]],
         "token_type_ids": [[0, 1, 1], [1, 0, 0]],
@@ -524,7 +524,7 @@ def test_score_items_equals_a_plain_loop(labeller, finder, reviews, questions):
             else:
                 span = output.start_logits.argmax().item(), output.end_logits.argmax().item()
                 right.append(span == (item["start_positions"], item["end_positions"]))
-        collate = HeadCollator(tokenizer.pad_token_id)
+        collate = Collator(tokenizer.pad_token_id, has_mask=True)
         scores = score_items(model, [collate(items[:5]), collate(items[5:])])
         assert scores.nll.tolist() == pytest.approx(losses, rel=1e-3, abs=1e-5)
         assert scores.top1.tolist() == right and scores.count == 24

@@ -13,7 +13,7 @@ from support.shell import assert_fails, call
 from support.trials import write_corpus
 
 import hfkit
-from hfkit.cli.prompt_files import Results
+from hfkit.cli.generate_file import Results
 from hfkit.corpus import overlap
 from hfkit.corpus.documents import END, Piece
 from hfkit.corpus.overlap import Index, index_corpus

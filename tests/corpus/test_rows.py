@@ -1,12 +1,15 @@
 """Rows of tables and JSON: dialects, containers, and what is too large to be read at once."""
 
+import bz2
 import gzip
 import json
+import lzma
 
 import pytest
 
 from hfkit.corpus import formats, rows
-from hfkit.corpus.documents import find_corpus, read_records
+from hfkit.corpus.documents import read_records
+from hfkit.corpus.files import find_corpus
 from hfkit.corpus.labelled import question_rows
 from hfkit.corpus.rows import read_rows
 from hfkit.errors import HfkitError
@@ -149,16 +152,15 @@ def test_question_rows_of_squads_own_json(tmp_path):
         ("b.jsonl", b'{"text": "a"}\n{"text": "' + b"x" * 3000, "b.jsonl.gz, line 2)"),
         ("a.csv", b'text\n"' + b"one line\n" * 3000, "field larger than field limit"),
         ("b.csv", b"text\n" + b"x" * 3000, "a line of more than"),
-        ("a.json", b'[{"text": "a"},\n {"text": "' + b"x" * 3000 + b'"}]', "line 2, column 11): Unterminated string"),
+        ("a.json", b'[{"text": "a"},\n {"text": "' + b"x" * 3000 + b'"}]', "a JSON value of more than"),
         ("c.json", b'{"data": [' + b'{"text": "b"},' * 1000 + b'{"text": "c"}]}', "write each row on a line"),
-        ("a.ipynb", b'{"cells": [{"source": "' + b"x" * 3000 + b'"}]}', "a JSON object of more than"),
+        ("a.ipynb", b'{"cells": [{"source": "' + b"x" * 3000 + b'"}]}', "a JSON value of more than"),
     ],
 )
 def test_read_rows_of_unlimited_size(tmp_path, monkeypatch, name, content, words):
     """A small compressed file may hold gigabytes in one line, field or array: the error comes before they are read."""
-    for limit in ("LONGEST_LINE", "_LONGEST_VALUE"):
-        monkeypatch.setattr(formats, limit, 2000)
-    monkeypatch.setattr(rows, "LONGEST_LINE", 2000)
+    for module in (formats, rows):
+        monkeypatch.setattr(module, "LONGEST", 2000)
     monkeypatch.setattr(formats, "_CHUNK", 500)
     before = rows.csv.field_size_limit(2000)
     path = tmp_path / f"{name}.gz"
@@ -178,8 +180,6 @@ FOREIGN = {
     "a.docx": (b"PK\x03\x04" + bytes(26) + b"[Content_Types].xmlPK\x03\x04word/document.xml", "a Word document"),
     "a.xlsx": (b"PK\x03\x04" + bytes(26) + b"xl/workbook.xml", "an Excel workbook", "CSV"),
     "a.epub": (b"PK\x03\x04" + bytes(26) + b"mimetypeapplication/epub+zip", "an e-book"),
-    "a.txt.xz": (b"\xfd7zXZ\0\0", "compressed with xz", "unxz"),
-    "a.txt.bz2": (b"BZh91AY", "compressed with bzip2", "bunzip2"),
     "a.zst": (b"\x28\xb5\x2f\xfd", "compressed with Zstandard"),
     "a.tar": (b"name".ljust(257, b"\0") + b"ustar\x0000", "a tar archive", "tar xf"),
     "a.tgz": (gzip.compress(b"name".ljust(257, b"\0") + b"ustar  \0"), "a tar archive", "tar xf"),
@@ -202,6 +202,20 @@ def test_kind_of_names_a_format_that_is_not_read(tmp_path, name):
         find_corpus(tmp_path)
     (tmp_path / "z.txt").write_text("text")
     assert [path.name for path in find_corpus(tmp_path).files] == ["z.txt"]
+
+
+@pytest.mark.parametrize(("suffix", "module"), [("gz", gzip), ("bz2", bz2), ("xz", lzma)])
+def test_open_file_of_every_compression(tmp_path, suffix, module):
+    """Compressed text and rows are read as they are, whatever the name; what is cut off is one line."""
+    packed = module.compress(b"text,n\nhello,1\n")
+    (tmp_path / f"a.csv.{suffix}").write_bytes(packed)
+    (tmp_path / "a.txt").write_bytes(packed)
+    for name, text in ((f"a.csv.{suffix}", "hello"), ("a.txt", "text,n\nhello,1\n")):
+        (record,) = read_records(find_corpus(tmp_path / name), CorpusOptions())
+        assert record.text == text
+    (tmp_path / "a.txt").write_bytes(packed[:-6])
+    with pytest.raises(HfkitError, match=r"cannot read the corpus \(.*a.txt\): Compressed file ended"):
+        find_corpus(tmp_path / "a.txt")
 
 
 def test_fingerprint_tells_a_notebook_from_a_text(tmp_path):

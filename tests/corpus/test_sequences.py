@@ -1,4 +1,4 @@
-"""Sequences hold every token once; batches add nothing that is learned."""
+"""TokenDataset hold every token once; batches add nothing that is learned."""
 
 import json
 import random
@@ -11,14 +11,14 @@ import pytest
 import torch
 from support.corpora import CHATML, prepare, talk, whole, write
 
-from hfkit.corpus import streams
-from hfkit.corpus.chat import CHAT_TEMPLATE
-from hfkit.corpus.documents import END, find_corpus
+from hfkit.corpus import sequences
+from hfkit.corpus.documents import END
 from hfkit.corpus.encoding import IGNORED, encode_examples
-from hfkit.corpus.sequences import Blocks, Collator, Examples, pad_rows, show_examples
+from hfkit.corpus.files import find_corpus
+from hfkit.corpus.sequences import Collator, Stream, TokenDataset, pad_rows, show_examples
 from hfkit.corpus.sequences import cut_sequences as cut
-from hfkit.corpus.sequences import gather_training_data as gather_material
-from hfkit.corpus.streams import Stream
+from hfkit.corpus.templates import CHAT_TEMPLATE
+from hfkit.corpus.training_data import gather_training_data as gather_material
 from hfkit.errors import HfkitError
 from hfkit.models.loading import load_tokenizer
 from hfkit.models.sources import find_model as find
@@ -72,7 +72,7 @@ def test_blocks_hold_every_token(seed):
     draw = random.Random(seed)
     sizes = [draw.choice([1, 2, draw.randint(1, 9), draw.randint(1, 300)]) for _ in range(draw.randint(1, 60))]
     dataset, size = make_rows(sizes), draw.choice([1, 2, 7, 64, sum(sizes), sum(sizes) - 1 or 1, 10_000])
-    blocks = Blocks(dataset, np.arange(len(sizes)), size)
+    blocks = TokenDataset(dataset, np.arange(len(sizes)), size)
     items = list(blocks)
     assert ids(items) == list(range(sum(sizes))) and blocks.tokens == sum(sizes)
     assert len(items) == len(blocks)
@@ -87,8 +87,9 @@ def test_blocks_hold_every_token(seed):
 def test_blocks_of_some_rows():
     """Blocks of some rows hold these rows and no others."""
     dataset = make_rows([3, 4, 5, 6])
-    assert ids(Blocks(dataset, np.array([2, 0]), 4)) == [*range(7, 12), *range(3)]
-    assert len(Blocks(dataset, np.array([], int), 4)) == 0 and list(Blocks(dataset, np.array([], int), 4)) == []
+    assert ids(TokenDataset(dataset, np.array([2, 0]), 4)) == [*range(7, 12), *range(3)]
+    nothing = TokenDataset(dataset, np.array([], int), 4)
+    assert len(nothing) == nothing.tokens == 0 and list(nothing) == []
 
 
 def test_cut_sequences_joins_documents(tmp_path, datasets_cache, bundled):
@@ -110,8 +111,8 @@ def test_cut_sequences_leaves_long_examples_out(tmp_path, datasets_cache, bundle
     prepared = prepare(tmp_path / "a.jsonl", bundled)
     wanted = list(encode_examples(talks, bundled))
     examples = cut(prepared, 60)
-    assert isinstance(examples, Examples) and len(examples) == 2
-    assert "1 of 3 examples are longer than 60 tokens" in note_of(capsys)
+    assert not examples.is_joined and len(examples) == 2
+    assert "examples of more than 60 tokens are left out: 1 of 3" in note_of(capsys)
     for example, row in zip(examples, (wanted[0], wanted[2]), strict=True):
         assert all(example[name].tolist() == row[name].tolist() for name in ("input_ids", "labels"))
     assert examples.tokens == sum(len(example["labels"]) for example in examples)
@@ -149,7 +150,7 @@ def test_stream_gives_every_token(numbers, bundled):
     blocks, orders = Counter(), []
     for start in range(0, len(wanted), 16):
         blocks[tuple(wanted[start : start + 16])] += 1
-    assert blocks.total() > streams._WINDOW * 2
+    assert blocks.total() > sequences._WINDOW * 2
     source = stream(numbers, bundled)
     for epoch in range(3):
         items = [tuple(ids([item])) for item in source.read_shuffled(epoch)]

@@ -8,9 +8,9 @@ import pytest
 from support.corpora import write
 
 from hfkit.corpus.documents import END
+from hfkit.corpus.encoding import content_of
 from hfkit.corpus.labelled import gather_labelled_data
-from hfkit.corpus.sequences import gather_training_data
-from hfkit.corpus.splitting import content_of, hold_out, hold_out_texts
+from hfkit.corpus.training_data import gather_training_data, hold_out, hold_out_texts
 from hfkit.options import DataOptions
 
 
@@ -183,7 +183,7 @@ def test_gather_training_data_holds_out_what_fits(tmp_path, datasets_cache, bund
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = gather_training_data(str(tmp_path / "a.jsonl"), bundled, DataOptions(), 512, seed=1)
     assert len(data.held_out) == 1 and len(data.train_set) == short - 1
-    assert capsys.readouterr().err.count(f"{long} of {short + long} examples are longer than 512 tokens") == 1
+    assert capsys.readouterr().err.count(f"more than 512 tokens are left out: {long} of {short + long}") == 1
 
 
 @pytest.mark.parametrize("size", [3_000, 9_000, 200_000])

@@ -206,7 +206,8 @@ def test_chat_fills_the_template(learned):
     """A turn of a chat becomes the same prompt."""
     lm = hfkit.load(learned)
     talk = Conversation(lm, GenerateOptions(max_new_tokens=8))
-    assert talk.has_template and talk.add_turn("Good morning") == lm.tokenizer("E: Good morning\nF:")["input_ids"]
+    talk.add("user", "Good morning")
+    assert talk.has_template and talk.prompt() == lm.tokenizer("E: Good morning\nF:")["input_ids"]
 
 
 def test_generate_input_rows_fill_the_template(learned, tmp_path, capfdbinary):

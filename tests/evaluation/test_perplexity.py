@@ -19,16 +19,16 @@ from support.pages import Page
 from support.shell import assert_fails, call
 
 import hfkit
-from hfkit.cli.evaluate import write_evaluation
+from hfkit.cli.evaluate import evaluate
 from hfkit.corpus.documents import END, Piece
 from hfkit.corpus.encoding import IGNORED, encode_examples
 from hfkit.errors import HfkitError
-from hfkit.evaluation import perplexity, windows
+from hfkit.evaluation import perplexity
 from hfkit.evaluation.windows import slide
 from hfkit.inference import likelihood
 from hfkit.models import architecture
 from hfkit.models.loading import LanguageModel
-from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ModelOptions
+from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ModelOptions, ServerOptions
 
 BOTH = pytest.mark.parametrize("name", ["gpt2", "llama"])
 WORDS = ["the", "cat", "sat", "a", "mat.", "Rain,", "t", "2", "wind\n", "\n", "stone"]
@@ -256,7 +256,7 @@ def test_evaluate_does_not_depend_on_batch_size(lms, tmp_path, monkeypatch):
     found = hfkit.evaluate(path, model=lms["llama"])
     for tokens, together in ((1, 3), (700, 1)):
         monkeypatch.setattr(perplexity, "_BATCH", {"cpu": tokens})
-        monkeypatch.setattr(windows, "_SORTED", together)
+        monkeypatch.setattr(perplexity, "_SORTED", together)
         other = hfkit.evaluate(path, model=lms["llama"])
         assert other.scores.nll.tolist() == pytest.approx(found.scores.nll.tolist(), rel=1e-5)
         assert other.scores.top1.tolist() == found.scores.top1.tolist()
@@ -488,9 +488,10 @@ def test_write_evaluation_cuts_no_figure_in_a_narrow_terminal(
     monkeypatch.setenv("NO_COLOR", "1")
     path = save(tmp_path / "a.txt", *(text(200, seed) for seed in range(30)))
     models = [tiny, tiny_llama]
-    write_evaluation([str(path)], ManyModelsOptions(model=models), CorpusOptions(), EvaluateOptions(), json=False)
+    print_evaluation, here, how = evaluate.__wrapped__, ServerOptions(), EvaluateOptions()
+    print_evaluation(ManyModelsOptions(model=models), here, CorpusOptions(), how, [str(path)], json=False)
     labels = CorpusOptions(template="{text}: {label}", labels=["good", "bad"])
-    write_evaluation([reviews], ManyModelsOptions(model=[tiny]), labels, EvaluateOptions(), json=False)
+    print_evaluation(ManyModelsOptions(model=[tiny]), here, labels, how, [reviews], json=False)
     shown = screen.getvalue()
     found = [hfkit.evaluate(path, model=name) for name in models]
     assessment = hfkit.evaluate(reviews, model=tiny, template="{text}: {label}", labels=["good", "bad"])
@@ -557,7 +558,7 @@ def test_write_evaluation_shows_a_name_to_the_letter(tiny, tmp_path, capfdbinary
 
 
 def test_write_evaluation_checks_all_names_first(tiny, tmp_path, capfdbinary, monkeypatch):
-    monkeypatch.setattr("hfkit.cli.evaluate.evaluate", None)
+    monkeypatch.setattr("hfkit.evaluation.perplexity.evaluate", None)
     path = save(tmp_path / "a.txt", text(50))
     assert_fails(call(capfdbinary, "evaluate", path, "-m", tiny, "-m", tmp_path / "none"), 1, "none")
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 
 import hfkit
 from hfkit.corpus.templates import Task, give_task
+from hfkit.evaluation.figures import Evaluation
 from hfkit.evaluation.metrics import squad
-from hfkit.evaluation.perplexity import Evaluation
 from hfkit.evaluation.tasks import Assessment
 from hfkit.inference.answering import Answer
 

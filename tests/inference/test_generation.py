@@ -22,9 +22,10 @@ from transformers import (
 import hfkit
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inference import batches, controls
-from hfkit.inference.decoding import Detokenizer, complete, held_back, repeats
-from hfkit.inference.decoding import cut_at_stop as cut
-from hfkit.inference.prompts import fit_prompt as prepare
+from hfkit.inference.decoding import Endings, complete
+from hfkit.inference.text import Detokenizer, held_back, repeats
+from hfkit.inference.text import cut_at_stop as cut
+from hfkit.inference.text import fit_prompt as prepare
 from hfkit.models import loading
 from hfkit.options import SAMPLING, GenerateOptions
 
@@ -328,7 +329,7 @@ def test_complete_equals_stream(lms, name):
     context, halves = tokenizer("the é")["input_ids"], broken(lms[name])
     for _ in range(1500):
         ids = [draw.choice(halves if draw.random() < 0.7 else range(200, 256)) for _ in range(12)]
-        whole = complete(tokenizer, context, ids, (), (), torch.zeros(12))
+        whole = complete(tokenizer, context, ids, Endings(), torch.zeros(12))
         assert whole.text == "".join(pieces(tokenizer, context, ids))
 
 

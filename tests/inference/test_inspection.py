@@ -223,7 +223,7 @@ def test_inspect_on_a_terminal(tiny, monkeypatch):
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    inspect.write_inspection("a cat \x1b[2J[red]b\nc", ModelOptions(model=tiny), InspectOptions(), json=False)
+    inspect.inspect.__wrapped__(ModelOptions(model=tiny), InspectOptions(), "a cat \x1b[2J[red]b\nc", json=False)
     raw = screen.getvalue()
     shown = re.sub(r"\x1b\[[0-9;]*m", "", raw)
     assert "\x1b" not in shown and len(shown) < len(raw)
@@ -237,7 +237,7 @@ def test_write_inspection_without_colours_shows_the_figures(tiny, monkeypatch):
 
     monkeypatch.setattr("sys.stdout", screen := Terminal())
     monkeypatch.setenv("NO_COLOR", "1")
-    inspect.write_inspection("a b", ModelOptions(model=tiny), InspectOptions(), json=False)
+    inspect.inspect.__wrapped__(ModelOptions(model=tiny), InspectOptions(), "a b", json=False)
     lines = screen.getvalue().splitlines()
     found = hfkit.inspect("a b", model=tiny)
     assert [line.split()[0] for line in lines[:4]] == ["bits", *(f"{token.bits:.2f}" for token in found.tokens)]
@@ -350,10 +350,15 @@ def test_draw_attention_tokens(lms, figures, recwarn):
 
 
 def test_inspect_output(tiny, tmp_path, capfdbinary, monkeypatch):
-    """A picture is written, and never over another file."""
+    """A page is written unless a picture is asked for, and neither over another file."""
     monkeypatch.chdir(tmp_path)
     line = ["inspect", "the cat", "-m", tiny, "--attention"]
-    assert call(capfdbinary, *line).returncode == 0  # attention.png
+    result = call(capfdbinary, *line)
+    assert (result.returncode, result.stderr) == (0, b"hfkit: written: attention.html\n")
+    assert (tmp_path / "attention.html").read_text().lstrip().startswith("<!doctype html>")
+    assert_fails(call(capfdbinary, *line), 1, "attention.html exists", "--overwrite")
+    line += ["-o", "attention.png"]
+    assert call(capfdbinary, *line).returncode == 0
     first = (tmp_path / "attention.png").read_bytes()
     assert imread(io.BytesIO(first)).size
     assert_fails(call(capfdbinary, *line), 1, "attention.png exists", "--overwrite")
@@ -380,7 +385,7 @@ def test_inspect_output(tiny, tmp_path, capfdbinary, monkeypatch):
 )
 def test_check_output(tiny, capfdbinary, monkeypatch, flags, code, words):
     """A bad option is one line before a model is loaded."""
-    monkeypatch.setattr("hfkit.cli.inspect.inspect", None)
+    monkeypatch.setattr("hfkit.inference.inspection.inspect", None)
     assert_fails(call(capfdbinary, "inspect", "a", "-m", tiny, *flags), code, words)
 
 

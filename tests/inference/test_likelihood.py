@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 import hfkit
 from hfkit.corpus.encoding import IGNORED
-from hfkit.inference.likelihood import Scores, exp, jsonable, ratio_stderr, score, score_batches, shift
-from hfkit.inference.twins import precise_head
+from hfkit.inference.likelihood import precise_head, score, score_batches, shift
+from hfkit.inference.scores import Scores, exp, jsonable, ratio_stderr
 from hfkit.models.loading import load
 
 

@@ -8,7 +8,7 @@ from transformers import NllbTokenizer, PreTrainedTokenizerBase
 
 import hfkit
 from hfkit.errors import HfkitError, OptionError
-from hfkit.inference.prompts import ends_in_space, fit_prompt
+from hfkit.inference.text import ends_in_space, fit_prompt
 from hfkit.models.loading import LanguageModel
 from hfkit.options import GenerateOptions
 

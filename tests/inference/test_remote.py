@@ -3,6 +3,9 @@
 import gc
 import io
 import json
+import math
+import re
+import signal
 import subprocess
 import sys
 import traceback
@@ -264,8 +267,9 @@ def test_shell_input(fake, tmp_path, capfdbinary):
     assert [record["completion"] for record in records] == [text_for(f"prompt {i}", 5 + i) for i in range(20)]
     fake.faults = [None, status(400, "too long")]
     result = call(capfdbinary, *arguments[:-4], "--batch-size", 1)
-    assert result.returncode == 1 and b"line 2:" in result.stderr and b"too long" in result.stderr
-    assert len(result.stdout.splitlines()) == 19
+    (failed,) = re.findall(rb"prompts.txt, line (\d+): .*too long", result.stderr)
+    lines = [json.loads(line)["line"] for line in result.stdout.splitlines()]
+    assert result.returncode == 1 and lines == [number for number in range(1, 21) if number != int(failed)]
 
 
 def test_shell_chat(fake, capfdbinary, monkeypatch):
@@ -283,12 +287,43 @@ def test_shell_chat(fake, capfdbinary, monkeypatch):
     assert fake.requests[-1][2]["prompt"] == f"one{first}two"
 
 
-def test_no_torch(fake, tmp_path):
+def test_classify_and_evaluate_where_they_cannot(fake, corpus):
+    """Labels come from hfkit's own server, and perplexity from one that tells log-probabilities."""
+    with pytest.raises(OptionError, match="hfkit's own server"):
+        hfkit.classify("hi", labels=["a", "b"], server=fake.url)
+    with pytest.raises(HfkitError, match="404"):
+        hfkit.evaluate(corpus, server=fake.url)
+    fake.routes = ("/tokenize", "completions")
+    result = hfkit.evaluate(corpus, server=fake.url, max_length=8)
+    assert result.perplexity == pytest.approx(math.exp(0.5)) and result.token_accuracy == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fake_server, "whole_for", lambda *_: {"choices": [{"text": "", "logprobs": None}]})
+        with pytest.raises(HfkitError, match="no log-probabilities of a prompt"):
+            hfkit.evaluate(corpus, server=fake.url, max_length=8)
+
+
+def test_interrupt(fake, tmp_path):
+    """Ctrl-C does not wait for the requests that are under way."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("prompt\n" * 40)
+    fake.delay = 30
+    command = [sys.executable, "-m", "hfkit", "generate", "-i", prompts, "--server", fake.url]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while fake.busy < 16:
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+
+
+def test_no_torch(tmp_path, corpus):
     """Nothing heavy is imported where a server does the work."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\ntwo\n")
-    server = ["--server", fake.url]
-    lines = [["generate", "hi", *server], ["generate", "-i", str(prompts), *server]]
-    result = subprocess.run([sys.executable, "-c", WATCH, json.dumps(lines)], capture_output=True, timeout=120)
+    names = [["generate", "hi"], ["generate", "-i", str(prompts)], ["classify", "hi"], ["chat"],
+             ["evaluate", corpus]]  # fmt: skip
+    with Fake(owner="hfkit", routes=("/tokenize", "completions")) as fake:
+        lines = [[*line, "--server", fake.url] for line in names]
+        options = {"capture_output": True, "timeout": 120, "stdin": subprocess.DEVNULL}
+        result = subprocess.run([sys.executable, "-c", WATCH, json.dumps(lines)], **options)
     told = [json.loads(line) for line in result.stdout.splitlines() if line.startswith(b"[")]
     assert [(code, heavy) for _, code, heavy in told] == [(0, [])] * len(lines), result.stderr

@@ -13,8 +13,8 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 from transformers.utils import logging
 
 import hfkit
-from hfkit.inference.likelihood import score_batches
-from hfkit.inference.twins import in_eval_mode, precise_head, share_weights
+from hfkit.inference.likelihood import precise_head, score_batches
+from hfkit.models.loading import loaded, share_weights
 
 ROUNDS = [8, pytest.param(50, marks=pytest.mark.slow)]
 
@@ -131,13 +131,13 @@ def test_share_weights_copies_modules_and_no_weights(models):
     assert twin.transformer.h[0].attn.config is twin.config
 
 
-def test_in_eval_mode_leaves_a_model_that_trains_in_train_mode(tiny):
+def test_loaded_leaves_a_model_that_trains_in_train_mode(tiny):
     """Its texts are those of eval mode, each time the same."""
     lm = hfkit.load(tiny)
     how = {"seed": 1, "max_new_tokens": 8}
     expected = str(hfkit.generate("the", model=lm, **how)), hfkit.inspect("the cat", model=lm).bits
     expected += (hfkit.classify("rain", model=lm, labels=["a", "b"]).probabilities,)
-    assert in_eval_mode(lm) is lm
+    assert loaded(lm).model is lm.model
     lm.model.train()
     for _ in range(3):
         model = tuple(lm)  # as a user has it

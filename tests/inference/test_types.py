@@ -12,7 +12,7 @@ from typing import Any, assert_type
 from hfkit.inference.classification import classify
 from hfkit.inference.generation import generate
 from hfkit.inference.results import Classification, Generation
-from hfkit.inference.prompts import Request
+from hfkit.inference.text import Request
 from hfkit.options import GenerateOptions
 
 request = Request("a", [1], 3)

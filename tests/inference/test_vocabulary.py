@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import hfkit
-from hfkit.inference.vocabulary import BannedTexts, is_byte_level, special_tokens, token_writer
+from hfkit.inference.decoding import BannedTexts
+from hfkit.inference.text import is_byte_level, special_tokens, token_writer
 
 
 @pytest.fixture(scope="module")

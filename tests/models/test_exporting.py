@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import trials
 from support.shell import assert_fails, call, edit_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -84,6 +85,37 @@ def test_export_precision(tiny, tmp_path, dtype):
         assert torch.equal(a, b), name
     again = AutoModelForCausalLM.from_pretrained(hfkit.export(first, output_dir=tmp_path / "again"))
     assert again.dtype == model.dtype
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny_llama"])
+def test_export_float8(model, corpus, tmp_path, request):
+    """A byte for each number of a matrix, in a file that transformers reads, and hfkit trains on, as any other."""
+    source = AutoModelForCausalLM.from_pretrained(original := request.getfixturevalue(model))
+    source.get_input_embeddings().weight.data[3, :2] = torch.tensor([1e4, -1e4])  # more than float8 can hold
+    source.save_pretrained(tmp_path / "source")
+    AutoTokenizer.from_pretrained(original).save_pretrained(tmp_path / "source")
+    folder = hfkit.export(tmp_path / "source", output_dir=tmp_path / "export", dtype="float8_e4m3fn")
+    saved = load_file(f"{folder}/model.safetensors")
+    for name, tensor in saved.items():
+        assert tensor.dtype == (torch.float8_e4m3fn if tensor.ndim > 1 else torch.bfloat16), name
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.dtype == torch.bfloat16
+    for (name, tensor), expected in zip(loaded.named_parameters(), source.parameters(), strict=True):
+        # Three bits after the leading one, or steps of 2 ** -9.
+        error = (tensor.float() - expected.clamp(-448, 448)).abs() - expected.abs() / 16
+        assert error.max() <= 2**-10, name
+    run = hfkit.finetune(corpus, model=folder, output_dir=tmp_path / "run", **trials.SMALL | {"max_steps": 1})
+    assert {tensor.dtype for tensor in load_file(f"{run.output_dir}/model.safetensors").values()} == {torch.float32}
+
+
+def test_export_float8_bundled(corpus, tmp_path):
+    """Half of bfloat16's size, and nearly the same probabilities."""
+    half, quarter = (hfkit.export("bundled", output_dir=tmp_path / dtype, dtype=dtype)
+                     for dtype in ("bfloat16", "float8_e4m3fn"))  # fmt: skip
+    sizes = [(Path(folder) / "model.safetensors").stat().st_size for folder in (half, quarter)]
+    assert sizes[1] < 0.51 * sizes[0]
+    bits = [hfkit.evaluate(corpus, model=folder).bits_per_byte for folder in (half, quarter)]
+    assert bits[0] != bits[1] == pytest.approx(bits[0], abs=0.02)
 
 
 def test_export_llama_and_gguf(tiny_llama, tmp_path):

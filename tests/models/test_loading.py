@@ -27,7 +27,6 @@ from transformers.pytorch_utils import Conv1D
 import hfkit
 from hfkit import storage
 from hfkit.errors import HfkitError, OptionError
-from hfkit.models import loading
 from hfkit.models.architecture import choose_dtype
 from hfkit.models.loading import load_weights
 from hfkit.models.quantization import Int4Linear, Int8Linear, bits_of
@@ -413,6 +412,39 @@ def test_load_config_without_sense(copy, tiny, wrong):
     assert str(folder) in fails(folder)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"model_type": "gtp2"}, "unknown model_type 'gtp2' ({}/config.json): did you mean 'gpt2'?"),
+        ({"model_type": "x/y"}, "unknown model_type 'x/y' ({}/config.json): correct it, or install a transformers"),
+        ({"model_type": [3]}, "unknown model_type [3] ({}/config.json): "),
+        ({"model_type": "bert"}, "model_type is 'bert', but architectures has GPT2LMHeadModel ({}/config.json)"),
+        ({"model_type": "clip", "architectures": ["CLIPModel"]}, "{} is a clip, which does not write text"),
+    ],
+)
+def test_check_type_and_family(copy, tiny, wrong, words):
+    """A model_type that is unknown, or not the model's, is named before the weights are read."""
+    folder = copy(tiny)
+    edit_json(folder / "config.json", **wrong)
+    assert words.format(folder) in fails(folder)
+
+
+def test_check_type_missing(copy, tiny):
+    """A config without model_type is one sentence."""
+    folder = copy(tiny)
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_type"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert f"no model_type ({folder}/config.json)" in fails(folder)
+
+
+def test_check_family_of_like_families(tiny_llama, copy):
+    """Mistral names its weights as Llama does: such a config loads."""
+    folder = copy(tiny_llama)
+    edit_json(folder / "config.json", model_type="mistral")
+    assert torch.equal(hfkit.load(folder).model(IDS).logits, hfkit.load(tiny_llama).model(IDS).logits)
+
+
 def test_check_head_refused(copy, tiny, capfdbinary):
     """A model that does not write text is refused."""
     folder = copy(tiny)
@@ -428,15 +460,32 @@ def test_check_head_refused(copy, tiny, capfdbinary):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"eos_token_id": "x"}, {"eos_token_id": [1, "x"]}, {"top_p": [1]}, {"top_k": "many"}],
-)  # fmt: skip
+    [
+        {"eos_token_id": "x"},
+        {"eos_token_id": [1, "x"]},
+        {"top_p": [1]},
+        {"top_k": "many"},
+        {"stop_strings": 3},
+        {"stop_strings": ["a", 3]},
+        {"suppress_tokens": "x"},
+        {"begin_suppress_tokens": [1, "x"]},
+        {"begin_suppress_tokens": 5},
+        {"sequence_bias": 3},
+        {"exponential_decay_length_penalty": 3},
+        {"min_length": "x"},
+        {"bad_words_ids": [3]},
+        {"bad_words_ids": 3},
+    ],
+)
 def test_check_values_of_settings(copy, tiny, wrong):
     """A setting of another type in generation_config.json is named, before anything is generated."""
     folder = copy(tiny)
     edit_json(folder / "generation_config.json", **wrong)
     assert f"generation_config.json is damaged ({folder}): {list(wrong)[0]} is" in fails(folder)
-    right = {"eos_token_id": [256, 1], "pad_token_id": None, "top_p": 1, "top_k": 5}
-    edit_json(folder / "generation_config.json", **right)
+    right = {"eos_token_id": [256, 1], "pad_token_id": None, "top_p": 1, "top_k": 5, "suppress_tokens": [3]}
+    right |= {"bad_words_ids": [[1, 2]], "sequence_bias": [[[1], 0.5]]}
+    right |= {"stop_strings": ["a", "b"], "begin_suppress_tokens": None}
+    edit_json(folder / "generation_config.json", **dict.fromkeys(wrong) | right)
     assert hfkit.load(folder)
 
 
@@ -572,7 +621,7 @@ def test_quantize_other_device(tiny, monkeypatch):
     from hfkit.models.sources import find_model as find
 
     options = ModelOptions(model=tiny, quantize="int8")
-    monkeypatch.setattr(loading, "choose_device", lambda *_: torch.device("meta"))
+    monkeypatch.setattr("hfkit.models.architecture.choose_device", lambda *_: torch.device("meta"))
     monkeypatch.setattr(GPT2LMHeadModel, "to", lambda self, *_: self)
     with pytest.raises(HfkitError, match="add --device cpu"):
         load_weights(find(options), options, None)

@@ -433,6 +433,10 @@ def test_write_report_of_a_search_by_accuracy(metrics, tmp_path):
         "2",
     ]
     assert re.search(r'<tr class="best">\s*<td[^>]*>3</td>', source) and "held-out accuracy</text>" in source
+    even = [rows[0] | {"accuracy": 0.875}, *rows[1:3], rows[3] | {"loss": 1.0}]
+    (folder / "tuning.json").write_text(json.dumps(SEARCH | {"trials": even}))
+    page = Page(write_report([folder], tmp_path / "page.html").read_text())
+    assert "accuracy of trial 3 is equal to that of the defaults, equal to that of the median trial" in page.text
     one = [rows[0] | {"default": True}]
     (folder / "tuning.json").write_text(json.dumps(SEARCH | {"trials": one}))
     (folder / "trial-3").rename(folder / "trial-0")

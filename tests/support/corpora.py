@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hfkit.corpus.cache import encode_corpus
-from hfkit.corpus.documents import END, Example, find_corpus
+from hfkit.corpus.documents import END, Example
+from hfkit.corpus.files import find_corpus
 from hfkit.options import DataOptions
 
 TEXTS = [

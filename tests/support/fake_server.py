@@ -65,7 +65,12 @@ class Fake:
 
     def answer(self, handler, body):
         route = handler.path.removeprefix("/v1/")
-        if route not in self.routes:
+        if route == "classify" and self.models[0]["owned_by"] == "hfkit":
+            data = [{"text": body["input"], "label": "good", "probabilities": {"good": 0.75, "bad": 0.25}}]
+            send_json(handler, {"data": data}, 200)
+        elif route == "/tokenize" in self.routes:
+            send_json(handler, {"tokens": [1, 2, 3]}, 200)
+        elif route not in self.routes:
             send_json(handler, {"error": {"message": "This is a chat model", "code": None}}, 404)
         elif body.get("stream"):
             send_events(handler, events_for(route, body))
@@ -103,7 +108,7 @@ def send_events(handler, events, done=b"data: [DONE]\n\n", pause=None):
 
 
 def _said(route, body):
-    prompt = body.get("prompt") or (body.get("messages") or body["input"])[-1]["content"]
+    prompt = str(body.get("prompt") or "") or (body.get("messages") or body["input"])[-1]["content"]
     return text_for(prompt, body.get("seed"))
 
 
@@ -117,6 +122,9 @@ def whole_for(route, body):
     if route == "chat/completions":
         return {"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": usage}
     logprobs = {"token_logprobs": [-0.5] * 7}
+    if body.get("echo"):  # every token of the prompt was the likeliest, and had this log-probability
+        scored = len(body["prompt"]) - 1
+        logprobs = {"token_logprobs": [None] + [-0.5] * scored, "top_logprobs": [None] + [{"a": -0.5}] * scored}
     return {"choices": [{"text": text, "finish_reason": "length", "logprobs": logprobs}], "usage": usage}
 
 

@@ -18,7 +18,8 @@ for arguments in json.loads(sys.argv[1]):
     try:
         cli.main()
     except SystemExit as end:
-        print(json.dumps([arguments, end.code, sorted({"torch", "transformers", "datasets"} & set(sys.modules))]))
+        heavy = {"torch", "transformers", "datasets", "rich", "pydantic"} & set(sys.modules)
+        print(json.dumps([arguments, end.code, sorted(heavy)]))
 """
 
 

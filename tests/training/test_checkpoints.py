@@ -213,7 +213,7 @@ def test_stop_before_training(tiny, corpus, tmp_path, monkeypatch, capfdbinary, 
         pytest.fail("it went on")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hfkit.training.finetuning.gather_training_data", tokenize)
+        patch.setattr("hfkit.training.plan.gather_training_data", tokenize)
         result = call(capfdbinary, "finetune", corpus, "-m", tiny, "-o", tmp_path / "run")
     assert (result.returncode, result.stdout, result.stderr) == (code, b"", b"")
     assert train(corpus, tiny, tmp_path / "run", max_steps=1)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import trials
 from support.shell import assert_fails, call
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, Trainer, TrainerCallback
@@ -344,6 +345,27 @@ def test_finetune_refused_options(tiny, corpus, tmp_path, capfdbinary, options, 
     common = ["finetune", corpus, "-m", tiny, "-o", tmp_path / "run", "-q", *flags(trials.SMALL | options)]
     for _ in range(2):
         assert_fails(call(capfdbinary, *common), 2, words)
+
+
+@pytest.mark.parametrize("name", ["bundled", "folder"])
+def test_base_of_an_adapter_has_changed(tiny, corpus, tmp_path, monkeypatch, copy, name):
+    """An adapter says so where its base is no longer what it was trained on."""
+    base, folder = copy(tiny), tmp_path / "adapter"
+    monkeypatch.setattr("hfkit.models.sources.BUNDLED", base)
+    train(corpus, "bundled" if name == "bundled" else str(base), folder, lora=True, max_steps=1)
+    hfkit.load(folder)
+    weights = load_file(base / "model.safetensors")
+    embeddings = weights["transformer.wte.weight"]
+    save_file(weights | {"transformer.wte.weight": embeddings * 2}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(HfkitError, match="the base of the adapter has changed since it was trained .*: train"):
+        hfkit.load(folder)
+    run = json.loads((folder / "run.json").read_text())
+    assert run.pop("model_sha256")  # as an old version wrote it, on a base of another size
+    (folder / "run.json").write_text(json.dumps(run | {"model_bytes": 17_816_112}))
+    with pytest.raises(HfkitError, match="the base of the adapter has changed since it was trained .*: train"):
+        hfkit.load(folder)
+    (folder / "run.json").write_text(json.dumps(run))  # of this size
+    hfkit.load(folder)
 
 
 def test_finetune_refuses_nested_adapters(tiny, corpus, tmp_path):

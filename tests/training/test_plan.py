@@ -13,8 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 import hfkit
 from hfkit.errors import OptionError
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
-from hfkit.training import arguments
 from hfkit.training import plan as plan_module
+from hfkit.training.models import make_new
 from hfkit.training.plan import make_plan
 
 pytestmark = pytest.mark.usefixtures("brisk")
@@ -25,7 +25,7 @@ COMPILERS = ("c++", "g++", "clang++")
 
 def plan(parameters=10**6, sequences=1000, length=100.0, device=CPU, fresh=False, processes=1, **options):
     return make_plan(
-        CONFIG, parameters, sequences, length, TrainOptions(**options), device, fresh=fresh, processes=processes
+        CONFIG, parameters, sequences, length, TrainOptions(**options), device, fresh=fresh, shared_by=processes
     )
 
 
@@ -54,6 +54,19 @@ def test_plan_precision(machine):
         plan(bf16=True, fp16=True)
 
 
+def test_plan_attention(machine):
+    """A compiled run on a CPU has plain attention, which computes the same, while its memory is small."""
+    machine()
+    assert not plan().plain_attention and not plan(torch_compile=True, length=1e5).plain_attention
+    chosen = plan(torch_compile=True)
+    assert chosen.plain_attention and any("plain attention" in line for line in chosen.why)
+    model, ids = make_new(CONFIG, chosen).eval(), torch.arange(40)[None]
+    assert model.config._attn_implementation == "eager"
+    plain = model(ids).logits
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(model(ids).logits, plain)
+
+
 def test_plan_float32(still, corpus, tmp_path, monkeypatch, machine):
     """Without units for bfloat16 a run is what Trainer would do."""
     machine(units=False)
@@ -79,7 +92,7 @@ def test_plan_compilation(machine):
     machine(speed=10, compiler=False)
     assert not plan().compile and "not compiled: no C++ compiler" in plan().why
     asked = plan(torch_compile=True)
-    assert not asked.compile and "not compiled, though asked for: there is no C++ compiler" in asked.why
+    assert not asked.compile and "not compiled, though asked for: no C++ compiler" in asked.why
 
 
 def test_plan_without_a_compiler(still, corpus, tmp_path, capfdbinary, monkeypatch):
@@ -87,7 +100,7 @@ def test_plan_without_a_compiler(still, corpus, tmp_path, capfdbinary, monkeypat
     monkeypatch.setattr(plan_module.shutil, "which", lambda name: None)
     typed = ["--torch-compile", "--max-steps", 1, "--no-bf16"]
     result = call(capfdbinary, "finetune", corpus, "-m", still, "-o", tmp_path / "run", *typed)
-    assert result.returncode == 0 and b"not compiled, though asked for: there is no C++ compiler" in result.stderr
+    assert result.returncode == 0 and b"not compiled, though asked for: no C++ compiler" in result.stderr
 
 
 def test_plan_options_are_in_effect(machine):
@@ -200,7 +213,7 @@ def test_options_upstream():
     assert all(name in config or short in config for name, short in lora.items())
     own = {"lora", "resume", "overwrite", "sample_prompt", "early_stopping_patience", "head", "dropout"}
     assert ours - upstream - set(lora) - own == set()
-    assert set(arguments.OWN) <= ours and not own & upstream
+    assert not own & upstream
 
 
 def test_options_groups_are_disjoint():
@@ -222,6 +235,6 @@ def test_lines_count_in_the_singular(tiny, tmp_path):
     """What is there once is not said to be there "1 times"."""
     (tmp_path / "a.txt").write_text("one line")
     found = hfkit.prepare(str(tmp_path / "a.txt"), model=tiny)
-    said = "\n".join([*found.lines(), *plan_module.plan_lines(plan(sequences=1, max_steps=1))])
+    said = "\n".join([*found.lines(), *plan(sequences=1, max_steps=1).lines()])
     assert "1 document," in said and "1 sequence of at most" in said and "1 step of 1 sequence," in said
     assert not re.search(r"(?<![\d,.])1 \w+s\b", said), said

@@ -121,7 +121,7 @@ def test_prepare_left_out_files(tmp_path, capfdbinary, tiny):
     (tmp_path / "a" / "c.txt").touch()
     result = call(capfdbinary, "prepare", tmp_path / "a", "-m", tiny)
     assert result.returncode == 0 and result.stderr.decode().splitlines() == [
-        f"hfkit: {tmp_path / 'a'}: left out 2 files that are empty or not text",
+        f"hfkit: {tmp_path / 'a'}: left out 2 files without text",
         f"hfkit: next: hfkit finetune {tmp_path / 'a'} -m {tiny}",
     ]
 
@@ -195,7 +195,7 @@ def test_prepare_unwritable_folders(rows, tmp_path, monkeypatch, name):
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hfkit.training.preparation.load_tokenizer", None)
+    monkeypatch.setattr("hfkit.training.finetuning.load_tokenizer", None)
     with pytest.raises(HfkitError, match="cannot write to") as error:
         hfkit.prepare(rows, output_dir=name)
     assert "\n" not in str(error.value)

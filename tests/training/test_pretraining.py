@@ -23,7 +23,8 @@ import hfkit
 from hfkit.errors import OptionError, StoppedError
 from hfkit.options import DataOptions, SizeOptions
 from hfkit.training.arguments import Muon, MuonFactory
-from hfkit.training.pretraining import make_config, shape_of, train_tokenizer
+from hfkit.training.models import make_gpt2, shape_of
+from hfkit.training.pretraining import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("brisk")
 SHAPE = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32, "vocab_size": 300}
@@ -125,7 +126,7 @@ def test_shape_of_size(size):
     tokens = {"tiny": 2048, "mini": 4096}.get(size, 50257)
     vocabulary = {str(token): token for token in range(tokens - 1)} | {"<|endoftext|>": tokens - 1}
     with torch.device("meta"):
-        config = make_config(shape_of(SizeOptions(size=size)), GPT2Tokenizer(vocab=vocabulary, merges=[]))
+        config = make_gpt2(shape_of(SizeOptions(size=size)), GPT2Tokenizer(vocab=vocabulary, merges=[]))
         parameters = GPT2LMHeadModel(config).num_parameters()
     assert round(parameters / 1e6) == int(re.search(rf"{size} (\d+)", text)[1])
 

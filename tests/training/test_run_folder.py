@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 from support import trials
 from support.shell import assert_fails, call
 from transformers import TrainerCallback
@@ -192,6 +193,31 @@ def test_check_same_settings(stopped, tiny, still, corpus, tmp_path, name, capfd
     assert (stopped / "checkpoints" / "checkpoint-4").is_dir()
 
 
+def test_resume_on_a_changed_base(tiny, corpus, tmp_path, copy):
+    """A run is not resumed on another model of the same name, such as the bundled one of another version."""
+    model = copy(tiny)
+    with pytest.raises(RuntimeError, match="power"):
+        train(corpus, str(model), tmp_path / "run", callbacks=[PowerCut()])
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(HfkitError, match=f"^{model} has changed since .*run was begun on it: --overwrite starts over"):
+        train(corpus, str(model), tmp_path / "run", resume=True)
+
+
+def test_resume_with_another_length(tiny, corpus, tmp_path, capfd):
+    """Where the learning rate only falls at the end, a run may end at another step, as if it had been begun so."""
+    schedule = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 1}
+    long = schedule | {"max_steps": 12, "lr_scheduler_kwargs": '{"num_decay_steps": 6}'}
+    short = schedule | {"max_steps": 8, "lr_scheduler_kwargs": '{"num_decay_steps": 3, "decay_type": "linear"}'}
+    with pytest.raises(RuntimeError, match="power"):
+        train(corpus, tiny, tmp_path / "run", **long, callbacks=[PowerCut()])
+    train(corpus, tiny, tmp_path / "run", **short, resume=True)
+    assert "the run gets another length: max_steps was 12, is 8" in capfd.readouterr().err
+    train(corpus, tiny, tmp_path / "whole", **short)
+    assert trials.outcome(tmp_path / "run") == trials.outcome(tmp_path / "whole")
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == (tmp_path / "whole" / "recipe.yaml").read_text()
+
+
 def test_resume_by_recipe(stopped, finished, tmp_path, capfdbinary):
     """A run's recipe is enough to resume it."""
     folder = Path(shutil.copytree(stopped, tmp_path / "run"))
@@ -235,12 +261,8 @@ def test_settle_keeps_decisions(tiny, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("hfkit.training.plan._learning_rate", lambda *_: 1.0)
     run = hfkit.finetune(corpus, model=tiny, output_dir=tmp_path, **options, resume=True)
     assert run.metrics["precision"] == "bfloat16"
-    assert (
-        read_values(
-            tmp_path / "recipe.yaml", TrainOptions.names() + ["corpus"] + ModelOptions.names() + DataOptions.names()
-        )["learning_rate"]
-        < 1
-    )
+    names = [*TrainOptions.names(), "corpus", *ModelOptions.names(), *DataOptions.names()]
+    assert float(read_values(tmp_path / "recipe.yaml", names)["learning_rate"]) < 1
 
 
 # killed, operation by operation
@@ -280,7 +302,7 @@ def test_begin_killed(tmp_path):
 
 
 def begin(folder: Path) -> None:
-    def keep():
+    def keep(folder):
         (folder / "checkpoints" / "kept").mkdir()
 
     run_folder.begin(folder, "finetune", {"corpus": ["new"], "seed": 1}, {"corpus_sha256": "0"}, keep)
@@ -435,8 +457,12 @@ def test_recipe_is_read_back(tmp_path, text):
     train_options = TrainOptions(sample_prompt=text, run_name=text, lora_target_modules=[text], learning_rate=1e-05)
     data = DataOptions(text_column=text, eval_fraction=0.25)
     recipe = run_folder.make_recipe("corpus.txt", ModelOptions(model="gpt2"), data, train_options)
-    run_folder.begin(tmp_path, "finetune", recipe, {}, lambda: None)
-    found = read_values(tmp_path / "recipe.yaml", recipe)
+    run_folder.begin(tmp_path, "finetune", recipe, {}, lambda folder: None)
+    values = read_values(tmp_path / "recipe.yaml", recipe)
+    found = {"corpus": values["corpus"]}
+    for group in (ModelOptions, DataOptions, TrainOptions):
+        read = group.read({name: value for name, value in values.items() if name in group.names()})
+        found |= {name: getattr(read, name) for name in values if name in group.names()}
     assert found == recipe == json.loads((tmp_path / "run.json").read_text())["recipe"]
     assert (found["sample_prompt"], found["lora_target_modules"], found["learning_rate"]) == (text, [text], 1e-05)
 

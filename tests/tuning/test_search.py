@@ -27,7 +27,7 @@ from hfkit.storage import lock
 from hfkit.training.monitor import HeldOutMonitor
 from hfkit.tuning import search as search_module
 from hfkit.tuning import study as study_module
-from hfkit.tuning.study import default_space, read_space
+from hfkit.tuning.space import default_space, read_space
 
 pytestmark = pytest.mark.usefixtures("brisk")
 SMALL = {**trials.SMALL, "max_steps": 4, "eval_steps": 2, "learning_rate": None}
@@ -60,7 +60,8 @@ def searched(tiny, corpus, tmp_path_factory):
 @pytest.fixture
 def copied(searched, tmp_path, monkeypatch) -> Path:
     """A finished search to go on with."""
-    monkeypatch.setattr(search_module, "draw_trials", lambda *_: b"a picture")
+    monkeypatch.setattr(search_module, "plot_trials", lambda *_: None)
+    monkeypatch.setattr(search_module, "to_png", lambda _: b"a picture")
     return Path(shutil.copytree(searched.output_dir, tmp_path / "copied"))
 
 
@@ -121,7 +122,7 @@ def test_tune_at_a_shell(tiny, corpus, tmp_path, capfdbinary):
     ]
     again = call(capfdbinary, *typed(corpus, tiny, folder, "--json"))
     found = json.loads(again.stdout)
-    assert found["loss"] == min(trial["loss"] for trial in found["trials"])
+    assert again.stderr == b"" and found["loss"] == min(trial["loss"] for trial in found["trials"])
     shown = [line for line in lines if f"{found['loss']:.4f}" in line]
     assert shown == [next(line for line in lines[2:] if "." in line)]  # the best first
 
@@ -216,7 +217,6 @@ def test_tune_killed_twice(tiny, corpus, tmp_path, twelve, seed):
 def test_tune_with_one_process_killed(tiny, corpus, tmp_path, twelve, seed):
     """Of two processes one is killed, and the other runs its trials."""
     run_searches(corpus, tiny, tmp_path, n=12, kills=1, seconds=twelve[1], seed=seed, processes=2)
-    assert len(list((tmp_path / "run").glob(".workers/*"))) == 2
     check_trials(tmp_path / "run", 12)
 
 
@@ -230,44 +230,66 @@ def test_tune_with_two_processes(tiny, corpus, tmp_path, capsys):
     for number in range(2):
         said = (tmp_path / f"said-{number}").read_text()
         assert json.loads(said)["trials"] == found, said
-    assert len(list((tmp_path / "run").glob(".workers/*"))) == 2
 
 
-def take(study, folder, worker, space, limit, defaults=None):
-    return study_module.next_trial(study, folder, worker, space, limit, 1, defaults or {"learning_rate": 3e-3})
+def take(study, folder, limit=4, defaults=None):
+    """A trial that nobody holds any longer, as if its process had died; and how many others are running."""
+    shared = study_module.SharedStudy(
+        folder=folder,
+        optuna=study,
+        figure="loss",
+        space={"learning_rate": (1e-4, 1e-2)},
+        defaults={"learning_rate": 3e-3},
+        seed=1,
+    )
+    with shared.take_trial(limit) as taken:
+        return taken
 
 
 @pytest.mark.parametrize("finishes", [False, True])
-def test_next_trial_counts_once(tmp_path, monkeypatch, finishes):
+def test_take_trial_counts_once(tmp_path, monkeypatch, finishes):
     """Else the next one is drawn with the seed of the one after it, which then has the same values."""
     import optuna
 
-    def is_alive(*_) -> bool:
+    def is_held(*_) -> bool:
         if finishes:
             study.tell(theirs.number, 0.5)
         return True
 
-    monkeypatch.setattr(study_module, "_is_alive", is_alive)
-    study, space = optuna.create_study(), {"learning_rate": (1e-4, 1e-2)}
-    default, _ = take(study, tmp_path, "theirs", space, 5)
+    monkeypatch.setattr(study_module.SharedStudy, "_is_held", is_held)
+    study = optuna.create_study()
+    default, _ = take(study, tmp_path, 5)
     study.tell(default, 0.5)
-    theirs, _ = take(study, tmp_path, "theirs", space, 5)
-    ours, busy = take(study, tmp_path, "ours", space, 5)
+    theirs, _ = take(study, tmp_path, 5)
+    ours, busy = take(study, tmp_path, 5)
     study.tell(ours, 0.5)
     finishes = False
-    after, _ = take(study, tmp_path, "ours", space, 5)
+    after, _ = take(study, tmp_path, 5)
     assert busy == 1 and len({str(trial.params) for trial in (theirs, ours, after)}) == 3
 
 
+def test_take_trial_holds_it(tmp_path):
+    """A trial is another process's while its lock is held, and the next one's as soon as it is not."""
+    import optuna
+
+    study = optuna.create_study()
+    first, busy = take(study, tmp_path)
+    with lock(tmp_path / ".running" / str(first.number)):
+        other, busy = take(study, tmp_path)
+        assert busy == 1 and other.params != first.params
+        assert take(study, tmp_path, 1) == (None, 1)
+    again, busy = take(study, tmp_path)
+    assert busy == 0 and again.user_attrs["folder"] == "trial-1" and again.params == other.params
+
+
 @pytest.mark.parametrize("number", [0, 1])
-def test_next_trial_interrupted(tmp_path, monkeypatch, number):
+def test_take_trial_interrupted(tmp_path, monkeypatch, number):
     """Whatever was written when a process died, the next one has the same values to try: the defaults, or others."""
     import optuna
     from optuna import Study
     from optuna.trial import Trial
 
-    space, expected = {"learning_rate": (1e-4, 1e-2)}, None
-    monkeypatch.setattr(study_module, "_is_alive", lambda *_: False)
+    expected = None
     for owner, name in (
         (Study, "enqueue_trial"), (Study, "tell"), (Study, "ask"), (Trial, "set_user_attr"), (Trial, "suggest_float"),
         (Study, "get_trials"),
@@ -276,9 +298,9 @@ def test_next_trial_interrupted(tmp_path, monkeypatch, number):
         for after, is_begun in itertools.product((False, True), (False, True)):
             study = optuna.create_study()
             if number:
-                study.tell(take(study, tmp_path, "a", space, 4)[0], 1.0)
+                study.tell(take(study, tmp_path)[0], 1.0)
             if is_begun:
-                first, _ = take(study, tmp_path, "a", space, 4)
+                first, _ = take(study, tmp_path)
                 expected = expected or first.params
 
             def die(*arguments, original=original, after=after, **keywords):
@@ -288,15 +310,15 @@ def test_next_trial_interrupted(tmp_path, monkeypatch, number):
 
             with monkeypatch.context() as patch, contextlib.suppress(MemoryError):
                 patch.setattr(owner, name, die)
-                take(study, tmp_path, "a", space, 4)
-            again, _ = take(study, tmp_path, "b", space, 4)
+                take(study, tmp_path)
+            again, _ = take(study, tmp_path)
             where = (name, after, is_begun)
             assert again.params == (expected or again.params) and ("default" in again.user_attrs) == (not number), (
                 where
             )
             assert again.user_attrs["folder"] == f"trial-{number}" or not is_begun, where
             study.tell(again, 1.0)
-            other, _ = take(study, tmp_path, "b", space, 4)
+            other, _ = take(study, tmp_path)
             assert other.params != again.params and other.user_attrs["folder"] != again.user_attrs["folder"], where
 
 
@@ -386,7 +408,8 @@ def instant(monkeypatch):
 
     monkeypatch.setattr(search_module, "finetune", finetune)
     monkeypatch.setattr(search_module, "open_study", open_study)
-    monkeypatch.setattr(search_module, "draw_trials", lambda *_: b"a picture")
+    monkeypatch.setattr(search_module, "plot_trials", lambda *_: None)
+    monkeypatch.setattr(search_module, "to_png", lambda _: b"a picture")
 
 
 def test_prune_poor_trials(tiny, corpus, tmp_path, capfd, instant):
@@ -559,7 +582,7 @@ def test_read_space_values(given, name, values):
         ("learning_rate=fast,slow", "--learning-rate is 'fast'"),
         ("learning_rate=-1..1", "it must be more than 0"),
         ("lora_r=4..8", "add --lora"),
-        ("dropout=0..{", "is not a value"),
+        ("dropout=0..{", "it must be a number"),
     ],
 )
 def test_read_space_refuses(given, words, corpus, tiny, tmp_path, capfdbinary):
@@ -575,10 +598,10 @@ def test_read_space_refuses(given, words, corpus, tiny, tmp_path, capfdbinary):
 def test_claim_refuses_other_settings(tiny, corpus, copied, capfdbinary):
     """Other settings in the same folder are refused, and overwritten when asked."""
     before = sorted(copied.rglob("*"))
-    for more, words in ((["--search", "dropout=0..0.1"], "dropout"), (["--max-steps", 5], "max_steps")):
+    for more, words in ((["--search", "dropout=0..0.1"], "search dropout"), (["--max-steps", 5], "max_steps")):
         assert_fails(call(capfdbinary, *typed(corpus, tiny, copied, *more)), 1, f"other settings ({words})")
     assert sorted(copied.rglob("*")) == before
-    with lock(copied / ".workers" / "0"):
+    with lock(copied / ".running" / "0"):
         assert_fails(call(capfdbinary, *typed(corpus, tiny, copied, "--overwrite")), 1, "is in use by process")
     (copied / "tuning.png").write_text("stale")
     found = tune(corpus, tiny, copied, n_trials=1, overwrite=True, max_steps=1)
@@ -601,17 +624,17 @@ def test_claim_refuses_foreign_files(tiny, corpus, tmp_path, capfdbinary, flags)
 
 def test_claim_killed_while_overwriting(tmp_path):
     """Killed while it is overwritten, a folder never has half of a search."""
-    folder, old, new = tmp_path / "run", {"space": {"a": 1}, "recipe": {}}, {"space": {"b": 1}, "recipe": {}}
+    folder, old, new = tmp_path / "run", {"a": 1}, {"b": 1}
     (folder / "trial-0").mkdir(parents=True)
     for name in ("study.db", "trial-0/run.json", "trial-0/metrics.json"):
         (folder / name).write_text("old")
-    (folder / "tuning.json").write_text(json.dumps(old))
+    (folder / "tuning.json").write_text(json.dumps({"settings": old}))
     storage.add_owned(folder, ["tuning.json", "study.db", "trial-0"])
     storage.add_owned(folder / "trial-0", ["run.json", "metrics.json"])
     whole, seen = sorted(path.name for path in folder.rglob("*") if not path.name.startswith(".")), set()
     overwrite = lambda: study_module.claim(folder, new, overwrite=True)  # noqa: E731
     for _ in trials.killed_at_each(overwrite, folder, tmp_path / "backup"):
-        state = json.loads((folder / "tuning.json").read_text())
+        state = json.loads((folder / "tuning.json").read_text()).get("settings", {})
         left = sorted(path.name for path in folder.rglob("*") if not path.name.startswith("."))
         assert left == (["tuning.json"] if state == new else whole if state == old else left)
         for asked in (old, new):
@@ -692,10 +715,10 @@ def test_card_of_a_trial_without_weights(tiny, corpus, tmp_path, monkeypatch):
         assert (f"hfkit finetune --config {folder}/recipe.yaml" in card) != has_weights
 
 
-@pytest.mark.parametrize("shape", ["[]", "null", "[" * 100_000, "{", '{"space": 3}', '{"recipe": []}', "\xff"])
+@pytest.mark.parametrize("shape", ["[]", "null", "[" * 100_000, "{", '{"settings": 3}', '{"settings": []}', "\xff"])
 def test_claim_where_the_file_has_another_shape(tmp_path, shape):
     """A damaged search is refused, not searched on with other settings; it can be overwritten."""
-    asked = {"space": {"a": [1]}, "recipe": {}}
+    asked = {"a": [1]}
     study_module.claim(tmp_path, asked, overwrite=False)
     (tmp_path / "tuning.json").write_text(shape, encoding="latin-1")
     with pytest.raises(HfkitError, match="holds a search with other settings .*: --overwrite"):

@@ -1,0 +1,141 @@
+"""hfkit as the client of hfkit's server: what a command prints is what it prints for a model of this machine."""
+
+import json
+
+import pytest
+from support.servers import serving
+from support.shell import assert_fails, call, edit_json
+
+import hfkit
+from hfkit.errors import HfkitError
+
+PROMPT = "Once upon a time"
+OPTIONS = [
+    {},
+    {"temperature": 0},
+    {"do_sample": False, "repetition_penalty": 1.3},
+    {"top_k": 5, "typical_p": 0.9, "no_repeat_ngram_size": 2},
+    {"stop_strings": [" the"], "min_new_tokens": 4},
+    {"sequence_bias": [" house=4"], "bad_words": [" and"]},
+    {"max_new_tokens": 3},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_generate(server, story, options):
+    """Every field of a result is the same, streamed or not."""
+    options = {"seed": 7, "max_new_tokens": 16} | options
+    local = hfkit.generate(PROMPT, model=story, **options)
+    remote = hfkit.generate(PROMPT, model="bundled", server=server[0], **options)
+    expected, fields = local.to_dict(), remote.to_dict()
+    assert fields.pop("logprob") == pytest.approx(expected.pop("logprob"), abs=1e-3)
+    assert fields == expected and str(remote) == str(local)
+    pieces = list(hfkit.stream(PROMPT, model="bundled", server=server[0], **options))
+    assert "".join(pieces) == local.completion
+
+
+def test_generate_lists(server, story, lm):
+    """Many prompts and samples have the seeds that they have here; a prompt that does not fit is named."""
+    prompts = ["The house", "He said 🙂", "I", ""]
+    options = {"seed": 11, "max_new_tokens": 6, "num_return_sequences": 3}
+    local, remote = (
+        hfkit.generate(prompts, **options, **where)
+        for where in ({"model": story}, {"model": "bundled", "server": server[0]})
+    )
+    assert [[each.completion for each in row] for row in remote] == [
+        [each.completion for each in row] for row in local
+    ]
+    assert [[each.seed for each in row] for row in remote] == [[each.seed for each in row] for row in local]
+    with pytest.raises(HfkitError, match="do not fit"):
+        hfkit.generate("x" * 100, model=lm.name, server=server[0])
+    with pytest.raises(HfkitError, match="not supported"):
+        hfkit.generate(PROMPT, model="bundled", server=server[0], prompt_lookup_num_tokens=3)
+
+
+def test_shell(server, story, capfdbinary):
+    """The command prints the same."""
+    arguments = ["generate", PROMPT, "-n", 12, "-s", 3, "--num-return-sequences", 2]
+    remote = call(capfdbinary, *arguments, "-m", "bundled", "--server", server[0])
+    assert remote.stdout == call(capfdbinary, *arguments).stdout and remote.returncode == 0
+    named = call(capfdbinary, "generate", PROMPT, "--server", server[0])
+    assert_fails(named, 2, "-m", "bundled, ")
+    assert_fails(call(capfdbinary, "generate", PROMPT, "-m", "gpt2", "--server", server[0]), 1, "gpt2")
+
+
+def test_chat(server, capfdbinary, monkeypatch):
+    """A chat goes on past the context: the oldest turns are cut."""
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n" + "x " * 600 + "\n"))
+    result = call(capfdbinary, "chat", "-m", "bundled", "--server", server[0], "-n", 4, "-s", 1)
+    assert result.returncode == 0 and len(result.stdout.splitlines()) >= 2, result.stderr
+
+
+def test_key(lm, monkeypatch, capfdbinary):
+    """The key opens the server; without it, one line says what is missing."""
+    with serving(lm, api_key="sesame") as (address, _):
+        assert_fails(call(capfdbinary, "generate", "ab", "--server", address), 1, "401", "HFKIT_API_KEY")
+        monkeypatch.setenv("HFKIT_API_KEY", "sesame")
+        assert call(capfdbinary, "generate", "ab", "--server", address, "-n", 3).returncode == 0
+
+
+def test_classify(server, story, tmp_path, capfdbinary):
+    """Labels and their probabilities are the same."""
+    labels = ["happy", "sad"]
+    texts = ["She laughed and danced.", "He wept all night."]
+    where = {"model": "bundled", "server": server[0]}
+    local = [hfkit.classify(text, model=story, labels=labels) for text in texts]  # one by one, as they are sent
+    assert hfkit.classify(texts, labels=labels, **where) == local
+    (tmp_path / "texts.txt").write_text("\n".join([texts[0], "", texts[1]]))
+    flags = ["--labels", "happy", "--labels", "sad", "-m", "bundled", "--json"]
+    result = call(capfdbinary, "classify", "-i", tmp_path / "texts.txt", *flags, "--server", server[0])
+    assert result.returncode == 1 and b"line 2" in result.stderr
+    assert [json.loads(line)["text"] for line in result.stdout.splitlines()] == texts
+    remote = call(capfdbinary, "classify", texts[0], *flags, "--server", server[0])
+    assert remote.stdout == call(capfdbinary, "classify", texts[0], *flags).stdout
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    """Documents: one that fits the context, one of many windows, one of a single token, an empty one."""
+    path = tmp_path_factory.mktemp("corpus") / "documents.txt"
+    long = " ".join(f"He said {number} times that the sea was cold 🙂." for number in range(20))
+    path.write_text("<|endoftext|>".join(["Once upon a time there was a king.", long, "a", " ", "The end.\n"]))
+    return path
+
+
+@pytest.mark.parametrize("sizes", [{"max_length": 100}, {"max_length": 60, "stride": 25}], ids=str)
+def test_evaluate(server, documents, sizes):
+    """Every figure is that of the same model on this machine, over the same windows."""
+    local = hfkit.evaluate(documents, model="bundled", dtype="float32", **sizes).to_dict()
+    remote = hfkit.evaluate(documents, model="bundled", server=server[0], **sizes).to_dict()
+    assert remote.pop("dtype") != local.pop("dtype") and remote.pop("model") == local.pop("model")
+    assert remote == pytest.approx(local, rel=1e-4)
+
+
+def test_evaluate_of_the_whole_context(server, documents, lm, capfdbinary):
+    """Without --max-length the windows are as long as a server allows: two tokens shorter than here."""
+    flags = ["--json", "-m", lm.name]
+    remote = json.loads(call(capfdbinary, "evaluate", documents, *flags, "--server", server[0]).stdout)
+    flags += ["--dtype", "float32", "--max-length", lm.context - 2]
+    local = json.loads(call(capfdbinary, "evaluate", documents, *flags).stdout)
+    assert remote["window"] == local["window"] == lm.context - 2
+    assert remote["perplexity"] == pytest.approx(local["perplexity"], rel=1e-4)
+    rows = documents.with_suffix(".jsonl")
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    assert_fails(call(capfdbinary, "evaluate", rows, *flags[:3], "-q", "--server", server[0]), 2, "not answers")
+
+
+def test_answers_stand_alone(copy, tiny, capfdbinary):
+    """What a model that learned a task says stands without the prompt, as it does here."""
+    folder = copy(tiny)
+    edit_json(folder / "tokenizer_config.json", task={"template": "Q: {prompt}\nA:{completion}\n"})
+    learned = hfkit.load(str(folder))
+    with serving(learned) as (address, _):
+        for options in ({}, {"raw": True}):
+            options |= {"seed": 1, "max_new_tokens": 5}
+            local, remote = (
+                hfkit.generate("ab", model=learned, **options),
+                hfkit.generate("ab", server=address, **options),
+            )
+            assert (str(remote), remote.echo) == (str(local), local.echo)
