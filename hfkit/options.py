@@ -155,9 +155,7 @@ class TrainOptions(Options):
     """How a model is trained. Names are those of `TrainingArguments` and, for LoRA, of TRL, where these have one."""
 
     output_dir: str | None = option(None, "Folder of the run. [default: runs/ and the corpus's name]", short="-o")
-    num_train_epochs: float | None = option(
-        None, "Passes over the corpus. [default: 3, for a small corpus up to 30; new: 3 to 20]", above=0
-    )
+    num_train_epochs: float | None = option(None, "Passes over the corpus. [default: 3, a small one 30]", above=0)
     max_steps: int | None = option(None, "Optimizer steps, instead of epochs.", min=1)
     per_device_train_batch_size: int | None = option(None, "Sequences at a time. [default: 8, fewer if short]", min=1)
     per_device_eval_batch_size: int | None = option(None, "Sequences at a time when evaluating. [default: 8]", min=1)
@@ -218,7 +216,7 @@ class EvaluateOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ManyModelsOptions(ModelOptions):
+class ModelsOptions(ModelOptions):
     """`ModelOptions` of a command that takes several models."""
 
     model: list[str] | None = option(None, "A model, as for `generate`; may be repeated.", short="-m")  # type: ignore[assignment]

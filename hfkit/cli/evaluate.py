@@ -10,7 +10,7 @@ from hfkit.cli.flags import CORPUS, JSON, flags
 from hfkit.console import with_error
 from hfkit.corpus.files import find_corpus
 from hfkit.models.sources import find_model
-from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ServerOptions
+from hfkit.options import CorpusOptions, EvaluateOptions, ModelsOptions, ServerOptions
 
 if TYPE_CHECKING:
     from hfkit.evaluation.figures import Evaluation
@@ -21,7 +21,7 @@ _MAX_LABELS = 10  # a confusion table of more is in --json only
 
 @flags
 def evaluate(
-    model: ManyModelsOptions,
+    model: ModelsOptions,
     server: ServerOptions,
     read: CorpusOptions,
     options: EvaluateOptions,

@@ -9,12 +9,12 @@ from hfkit.cli.flags import flags
 from hfkit.declaration import option
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.sources import find_model
-from hfkit.options import ManyModelsOptions
+from hfkit.options import ModelsOptions
 
 
 @flags
 def serve(
-    model: ManyModelsOptions,
+    model: ModelsOptions,
     host: str = option("127.0.0.1", "Address to listen at; others than this machine need a key."),
     port: int = option(8000, "Port; 0: any free one.", short="-p", min=0, max=65535),
     api_key: str | None = option(

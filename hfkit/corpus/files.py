@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from hfkit.console import counted, note_once
 from hfkit.corpus.formats import TEXTS, kind_of
 from hfkit.errors import HfkitError, first_line
-from hfkit.options import CorpusOptions
+from hfkit.options import CorpusOptions, DataOptions
 from hfkit.storage import LIST
 
 Corpora = str | Path | Sequence[str | Path]
@@ -138,7 +138,7 @@ def find_corpus(sources: Corpora | Corpus, options: CorpusOptions | None = None,
     A `Corpus` is returned as it is: finding one reads the start of every file, so find it once and pass it on.
 
     Args:
-        options: files that match their `exclude` are left out.
+        options: files that match their `exclude`, or that their `eval_file` names, are left out.
         output: a folder that is not read although it is in a source: the one that the run writes.
 
     Raises:
@@ -160,7 +160,18 @@ def find_corpus(sources: Corpora | Corpus, options: CorpusOptions | None = None,
         raise HfkitError("no corpus: name a file, a folder or hf://NAME")
     if not found:
         raise HfkitError(f"--exclude leaves no file of the corpus ({names[0]}): {', '.join(patterns)}")
-    return Corpus(tuple(found.values()))
+    read = list(found.values())
+    return Corpus(tuple(_without_held_out(read, options) if isinstance(options, DataOptions) else read))
+
+
+def _without_held_out(sources: list[Source], options: DataOptions) -> list[Source]:
+    """The sources that --eval-file does not name, unless it names them all."""
+    held_out = {Path(name).expanduser().resolve() for name in options.eval_file or []}
+    named = [source for source in sources if held_out & {path := source.path.resolve(), *path.parents}]
+    left = [source for source in sources if source not in named]
+    if left and named:
+        note_once(f"{named[0]} is held out by --eval-file, and not trained on")
+    return left or sources
 
 
 def _find_sources(name: str, patterns: dict[str, bool], output: Path | None) -> list[Source]:

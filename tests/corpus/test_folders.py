@@ -12,7 +12,7 @@ from hfkit.corpus.documents import Example, Piece, read_records, read_table
 from hfkit.corpus.files import find_corpus
 from hfkit.corpus.labelled import classification_rows, question_rows
 from hfkit.errors import HfkitError
-from hfkit.options import CorpusOptions
+from hfkit.options import CorpusOptions, DataOptions
 
 pytestmark = pytest.mark.usefixtures("brisk")
 
@@ -346,6 +346,17 @@ def test_find_corpus_with_exclude(tree, patterns, kept, capfd):
         assert sorted(str(path.absolute().relative_to(tree)) for path in files) == sorted(kept.split())
     assert ("--exclude 'raft' matches no file of the corpus" in capfd.readouterr().err) == ("raft" in patterns)
     assert len(find_corpus(tree).files) == 6
+
+
+@pytest.mark.parametrize("named", [["."], ["*.txt"], ["a.txt", "held.txt"]])
+def test_find_corpus_without_eval_file(tmp_path, named, capfd):
+    """A file of --eval-file that lies in the corpus is not trained on; one that is all of the corpus is."""
+    for name in ("a.txt", "held.txt"):
+        (tmp_path / name).write_text(f"The text of {name}.")
+    options = DataOptions(eval_file=[f"{tmp_path}/./held.txt"])
+    assert [path.name for path in find_corpus([f"{tmp_path}/{name}" for name in named], options).files] == ["a.txt"]
+    assert f"{tmp_path}/held.txt is held out by --eval-file, and not trained on" in capfd.readouterr().err
+    assert [path.name for path in find_corpus(options.eval_file, options).files] == ["held.txt"]
 
 
 def test_find_corpus_with_exclude_of_everything(tree):

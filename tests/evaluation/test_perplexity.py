@@ -28,7 +28,7 @@ from hfkit.evaluation.windows import slide
 from hfkit.inference import likelihood
 from hfkit.models import architecture
 from hfkit.models.loading import LanguageModel
-from hfkit.options import CorpusOptions, EvaluateOptions, ManyModelsOptions, ModelOptions, ServerOptions
+from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions, ModelsOptions, ServerOptions
 
 BOTH = pytest.mark.parametrize("name", ["gpt2", "llama"])
 WORDS = ["the", "cat", "sat", "a", "mat.", "Rain,", "t", "2", "wind\n", "\n", "stone"]
@@ -489,9 +489,9 @@ def test_write_evaluation_cuts_no_figure_in_a_narrow_terminal(
     path = save(tmp_path / "a.txt", *(text(200, seed) for seed in range(30)))
     models = [tiny, tiny_llama]
     print_evaluation, here, how = evaluate.__wrapped__, ServerOptions(), EvaluateOptions()
-    print_evaluation(ManyModelsOptions(model=models), here, CorpusOptions(), how, [str(path)], json=False)
+    print_evaluation(ModelsOptions(model=models), here, CorpusOptions(), how, [str(path)], json=False)
     labels = CorpusOptions(template="{text}: {label}", labels=["good", "bad"])
-    print_evaluation(ManyModelsOptions(model=[tiny]), here, labels, how, [reviews], json=False)
+    print_evaluation(ModelsOptions(model=[tiny]), here, labels, how, [reviews], json=False)
     shown = screen.getvalue()
     found = [hfkit.evaluate(path, model=name) for name in models]
     assessment = hfkit.evaluate(reviews, model=tiny, template="{text}: {label}", labels=["good", "bad"])
