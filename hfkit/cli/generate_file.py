@@ -110,7 +110,7 @@ def write_results(
     console.detail(f"{console.counted(tokens, 'token')} in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s)")
     if failures and leads:
         raise HfkitError(
-            f"{failures} of {console.counted(count, 'prompt')} could not be run ({path}): fix the lines named above"
+            f"{failures:,} of {console.counted(count, 'prompt')} could not be run ({path}): fix the lines named above"
         )
 
 

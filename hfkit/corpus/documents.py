@@ -136,7 +136,8 @@ def read_table(corpus: Corpora | Corpus, options: CorpusOptions, columns: Collec
     others: list[Source] = []
     for source, rows in _open_sources(corpus, options):
         if rows is None and not (source.in_folder and has_rows):
-            raise HfkitError(f"{source} is a plain text: this takes rows with columns (CSV, JSON Lines, Parquet)")
+            form = "rows (CSV, JSON Lines, Parquet) with named columns"
+            raise HfkitError(f"{source} is a plain text: this takes {form}")
         if rows is None:
             note_once(f"left out plain texts such as {source}: only rows are read here")
         elif first := next(rows, None):

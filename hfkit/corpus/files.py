@@ -78,7 +78,10 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """SHA-256 of the files' content; names, but for those of descriptions, and time stamps do not matter."""
-        roles = [(*source[1:], source.is_description, source.kind == "hub" and source.path) for source in self.sources]
+        roles = [
+            (source.kind, source.split, source.is_description, source.kind == "hub" and source.path)
+            for source in self.sources
+        ]
         return hash_files(self.files, roles)
 
 

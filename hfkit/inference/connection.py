@@ -112,7 +112,7 @@ class Connection:
             reason = response.reason_phrase
         remedy = "set HFKIT_API_KEY, or for openai OPENAI_API_KEY" if response.status_code == 401 else ""
         kind = RefusedError if response.status_code in (400, 413, 422) else HfkitError
-        return self.error(f"HTTP status {response.status_code}: {reason}", remedy, kind)
+        return self.error(f"HTTP status {response.status_code} for {response.url.path}: {reason}", remedy, kind)
 
     def error(self, what: str, remedy: str = "", kind: type[HfkitError] = HfkitError) -> HfkitError:
         """An error in one line, without the key, which a server may repeat."""

@@ -59,6 +59,7 @@ class Server:
             entry: dict[str, Any] = next((entry for entry in entries if entry["id"] == self.model), {})
         self.is_hfkit = entry.get("owned_by") == "hfkit"
         self._answers = not entry.get("continues", True)  # a translator, or a model that learned a task
+        self._has_encoder = entry.get("has_encoder", False)
         self.context: int | None = entry.get("max_model_len")  # in tokens, if the server tells
 
     def continues(self, options: GenerateOptions) -> bool:
@@ -88,7 +89,7 @@ class Server:
             finish_reason=answer.finish_reason,
             tokens=answer.tokens or len(answer.logprobs),
             logprob=sum(answer.logprobs) if answer.logprobs else math.nan,
-            seed=options.seed if draws(options) else None,
+            seed=options.seed if draws(options) and self._route != "responses" else None,
             model=self.model,
             echo=self.continues(options),
         )
@@ -175,7 +176,10 @@ class Server:
         if "stop" in fields:
             fields["stop"] = [text.replace("\\n", "\n").replace("\\t", "\t") for text in fields["stop"]]
         if route == "completions":
-            return {"prompt": prompt, "max_tokens": 100, "logprobs": 1} | fields
+            # hfkit knows none of these models' and of beams.
+            scores = {} if self._has_encoder or (options.num_beams or 1) > 1 else {"logprobs": 1}
+            most = {"fit": True} if self.is_hfkit else {"max_tokens": 100}
+            return {"prompt": prompt} | most | scores | fields
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if route == "responses":
             fields.pop("seed", None)  # it takes none

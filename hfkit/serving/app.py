@@ -25,7 +25,7 @@ from hfkit.serving import protocol
 from hfkit.serving.delivery import to_events, until_gone
 from hfkit.serving.engine import Engine, make_engine
 from hfkit.serving.guard import Counts, Guard, Settings, error_reply, explain
-from hfkit.serving.jobs import Job, Plan, chat_prompt, make_plan, vocabulary_of
+from hfkit.serving.jobs import AS_GENERATE, Job, Plan, chat_prompt, make_plan, vocabulary_of
 from hfkit.serving.replies import Reply, Response
 
 router = fastapi.APIRouter()
@@ -123,7 +123,7 @@ def _stream(pieces: AsyncIterator[dict[str, Any]], named: bool = False) -> Strea
 async def _complete(request: fastapi.Request, body: protocol.CompletionBody) -> Any:
     body.check()
     engine = _server(request).engine(body.model)
-    lm, most = engine.lm, 0 if body.max_tokens == 0 else 16
+    lm, most = engine.lm, 0 if body.max_tokens == 0 else AS_GENERATE if body.fit else 16
 
     def plan() -> tuple[Plan, tuple[str, ...]]:
         scores_prompt = body.echo and body.logprobs is not None
@@ -219,9 +219,10 @@ async def _tokenizer_info(request: fastapi.Request, model: str | None = None) ->
 
 
 def _model(server: Server, lm: LanguageModel) -> dict[str, Any]:
-    continues = not lm.model.config.is_encoder_decoder and not task_of(lm.tokenizer)
+    has_encoder = lm.model.config.is_encoder_decoder
     return {"id": lm.name, "object": "model", "created": server.started, "owned_by": "hfkit",
-            "max_model_len": lm.context, "task": head_of(lm.model.config), "continues": continues}  # fmt: skip
+            "max_model_len": lm.context, "task": head_of(lm.model.config), "has_encoder": has_encoder,
+            "continues": not has_encoder and not task_of(lm.tokenizer)}  # fmt: skip
 
 
 @router.get("/v1/models")

@@ -29,6 +29,9 @@ class Plan:
     samples: int
 
 
+AS_GENERATE = -1
+
+
 def make_plan(
     lm: LanguageModel,
     prompts: Sequence[str | list[int]],
@@ -39,7 +42,7 @@ def make_plan(
 ) -> Plan:
     """Encode the prompts and check all that can be checked. It takes a while, so call it in a thread.
 
-    new_tokens: most of them where `options` says nothing; None: as many as fit.
+    new_tokens: most of them where `options` says nothing; None: as many as fit; AS_GENERATE: as `hfkit generate` has.
 
     Raises:
         HfkitError: a prompt does not fit the model, or the options contradict each other.
@@ -52,7 +55,7 @@ def make_plan(
         if isinstance(prompt, list) and not all(0 <= token < vocabulary_of(lm) for token in prompt):
             raise OptionError(f"prompt has a token id that the model does not know: 0 to {vocabulary_of(lm) - 1}")
         request = fit_prompt(prompt, options, lm.tokenizer, lm.model.config, lm.name)
-        if options.max_new_tokens is None:
+        if options.max_new_tokens is None and new_tokens != AS_GENERATE:
             room = (lm.context or 4096) - (0 if lm.model.config.is_encoder_decoder else len(request.ids))
             request = replace(request, new_tokens=room if new_tokens is None else min(new_tokens, room))
         requests.append(replace(request, seed=seed + number * samples))

@@ -113,6 +113,7 @@ class CompletionBody(Sampling):
 
     prompt: str | list[str] | Ids | list[Ids] = ""
     max_tokens: int | None = Field(None, ge=0)  # 16, as OpenAI has it
+    fit: bool = False  # without max_tokens: as many as `hfkit generate` writes, and fewer where these do not fit
     best_of: int | None = Field(None, ge=1, le=_MOST_TEXTS)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -139,6 +140,8 @@ class CompletionBody(Sampling):
             raise OptionError(f"best_of is {self.best_of}: it must be at least n, which is {self.n}")
         if self.stream and self.samples > self.n:
             raise OptionError("best_of is not known before the end: leave it out, or stream")
+        if self.stream and self.echo and self.logprobs is not None:
+            raise OptionError("log-probabilities of the prompt come whole: leave stream, echo or logprobs out")
         if self.max_tokens == 0 and not self.echo:
             raise OptionError("max_tokens is 0: that needs echo")
 

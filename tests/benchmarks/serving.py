@@ -23,6 +23,9 @@ from generation import in_turn, make_small, timed
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 CLIENTS, TOKENS = 16, 32
+CLIENT = httpx.Client(
+    timeout=600, limits=httpx.Limits(max_connections=None)
+)  # one: to make it takes longer than a step
 PROMPTS = [f"Hello {i}" + " and so" * (i % 3) for i in range(CLIENTS)]
 
 
@@ -34,7 +37,7 @@ def started(command: list[str], port: int) -> Iterator[str]:
     try:
         while process.poll() is None:
             with contextlib.suppress(httpx.TransportError):
-                httpx.get(f"{address}/health", timeout=1).raise_for_status()
+                CLIENT.get(f"{address}/health", timeout=1).raise_for_status()
                 break
             time.sleep(0.5)
         assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
@@ -51,7 +54,7 @@ def free_port() -> int:
 
 def complete(address: str, model: str, prompt: str) -> None:
     body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
-    reply = httpx.post(f"{address}/v1/completions", json=body, timeout=600)
+    reply = CLIENT.post(f"{address}/v1/completions", json=body)
     assert reply.status_code == 200 and reply.json()["usage"]["completion_tokens"] == TOKENS, reply.text
 
 
@@ -67,7 +70,7 @@ def first_token(address: str, model: str) -> float:
     """Seconds until the first text of a stream."""
     body = {"model": model, "prompt": "Hello, my name is", "max_tokens": 2, "stream": True, "seed": 1}
     started = time.perf_counter()
-    with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=600) as reply:
+    with CLIENT.stream("POST", f"{address}/v1/completions", json=body) as reply:
         for line in reply.iter_lines():
             if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["text"]:
                 return time.perf_counter() - started
@@ -82,14 +85,14 @@ def others(address: str, model: str, count: int) -> Iterator[None]:
     def one(number: int) -> None:
         body = {"model": model, "prompt": PROMPTS[number], "max_tokens": 400, "stream": True}
         while not is_over:
-            with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=600) as reply:
+            with CLIENT.stream("POST", f"{address}/v1/completions", json=body) as reply:
                 for _ in reply.iter_lines():
                     if is_over:
                         return
 
     with ThreadPoolExecutor(count) as pool:
         clients = [pool.submit(one, number) for number in range(count)]
-        while f'hfkit_texts_running{{model="0"}} {count}' not in httpx.get(f"{address}/metrics").text:
+        while f'hfkit_texts_running{{model="0"}} {count}' not in CLIENT.get(f"{address}/metrics").text:
             time.sleep(0.1)
         yield
         is_over = True

@@ -82,7 +82,7 @@ def test_generate_input_reports_bad_lines(tiny, tmp_path, capfdbinary):
     assert [row["line"] for row in found] == [i + 1 for i in range(1000) if i not in bad]
     assert [row["prompt"] for row in found] == [f"prompt {i}" for i in range(1000) if i not in bad]
     assert [line.split(": ")[1] for line in told[:-1]] == [f"{tmp_path}/in.jsonl, line {i + 1}" for i in sorted(bad)]
-    assert told[-1].startswith("hfkit: error: 50 of 1000 prompts could not be run")
+    assert told[-1].startswith("hfkit: error: 50 of 1,000 prompts could not be run")
 
 
 def test_generate_input_equals_python(tiny, many, capfdbinary):

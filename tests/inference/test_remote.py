@@ -66,7 +66,7 @@ def test_stream_and_whole(routes):
     seed = None if routes == ("responses",) else 7
     assert "".join(pieces) == generation.completion == whole.completion == text_for("hi", seed)
     assert len(pieces) > 2
-    assert generation == whole and generation.tokens == 7 and generation.model == "fake" and generation.seed == 7
+    assert generation == whole and generation.tokens == 7 and generation.model == "fake" and generation.seed == seed
     assert generation.finish_reason == ("length" if routes == ("completions",) else "stop")
     assert generation.to_dict()["logprob"] == (-3.5 if routes == ("completions",) else None)
     assert str(generation) == ("hi" * generation.echo + generation.completion).strip()

@@ -591,11 +591,17 @@ def test_choose_dtype(tiny):
         assert hfkit.load(tiny, dtype=name).model.dtype == getattr(torch, name)
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "gpu", "", "cpu:x", "meta", "hpu", "vulkan", "fpga", "cuda:-1"])
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cpu:x", "meta", "hpu", "vulkan", "fpga", "cuda:-1"])
 def test_choose_device_missing(tiny, capfdbinary, device):
     """A device that does not exist is one sentence."""
     assert "device" in fails(tiny, device=device)
     assert_fails(call(capfdbinary, "generate", "hi", "-m", tiny, f"--device={device}"), 1, "leave --device out")
+
+
+def test_choose_device_empty(tiny, capfdbinary):
+    """An empty name of a device is a usage error."""
+    assert "device" in fails(tiny, device="")
+    assert_fails(call(capfdbinary, "generate", "hi", "-m", tiny, "--device="), 2, "--device is ''")
 
 
 def test_load_device_map(tiny):

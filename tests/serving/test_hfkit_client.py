@@ -46,6 +46,8 @@ def test_generate_lists(server, story, lm):
         [each.completion for each in row] for row in local
     ]
     assert [[each.seed for each in row] for row in remote] == [[each.seed for each in row] for row in local]
+    long = {"model": lm.name, "server": server[0], "seed": 1}
+    assert hfkit.generate("x" * 60, **long).completion == hfkit.generate("x" * 60, model=lm, seed=1).completion
     with pytest.raises(HfkitError, match="do not fit"):
         hfkit.generate("x" * 100, model=lm.name, server=server[0])
     with pytest.raises(HfkitError, match="not supported"):
@@ -124,6 +126,19 @@ def test_evaluate_of_the_whole_context(server, documents, lm, capfdbinary):
     rows = documents.with_suffix(".jsonl")
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
     assert_fails(call(capfdbinary, "evaluate", rows, *flags[:3], "-q", "--server", server[0]), 2, "not answers")
+
+
+def test_beams_and_encoders(server, story, tiny_t5):
+    """Their texts are the same; the server does not tell their log-probabilities."""
+    translator = hfkit.load(tiny_t5)
+    with serving(translator) as (address, _):
+        cases = [("bundled", story, server[0], {"num_beams": 3}), (translator.name, translator, address, {})]
+        for name, lm, place, options in cases:
+            options |= {"seed": 1}
+            local = hfkit.generate("a house", model=lm, **options)
+            remote = hfkit.generate("a house", model=name, server=place, **options)
+            assert (str(remote), remote.tokens) == (str(local), local.tokens)
+            assert remote.to_dict()["logprob"] is None
 
 
 def test_answers_stand_alone(copy, tiny, capfdbinary):

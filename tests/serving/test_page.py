@@ -100,6 +100,17 @@ def test_compare(page, story, lm):
     assert page.run("sides.length") == 1
 
 
+def test_encoder(browser, tiny_t5):
+    """A translator, whose tokens have no probabilities here, writes all the same."""
+    translator = hfkit.load(tiny_t5)
+    with serving(translator) as (address, _):
+        browser.open(address)
+        browser.wait("models.length")
+        set_field(browser, "max_tokens", 6)
+        expected = hfkit.generate("Once upon a time", model=translator, max_new_tokens=6)
+        assert generate(browser) == ["Once upon a time" + expected.completion]
+
+
 def test_stop(page):
     """Stop ends the text and keeps what there is."""
     set_field(page, "max_tokens", 400)
