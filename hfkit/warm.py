@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 ENVIRONMENT = {**os.environ}  # before a library or a command changes it
 HELLO = b"hello\n"
 COLD = ("finetune", "pretrain", "tune", "serve", "warm")  # they run long, or start processes of their own
-_SECONDS = 3  # for the resident process to answer; an idle one takes 0.02
+_SECONDS = 5  # for the resident process to answer; one on an idle machine takes 0.02
 _MOST_FILES = 200  # that one message can carry
 # Variables that libraries, the C library or Python read when they start.
 _AT_START = (

@@ -269,6 +269,24 @@ def test_stale_socket(tmp_path):
         assert version.result().stdout.startswith(b"hfkit ")
 
 
+def test_full_process_table(monkeypatch):
+    """Where no process can be forked, the client is let go at once, and starts cold."""
+    import socket
+
+    from hfkit.cli import resident
+
+    def fail():
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(resident.os, "fork", fail)
+    parent = resident.Resident.__new__(resident.Resident)
+    parent.clients = {}
+    here, there = socket.socketpair()
+    parent._fork(there, -1)
+    assert here.recv(1) == b"" and not parent.clients
+
+
+@pytest.mark.slow
 def test_keep_alive(tmp_path, tiny):
     """HFKIT_KEEP_ALIVE leaves a process behind, which ends by itself; nothing stays without it."""
     home = Home(tmp_path / "run")
@@ -369,7 +387,7 @@ def test_many_calls(home, tiny):
         assert [outcome(each) for each in pool.map(lambda _: home.run(*line), range(32))] == [expected] * 32
     end = resources(pid)
     assert end[0] - start[0] <= 2 and end[1] == start[1]
-    assert home.served() == before + 1032
+    assert home.served() > before + 1000  # on a busy machine some of the 32 do not wait, and start cold
     assert wait_until(lambda: not children(pid), 5)
 
 
