@@ -8,6 +8,9 @@ def main() -> None:
     """Run one command. Ctrl-C while Python imports or tears down ends the process without a traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not in the background, where it is ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from hfkit import warm
+
+    warm.run()  # returns unless a resident process took the command
     from hfkit.cli import app
 
     try:
@@ -15,6 +18,7 @@ def main() -> None:
     finally:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+        warm.keep_alive()
         gc.freeze()  # Python would look through a million objects at exit: 1.0 of 5 seconds
 
 

@@ -40,10 +40,13 @@ def configure(*, quiet: bool, verbose: bool, debug: bool) -> None:
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        logging.getLogger("transformers").setLevel(logging.ERROR)  # where it is imported already, see cli.resident
         warnings.simplefilter("ignore")  # one library's about another
         logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it reports building its font cache
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if "huggingface_hub" in sys.modules:
+            sys.modules["huggingface_hub"].utils.disable_progress_bars()
 
 
 def printable(text: str) -> str:

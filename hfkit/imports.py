@@ -83,11 +83,11 @@ def _scan_once() -> None:
     scanned, scan = vars(sys.modules["transformers"]), import_utils.define_import_structure
     names, missing = scanned["_import_structure"].items(), scanned["_object_missing_backend"].items()
     within = {name.removeprefix("models."): objects for name, objects in names if name.startswith("models.")}
-    import_utils.define_import_structure = lambda *_: {frozenset(): within}
+    vars(import_utils)["define_import_structure"] = lambda *_: {frozenset(): within}
     try:
         models = import_module("transformers.models")
     finally:
-        import_utils.define_import_structure = scan
+        vars(import_utils)["define_import_structure"] = scan
     vars(models)["_object_missing_backend"] |= {name.removeprefix("models."): backends for name, backends in missing}
 
 
@@ -107,10 +107,9 @@ def _transform_getitem_to_index() -> Any:
 
 def _compile_patterns_late() -> None:
     """0.1: from_pretrained makes a thousand patterns, for the checkpoints of all architectures, and uses a few."""
-    module = import_module("transformers.core_model_loading")
     late = ModuleType("re")
     vars(late).update(vars(re), compile=_Pattern)
-    module.re = late
+    vars(import_module("transformers.core_model_loading"))["re"] = late
 
 
 class _Pattern:

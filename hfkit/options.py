@@ -154,9 +154,7 @@ class DataOptions(CorpusOptions):
 class TrainOptions(Options):
     """How a model is trained. Names are those of `TrainingArguments` and, for LoRA, of TRL, where these have one."""
 
-    output_dir: str | None = option(
-        None, "Folder of the run. [default: runs/NAME of the corpus; pretrain: runs/NAME-pretrained]", short="-o"
-    )
+    output_dir: str | None = option(None, "Folder of the run. [default: runs/ and the corpus's name]", short="-o")
     num_train_epochs: float | None = option(
         None, "Passes over the corpus. [default: 3, for a small corpus up to 30; new: 3 to 20]", above=0
     )
@@ -300,4 +298,4 @@ class TuneOptions(Options):
         "warm-up, batch, epochs and dropout; rank and dropout of LoRA]",
     )
     prune: bool = option(True, "Stop a trial that is worse than most others at the same point.")
-    train_best: bool = option(False, "Train with the best settings at the end.")
+    train_best: bool = option(False, "Copy the best trial to OUTPUT-DIR/best, as a run of its own.")

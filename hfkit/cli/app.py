@@ -1,5 +1,6 @@
 """The `hfkit` command: registers every subcommand, and turns each failure into one line and an exit code."""
 
+import functools
 import gc
 import io
 import os
@@ -26,6 +27,7 @@ from hfkit.cli.runs import export, recipes, report
 from hfkit.cli.serve import serve
 from hfkit.cli.train import finetune, prepare, pretrain, tune
 from hfkit.cli.usage import Command, Group, explain_usage
+from hfkit.cli.warm import warm
 from hfkit.errors import HfkitError, StoppedError
 
 app = typer.Typer(
@@ -60,10 +62,16 @@ def _root(
 
 for _command in (
     *(generate, chat, finetune, pretrain, prepare, evaluate, inspect, classify, answer, tune, serve, report, export),
-    info,
+    *(info, warm),
 ):
     app.command(cls=Command)(_command)
 app.add_typer(recipes, name="recipes")
+
+
+@functools.cache
+def command_line() -> Any:
+    """All commands with their flags. A resident process makes them once, see `cli.resident`."""
+    return typer.main.get_command(app)
 
 
 def main() -> NoReturn:
@@ -85,7 +93,7 @@ def main() -> NoReturn:
     gc.set_threshold(50_000)  # importing transformers creates many objects and no garbage: saves a sixth of its time
     hook, sys.unraisablehook = sys.unraisablehook, send_again
     try:
-        code = app(prog_name="hfkit", standalone_mode=False)
+        code = command_line()(prog_name="hfkit", standalone_mode=False)
         sys.stdout.flush()
         processes.leave()
     except BaseException as error:  # noqa: BLE001, every failure ends here

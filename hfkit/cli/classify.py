@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import hfkit
 from hfkit import console
 from hfkit.cli.flags import JSON, flags
-from hfkit.cli.prompts import STDIN, check_input, read_prompt, read_prompts
+from hfkit.cli.prompts import STDIN, check_input, loading, read_prompt, read_prompts
 from hfkit.corpus.formats import read_text
 from hfkit.corpus.templates import make_task
 from hfkit.declaration import argument, option
@@ -67,10 +67,11 @@ def _labeller(server: ServerOptions, model: ModelOptions, task: TaskOptions) -> 
         from hfkit.inference.remote import Server
 
         return partial(Server(server, model).classify_each, options=task)
-    from hfkit.inference.classification import classify_each
-    from hfkit.models.loading import loaded
+    with loading(model):
+        from hfkit.inference.classification import classify_each
+        from hfkit.models.loading import loaded
 
-    return partial(classify_each, lm=loaded(model, "text", "classification"), options=task)
+        return partial(classify_each, lm=loaded(model, "text", "classification"), options=task)
 
 
 def _check_labels(source: ModelFiles, task: TaskOptions) -> None:
@@ -129,7 +130,8 @@ def answer(
     else:
         check_input(context)
         text = "".join(read_text(context, "strict"))
-    result = hfkit.answer(question, text, model=model, no_answer_threshold=no_answer_threshold)
+    with loading(model):
+        result = hfkit.answer(question, text, model=model, no_answer_threshold=no_answer_threshold)
     if json:
         console.write_json(result.to_dict())
     elif result.answer:

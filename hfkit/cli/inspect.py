@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from hfkit import console
 from hfkit.cli.flags import JSON, flags
-from hfkit.cli.prompts import read_prompt
+from hfkit.cli.prompts import loading, read_prompt
 from hfkit.declaration import argument
 from hfkit.errors import OptionError
 from hfkit.options import InspectOptions, ModelOptions
@@ -36,10 +36,10 @@ def inspect(
     """
     path = _check_output(options)  # before torch is imported
     text = read_prompt(text, wanted="text to inspect")
-    from hfkit.inference import inspection
-    from hfkit.reporting.pictures import draw_attention
+    with loading(model):
+        from hfkit.inference import inspection
 
-    result = inspection.inspect(text, model=model, options=options)
+        result = inspection.inspect(text, model=model, options=options)
     attention = result.attention
     layers = 0 if attention is None else len(attention)
     if options.layer is not None and options.layer >= layers:
@@ -51,6 +51,8 @@ def inspect(
         _write_next(result)
     if path:
         if path.suffix == ".png" and attention is not None:
+            from hfkit.reporting.pictures import draw_attention
+
             content = draw_attention(attention, result.words, options.layer)
         else:
             content = inspection.to_page(result, options.layer).encode()

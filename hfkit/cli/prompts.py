@@ -21,6 +21,7 @@ from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
 if TYPE_CHECKING:
     from hfkit.inference.remote import Server
     from hfkit.inference.text import Request
+    from hfkit.models.folder import ModelFiles
     from hfkit.models.loading import LanguageModel
 
 STDIN = Path("-")
@@ -114,6 +115,17 @@ def _ask(what: str) -> str:
     return line.removesuffix("\n")
 
 
+@contextlib.contextmanager
+def loading(model: ModelOptions) -> Iterator[ModelFiles]:
+    """Import the libraries that a command needs for this model, and say so on a terminal while the block lasts."""
+    source = find_model(model)  # a wrong name is an error before torch is imported
+    with console.status(f"loading {source.name} ..."):
+        needs_all = source.adapter or source.trust_remote_code or model.device_map or model.quantize
+        if processes.count == 1 and not needs_all and (kind := source.config.get("model_type")):
+            import_lean(kind)
+        yield source
+
+
 def load_for(
     prompt: str | None, model: ModelOptions, sampling: GenerateOptions
 ) -> tuple[LanguageModel, Request | None, GenerateOptions]:
@@ -125,25 +137,22 @@ def load_for(
     Raises:
         HfkitError: the model cannot generate text, or `prompt` does not fit it.
     """
-    source = find_model(model)  # a wrong name is an error before torch is imported
-    with console.status(f"loading {source.name} ..."):
-        needs_all = source.adapter or source.trust_remote_code or model.device_map or model.quantize
-        if processes.count == 1 and not needs_all and (kind := source.config.get("model_type")):
-            import_lean(kind)
+    with loading(model) as source:
         from hfkit.inference import controls, generation
         from hfkit.inference.text import ends_in_space, fit_prompt
-        from hfkit.models import architecture, loading
+        from hfkit.models import architecture
+        from hfkit.models.loading import load_config, load_tokenizer, load_weights
 
         controls.check_options(sampling)
         if source.folder == BUNDLED and sys.stdout.isatty():
             _introduce_bundled_model()
         generation.novel_index(sampling)
-        tokenizer, config = loading.load_tokenizer(source), loading.load_config(source)
+        tokenizer, config = load_tokenizer(source), load_config(source)
         architecture.check_head(source.name, config, "text")
         request = None if prompt is None else fit_prompt(prompt, sampling, tokenizer, config, source.name)
         if request and ends_in_space(request, tokenizer):
             console.note("the prompt ends in a space, but words of this model begin with theirs: leave it out")
-        lm = loading.load_weights(source, model, tokenizer, config)
+        lm = load_weights(source, model, tokenizer, config)
     if sampling.seed is None:
         sampling = replace(sampling, seed=generation.draw_seed())
         if controls.draws(lm, sampling):
