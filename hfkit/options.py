@@ -38,7 +38,7 @@ class ModelOptions(Options):
 class ServerOptions(Options):
     """Which server does the work, in place of this machine."""
 
-    server: str | None = option(None, "Use http://HOST:PORT or openai. [default: $HFKIT_SERVER]", envvar="HFKIT_SERVER")
+    server: str | None = option(None, "URL of a server, or openai. [default: $HFKIT_SERVER]", envvar="HFKIT_SERVER")
     api_key: str | None = option(None, "Its key. [default: $HFKIT_API_KEY, for openai $OPENAI_API_KEY]", secret=True)
 
 
