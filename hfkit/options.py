@@ -38,7 +38,7 @@ class ModelOptions(Options):
 class ServerOptions(Options):
     """Which server does the work, in place of this machine."""
 
-    server: str | None = option(None, "OpenAI-compatible server: http://HOST:PORT, or openai.", envvar="HFKIT_SERVER")
+    server: str | None = option(None, "URL of a server, or openai. [default: $HFKIT_SERVER]", envvar="HFKIT_SERVER")
     api_key: str | None = option(None, "Its key. [default: $HFKIT_API_KEY, for openai $OPENAI_API_KEY]", secret=True)
 
 
@@ -193,9 +193,7 @@ class TrainOptions(Options):
     fsdp_config: str | None = option(None, "JSON file of transformers' FSDP settings, for models larger than a GPU.")
     deepspeed: str | None = option(None, "JSON file of DeepSpeed settings.")
     full_determinism: bool | None = option(None, "Use deterministic kernels, which are slower.")
-    head: Literal["classification", "question-answering"] | None = option(
-        None, "Train this head instead of a language model. [default: the one that the model has]"
-    )
+    head: Literal["classification", "question-answering"] | None = option(None, "Head to train. [default: its own]")
     seed: int = option(42, "Random seed of hold-out, order and dropout.", short="-s", min=0, max=2**32 - 1)
     lora: bool = option(False, "Train a LoRA adapter instead of all weights.")
     lora_r: int = option(16, "LoRA: rank.", min=1)

@@ -134,7 +134,7 @@ def test_beams_and_encoders(server, story, tiny_t5):
     with serving(translator) as (address, _):
         cases = [("bundled", story, server[0], {"num_beams": 3}), (translator.name, translator, address, {})]
         for name, lm, place, options in cases:
-            options |= {"seed": 1}
+            options |= {"seed": 1, "max_new_tokens": 6}
             local = hfkit.generate("a house", model=lm, **options)
             remote = hfkit.generate("a house", model=name, server=place, **options)
             assert (str(remote), remote.tokens) == (str(local), local.tokens)
