@@ -12,8 +12,8 @@ from support.shell import call, run
 
 pytestmark = pytest.mark.usefixtures("brisk")
 README = Path(__file__).parents[1] / "README.md"
-# They need several processes or GPUs; tests/test_processes.py runs the like of them.
-NOT_HERE = ("--num-processes", "accelerate launch", "torchrun")
+# They need several processes or GPUs, or stay: tests/test_processes.py, tests/test_warm.py and tests/serving run the like.
+NOT_HERE = ("--num-processes", "accelerate launch", "torchrun", "hfkit warm", "KEEP_ALIVE", "hfkit serve", "--server")
 REDUCED = {
     "finetune": ["--max-steps", "2"],
     "pretrain": ["--max-steps", "2"],
@@ -72,7 +72,7 @@ def test_readme_commands(place, monkeypatch, capfdbinary):
             result = call(capfdbinary, *words)
         assert result.returncode == 0, (line, result.stderr.decode())
         shorten(place)
-    assert len(skipped) == 4 and len(commands()) > 25
+    assert len(skipped) == 12 and len(commands()) > 25
 
 
 def test_readme_python(place, monkeypatch, capsys):

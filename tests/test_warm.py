@@ -182,9 +182,9 @@ def test_terminal(home, cold, tiny):
     """On a terminal: colours, streaming and Ctrl-C as cold; Ctrl-Z stops the child, and Ctrl-C on a stopped one."""
     line = ["generate", "Hello", "-m", tiny, "-n", 8, "-s", 3]
     warm_code, shown = on_terminal(home, *line)
-    assert (warm_code, without_status(shown)) == (0, shown) and b"\x1b[2mHello\x1b[22m" in shown
+    assert warm_code == 0 and b"\x1b[2mHello\x1b[22m" in shown
     code, shown_cold = on_terminal(cold, *line)
-    assert (code, without_status(shown_cold)) == (warm_code, shown)
+    assert (code, without_status(shown_cold)) == (warm_code, without_status(shown))
     assert b"loading" in shown_cold  # it takes more than half a second
     assert on_terminal(home, "chat", "-m", tiny, keys=b"\x03", after=b"/help")[0] == 130
 

@@ -295,7 +295,7 @@ def test_assess_refuses_in_one_line(tiny, head, finder, corpus, reviews, pairs, 
     for arguments, code, words in (
         ([pairs, "-m", head], 1, ["no column 'label'", "'en', 'fr'", "--label-column"]),
         ([pairs, "-m", finder], 1, ["must have question, context and answer", "line 1"]),
-        ([corpus, "-m", head], 1, ["plain text", "rows with columns"]),
+        ([corpus, "-m", head], 1, ["plain text", "rows (CSV", "with named columns"]),
         ([corpus, "-m", tiny, "--template", "{a}{b}"], 1, ["plain text"]),
         ([reviews, "-m", tiny, "--template", "{en}{fr}"], 1, ["template's columns are not there", "'text', 'label'"]),
         ([pairs, "-m", tiny, "--metric", "chrf"], 1, ["prompt and completion", "'en', 'fr'"]),
@@ -308,7 +308,7 @@ def test_assess_refuses_in_one_line(tiny, head, finder, corpus, reviews, pairs, 
 
 
 def test_write_assessments_shows_errors_and_baselines(head, reviews, capfdbinary):
-    result = call(capfdbinary, "evaluate", reviews, "-m", head)
+    result = call(capfdbinary, "evaluate", reviews, "-m", head, "-q")
     lines = result.stdout.decode().splitlines()
     assert result.returncode == 0 and result.stderr == b""
     found = hfkit.evaluate(reviews, model=head)

@@ -254,7 +254,7 @@ def test_write_report_of_several_runs(runs, tmp_path, capfdbinary, monkeypatch):
     """The result first, a chart for each measure, only the settings that differ, links to the runs."""
     monkeypatch.chdir(runs[0].parent)
     result = call(capfdbinary, "report", "one", "two", "-o", tmp_path / "new" / "page.html")
-    assert (result.returncode, result.stderr) == (0, b"")
+    assert (result.returncode, result.stderr) == (0, b"hfkit: next: open it in a browser\n")
     assert result.stdout.decode() == f"{tmp_path / 'new' / 'page.html'}\n"
     source = (tmp_path / "new" / "page.html").read_text()
     page = Page(source)
