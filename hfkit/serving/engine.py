@@ -145,7 +145,9 @@ class StepEngine(Engine):
             self._leave(row)
             if not row.is_cancelled:
                 row.finish()
-        budget = self._busy_tokens if self._rows else self._idle_tokens
+        budget = self._idle_tokens
+        if self._rows:  # the more texts wait for each that is held up, the more is read
+            budget = min(budget, self._busy_tokens * max(1, self.waiting // len(self._rows)))
         self._reading = self._reading or self._next_prompts(budget)
         if self._reading:
             if all(row.is_cancelled for row in self._reading.rows):
