@@ -52,8 +52,9 @@ def _describe(report: dict[str, Any], json: bool) -> None:
         console.write_json(report)
         return
     age, idle = console.duration(report["age"]), console.duration(report["idle"])
-    console.write(f"process {report['pid']}, {report['memory'] / 1e6:.0f} MB, {age} old, {report['served']} commands "
-                  f"served, ends after {idle} without one\n")  # fmt: skip
+    served = console.counted(report["served"], "command")
+    size = f"{report['memory'] / 1e6:.0f} MB"
+    console.write(f"process {report['pid']}, {size}, {age} old, {served} served, ends after {idle} without one\n")
     if not report["fits"]:
         console.note("it does not serve commands from here: the packages, the settings or the environment differ")
 
