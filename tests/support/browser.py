@@ -1,6 +1,7 @@
 """A headless Chromium, driven through a pipe by its DevTools protocol."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -23,8 +24,9 @@ class Browser:
         self._read, write = os.pipe()
 
         def to_places():  # Chromium reads from file 3 and writes to file 4
-            os.dup2(read, 20), os.dup2(write, 21), os.dup2(20, 3), os.dup2(21, 4)
-            os.set_inheritable(3, True), os.set_inheritable(4, True)
+            # By way of numbers that are free: the pipes may have any, 3 and 4 among them.
+            high = [fcntl.fcntl(file, fcntl.F_DUPFD, 100) for file in (read, write)]
+            os.dup2(high[0], 3), os.dup2(high[1], 4)
 
         command = [CHROMIUM, *_FLAGS, f"--user-data-dir={self.profile}", "about:blank"]
         self._process = subprocess.Popen(
