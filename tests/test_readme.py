@@ -12,7 +12,7 @@ from support.shell import call, run
 
 pytestmark = pytest.mark.usefixtures("brisk")
 README = Path(__file__).parents[1] / "README.md"
-# They need several processes or GPUs, or stay: tests/test_processes.py, tests/test_warm.py and tests/serving run the like.
+# They need several processes or GPUs, or go on: test_processes.py, test_warm.py and tests/serving run the like of them.
 NOT_HERE = ("--num-processes", "accelerate launch", "torchrun", "hfkit warm", "KEEP_ALIVE", "hfkit serve", "--server")
 REDUCED = {
     "finetune": ["--max-steps", "2"],
