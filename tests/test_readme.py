@@ -12,7 +12,7 @@ from support.shell import call, run
 
 pytestmark = pytest.mark.usefixtures("brisk")
 README = Path(__file__).parents[1] / "README.md"
-# They need several processes or GPUs, or go on: test_processes.py, test_warm.py and tests/serving run the like of them.
+# They need several processes or GPUs, or go on: test_processes.py, test_warm.py and tests/serving run the like.
 NOT_HERE = ("--num-processes", "accelerate launch", "torchrun", "hfkit warm", "KEEP_ALIVE", "hfkit serve", "--server")
 REDUCED = {
     "finetune": ["--max-steps", "2"],
