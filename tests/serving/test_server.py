@@ -281,7 +281,8 @@ def test_log_has_no_prompt_and_no_forged_line(http, capsys, monkeypatch):
     monkeypatch.setattr(console.state, "verbose", True)
     for path in ("/v1/completions", "/nothing%0Ahfkit:%20forged", "/%1b[31m"):
         http.post(path, json={"prompt": "a secret", "max_tokens": 1}, headers={"x-request-id": "x" * 5000})
-    lines = capsys.readouterr().err.splitlines()
+    lines: list[str] = []  # written after the reply is sent
+    wait_until(lambda: len(lines.extend(capsys.readouterr().err.splitlines()) or lines) >= 3)
     assert len(lines) == 3 and all(line.startswith("hfkit: POST ") for line in lines)
     assert not any("secret" in line or "\x1b" in line or "xxx" in line for line in lines)
 
