@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import replace
 from typing import Literal
 
@@ -36,6 +37,7 @@ def serve(
     sources = [find_model(each) for each in model.each()]  # a wrong name is an error before torch is imported
     if len({source.name for source in sources}) < len(sources):
         raise OptionError("--model names one model twice: leave one of them out")
+    check_address(host, api_key)
     if engine == "vllm":
         from hfkit.serving.vllm import serve_with_vllm
 
@@ -49,12 +51,25 @@ def serve(
         raise HfkitError("'hfkit serve' needs fastapi and uvicorn: pip install 'hfkit[serve]'") from error
     from hfkit.models.loading import load
 
-    server.check_address(host, api_key)
     settings = Settings(
         api_key=api_key, max_requests=max_requests, request_timeout=request_timeout, logs_prompts=log_prompts
     )
-    # Behind a key, a server may have any name unless some are given.
-    is_local = host in ("127.0.0.1", "localhost", "::1")
-    hosts = (*settings.hosts, *(allowed_host or [])) if is_local or allowed_host else ()
+    # Behind a key, a server that others reach may have any name unless some are given.
+    own_names = (*settings.hosts, f"[{host}]" if ":" in host else host.lower())
+    hosts = (*own_names, *(allowed_host or [])) if is_loopback(host) or allowed_host else ()
     listener = server.bind(host, port)
     server.serve([load(each) for each in model.each()], listener, replace(settings, hosts=hosts), grace)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_address(host: str, api_key: str | None) -> None:
+    """OptionError for an address that others can reach, without a key."""
+    if not is_loopback(host) and not api_key:
+        raise OptionError(f"--host {host} can be reached from other machines: add --api-key, or leave --host out")

@@ -1,7 +1,6 @@
 """From a free port to the last reply."""
 
 import asyncio
-import ipaddress
 import signal
 import socket
 from typing import Any
@@ -9,22 +8,12 @@ from typing import Any
 import uvicorn
 
 from hfkit.console import note
-from hfkit.errors import HfkitError, OptionError
+from hfkit.errors import HfkitError
 from hfkit.models.loading import LanguageModel
 from hfkit.serving.app import Server
 from hfkit.serving.guard import Settings
 
 _LAST_SECONDS = 5.0  # to send what there is, after the grace
-
-
-def check_address(host: str, api_key: str | None) -> None:
-    """OptionError for an address that others can reach, without a key."""
-    try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = host == "localhost"
-    if not is_loopback and not api_key:
-        raise OptionError(f"--host {host} can be reached from other machines: add --api-key, or leave --host out")
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -34,8 +34,6 @@ def serve_with_vllm(model: ModelOptions, host: str, port: int, api_key: str | No
         raise OptionError(
             "vLLM gets whole weights and no code: leave --quantize, --trust-remote-code, --device-map out"
         )
-    if host not in ("127.0.0.1", "localhost", "::1") and not api_key:
-        raise OptionError(f"--host {host} can be reached from other machines: add --api-key, or leave --host out")
     folder = _readable_folder(source, model)
     command = ["vllm", "serve", str(folder), "--served-model-name", source.name, "--generation-config", "vllm"]
     command += ["--host", host, "--port", str(port), "--dtype", model.dtype]

@@ -21,8 +21,8 @@ from support.shell import assert_fails, call
 
 import hfkit
 from hfkit import console
+from hfkit.cli.serve import check_address
 from hfkit.serving.app import router
-from hfkit.serving.server import check_address
 
 KEY = "a-key-of-its-own"
 LONG = {"prompt": "Once", "max_tokens": 400, "min_new_tokens": 400, "seed": 1}
@@ -358,6 +358,15 @@ def test_address_that_others_reach_needs_a_key(capfdbinary, monkeypatch):
     for host in ("127.0.0.1", "::1", "localhost", "127.9.9.9"):
         check_address(host, None)
     check_address("0.0.0.0", KEY)  # noqa: S104
+
+
+@pytest.mark.parametrize("host, names", [("127.9.9.9", {"127.9.9.9", "localhost"}), ("127.0.0.1", {"127.0.0.1"})])
+def test_local_server_has_names_without_a_key(host, names, tiny, capfdbinary, monkeypatch):
+    """Every loopback address checks the Host header: a name of another site could lead there."""
+    settings = []
+    monkeypatch.setattr("hfkit.serving.server.serve", lambda models, listener, made, grace: settings.append(made))
+    assert call(capfdbinary, "serve", "-m", tiny, "--host", host, "--port", 0).returncode == 0
+    assert names <= set(settings[0].hosts) and "example.com" not in settings[0].hosts
 
 
 def test_port_in_use(capfdbinary, tiny):
