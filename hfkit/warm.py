@@ -21,48 +21,13 @@ COLD = ("finetune", "pretrain", "tune", "serve", "warm")  # they run long, or st
 _SECONDS = 5  # for the resident process to answer; one on an idle machine takes 0.02
 _MOST_FILES = 200  # that one message can carry
 # Variables that libraries, the C library or Python read when they start.
-_AT_START = (
-    *("PYTHON", "LD_", "MALLOC_", "GLIBC_", "LC_", "LANG", "TZ", "HOME", "XDG_", "TMP", "TEMP", "SSL_", "TYPER_"),
-    *(
-        "OMP_",
-        "GOMP_",
-        "KMP_",
-        "MKL_",
-        "OPENBLAS_",
-        "BLIS_",
-        "NUM",
-        "NPY_",
-        "DNNL_",
-        "ONEDNN_",
-        "ATEN_",
-        "TORCH",
-        "PT2",
-    ),
-    *("PYTORCH_", "AOT", "CUDA", "CUBLAS", "CUDNN", "NVIDIA_", "NCCL", "HIP_", "HSA_", "ROC", "ZE_", "XPU", "XLA_"),
-    *(
-        "TRITON",
-        "HF_",
-        "HUGGING",
-        "TRANSFORMERS_",
-        "TOKENIZERS_",
-        "RAYON_",
-        "RUST_",
-        "ACCELERATE_",
-        "DATASETS_",
-        "USE_",
-    ),
-    *(
-        "SCIPY_",
-        "SYMPY_",
-        "PANDAS_",
-        "ARROW_",
-        "JE_",
-        "MPL",
-        "REQUESTS_",
-        "CURL_",
-        "DISABLE_TELEMETRY",
-        "DO_NOT_TRACK",
-    ),
+_AT_START = tuple(
+    """
+    PYTHON LD_ MALLOC_ GLIBC_ LC_ LANG TZ HOME XDG_ TMP TEMP SSL_ TYPER_ OMP_ GOMP_ KMP_ MKL_ OPENBLAS_ BLIS_
+    NUM NPY_ DNNL_ ONEDNN_ ATEN_ TORCH PT2 PYTORCH_ AOT CUDA CUBLAS CUDNN NVIDIA_ NCCL HIP_ HSA_ ROC ZE_ XPU
+    XLA_ TRITON HF_ HUGGING TRANSFORMERS_ TOKENIZERS_ RAYON_ RUST_ ACCELERATE_ DATASETS_ USE_ SCIPY_ SYMPY_
+    PANDAS_ ARROW_ JE_ MPL REQUESTS_ CURL_ DISABLE_TELEMETRY DO_NOT_TRACK
+    """.split()
 )
 
 
