@@ -6,6 +6,7 @@ the texts that are being written, then gives each of these its next token.
 
 import collections
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -27,7 +28,7 @@ _TOKENS_AT_ONCE = {"cpu": 32_768, "cuda": 262_144}  # columns of all rows
 _PATIENCE = 10.0  # seconds until the thread ends: beams cannot be interrupted
 
 
-class Engine:
+class Engine(ABC):
     """Writes rows, in the order in which they come."""
 
     def __init__(self, lm: LanguageModel) -> None:
@@ -46,9 +47,9 @@ class Engine:
         return len(self._waiting)
 
     @property
+    @abstractmethod
     def running(self) -> int:
         """Texts in progress."""
-        raise NotImplementedError
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Have these rows written; each emits its result.
@@ -90,13 +91,13 @@ class Engine:
         for row in self._drop_all():
             row.fail(error)
 
+    @abstractmethod
     def _round(self) -> None:
         """Do a small part of the work."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _drop_all(self) -> list[Row]:
         """The rows in progress, which are so no more."""
-        raise NotImplementedError
 
 
 def _end(row: Row) -> None:

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hfkit import console
-from hfkit.errors import HfkitError, first_line
+from hfkit.errors import HfkitError, NotFiniteError, first_line
 from hfkit.serving.rows import UnavailableError
 
 _OPEN = ("/health", "/")  # what needs no key: neither shows anything of a model
@@ -65,7 +65,7 @@ def explain(error: Exception) -> tuple[int, str, str | None]:
         case HfkitError() if "do not fit" in str(error):
             return 400, str(error), "context_length_exceeded"
         case HfkitError():
-            return (500 if error.__class__.__name__ == "NotFiniteError" else 400), str(error), None
+            return (500 if isinstance(error, NotFiniteError) else 400), str(error), None
         case MemoryError() | RuntimeError() if "memory" in str(error):
             return 503, "out of memory: ask for fewer or shorter texts", None
     console.note(f"a request failed: {type(error).__name__}: {first_line(error)}")
