@@ -213,6 +213,11 @@ class Options:
         return made
 
 
+def unescape(text: str) -> str:
+    r"""What is meant by a text that was typed at a shell, where \n and \t are two characters each."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def set_fields(options: Options) -> dict[str, Any]:
     """The fields that have a value, by name."""
     return {f.name: value for f in fields(options) if (value := getattr(options, f.name)) is not None}

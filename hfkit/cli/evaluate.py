@@ -70,8 +70,7 @@ def _write_evaluations(evaluations: list[Evaluation]) -> None:
         console.write(_compare(evaluations) + "\n")
     else:
         console.write("".join(f"{name:<16} {value}\n" for name, value in first.describe().items()))
-        choice = f"as if it chose among {first.perplexity:,.1f} equally likely tokens"
-        console.write(f"On average the model is as unsure {choice}; lower is better.\n")
+        console.write(first.verdict() + "\n")
     if not isfinite(first.loss_stderr):
         console.write("No ± is shown: the corpus is a single passage, and a spread takes two documents or more.\n")
 

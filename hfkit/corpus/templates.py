@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hfkit.console import note_once
 from hfkit.corpus.rows import row_error
+from hfkit.declaration import unescape
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.options import TaskOptions
 
@@ -148,8 +149,7 @@ def make_task(options: TaskOptions | None) -> Task | None:
     """The task that `options` describe; None without a template."""
     if options is None or options.template is None:
         return None
-    template = options.template.replace("\\n", "\n").replace("\\t", "\t")  # typed as such in a shell
-    return Task(template, tuple(options.labels or ()), tuple(options.metric or ()))
+    return Task(unescape(options.template), tuple(options.labels or ()), tuple(options.metric or ()))
 
 
 def task_of(tokenizer: PreTrainedTokenizerBase) -> Task | None:

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, LogitsProcessorList, WatermarkingConf
 
 from hfkit.console import note_once
 from hfkit.corpus.encoding import language_token
-from hfkit.declaration import set_fields
+from hfkit.declaration import set_fields, unescape
 from hfkit.errors import OptionError
 from hfkit.inference.decoding import BannedTexts, Endings
 from hfkit.inference.text import chosen_task, special_tokens
@@ -58,7 +58,7 @@ def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: i
         config.sequence_bias = {
             tuple(ids): bias
             for text, bias in options.biases()
-            for variant in (_unescape(text), " " + _unescape(text).lstrip(" "))
+            for variant in (unescape(text), " " + unescape(text).lstrip(" "))
             if (ids := lm.tokenizer(variant, add_special_tokens=False)["input_ids"])
         }
     if options.tgt_lang:
@@ -80,7 +80,7 @@ def generate_arguments(lm: LanguageModel, options: GenerateOptions, rows: int, s
         ids = torch.tensor([lm.tokenizer(options.negative_prompt)["input_ids"]] * rows, device=lm.model.device)
         arguments["negative_prompt_ids"] = ids
     if options.bad_words:
-        banned = BannedTexts(lm.tokenizer, [_unescape(text) for text in options.bad_words], start)
+        banned = BannedTexts(lm.tokenizer, [unescape(text) for text in options.bad_words], start)
         arguments["logits_processor"] = LogitsProcessorList([banned])
     return arguments
 
@@ -139,16 +139,11 @@ def endings(lm: LanguageModel, options: GenerateOptions) -> Endings:
     wanted = options.stop_strings or _own_config(lm).stop_strings or []
     if not wanted and (task := chosen_task(options, lm.tokenizer)):
         return Endings(tokens, [task.end])
-    strings = [_unescape(text) for text in ([wanted] if isinstance(wanted, str) else wanted)]
+    strings = [unescape(text) for text in ([wanted] if isinstance(wanted, str) else wanted)]
     # A special token is left out of the text, so a string that has one in it ends the text at that token.
     special = special_tokens(lm.tokenizer) if strings else {}
     tokens |= {token for name, token in special.items() if any(name in text for text in strings)}
     return Endings(tokens, [text for text in strings if not any(name in text for name in special)])
-
-
-def _unescape(text: str) -> str:
-    r"""A text as it is typed at a shell, where \n and \t are two characters each."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def check_options(options: GenerateOptions) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx2
 
-from hfkit.declaration import set_fields
+from hfkit.declaration import set_fields, unescape
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inference.connection import MISSING, OPENAI, Connection, RefusedError, events_of, message_of
 from hfkit.inference.results import Classification, Generation
@@ -174,7 +174,7 @@ class Server:
                 raise OptionError(f"--{name.replace('_', '-')} works only {where}: leave it out")
         fields = {_OPENAI_NAMES.get(name, name): value for name, value in fields.items()}
         if "stop" in fields:
-            fields["stop"] = [text.replace("\\n", "\n").replace("\\t", "\t") for text in fields["stop"]]
+            fields["stop"] = [unescape(text) for text in fields["stop"]]
         if route == "completions":
             # hfkit knows none of these models' and of beams.
             scores = {} if self._has_encoder or (options.num_beams or 1) > 1 else {"logprobs": 1}
