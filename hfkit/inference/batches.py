@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -214,3 +215,12 @@ def logits_processors(lm: LanguageModel, request: Request, options: GenerateOpti
 
     _call(lm, [request], options, generation_config(lm, options, request.new_tokens), custom_generate=keep)
     return processors
+
+
+def forward(lm: LanguageModel, **inputs: Any) -> Any:
+    """The model's outputs. Not all models take positions, or compute only the logits that are wanted."""
+    known, device = inspect.signature(lm.model.forward).parameters, lm.model.device
+    for name in {"position_ids", "logits_to_keep"} - set(known):
+        inputs.pop(name, None)
+    inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    return lm.model(**inputs)

@@ -1,6 +1,5 @@
 """`classify`: label texts, by the likelihood of each label as an answer, or with a model that has a head for it."""
 
-import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -8,6 +7,7 @@ from typing import Any, overload
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from hfkit.console import note
@@ -16,7 +16,7 @@ from hfkit.corpus.labelled import encode_text
 from hfkit.corpus.sequences import Collator, pad_rows
 from hfkit.corpus.templates import Task, make_task, task_of
 from hfkit.errors import HfkitError, NotFiniteError, OptionError
-from hfkit.inference.batches import group_by_length, pad
+from hfkit.inference.batches import forward, group_by_length, pad
 from hfkit.inference.likelihood import score
 from hfkit.inference.remote import Server
 from hfkit.inference.results import Classification
@@ -80,7 +80,7 @@ def classify_each(
     if not task and (options.labels or options.template):
         raise OptionError(f"{lm.name} has labels of its own: leave --labels and --template out")
     names = list(task.labels) if task else label_names(lm.model)
-    labels = _label_ids(lm, task) if task else []
+    labels = label_ids(task, lm.tokenizer) if task else []
     most, tokens = _batch_size(lm, labels)
     texts, cut = iter(texts), 0
     while window := list(islice(texts, _WINDOW)):
@@ -171,12 +171,12 @@ def _head_probabilities(lm: LanguageModel, rows: list[list[int]]) -> torch.Tenso
     return logits.sigmoid() if several else logits.softmax(-1)
 
 
-def _label_ids(lm: LanguageModel, task: Task) -> list[list[int]]:
+def label_ids(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The tokens of each label as an answer; with its end only where one label is the beginning of another."""
     whole = [task.complete(label) for label in task.labels]
-    bare = encode_answers([text.removesuffix(task.end) for text in whole], lm.tokenizer)
+    bare = encode_answers([text.removesuffix(task.end) for text in whole], tokenizer)
     nested = any(short is not long and long[: len(short)] == short for short in bare for long in bare)
-    return encode_answers(whole, lm.tokenizer) if nested else bare
+    return encode_answers(whole, tokenizer) if nested else bare
 
 
 def _prompt_ids(lm: LanguageModel, prompt: str, labels: list[list[int]]) -> list[int]:
@@ -198,7 +198,7 @@ def label_scores(lm: LanguageModel, rows: list[list[int]], labels: list[list[int
     """
     ids, mask = pad(rows)
     places = (mask.cumsum(1) - 1).clamp(min=0)
-    first = _forward(lm, input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1)
+    first = forward(lm, input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1)
     start: torch.Tensor = first.logits[:, -1].float().log_softmax(-1).cpu()
     scores = torch.stack([start[:, label[0]] for label in labels], 1)
     if (longest := max(map(len, labels))) == 1:
@@ -210,7 +210,7 @@ def label_scores(lm: LanguageModel, rows: list[list[int]], labels: list[list[int
     padded, real = (part.repeat(len(rows), 1) for part in pad(labels, left=False))
     places = mask.sum(1).repeat_interleave(len(labels))[:, None] + torch.arange(longest - 1)
     seen = torch.cat([mask.repeat_interleave(len(labels), 0), real[:, :-1]], 1)
-    output = _forward(lm, input_ids=padded[:, :-1], attention_mask=seen, position_ids=places, cache=cache)
+    output = forward(lm, input_ids=padded[:, :-1], attention_mask=seen, position_ids=places, cache=cache)
     targets = padded.masked_fill(real == 0, IGNORED)[:, 1:]
     nll, _ = score(output.logits, targets.to(lm.model.device))
     return scores - nll.sum(1).cpu().view(len(rows), len(labels))
@@ -230,17 +230,8 @@ def _whole_scores(lm: LanguageModel, rows: list[list[int]], labels: list[list[in
     ids, _ = pad([row + label for row, label in pairs], left=False)  # where no earlier token sees the padding
     following = [[IGNORED] * (len(row) - 1) + label for row, label in pairs]
     targets = pad_rows(following, IGNORED, shape=(len(pairs), ids.shape[1]))
-    nll, _ = score(_forward(lm, input_ids=ids).logits, targets.to(lm.model.device))
+    nll, _ = score(forward(lm, input_ids=ids).logits, targets.to(lm.model.device))
     return -nll.sum(1).cpu().view(len(rows), len(labels))
-
-
-def _forward(lm: LanguageModel, **inputs: Any) -> Any:
-    """The model's outputs. Not all models take positions, or compute only the logits that are wanted."""
-    known, device = inspect.signature(lm.model.forward).parameters, lm.model.device
-    for name in {"position_ids", "logits_to_keep"} - set(known):
-        inputs.pop(name, None)
-    inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-    return lm.model(**inputs)
 
 
 def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> float:

@@ -165,7 +165,8 @@ def load_tokenizer(source: ModelFiles) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _rows_of(model: PreTrainedModel) -> int:
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Tokens that the model knows: rows of its embedding."""
     embedding: Any = model.get_input_embeddings()
     return len(embedding.weight)
 
@@ -195,7 +196,7 @@ def load_weights(
     integrity.check_report(source, model, report)
     if source.adapter:
         model = _merge_adapter(model, source, source.adapter)
-        integrity.check_vocabulary(source, tokenizer, _rows_of(model))
+        integrity.check_vocabulary(source, tokenizer, vocabulary_size(model))
     integrity.check_values(source.folder, model)
     model.name_or_path = source.name
     if not placement:
@@ -285,7 +286,7 @@ def _merge_adapter(model: PreTrainedModel, source: ModelFiles, folder: Path) -> 
         # An adapter that was trained with new tokens has the whole embedding, with more rows than that of its base.
         embedding = next(name for name, part in model.named_modules() if part is model.get_input_embeddings())
         rows = shapes.get(f"base_model.model.{embedding}.weight", [0])[0]
-        if rows > _rows_of(model):
+        if rows > vocabulary_size(model):
             model.resize_token_embeddings(rows, mean_resizing=False)
         adapted = PeftModel.from_pretrained(model, folder, use_safetensors=True)
         wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))

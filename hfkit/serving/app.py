@@ -20,12 +20,12 @@ from hfkit.corpus.templates import CHAT_TEMPLATE, task_of
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inference.scores import jsonable
 from hfkit.models.architecture import head_of
-from hfkit.models.loading import LanguageModel
+from hfkit.models.loading import LanguageModel, vocabulary_size
 from hfkit.serving import protocol
 from hfkit.serving.delivery import to_events, until_gone
 from hfkit.serving.engine import Engine, make_engine
 from hfkit.serving.guard import Counts, Guard, Settings, error_reply, explain
-from hfkit.serving.jobs import AS_GENERATE, Job, Plan, chat_prompt, make_plan, vocabulary_of
+from hfkit.serving.jobs import AS_GENERATE, Job, Plan, chat_prompt, make_plan
 from hfkit.serving.replies import Reply, Response
 
 router = fastapi.APIRouter()
@@ -127,7 +127,7 @@ async def _complete(request: fastapi.Request, body: protocol.CompletionBody) -> 
 
     def plan() -> tuple[Plan, tuple[str, ...]]:
         scores_prompt = body.echo and body.logprobs is not None
-        wishes = body.wishes(vocabulary_of(lm), body.logprobs, scores_prompt)
+        wishes = body.wishes(vocabulary_size(lm.model), body.logprobs, scores_prompt)
         return make_plan(lm, body.prompts, body.options(body.max_tokens), wishes, body.samples, most), ()
 
     job, _ = await _start(request, engine, plan)
@@ -145,7 +145,7 @@ def _chat_plan(
     top: int | None,
 ) -> tuple[Plan, tuple[str, ...]]:
     prompt, stops = chat_prompt(lm, [message.to_dict() for message in body.messages])
-    wishes = body.wishes(vocabulary_of(lm), top)
+    wishes = body.wishes(vocabulary_size(lm.model), top)
     return make_plan(lm, [prompt], body.options(most, stops), wishes, samples, None), stops
 
 
@@ -205,8 +205,8 @@ async def _tokenize(request: fastapi.Request, body: protocol.TokenizeBody) -> An
 async def _detokenize(request: fastapi.Request, body: protocol.DetokenizeBody) -> Any:
     lm = _server(request).find(body.model)
     body.extras()
-    if not all(0 <= token < vocabulary_of(lm) for token in body.tokens):
-        raise OptionError(f"tokens are ids from 0 to {vocabulary_of(lm) - 1}")
+    if not all(0 <= token < vocabulary_size(lm.model) for token in body.tokens):
+        raise OptionError(f"tokens are ids from 0 to {vocabulary_size(lm.model) - 1}")
     return JSONResponse({"prompt": await asyncio.to_thread(lm.tokenizer.decode, body.tokens)})
 
 

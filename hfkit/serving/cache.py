@@ -1,6 +1,5 @@
 """Keys and values: of the texts that are being written, which share one window, and of prompts worth keeping."""
 
-import inspect
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from hfkit.inference.batches import forward
 from hfkit.models.loading import LanguageModel
 
 _ROOM = 64  # columns beyond those in use: the window is copied once in this many steps
@@ -21,15 +21,6 @@ def can_share_steps(lm: LanguageModel) -> bool:
     return not config.is_encoder_decoder and all(
         isinstance(layer, DynamicLayer) for layer in DynamicCache(config=config).layers
     )
-
-
-def forward(lm: LanguageModel, **inputs: Any) -> tuple[torch.Tensor, Any]:
-    """Logits, (rows, columns, vocabulary), and the cache. Not all models take positions, or skip logits."""
-    known = inspect.signature(lm.model.forward).parameters
-    output: Any = lm.model(
-        **{name: value for name, value in inputs.items() if name in known or name == "attention_mask"}, use_cache=True
-    )
-    return output.logits, output.cache
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -113,10 +104,15 @@ class Window:
             self._lay_out(self.cache, self.end - self.first)
         starts = torch.tensor(self.starts, device=lm.model.device)[:, None]
         mask = (torch.arange(self.first, self.end + 1, device=lm.model.device) >= starts).long()
-        logits, _ = forward(
-            lm, input_ids=torch.tensor(tokens, device=lm.model.device)[:, None], attention_mask=mask,
-            position_ids=self.end - starts, cache=self.cache, logits_to_keep=1,
-        )  # fmt: skip
+        logits: torch.Tensor = forward(
+            lm,
+            input_ids=torch.tensor(tokens)[:, None],
+            attention_mask=mask,
+            position_ids=self.end - starts,
+            cache=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
         self.end += 1
         return logits[:, -1]
 

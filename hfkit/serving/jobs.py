@@ -11,7 +11,7 @@ from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.inference.controls import check_controls, check_options
 from hfkit.inference.generation import draw_seed
 from hfkit.inference.text import Request, fit_prompt
-from hfkit.models.loading import LanguageModel
+from hfkit.models.loading import LanguageModel, vocabulary_size
 from hfkit.options import GenerateOptions
 from hfkit.serving.engine import Engine
 from hfkit.serving.rows import Event, Piece, Result, Row, Wishes
@@ -52,20 +52,16 @@ def make_plan(
     seed = draw_seed() if options.seed is None else options.seed
     requests = []
     for number, prompt in enumerate(prompts):
-        if isinstance(prompt, list) and not all(0 <= token < vocabulary_of(lm) for token in prompt):
-            raise OptionError(f"prompt has a token id that the model does not know: 0 to {vocabulary_of(lm) - 1}")
+        if isinstance(prompt, list) and not all(0 <= token < vocabulary_size(lm.model) for token in prompt):
+            raise OptionError(
+                f"prompt has a token id that the model does not know: 0 to {vocabulary_size(lm.model) - 1}"
+            )
         request = fit_prompt(prompt, options, lm.tokenizer, lm.model.config, lm.name)
         if options.max_new_tokens is None and new_tokens != AS_GENERATE:
             room = (lm.context or 4096) - (0 if lm.model.config.is_encoder_decoder else len(request.ids))
             request = replace(request, new_tokens=room if new_tokens is None else min(new_tokens, room))
         requests.append(replace(request, seed=seed + number * samples))
     return Plan(requests, options, wishes, samples)
-
-
-def vocabulary_of(lm: LanguageModel) -> int:
-    """Tokens that the model knows."""
-    embedding: Any = lm.model.get_input_embeddings()
-    return len(embedding.weight)
 
 
 def chat_prompt(lm: LanguageModel, messages: list[dict[str, str]]) -> tuple[str | list[int], tuple[str, ...]]:

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
+from hfkit.inference.batches import forward
 from hfkit.models.loading import LanguageModel
-from hfkit.serving.cache import SHORTEST_PREFIX, Prefixes, common_length, forward
+from hfkit.serving.cache import SHORTEST_PREFIX, Prefixes, common_length
 from hfkit.serving.rows import Row, Token
 
 
@@ -73,10 +74,15 @@ class Prompts:
             self.cache = self._prefixes.find(self._ids[0].tolist()) if self._done else self.cache
         columns = slice(self._done, self._done + count)
         keep: dict[str, Any] = {} if self.scores else {"logits_to_keep": 1}
-        logits, _ = forward(
-            self._lm, input_ids=self._ids[:, columns], attention_mask=self._mask[:, : columns.stop],
-            position_ids=self._positions[:, columns], cache=self.cache, **keep,
-        )  # fmt: skip
+        logits: torch.Tensor = forward(
+            self._lm,
+            input_ids=self._ids[:, columns],
+            attention_mask=self._mask[:, : columns.stop],
+            position_ids=self._positions[:, columns],
+            cache=self.cache,
+            use_cache=True,
+            **keep,
+        ).logits
         if self.scores:
             self._score(self._ids[0, self._done + 1 : columns.stop + 1].tolist(), logits[0].float().log_softmax(-1))
         self._done = min(columns.stop, self._ids.shape[1])

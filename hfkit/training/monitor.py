@@ -25,7 +25,7 @@ from hfkit.corpus.sequences import group
 from hfkit.corpus.templates import task_of
 from hfkit.corpus.training_data import TrainingData
 from hfkit.errors import HfkitError
-from hfkit.inference.classification import label_scores
+from hfkit.inference.classification import label_ids, label_scores
 from hfkit.inference.generation import generate
 from hfkit.inference.likelihood import score_batches, score_items, shift
 from hfkit.inference.scores import Scores, ratio_stderr
@@ -108,8 +108,6 @@ def find_answers(
         return Answers(dataset.labels, [item["labels"] for item in items])
     whole = [task.complete(label) for label in task.labels]
     endings = encode_answers(whole, tokenizer)
-    bare = encode_answers([text.removesuffix(task.end) for text in whole], tokenizer)
-    nested = any(short is not long and long[: len(short)] == short for short in bare for long in bare)
     prompts, right, room = [], [], length - max(map(len, endings))
     for item in items:
         ids, start = item["input_ids"].tolist(), int((item["labels"] != IGNORED).argmax())
@@ -117,7 +115,7 @@ def find_answers(
         if matches and 0 < start <= room:
             prompts.append(ids[:start])
             right.append(matches[0])
-    return Answers(task.labels, right, prompts, endings if nested else bare) if right else None
+    return Answers(task.labels, right, prompts, label_ids(task, tokenizer)) if right else None
 
 
 class HeldOutMonitor:

@@ -95,9 +95,8 @@ class Job:
     plan: Plan
     block_size: int
     data: DataOptions
-    keep: Callable[[Path], Any] = lambda folder: (
-        None
-    )  # writes what a resumed run will need into the folder of a new one
+    # Writes what a resumed run will need into the folder of a new one.
+    keep: Callable[[Path], Any] = lambda folder: None
     callbacks: Sequence[TrainerCallback] = ()
 
     @property
