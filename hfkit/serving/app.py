@@ -205,8 +205,9 @@ async def _tokenize(request: fastapi.Request, body: protocol.TokenizeBody) -> An
 async def _detokenize(request: fastapi.Request, body: protocol.DetokenizeBody) -> Any:
     lm = _server(request).find(body.model)
     body.extras()
-    if not all(0 <= token < vocabulary_size(lm.model) for token in body.tokens):
-        raise OptionError(f"tokens are ids from 0 to {vocabulary_size(lm.model) - 1}")
+    vocabulary = vocabulary_size(lm.model)
+    if not all(0 <= token < vocabulary for token in body.tokens):
+        raise OptionError(f"tokens are ids from 0 to {vocabulary - 1}")
     return JSONResponse({"prompt": await asyncio.to_thread(lm.tokenizer.decode, body.tokens)})
 
 

@@ -50,12 +50,10 @@ def make_plan(
     check_options(options)
     check_controls(lm, options)
     seed = draw_seed() if options.seed is None else options.seed
-    requests = []
+    requests, vocabulary = [], vocabulary_size(lm.model)
     for number, prompt in enumerate(prompts):
-        if isinstance(prompt, list) and not all(0 <= token < vocabulary_size(lm.model) for token in prompt):
-            raise OptionError(
-                f"prompt has a token id that the model does not know: 0 to {vocabulary_size(lm.model) - 1}"
-            )
+        if isinstance(prompt, list) and not all(0 <= token < vocabulary for token in prompt):
+            raise OptionError(f"prompt has a token id that the model does not know: 0 to {vocabulary - 1}")
         request = fit_prompt(prompt, options, lm.tokenizer, lm.model.config, lm.name)
         if options.max_new_tokens is None and new_tokens != AS_GENERATE:
             room = (lm.context or 4096) - (0 if lm.model.config.is_encoder_decoder else len(request.ids))
