@@ -22,6 +22,7 @@ from hfkit.models.folder import ModelFiles
 from hfkit.models.integrity import LOADING, calling_library
 from hfkit.models.quantization import bitsandbytes_config, quantize
 from hfkit.models.sources import find_model
+from hfkit.models.wordpiece import correct_ends
 from hfkit.options import ModelOptions
 from hfkit.storage import check_weights
 
@@ -197,6 +198,7 @@ def load_weights(
     if source.adapter:
         model = _merge_adapter(model, source, source.adapter)
         integrity.check_vocabulary(source, tokenizer, vocabulary_size(model))
+    correct_ends(model, tokenizer, vocabulary_size(model))
     integrity.check_values(source.folder, model)
     model.name_or_path = source.name
     if not placement:
