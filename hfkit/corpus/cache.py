@@ -213,10 +213,11 @@ def corpus_lines(report: Report) -> list[str]:
     sizes = [(report.documents, noun), (report.characters, "character"), (report.tokens, "token")]
     ratio = report.characters / max(1, report.tokens)
     lines = [f"{', '.join(counted(*size) for size in sizes)} ({ratio:.2f} characters a token)"]
-    if report.characters < 0.9 * report.tokens:
+    if report.tokens > 1.5 * report.characters:
+        recipe = ", as the recipe pretrain-chinese does" if "Han" in report.scripts else ""
         lines.append(
-            "less than one character a token: the tokenizer spells this text byte by byte; 'hfkit pretrain' makes a "
-            "vocabulary for it (--vocab-size)"
+            f"{report.tokens / report.characters:.1f} tokens a character: the tokenizer spells this text byte by "
+            f"byte; 'hfkit pretrain' makes a vocabulary for it (--vocab-size){recipe}"
         )
     if report.kind in ("text", "completion", "messages"):  # rows for a head are not examined
         shares = ", ".join(f"{name} {share:.1%}" for name, share in report.scripts.items())
