@@ -90,18 +90,8 @@ def weight_files(folder: Path, name: str) -> list[str]:
 
 def check_folder(source: ModelFiles) -> None:
     """Raise HfkitError unless a folder has everything that loading needs, and nothing that runs code unasked."""
-    folder, config = source.folder, source.config
-    # An attention implementation called `owner/name` is code on the Hub.
-    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-    if any("attn_implementation" in key and "/" in str(part[key]) for part in parts for key in part):
-        raise HfkitError(f"config.json asks for code from the Hub ({folder}): remove its attn_implementation")
-    architectures = config.get("architectures") or []
-    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise HfkitError(f"config.json is damaged ({folder}): architectures is {architectures!r}; get the model again")
-    if "transformers_weights" in config:
-        # transformers would load that file, or the shards that it lists, unchecked.
-        raise HfkitError(f"config.json names other weights ({folder}): remove its transformers_weights")
-    _check_code(source)
+    folder = source.folder
+    check_config(source)
     shards = weight_files(folder, source.name)
     if shards == ["model.safetensors"] and not (folder / shards[0]).is_file():
         other = next((file.name for file in folder.iterdir() if file.suffix in _OTHER_WEIGHTS), None)
@@ -117,6 +107,22 @@ def check_folder(source: ModelFiles) -> None:
         check_header(path)
     if not has_tokenizer(folder):
         raise HfkitError(f"no tokenizer files ({folder}): copy tokenizer.json of the model into it")
+
+
+def check_config(source: ModelFiles) -> None:
+    """Raise HfkitError if a configuration is damaged, or would run code unasked."""
+    folder, config = source.folder, source.config
+    # An attention implementation called `owner/name` is code on the Hub.
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    if any("attn_implementation" in key and "/" in str(part[key]) for part in parts for key in part):
+        raise HfkitError(f"config.json asks for code from the Hub ({folder}): remove its attn_implementation")
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise HfkitError(f"config.json is damaged ({folder}): architectures is {architectures!r}; get the model again")
+    if "transformers_weights" in config:
+        # transformers would load that file, or the shards that it lists, unchecked.
+        raise HfkitError(f"config.json names other weights ({folder}): remove its transformers_weights")
+    _check_code(source)
 
 
 def _check_code(source: ModelFiles) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from hfkit.console import note
 from hfkit.errors import HfkitError, first_line
 from hfkit.models.bundle import read_index
-from hfkit.models.folder import INDEX, ModelFiles, read_json
+from hfkit.models.folder import INDEX, ModelFiles, check_config, read_json
 from hfkit.storage import lock, make_writable, publish, temporary, write_text
 
 _H5 = "tf_model.h5"
@@ -97,7 +97,8 @@ def convert(checkpoint: Path, name: str) -> Path:
         raise HfkitError(f"{name} needs {package.replace('_', '-')}: pip install 'hfkit[tensorflow]'")
     settings = "config.json" if checkpoint.name == _H5 else _find_settings(checkpoint)
     cache = Path(constants.HF_HOME) / "hfkit"
-    folder = cache / hashlib.sha256(bytes(checkpoint.resolve())).hexdigest()
+    place = checkpoint.resolve()
+    folder = cache / f"{place.parent.name}-{hashlib.sha256(bytes(place)).hexdigest()[:16]}"
     state = _state_of(checkpoint)
     if _is_made_from(folder, state):
         return folder
@@ -135,7 +136,7 @@ def _find_settings(checkpoint: Path) -> str:
 def _state_of(checkpoint: Path) -> list[Any]:
     """Names, sizes and times of the files that a model is made from."""
     files = [file for file in sorted(checkpoint.parent.iterdir()) if file.suffix in (".json", ".txt", ".bpe")]
-    files += sorted(file for file in checkpoint.parent.iterdir() if file.name.startswith(checkpoint.name))
+    files += sorted(file for file in checkpoint.parent.iterdir() if f"{file.name}.".startswith(f"{checkpoint.name}."))
     return [_VERSION, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
 
 
@@ -154,6 +155,9 @@ def _write_model(checkpoint: Path, settings: str, name: str, folder: Path) -> No
 
     tensors = _open(checkpoint)
     values = read_json(checkpoint.with_name(settings), name)
+    check_config(ModelFiles(name, checkpoint.parent, values))
+    if any(".ATTRIBUTES/" in tensor for tensor in tensors):
+        raise HfkitError(f"the checkpoint is of a Keras model ({checkpoint}): only those of TensorFlow 1 are read")
     family = {"hparams.json": "gpt2", "bert_config.json": "bert"}.get(settings, values.get("model_type"))
     if family not in _FAMILIES:
         families = f"{', '.join(_FAMILIES)}, not {family}"
@@ -219,7 +223,8 @@ def _read(tensor: Any, name: str, dimensions: int) -> np.ndarray[Any, Any]:
     """A tensor in float32 and with as many dimensions as transformers gives it."""
     array = np.asarray(tensor, np.float32)
     array = array.T if re.search("kernel(:0)?$", name) else array  # which Keras keeps as (in, out)
-    return np.ascontiguousarray(array[0] if array.ndim > dimensions else array)  # a convolution of one position
+    is_convolution = array.ndim > dimensions and len(array) == 1  # of one position
+    return np.ascontiguousarray(array[0] if is_convolution else array)
 
 
 def _make_gpt2(checkpoint: Path, hparams: dict[str, Any], _: dict[str, Any]) -> tuple[Any, Any, str]:

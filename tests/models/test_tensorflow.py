@@ -269,6 +269,8 @@ BREAKS = [
     ("gpt2-h5", rename("config.json"), ("no config.json",)),
     ("gpt2-h5", lambda folder: edit_json(folder / "config.json", n_layer=3), ("missing transformer.h.2.attn",)),
     ("gpt2-h5", lambda folder: edit_json(folder / "config.json", model_type="t5"), ("tf_model.h5", "not t5")),
+    ("gpt2-h5", lambda folder: edit_json(folder / "config.json", _attn_implementation="a/b"), ("code from the Hub",)),
+    ("bert", lambda folder: edit_json(folder / "bert_config.json", attn_implementation="a/b"), ("code from the Hub",)),
     (
         "gpt2-h5",
         lambda folder: (folder / "tf_model.h5").rename(folder / "flax_model.msgpack"),
@@ -284,6 +286,13 @@ def test_broken(checkpoint, cache, name, damage, words):
     damage(folder)
     fails(folder, *words)
     assert not list(cache.glob("[!.]*"))
+
+
+def test_keras_checkpoint(monkeypatch):
+    """A checkpoint of TensorFlow 2's objects has other names for everything."""
+    tensors = {"model/layer-1/kernel/.ATTRIBUTES/VARIABLE_VALUE": None}
+    monkeypatch.setattr("hfkit.models.tensorflow.read_index", lambda _: tensors)
+    fails(DATA / "bert", "of a Keras model", "only those of TensorFlow 1")
 
 
 @pytest.mark.parametrize(("name", "package"), [("gpt2", "google-crc32c"), ("bert-h5", "h5py")])
