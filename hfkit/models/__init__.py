@@ -2,6 +2,8 @@
 
 sources: from a name to a local folder, with a download where needed
 folder: what is in such a folder, and whether it is safe to load
+tensorflow: checkpoints of TensorFlow, converted once into the cache
+bundle: the tensors in such a checkpoint, read without TensorFlow
 architecture: what a configuration says about a model; devices and precisions
 loading: models with their tokenizers
 integrity: what a library loads is what was saved; errors in one line

@@ -63,7 +63,8 @@ def load(model: str | os.PathLike[str] | ModelOptions | None = None, **overrides
     """Load a model and its tokenizer.
 
     Args:
-        model: "bundled", a Hub name, a folder, a .gguf file, or `ModelOptions`. Default: $HFKIT_MODEL, else "bundled".
+        model: "bundled", a Hub name, a folder, a .gguf file, a TensorFlow checkpoint, or `ModelOptions`. Default:
+            $HFKIT_MODEL, else "bundled".
         overrides: fields of `ModelOptions`, e.g. `dtype="bfloat16"`, `device="cuda:1"`, `quantize="int8"`.
 
     Returns:
