@@ -213,7 +213,8 @@ def corpus_lines(report: Report) -> list[str]:
     sizes = [(report.documents, noun), (report.characters, "character"), (report.tokens, "token")]
     ratio = report.characters / max(1, report.tokens)
     lines = [f"{', '.join(counted(*size) for size in sizes)} ({ratio:.2f} characters a token)"]
-    if report.characters < 0.9 * report.tokens:
+    # Short answers have many tokens of the chat template: only what takes several bytes a character can be spelled so.
+    if report.characters < 0.9 * min(report.tokens, report.bytes):
         lines.append(
             "less than one character a token: the tokenizer spells this text byte by byte; 'hfkit pretrain' makes a "
             "vocabulary for it (--vocab-size)"
