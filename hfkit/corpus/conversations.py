@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hfkit.corpus.rows import row_error
+from hfkit.errors import HfkitError
 
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -18,13 +19,8 @@ _ROLES = {
 def make_conversation(row: dict[str, Any], turns: Any, where: str, prompt: Any = None) -> dict[str, Any]:
     """{"messages": ...}, each with a role and a text, and the row's `tools`.
 
-    Args:
-        row: what has `system`, `tools` or `functions` beside the turns.
-        turns: what is learned: messages in any of the known forms, or such a list as JSON.
-        prompt: turns before these, whose answers are not learned.
-
-    Raises:
-        HfkitError: a key whose meaning would be lost, or a message without a role or a text; with its place.
+    turns: messages in any of the known forms, or JSON of them. prompt: those before them, whose answers are not
+    learned. HfkitError names a key whose meaning would be lost, or a message without a role or a text.
     """
     tools = _without_nulls(_parse_json(row.get("tools") or row.get("functions") or []))
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -108,10 +104,14 @@ def _read_message(message: dict[str, Any], where: str) -> dict[str, Any]:
     return message | {"role": role, "content": content}
 
 
+class EmptyAnswerError(HfkitError):
+    """A row has an answer without text."""
+
+
 def check_answer(answer: str, where: str) -> str:
-    """The answer. HfkitError if it is empty."""
+    """The answer. EmptyAnswerError if it has no text."""
     if not answer.strip():
-        raise row_error("an answer is empty", where)
+        raise EmptyAnswerError(f"an answer is empty ({where})")
     return answer
 
 

@@ -156,9 +156,9 @@ def _read_calls(row: dict[str, Any], where: str) -> Values:
 
 def _read_openai_preference(row: dict[str, Any], where: str) -> Values:
     """OpenAI's row with `input`, `preferred_output` and `non_preferred_output`."""
-    if not isinstance(row["input"], dict):
+    if not isinstance(row["input"], dict) or not row["input"].get("messages"):
         raise row_error("'input' must be an object with messages", where)
-    return make_conversation(row["input"], row["preferred_output"], where, row["input"].get("messages"))
+    return make_conversation(row["input"], row["preferred_output"], where, row["input"]["messages"])
 
 
 _FORMS: tuple[Form, ...] = (
