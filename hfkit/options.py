@@ -184,7 +184,7 @@ class TrainOptions(Options):
     eval_steps: int | None = option(None, "Steps between evaluations. [default: a tenth of the run]", min=1)
     save_steps: int | None = option(None, "Steps between checkpoints. [default: as --eval-steps]", min=1)
     save_total_limit: int = option(2, "Newest checkpoints to keep while training, in addition to the best.", min=1)
-    logging_steps: int = option(1, "Steps between entries of the loss curve.", min=1)
+    logging_steps: int | None = option(None, "Steps between losses of the curve. [default: 1; GPU: up to 10]", min=1)
     load_best_model_at_end: bool = option(True, "Keep the state with the best held-out score, not the last one.")
     early_stopping_patience: int | None = option(None, "Stop after this many evaluations without progress.", min=1)
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] | None = option(

@@ -20,6 +20,7 @@ from hfkit.errors import HfkitError, OptionError
 from hfkit.models import architecture, integrity
 from hfkit.models.folder import ModelFiles
 from hfkit.models.integrity import LOADING, calling_library
+from hfkit.models.kernels import fuse_activations
 from hfkit.models.quantization import bitsandbytes_config, quantize
 from hfkit.models.sources import find_model
 from hfkit.options import ModelOptions
@@ -204,6 +205,8 @@ def load_weights(
         model = model.to(device)
     if bits and device.type == "cpu":
         quantize(model, bits)
+    if device.type == "cuda":
+        fuse_activations(model)
     precision = bits or str(dtype).removeprefix("torch.")
     detail(f"{source.name}: {model.num_parameters():,} parameters, {precision} on {placement or device}")
     return LanguageModel(model.eval(), tokenizer)
