@@ -3,6 +3,7 @@
 Names and layouts are those of llama.cpp's own converter, which knows many more models but needs its sources.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ def check_gguf(name: str, config: Any, tokenizer: PreTrainedTokenizerBase) -> No
 
 def _rope(config: Any) -> dict[str, Any]:
     return getattr(config, "rope_parameters", None) or {}
+
+
+def _is_scaled(config: Any) -> bool:
+    return bool(_rope(config).get("rope_type", "default") != "default")
 
 
 def write_gguf(lm: LanguageModel, path: Path, precision: str) -> None:
@@ -107,6 +112,8 @@ def _add_shape(file: Any, config: Any, architecture: str) -> None:
     file.add_value_length(width)
     file.add_rope_dimension_count(width)
     file.add_rope_freq_base(float(_rope(config)["rope_theta"]))
+    if _is_scaled(config):
+        file.add_string("hfkit.rope_parameters", json.dumps(_rope(config)))  # GGUF has only what follows from them
     file.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
@@ -131,7 +138,7 @@ def _tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def _with_rope_factors(tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """`tensors`, with what a scaled rotary embedding divides its frequencies by."""
     config: Any = model.config
-    if _rope(config).get("rope_type", "default") == "default":
+    if not _is_scaled(config):
         return tensors
     scaled = next(part.inv_freq for part in model.modules() if hasattr(part, "inv_freq"))
     plain = _rope(config)["rope_theta"] ** (-torch.arange(len(scaled), dtype=torch.float32) / len(scaled))
