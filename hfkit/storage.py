@@ -240,9 +240,9 @@ def make_writable(folder: Path) -> None:
             probe.unlink()
 
 
-def folder_size(folder: Path) -> int:
-    """Bytes of the files in a folder and its subfolders."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def cache_folder() -> Path:
+    """Where hfkit keeps what it can make again. Raises RuntimeError without a home directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hfkit"
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -1,4 +1,4 @@
-"""What the libraries load is the model and the tokenizer that were saved, or one line says why not."""
+"""Check that what the libraries load is what was saved: weights, tokenizer, settings. One line says what is not."""
 
 import contextlib
 import re
@@ -23,7 +23,7 @@ from hfkit.options import GenerateOptions
 # Hold it while transformers makes a model. It replaces methods of its classes and torch's default precision for that
 # time, in the whole process: two threads at once would leave the replacements in place for good.
 LOADING = threading.RLock()
-# It goes through everything in which kinds of tokenizers differ: case, spaces, digits, accents, unknown signs.
+# A text on which kinds of tokenizers differ: case, spaces, digits, accents, unknown signs.
 _PROBE = "Hello, World! It's 2024:  the CAT's\n\n\tdéjà-vu 你好 <|endoftext|>"
 # Settings of generation_config.json by their type. One of another type would fail only when a text is generated.
 _NUMBERS = {name for name, hint in get_type_hints(GenerateOptions).items() if hint in (float | None, int | None)}

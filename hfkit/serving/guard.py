@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hfkit import console
-from hfkit.errors import HfkitError, NotFiniteError, first_line
+from hfkit.errors import ContextLengthError, HfkitError, NotFiniteError, first_line
 from hfkit.serving.rows import UnavailableError
 
 _OPEN = ("/health", "/")  # what needs no key: neither shows anything of a model
@@ -62,7 +62,7 @@ def explain(error: Exception) -> tuple[int, str, str | None]:
             return 499, "nobody is there to read this", None
         case UnavailableError():
             return 503, str(error), None
-        case HfkitError() if "do not fit" in str(error):
+        case ContextLengthError():
             return 400, str(error), "context_length_exceeded"
         case HfkitError():
             return (500 if isinstance(error, NotFiniteError) else 400), str(error), None

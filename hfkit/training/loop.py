@@ -35,7 +35,7 @@ from hfkit import console, processes
 from hfkit.console import counted
 from hfkit.errors import DivergedError, HfkitError, OptionError, first_line
 from hfkit.options import TrainOptions
-from hfkit.storage import check_space, folder_size
+from hfkit.storage import check_space
 from hfkit.training.arguments import freed_memory_kept, make_optimizer, private_environment, training_arguments
 from hfkit.training.checkpoints import Stop, commit, find_newest, list_checkpoints, rotate
 from hfkit.training.monitor import HeldOutMonitor, ProgressCallback, best_step, is_stale
@@ -196,7 +196,8 @@ class StepCallback(TrainerCallback):
         self._unfinished = self._folder / f"checkpoint-{state.global_step}"
         if processes.rank == 0:
             earlier = next(iter(list_checkpoints(self._folder)), None)
-            size = folder_size(earlier) if earlier else sum(4 * parameter.numel() for parameter in trained)
+            files = [path for path in earlier.rglob("*") if path.is_file()] if earlier else []
+            size = sum(path.stat().st_size for path in files) or sum(4 * parameter.numel() for parameter in trained)
             check_space(self._folder, int(1.1 * size))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
