@@ -278,7 +278,7 @@ class ExportOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.quantize and not self.is_gguf:
-            self._refuse("quantize", "it is for GGUF files: add --format gguf, or leave it out and quantize on loading")
+            self._refuse("quantize", "it is for GGUF files: add --format gguf, or quantize when you load it")
         if self.quantize and self.dtype != "auto":
             self._refuse("quantize", "--dtype says the same: leave one of the two out")
         if self.is_gguf and self.dtype == "float8_e4m3fn":

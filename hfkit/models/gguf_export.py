@@ -4,10 +4,12 @@ Names and layouts are those of llama.cpp's own converter, which knows many more 
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -65,10 +67,9 @@ def write_gguf(lm: LanguageModel, path: Path, precision: str) -> None:
 
     config: Any = lm.model.config
     architecture = _ARCHITECTURES[config.model_type]
-    file = gguf.GGUFWriter(path, architecture)
+    file: Any = gguf.GGUFWriter(path, architecture)
     file.add_name(path.stem)
-    types = gguf.LlamaFileType
-    file.add_file_type(types.ALL_F32 if precision == "f32" else types[f"MOSTLY_{precision.upper()}"])
+    file.add_file_type(gguf.LlamaFileType[f"{'ALL' if precision == 'f32' else 'MOSTLY'}_{precision.upper()}"])
     file.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_shape(file, config, architecture)
     for setting, add in (("temperature", file.add_sampling_temp), ("top_k", file.add_sampling_top_k),
@@ -77,21 +78,21 @@ def write_gguf(lm: LanguageModel, path: Path, precision: str) -> None:
             add(value)
     add_tokenizer(file, lm)
     kind = next(kind for kind, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    tensors = {names.get_name(key, (".weight", ".bias")): tensor for key, tensor in _tensors(lm.model).items()}
-    odd = []
-    for key, tensor in _with_rope_factors(tensors, lm.model).items():
-        target = _precision_of(key, tensor, precision)
-        odd += [key] if target != precision and tensor.shape[-1] % _BLOCK and tensor.ndim > 1 else []
-        quantization = gguf.GGMLQuantizationType[target.upper()]
-        numbers = gguf.quants.quantize(tensor.float().contiguous().numpy(), quantization)
-        file.add_tensor(key, numbers, raw_dtype=quantization)
-    if odd:
-        note(f"{len(odd)} matrices stay in f16, as their rows are no multiple of {_BLOCK} numbers, such as {odd[0]}")
+    names: Any = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    tensors = {names.get_name(name, (".weight", ".bias")): tensor for name, tensor in _tensors(lm.model).items()}
+    tensors |= _rope_factors(lm.model)
+    kinds = {key: gguf.GGMLQuantizationType[_precision_of(key, tensor, precision)] for key, tensor in tensors.items()}
+    for key, tensor in tensors.items():
+        shape = gguf.quant_shape_to_byte_shape(tensor.shape, kinds[key])
+        file.add_tensor_info(key, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=kinds[key])
     file.write_header_to_file()
     file.write_kv_data_to_file()
-    file.write_tensors_to_file()
+    file.write_ti_data_to_file()
+    for key, tensor in tensors.items():
+        file.write_tensor_data(gguf.quantize(tensor.float().contiguous().numpy(), kinds[key]))
     file.close()
+    if precision.startswith("q") and (odd := [key for key, kind in kinds.items() if kind.name == "F16"]):
+        note(f"{len(odd)} matrices stay in f16, as their rows are no multiple of {_BLOCK} numbers, such as {odd[0]}")
 
 
 def _add_shape(file: Any, config: Any, architecture: str) -> None:
@@ -120,10 +121,7 @@ def _add_shape(file: Any, config: Any, architecture: str) -> None:
 def _tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights by transformers' names, in llama.cpp's layout."""
     config: Any = model.config
-    tensors = dict(model.state_dict())
-    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    if inputs is outputs:
-        tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}  # tied ones once
     for name, tensor in tensors.items():
         if config.model_type == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             tensors[name] = tensor.T
@@ -135,20 +133,21 @@ def _tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _with_rope_factors(tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """`tensors`, with what a scaled rotary embedding divides its frequencies by."""
+def _rope_factors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a scaled rotary embedding divides its frequencies by. Empty for a plain one."""
     config: Any = model.config
     if not _is_scaled(config):
-        return tensors
-    scaled = next(part.inv_freq for part in model.modules() if hasattr(part, "inv_freq"))
+        return {}
+    scaled: Any = next(part.inv_freq for part in model.modules() if hasattr(part, "inv_freq"))
     plain = _rope(config)["rope_theta"] ** (-torch.arange(len(scaled), dtype=torch.float32) / len(scaled))
-    return {**tensors, "rope_freqs.weight": plain / scaled}
+    return {"rope_freqs.weight": plain / scaled}
 
 
 def _precision_of(name: str, tensor: torch.Tensor, precision: str) -> str:
-    """What llama.cpp keeps a tensor in where most are to be in `precision`."""
+    """The name of what llama.cpp keeps a tensor in where most are to be in `precision`."""
     if tensor.ndim == 1 or name == "position_embd.weight":
-        return "f32"
+        return "F32"
     if precision.startswith("q") and tensor.shape[-1] % _BLOCK:
-        return "f16"
-    return "q8_0" if precision == "q4_0" and name in ("token_embd.weight", "output.weight") else precision
+        return "F16"
+    precise = precision == "q4_0" and name in ("token_embd.weight", "output.weight")
+    return "Q8_0" if precise else precision.upper()

@@ -14,7 +14,7 @@ from hfkit.models.folder import ModelFiles
 
 def _metadata(source: ModelFiles) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The entries of a .gguf file, arrays of texts without their items, and the names of its tensors."""
-    from transformers.integrations.gguf import read_gguf_metadata
+    from transformers.integrations.gguf.reader import read_gguf_metadata
 
     entries, names = read_gguf_metadata(str(source.folder / str(source.gguf)))
     return entries, names
@@ -25,7 +25,7 @@ def unpack_tokenizer(source: ModelFiles, folder: Path) -> ModelFiles | None:
 
     From that form transformers rebuilds a tokenizer that cuts most texts, but not all of them, as the original does.
     """
-    from transformers.integrations.gguf import get_gguf_tokenizer
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import get_gguf_tokenizer
 
     entries, _ = _metadata(source)
     if (whole := entries.get("tokenizer.huggingface.json")) is None:
@@ -42,8 +42,18 @@ def unpack_tokenizer(source: ModelFiles, folder: Path) -> ModelFiles | None:
 
 
 def complete_config(source: ModelFiles, config: Any) -> None:
-    """Set what transformers reads from a .gguf file into names that its model ignores, or not at all."""
+    """Set what transformers reads from a .gguf file into names that its model ignores, or not at all.
+
+    Raises:
+        HfkitError: the file has more blocks than it says. transformers would leave the last ones out.
+    """
     entries, names = _metadata(source)
+    matches = [re.match(r"blk\.(\d+)\.", name) for name in names]
+    blocks = 1 + max((int(match[1]) for match in matches if match), default=-1)
+    if blocks > (said := config.num_hidden_layers):
+        what = f"{blocks} blocks, but block_count is {said}"
+        where = source.folder / str(source.gguf)
+        raise HfkitError(f"the weights do not fit the model ({where}): {what}; get the model again")
     if config.model_type == "gpt2":
         config.n_positions = getattr(config, "n_ctx", None) or config.n_positions
         config.n_inner = getattr(config, "feed_forward_length", None)
@@ -62,17 +72,6 @@ def complete_settings(source: ModelFiles, settings: Any) -> None:
         if value := sampling.get(name):
             settings.do_sample = True
             setattr(settings, "temperature" if name == "temp" else name, round(value, 6))  # it was a 32-bit float
-
-
-def check_blocks(source: ModelFiles, config: Any) -> None:
-    """Raise HfkitError if a .gguf file has more blocks than it says: transformers would leave the last ones out."""
-    _, names = _metadata(source)
-    matches = [re.match(r"blk\.(\d+)\.", name) for name in names]
-    blocks = 1 + max((int(match[1]) for match in matches if match), default=-1)
-    if blocks > (said := config.num_hidden_layers):
-        what = f"{blocks} blocks, but block_count is {said}"
-        where = source.folder / str(source.gguf)
-        raise HfkitError(f"the weights do not fit the model ({where}): {what}; get the model again")
 
 
 def loading_arguments(source: ModelFiles) -> dict[str, Any]:

@@ -12,10 +12,16 @@ from hfkit.models.loading import LanguageModel
 
 
 def tokenizer_kind(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """llama.cpp's names of a tokenizer's algorithm and of how it cuts a text before that."""
+    """llama.cpp's names of a tokenizer's algorithm and of how it cuts a text before that.
+
+    Raises:
+        HfkitError: it has none. `name` is what the message calls the model.
+    """
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {"type": "slow"}}
+    if tokenizer.eos_token is None:  # llama.cpp would take another token for it
+        raise HfkitError(f"the tokenizer of {name} has no eos_token, which GGUF needs: set it, or leave --format out")
+    state: Any = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {"type": "slow"}}
     if state["model"]["type"] == "BPE" and state["model"]["byte_fallback"]:
         return "llama", "default"
     cutter = state.get("pre_tokenizer") or {}
@@ -25,9 +31,10 @@ def tokenizer_kind(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, 
             return "gpt2", "gpt-2"
         if len(first) == 1 and last["use_regex"] and first[0] == {"type": "Digits", "individual_digits": True}:
             return "gpt2", "smollm"
-        for kind, pattern in GGUF_PRE_TOKENIZER_SPLITS.items():
-            if len(first) == 1 and not last["use_regex"] and first[0].get("pattern") == {"Regex": pattern}:
-                return "gpt2", kind
+        known = {pattern: kind for kind, pattern in reversed(GGUF_PRE_TOKENIZER_SPLITS.items())}
+        kind = known.get(first[0].get("pattern", {}).get("Regex")) if len(first) == 1 else None
+        if kind and not last["use_regex"]:
+            return "gpt2", kind
     what = f"a {state['model']['type']} that cuts texts by {cutter.get('type')}"
     raise HfkitError(f"llama.cpp has no tokenizer like that of {name} ({what}): leave --format out")
 
@@ -60,8 +67,8 @@ def add_tokenizer(file: Any, lm: LanguageModel) -> None:
     file.add_token_merges([" ".join(merge) for merge in merges])
     if model == "llama":
         _add_scores(file, words, merges, size)
-        cutter = state["pre_tokenizer"] or {}
-        file.add_add_space_prefix("Prepend" in str(state["normalizer"]) or cutter.get("prepend_scheme") != "never")
+        scheme = (state["pre_tokenizer"] or {}).get("prepend_scheme", "never")
+        file.add_add_space_prefix("Prepend" in str(state["normalizer"]) or scheme != "never")
     for kind in ("bos", "eos", "unk", "pad"):
         if (index := getattr(tokenizer, f"{kind}_token_id")) is not None:
             getattr(file, f"add_{kind}_token_id")(index)

@@ -184,8 +184,6 @@ def load_weights(
     placement: Any = options.device_map or architecture.spread_over_devices(device, source)
     arguments: dict[str, Any] = {"dtype": dtype}
     if source.gguf:
-        with calling_library(source):
-            gguf_import.check_blocks(source, config)
         arguments |= gguf_import.loading_arguments(source)
     if bits and device.type == "cuda":
         arguments["quantization_config"] = bitsandbytes_config(bits)
