@@ -263,26 +263,10 @@ class ExportOptions(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"] = option(
         "auto", "Precision; float8_e4m3fn: matrices of a byte a weight. [default: unchanged]"
     )
-    quantize: Literal["q8_0", "q4_0", "f16", "bf16", "f32"] | None = option(
-        None, "Precision of a GGUF file, in place of --dtype, by llama.cpp's names: q8_0 is 8 bits a weight, q4_0 4."
-    )
+    quantize: Literal["q8_0", "q4_0", "f16", "bf16", "f32"] | None = option(None, "The same, or fewer bits, in GGUF.")
     push_to_hub: str | None = option(None, "OWNER/NAME on the Hub to push to.")
     private: bool = option(True, "Make a new repository private.")
     overwrite: bool = option(False, "Replace the folder or file if it exists.")
-
-    @property
-    def is_gguf(self) -> bool:
-        """Whether to write a GGUF file: --format or the name says so."""
-        return self.format == "gguf" or str(self.output_dir).endswith(".gguf")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.quantize and not self.is_gguf:
-            self._refuse("quantize", "it is for GGUF files: add --format gguf, or quantize when you load it")
-        if self.quantize and self.dtype != "auto":
-            self._refuse("quantize", "--dtype says the same: leave one of the two out")
-        if self.is_gguf and self.dtype == "float8_e4m3fn":
-            self._refuse("dtype", "GGUF has no such numbers: --quantize q8_0 is as small")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,8 @@ def export(
     chosen, options = divide(overrides, (ModelOptions, model), (ExportOptions, options))
     if chosen.quantize:
         raise OptionError("an export has whole weights: leave --quantize out, and quantize when you load it")
+    is_gguf = options.format == "gguf" or str(options.output_dir).endswith(".gguf")
+    _check_precision(options, is_gguf)
     if not options.output_dir and not options.push_to_hub:
         raise OptionError("export needs a place: give --output-dir or --push-to-hub OWNER/NAME")
     target = Path(options.output_dir or f".hfkit-export-{Path(str(options.push_to_hub)).name}")
@@ -61,16 +63,16 @@ def export(
     loaded = "float32" if dtype == _FLOAT8 else dtype
     whole = replace(chosen, device="cpu", dtype=loaded, device_map=None, quantize=None)
     tokenizer = load_tokenizer(source)
-    if options.is_gguf:
+    if is_gguf:
         check_gguf(source.name, load_config(source), tokenizer)
     lm = load_weights(source, whole, tokenizer)
     # A name that only this process uses: another export into this folder may be under way.
     staging = temporary(target.with_name(target.name[:40]))
     file = f"{target.name.removesuffix('.gguf')}.gguf"
-    place = target / file if options.is_gguf and target.suffix != ".gguf" else target
+    place = target / file if is_gguf and target.suffix != ".gguf" else target
     try:
         name = options.push_to_hub or str(place)
-        if options.is_gguf:
+        if is_gguf:
             staging.mkdir()
             write_gguf(lm, staging / file, options.quantize or _GGUF_NAMES[dtype])
             write_modelfile(lm, staging / "Modelfile", file)
@@ -93,6 +95,15 @@ def export(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return f"https://huggingface.co/{options.push_to_hub}"
+
+
+def _check_precision(options: ExportOptions, is_gguf: bool) -> None:
+    if options.quantize and not is_gguf:
+        raise OptionError("--quantize is for GGUF files: add --format gguf, or quantize the model when you load it")
+    if options.quantize and options.dtype != "auto":
+        raise OptionError("--quantize and --dtype say the same: leave one of the two out")
+    if is_gguf and options.dtype == _FLOAT8:
+        raise OptionError(f"GGUF has no {_FLOAT8}: --quantize q8_0 is as small")
 
 
 def _publish_files(staging: Path, target: Path) -> None:

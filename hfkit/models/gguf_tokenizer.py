@@ -64,7 +64,7 @@ def add_tokenizer(file: Any, lm: LanguageModel) -> None:
     file.add_tokenizer_pre(pre)
     file.add_token_list([words.get(index, f"[PAD{index}]") for index in range(size)])
     file.add_token_types([types.get(index, TokenType.UNUSED) for index in range(size)])
-    file.add_token_merges([" ".join(merge) for merge in merges])
+    file.add_token_merges([" ".join(merge) for merge in merges] or [""])  # llama.cpp asks for one at least
     if model == "llama":
         _add_scores(file, words, merges, size)
         scheme = (state["pre_tokenizer"] or {}).get("prepend_scheme", "never")
