@@ -32,6 +32,8 @@ def find_model(options: ModelOptions | str | None = None) -> ModelFiles:
     options = ModelOptions.make(options)
     name = (os.environ.get("HFKIT_MODEL") or "bundled") if options.model is None else options.model
     path = BUNDLED if name == "bundled" else _local(name)
+    if path and not (path / "config.json").exists() and len(files := [*path.glob("*.gguf")]) == 1:
+        path = files[0]
     if path and path.is_file():
         return _check_gguf(name, path)
     if path is None:

@@ -46,6 +46,9 @@ def test_export_merged_adapter(tiny, adapter, tmp_path, capfdbinary):
     together = AutoPeftModelForCausalLM.from_pretrained(adapter)
     torch.testing.assert_close(logits(merged), logits(together), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(merged), logits(AutoModelForCausalLM.from_pretrained(tiny)), atol=0.1)
+    file = hfkit.export(adapter, output_dir=tmp_path / "whole.gguf")
+    torch.testing.assert_close(logits(hfkit.load(file, device="cpu").model), logits(merged), rtol=1e-4, atol=1e-4)
+    assert (Path(file).unlink(), Path(file).with_suffix(".Modelfile").unlink()) == (None, None)
     assert (
         AutoTokenizer.from_pretrained(tmp_path / "whole").get_vocab()
         == AutoTokenizer.from_pretrained(tiny).get_vocab()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import sys
 import urllib.request
 from pathlib import Path
@@ -149,22 +150,23 @@ def test_llama_cpp(name, request, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bundled", "gpt2", "llama3", "tiny_llama"])
-def test_llama_cpp_text_and_perplexity(name, request, tmp_path, corpus):
+def test_llama_cpp_text_and_perplexity(name, request, tmp_path):
     """Whole numbers give hfkit's text for 50 tokens, and q8_0 its perplexity within 1 %."""
-    prompts = [f"{start} {word}" for start in ("The", "once a") for word in trials.WORDS[:5]]
     model = make(tmp_path / name, name) if name in ("gpt2", "llama3") else name
     model = request.getfixturevalue(name) if name == "tiny_llama" else model
-    if name != "bundled":  # learn something, so that no two tokens are equally likely
-        model = hfkit.finetune(
-            corpus, model=model, output_dir=tmp_path / "run", **trials.SMALL | {"max_steps": 30}
-        ).output_dir
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(text := "the rain falls over a stone, and the wind sings of light. " * 300)
+    prompts = [" ".join(text.split()[place : place + 5]) for place in range(10)]
+    if name != "bundled":  # learn it, so that no two tokens are equally likely
+        small = trials.SMALL | {"max_steps": 120, "eval_steps": 60, "learning_rate": 0.01}
+        model = hfkit.finetune(corpus, model=model, output_dir=tmp_path / "run", **small).output_dir
     lm = hfkit.load(model, device="cpu", dtype="float32")
     texts = [hfkit.generate(prompt, model=lm, temperature=0, max_new_tokens=50).completion for prompt in prompts]
     for precision in ("f32", "f16"):
         llama = LlamaCpp(hfkit.export(model, output_dir=tmp_path / f"{precision}.gguf", quantize=precision))
         assert [llama.complete(prompt, 50)["content"] for prompt in prompts] == texts
     llama = LlamaCpp(hfkit.export(model, output_dir=tmp_path / "q8_0.gguf", quantize="q8_0"))
-    ids = lm.tokenizer(Path(corpus).read_text()[:600])["input_ids"][:90]
+    ids = lm.tokenizer(text[:600])["input_ids"][:90]
     expected = logits(lm.model, ids).log_softmax(-1)[range(len(ids) - 1), ids[1:]]
     found = []
     for place in range(1, len(ids)):
@@ -272,17 +274,22 @@ def test_refuse_model(tiny, copy, tmp_path, changes, words):
     assert not (tmp_path / "model.gguf").exists()
 
 
-def test_refuse_rope_and_tokenizer(tiny_llama, tiny_bert, copy, tmp_path):
+def test_refuse_rope_and_tokenizer(tiny_llama, copy, tmp_path):
     """So are a rotary embedding and a tokenizer that it does not have."""
     folder = copy(tiny_llama)
     edit_json(folder / "config.json", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(HfkitError, match="GGUF is not written for rope_type 'dynamic'"):
         hfkit.export(folder, output_dir=tmp_path / "model.gguf")
     edit_json(folder / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 1e4})
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((Path(tiny_bert) / name).read_bytes())
-    edit_json(folder / "tokenizer_config.json", eos_token="[SEP]")
-    with pytest.raises(HfkitError, match="llama.cpp has no tokenizer like that of .*a WordPiece that cuts"):
+    edit_json(folder / "tokenizer.json", pre_tokenizer={"type": "Whitespace"})
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    edit_json(folder / "tokenizer.json", model=tokenizer["model"] | {"byte_fallback": False})
+    with pytest.raises(
+        HfkitError, match="llama.cpp has no tokenizer like that of .*a BPE that cuts texts by Whitespa"
+    ):
+        hfkit.export(folder, output_dir=tmp_path / "model.gguf")
+    edit_json(folder / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(HfkitError, match="has no eos_token, which GGUF needs"):
         hfkit.export(folder, output_dir=tmp_path / "model.gguf")
 
 
@@ -324,11 +331,25 @@ def test_files(tiny, tmp_path, capfdbinary):
     assert_fails(result, 1, "is not a regular file")
     result = call(capfdbinary, "info", "-m", file, "--json")
     assert json.loads(result.stdout)["model"]["file_bytes"] == file.stat().st_size
+    assert torch.equal(logits(hfkit.load(folder).model, [5, 6, 7]), logits(hfkit.load(file).model, [5, 6, 7]))
     data = bytearray((folder / "My model.gguf").read_bytes())
     data[-1] ^= 1
     (folder / "My model.gguf").write_bytes(data)
     with pytest.raises(HfkitError, match="the weights are not those that hfkit wrote"):
         hfkit.load(folder / "My model.gguf")
+
+
+def test_full_disk(tiny, tmp_path, capfdbinary):
+    """A full disk is one line, and the old file stays, alone."""
+    file = Path(hfkit.export(tiny, output_dir=tmp_path / "my.gguf", quantize="f16"))
+    before, limit = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    try:
+        result = call(capfdbinary, "export", tiny, "-o", file, "--overwrite")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert_fails(result, 1, f"cannot write {file}")
+    assert file.read_bytes() == before and {path.name for path in tmp_path.iterdir()} == {"my.gguf", "my.Modelfile"}
 
 
 # ollama
