@@ -68,7 +68,7 @@ def export(
     lm = load_weights(source, whole, tokenizer)
     # A name that only this process uses: another export into this folder may be under way.
     staging = temporary(target.with_name(target.name[:40]))
-    file = f"{target.name.removesuffix('.gguf')}.gguf"
+    file = f"{Path(str(options.output_dir or options.push_to_hub)).name.removesuffix('.gguf')}.gguf"
     place = target / file if is_gguf and target.suffix != ".gguf" else target
     try:
         name = options.push_to_hub or str(place)

@@ -68,7 +68,7 @@ def write_gguf(lm: LanguageModel, path: Path, precision: str) -> None:
     config: Any = lm.model.config
     architecture = _ARCHITECTURES[config.model_type]
     file: Any = gguf.GGUFWriter(path, architecture)
-    file.add_name(path.stem)
+    file.add_name(path.stem.replace("mistral", "Mistral"))  # transformers would read "mistral" as an architecture
     file.add_file_type(gguf.LlamaFileType[f"{'ALL' if precision == 'f32' else 'MOSTLY'}_{precision.upper()}"])
     file.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_shape(file, config, architecture)

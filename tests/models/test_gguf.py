@@ -216,6 +216,24 @@ def test_read_back_task(tiny, copy, tmp_path):
     assert hfkit.load(path).tokenizer.chat_template == tokenizer.chat_template
 
 
+def test_read_foreign(tmp_path, capfd):
+    """Without what hfkit adds to a file, transformers reads tokens and weights, and a line says what it cannot."""
+    source = make(tmp_path / "source", "llama3")
+    path = Path(hfkit.export(source, output_dir=tmp_path / "mistral.gguf"))
+    data = path.read_bytes()
+    for key in (b"tokenizer.huggingface.json", b"hfkit.rope_parameters"):
+        assert data.count(key) == 1
+        data = data.replace(key, b"x" + key[1:])
+    path.write_bytes(data)
+    capfd.readouterr()
+    lm, back = hfkit.load(source, device="cpu"), hfkit.load(path, device="cpu")
+    assert "transformers cannot read its rope_freqs" in capfd.readouterr().err
+    for text in ("the rain", " Wind 12"):
+        assert back.tokenizer(text)["input_ids"] == lm.tokenizer(text)["input_ids"]
+    for name, tensor in lm.model.named_parameters():
+        assert torch.equal(back.model.get_parameter(name), tensor), name
+
+
 @pytest.mark.parametrize(("quantize", "steps"), [("f16", 2048), ("bf16", 256), ("q8_0", 254), ("q4_0", 8)])
 def test_precision(tmp_path, quantize, steps):
     """No number is further from its own than the precision allows for the largest in its block."""
