@@ -21,7 +21,7 @@ from hfkit.models.loading import LanguageModel
 from hfkit.models.modelfile import sampling_of
 
 # llama.cpp's name of what a model_type computes.
-_ARCHITECTURES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+_ARCHITECTURES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 # Settings of config.json that llama.cpp takes for granted.
 _EXPECTED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),

@@ -57,6 +57,8 @@ def complete_config(source: ModelFiles, config: Any) -> None:
     if config.model_type == "gpt2":
         config.n_positions = getattr(config, "n_ctx", None) or config.n_positions
         config.n_inner = getattr(config, "feed_forward_length", None)
+    if hasattr(config, "head_dim"):
+        config.head_dim = entries.get(f"{entries['general.architecture']}.attention.key_length", config.head_dim)
     if rope := entries.get("hfkit.rope_parameters"):
         config.rope_parameters = json.loads(rope)
     elif "rope_freqs.weight" in names:

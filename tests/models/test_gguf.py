@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import trials
 from support.shell import assert_fails, call, edit_json
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -21,6 +21,7 @@ from transformers import (
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
     set_seed,
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -44,12 +45,11 @@ LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
 LLAMA3 |= {"original_max_position_embeddings": 32}
 
 
-def byte_level(split: str | None = None) -> Tokenizer:
-    """A byte-level BPE of 300 tokens, whose vocabulary also has tokens that were added later."""
+def byte_level(first: pre_tokenizers.PreTokenizer | None, use_regex: bool) -> Tokenizer:
+    """A byte-level BPE of 300 tokens and two that were added later. first: what cuts a text before GPT-2's regex."""
     tokenizer = Tokenizer(models.BPE())
-    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
-    first = [pre_tokenizers.Split(Regex(split), "isolated")] if split else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, last]) if split else last
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, last]) if first else last
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "special_tokens": ["<|endoftext|>"]}
     trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False, **alphabet)
@@ -59,13 +59,38 @@ def byte_level(split: str | None = None) -> Tokenizer:
     return tokenizer
 
 
+def sentencepiece(*, complete: bool = True) -> Tokenizer:
+    """A BPE that falls back to bytes. complete: with all pairs that make a word, as those from SentencePiece have."""
+    start = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained = Tokenizer(models.BPE())
+    trained.normalizer, trained.pre_tokenizer = start, pre_tokenizers.Split("▁", "merged_with_next")
+    trained.train_from_iterator([LETTERS] * 9, trainers.BpeTrainer(vocab_size=140, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    words = ["<|endoftext|>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
+    merges = [tuple(merge) for merge in model["merges"]]
+    if complete:
+        pairs = [(word[:i], word[i:]) for word in dict.fromkeys(map("".join, merges)) for i in range(1, len(word))]
+        merges = [pair for pair in pairs if set(pair) <= {*model["vocab"]}]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = start
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
 def make(folder: Path, name: str) -> str:
     """A random model with sharp logits. Its embedding has more rows than its tokenizer has tokens."""
     end = "<|endoftext|>"
-    backend = byte_level(PRETOKENIZE_REGEX if name in ("qwen2", "llama3") else None)
-    if name == "llama3":
+    regex = PRETOKENIZE_REGEX.replace(r"|\p{N}|", r"|\p{N}{1,3}|") if name == "llama3" else PRETOKENIZE_REGEX
+    first = {"linear": pre_tokenizers.Digits(individual_digits=True)}.get(name)
+    if name in ("qwen2", "qwen3", "llama3"):
+        first = pre_tokenizers.Split(Regex(regex), "isolated")
+    backend = sentencepiece() if name == "mistral" else byte_level(first, use_regex=name in ("gpt2", "odd", "linear"))
+    if name in ("llama3", "mistral"):
         backend.post_processor = processors.TemplateProcessing(single=f"{end} $A", special_tokens=[(end, 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=end, eos_token=end)
+    unknown = {"unk_token": "<unk>"} if name == "mistral" else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=end, eos_token=end, **unknown)
     size = {"vocab_size": len(tokenizer) + 10}
     config = {
         "gpt2": lambda: GPT2Config(**size, n_positions=99, n_embd=32, n_layer=2, n_head=2, n_inner=96, bos_token_id=0),
@@ -74,6 +99,7 @@ def make(folder: Path, name: str) -> str:
         "linear": lambda: LlamaConfig(**size, **SHAPE, rope_parameters=LINEAR),
         "mistral": lambda: MistralConfig(**size, **SHAPE, sliding_window=None),
         "qwen2": lambda: Qwen2Config(**size, **SHAPE),
+        "qwen3": lambda: Qwen3Config(**size, **SHAPE, head_dim=16),
     }[name]()
     config.eos_token_id = 0
     set_seed(4)
@@ -122,7 +148,7 @@ def logits(model, ids) -> torch.Tensor:
 # llama.cpp
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_llama", "gpt2", "llama3", "linear", "qwen2"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_llama", "gpt2", "llama3", "linear", "mistral", "qwen2", "qwen3"])
 def test_llama_cpp(name, request, tmp_path):
     """llama.cpp cuts a text into the same tokens, and finds the same token most likely, with the same probability."""
     model = request.getfixturevalue(name) if "tiny" in name else make(tmp_path / name, name)
@@ -180,7 +206,7 @@ def test_llama_cpp_text_and_perplexity(name, request, tmp_path):
 # reading it back
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_llama", "gpt2", "odd", "llama3", "linear", "mistral", "qwen2"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_llama", "gpt2", "odd", "llama3", "mistral", "qwen2", "qwen3"])
 def test_read_back(name, request, tmp_path):
     """What is read is the model that was written: its logits, its tokens, its settings."""
     model = request.getfixturevalue(name) if "tiny" in name else make(tmp_path / name, name)
@@ -269,6 +295,16 @@ def test_precision_by_default(tiny, tmp_path, dtype, kind):
     folder = hfkit.export(tiny, output_dir=tmp_path / "folder", dtype=dtype)
     path = hfkit.export(folder, output_dir=tmp_path / "model.gguf")
     assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors} == {kind, "F32"}
+
+
+def test_sentencepiece_with_pairs_left_out(tmp_path, copy, capfd):
+    """A tokenizer that joins fewer pairs than SentencePiece would is written with a warning."""
+    folder = copy(make(tmp_path / "source", "mistral"))
+    hfkit.export(folder, output_dir=tmp_path / "model.gguf")
+    assert "SentencePiece" not in capfd.readouterr().err
+    sentencepiece(complete=False).save(str(folder / "tokenizer.json"))
+    hfkit.export(folder, output_dir=tmp_path / "model.gguf", overwrite=True)
+    assert "reads the tokenizer as SentencePiece's, and may cut some words" in capfd.readouterr().err
 
 
 # what cannot be written
