@@ -81,7 +81,7 @@ def export(
             _write(lm, source.adapter or source.folder, staging, name, dtype)
         if options.push_to_hub:
             _push(staging, options)
-        if options.output_dir and place.suffix == ".gguf" and place == target:
+        if options.output_dir and place == target and is_gguf:
             _publish_files(staging, target)
             return str(target)
         if options.output_dir:

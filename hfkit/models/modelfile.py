@@ -42,8 +42,10 @@ def _translate_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str | None,
     ollama repeats its template for each turn and cuts the last one at the response. A conversation of ollama's own
     variables, rendered, is such a template if all its turns look alike.
     """
+    task = tokenizer.init_kwargs.get("task")
+    ends = [task["template"].rpartition("}")[2] or "\n"] if task else []
     if not tokenizer.chat_template:
-        return _PROMPT, []
+        return _PROMPT, ends
 
     def render(*turns: str, system: bool = False) -> str:
         messages = [{"role": "system", "content": _SYSTEM}] if system else []
@@ -59,9 +61,8 @@ def _translate_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str | None,
     answer = conversation.removeprefix(question).removesuffix(question).lstrip(" ")
     if question.count("{{") != 1 or _PROMPT not in question or '"""' in conversation:
         return None, []
-    if conversation == question:  # only the last message counts: a task
-        task = tokenizer.init_kwargs.get("task") or {"template": ""}
-        return question, [task["template"].rpartition("}")[2] or "\n"]
+    if conversation == question:  # only the last message counts, as for a task
+        return question, ends
     if conversation.replace(answer, "", 1) not in (2 * question, f"{question} {question}"):
         return None, []
     if not answer.startswith(_RESPONSE) or answer.count("{{") != 1:

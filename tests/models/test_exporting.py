@@ -280,6 +280,8 @@ def test_push(tiny, hub, tmp_path, monkeypatch, capfdbinary):
     assert not list(tmp_path.iterdir())
     hfkit.export(tiny, push_to_hub="owner/name", private=False, output_dir=tmp_path / "out")
     assert hub.calls[2][1]["private"] is False and hfkit.load(tmp_path / "out")
+    hfkit.export(tiny, push_to_hub="owner/name", format="gguf")
+    assert hub.calls[5] == ("owner/name", ["Modelfile", "name.gguf"], size)
 
 
 @pytest.mark.parametrize(

@@ -479,3 +479,7 @@ def test_modelfile_of_task_and_plain_model(tiny, tmp_path):
     write_modelfile(lm, tmp_path / "Modelfile", "my.gguf")
     settings = 'PARAMETER temperature 0.0\nPARAMETER stop """\n"""\nTEMPLATE """English: {{ .Prompt }}\nFrench:"""\n'
     assert (tmp_path / "Modelfile").read_text().endswith(settings)
+    lm.tokenizer.chat_template = None
+    give_task(lm.tokenizer, Task("{question} in {text}: {answer}\n\n"))
+    write_modelfile(lm, tmp_path / "Modelfile", "my.gguf")
+    assert (tmp_path / "Modelfile").read_text().endswith('"""\n\n"""\nTEMPLATE """{{ .Prompt }}"""\n')
