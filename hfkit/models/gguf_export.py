@@ -1,6 +1,6 @@
-"""A model as one GGUF file, with its tokenizer, which llama.cpp, ollama and others run.
+"""Write a model with its tokenizer as one GGUF file, which llama.cpp, ollama and others run.
 
-Names and layouts are those of llama.cpp's own converter, which knows many more models but needs its sources.
+Names and layouts are those of llama.cpp's own converter. That one knows many more models, but no package has it.
 """
 
 import json
@@ -119,14 +119,14 @@ def _add_shape(file: Any, config: Any, architecture: str) -> None:
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The weights by transformers' names, in llama.cpp's layout."""
+    """The weights by transformers' names, in llama.cpp's layout. Tied ones are there once."""
     config: Any = model.config
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}  # tied ones once
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, tensor in tensors.items():
         if config.model_type == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             tensors[name] = tensor.T
         elif _ARCHITECTURES[config.model_type] == "llama" and re.search(r"\.[qk]_proj\.", name):
-            # transformers turns the halves of a head against each other, llama.cpp neighbours.
+            # transformers rotates the first half of a head with the second, llama.cpp each number with the next.
             heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
             halves = tensor.reshape(heads, 2, len(tensor) // heads // 2, -1)
             tensors[name] = halves.swapaxes(1, 2).reshape(tensor.shape)

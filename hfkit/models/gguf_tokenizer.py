@@ -1,4 +1,4 @@
-"""A tokenizer in a GGUF file."""
+"""Write a tokenizer into a GGUF file, as llama.cpp reads it."""
 
 import json
 import re
@@ -79,7 +79,7 @@ def add_tokenizer(file: Any, lm: LanguageModel) -> None:
     file.add_add_eos_token(whole[-1:] == [tokenizer.eos_token_id] != bare[-1:])
     if tokenizer.chat_template:
         file.add_chat_template(tokenizer.get_chat_template())
-    # The tokenizer to the letter, by GGUF's own name for it: hfkit reads this one back.
+    # The GGUF specification has a place for the original, which hfkit reads back.
     file.add_string("tokenizer.huggingface.json", tokenizer.backend_tokenizer.to_str())
     if task := tokenizer.init_kwargs.get("task"):
         file.add_string("hfkit.task", json.dumps(task))

@@ -194,13 +194,13 @@ def test_llama_cpp_text_and_perplexity(name, request, tmp_path):
     llama = LlamaCpp(hfkit.export(model, output_dir=tmp_path / "q8_0.gguf", quantize="q8_0"))
     ids = lm.tokenizer(text[:600])["input_ids"][:90]
     expected = logits(lm.model, ids).log_softmax(-1)[range(len(ids) - 1), ids[1:]]
-    found = []
+    measured = []
     for place in range(1, len(ids)):
         letter = [lm.tokenizer.convert_tokens_to_ids("a"), 1000]
         reply = llama.complete(ids[:place], 1, n_probs=lm.model.config.vocab_size, logit_bias=[letter])
         (step,) = reply["completion_probabilities"]
-        found.append({choice["id"]: choice["logprob"] for choice in step["top_logprobs"]}[ids[place]])
-    assert torch.tensor(found).mean().exp() == pytest.approx(float(expected.mean().exp()), rel=0.01)
+        measured.append({choice["id"]: choice["logprob"] for choice in step["top_logprobs"]}[ids[place]])
+    assert torch.tensor(measured).mean().exp() == pytest.approx(float(expected.mean().exp()), rel=0.01)
 
 
 # reading it back
