@@ -68,9 +68,10 @@ def report(
 
 @flags
 def export(options: ExportOptions, model: str = argument(help="A run of finetune, an adapter, or any model.")) -> None:
-    """Write a model as one folder, or as a GGUF file for llama.cpp and ollama, or push it to the Hub.
+    """Write a model as one folder or GGUF file, or push it to the Hub.
 
-    A LoRA adapter is merged into its base; --dtype and --quantize change the precision.
+    A LoRA adapter is merged into its base; --dtype and --quantize change the precision. llama.cpp and ollama run GGUF
+    files; what they need to know besides is in a Modelfile.
 
     Examples:
         hfkit export runs/corpus -o my-model
