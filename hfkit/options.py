@@ -261,13 +261,15 @@ class LaunchOptions(Options):
 class ExportOptions(Options):
     """Where a model is exported to, and how."""
 
-    output_dir: str | None = option(None, "Folder to write to.", short="-o")
+    output_dir: str | None = option(None, "Folder to write to, or NAME.gguf.", short="-o")
+    format: Literal["safetensors", "gguf"] = option("safetensors", "gguf: a file for llama.cpp and ollama.")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"] = option(
         "auto", "Precision; float8_e4m3fn: matrices of a byte a weight. [default: unchanged]"
     )
+    quantize: Literal["q8_0", "q4_0", "f16", "bf16", "f32"] | None = option(None, "The same, or fewer bits, in GGUF.")
     push_to_hub: str | None = option(None, "OWNER/NAME on the Hub to push to.")
     private: bool = option(True, "Make a new repository private.")
-    overwrite: bool = option(False, "Replace the folder if it exists.")
+    overwrite: bool = option(False, "Replace the folder or file if it exists.")
 
 
 @dataclass(frozen=True, kw_only=True)
