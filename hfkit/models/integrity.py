@@ -18,6 +18,7 @@ from hfkit.console import note, quiet_libraries
 from hfkit.errors import HfkitError, first_line
 from hfkit.models.folder import ModelFiles, needs_code, read_json
 from hfkit.models.gguf_import import unpack_tokenizer
+from hfkit.models.wordpiece import make_causal
 from hfkit.options import GenerateOptions
 
 # Hold it while transformers makes a model. It replaces methods of its classes and torch's default precision for that
@@ -77,6 +78,8 @@ def read_tokenizer(source: ModelFiles) -> PreTrainedTokenizerBase:
         else:
             kind = transformers.GPT2Tokenizer
     tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(folder, **options)
+    if source.config.get("model_type") == "gpt2" and isinstance(tokenizer, transformers.BertTokenizer):
+        tokenizer = make_causal(tokenizer)
     # GPT2Tokenizer rebuilds a byte-level BPE from the vocabulary, whatever else tokenizer.json says.
     is_set = settings.get("add_prefix_space") or settings.get("add_bos_token")  # these change what the file says
     if isinstance(tokenizer, transformers.GPT2Tokenizer) and not is_set and _differs(tokenizer, folder):

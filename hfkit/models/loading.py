@@ -23,6 +23,7 @@ from hfkit.models.integrity import LOADING, calling_library
 from hfkit.models.kernels import fuse_activations
 from hfkit.models.quantization import bitsandbytes_config, quantize
 from hfkit.models.sources import find_model
+from hfkit.models.wordpiece import correct_ends
 from hfkit.options import ModelOptions
 from hfkit.storage import check_weights
 
@@ -200,6 +201,7 @@ def load_weights(
     if source.adapter:
         model = _merge_adapter(model, source, source.adapter)
         integrity.check_vocabulary(source, tokenizer, vocabulary_size(model))
+    correct_ends(model, tokenizer, vocabulary_size(model))
     integrity.check_values(source.folder, model)
     model.name_or_path = source.name
     if not placement:
