@@ -2,8 +2,10 @@
 
 HfkitError                    exit code 1
 ├── OptionError               2, also a ValueError
+├── ContextLengthError
 ├── DivergedError
 ├── LockedError
+├── NotFiniteError
 └── StoppedError              128 + the signal: 130 after Ctrl-C, 143 after SIGTERM
 """
 
@@ -21,6 +23,10 @@ class OptionError(HfkitError, ValueError):
     """An option has a value that it cannot take. On the command line this is a usage error."""
 
     exit_code = 2
+
+
+class ContextLengthError(HfkitError):
+    """A text is longer than the model takes."""
 
 
 class DivergedError(HfkitError):

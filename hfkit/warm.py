@@ -15,7 +15,7 @@ import sys
 from array import array
 from typing import Any, NoReturn
 
-ENVIRONMENT = {**os.environ}  # before a library or a command changes it
+ENVIRONMENT = {**os.environ}  # before a library or a command changes the environment
 HELLO = b"hello\n"
 COLD = ("finetune", "pretrain", "tune", "serve", "warm")  # they run long, or start processes of their own
 _SECONDS = 5  # for the resident process to answer; one on an idle machine takes 0.02
@@ -172,7 +172,7 @@ def _describe(files: list[int]) -> dict[str, Any]:
 
 
 def _forward_signals(pid: int) -> None:
-    """Hand on what arrives here: Ctrl-C and Ctrl-Z do not reach the child, which is in no group of the terminal."""
+    """Forward signals to the child: it is in no group of the terminal, so Ctrl-C and Ctrl-Z do not reach it."""
 
     def forward(number: int, frame: Any) -> None:
         try:
@@ -220,7 +220,7 @@ def seconds(time: str) -> float:
     """ "90", "30s", "10m" or "2h" in seconds.
 
     Raises:
-        ValueError: it is nothing of that kind.
+        ValueError: the text is not such a duration.
     """
     factor = {"s": 1, "m": 60, "h": 3600}.get(time[-1:])
     value = float(time[:-1] if factor else time) * (factor or 1)

@@ -1,5 +1,6 @@
 """Tiny models, made here: no network, no time."""
 
+import gc
 import json
 import os
 import shutil
@@ -15,9 +16,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants a Hub starts one of its 
 os.environ.pop("HFKIT_MODEL", None)
 CACHE = tempfile.mkdtemp(prefix="hfkit-tests-")
 os.environ["HF_DATASETS_CACHE"] = CACHE  # what is tokenized here is for nobody else
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # threads that wait for each other are slower than one with so little to do
+# Threads that wait for each other are slower than one with so little to do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_sessionfinish() -> None:
@@ -27,10 +27,6 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(scope="module")
 def brisk():
     """Small runs that take half the time."""
-    import gc
-
-    pass  # noqa: F401, so that it is not looked through either
-
     with pytest.MonkeyPatch.context() as patch:
         trials.make_brisk(patch.setattr)
         yield

@@ -6,6 +6,7 @@ import pytest
 
 from hfkit import errors
 from hfkit.errors import (
+    ContextLengthError,
     DivergedError,
     HfkitError,
     LockedError,
@@ -19,8 +20,8 @@ from hfkit.errors import (
 
 def test_stopped_error_pickles():
     """A pool of processes sends an error to its parent as a pickle."""
-    kinds = [StoppedError("a", 2)]
-    kinds += [kind("a") for kind in (HfkitError, OptionError, DivergedError, LockedError, NotFiniteError)]
+    plain = (HfkitError, OptionError, ContextLengthError, DivergedError, LockedError, NotFiniteError)
+    kinds = [StoppedError("a", 2), *(kind("a") for kind in plain)]
     assert {type(error) for error in kinds} == {kind for kind in vars(errors).values() if isinstance(kind, type)}
     for error in kinds:
         copy = pickle.loads(pickle.dumps(error))  # noqa: S301

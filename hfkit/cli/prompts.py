@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +16,7 @@ from hfkit.errors import HfkitError, OptionError
 from hfkit.imports import import_lean
 from hfkit.models.sources import BUNDLED, find_model
 from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
+from hfkit.storage import cache_folder
 
 if TYPE_CHECKING:
     from hfkit.inference.remote import Server
@@ -163,7 +163,7 @@ def load_for(
 def _introduce_bundled_model() -> None:
     """Say once to each user what the bundled model can do; a file in the user's cache remembers it."""
     with contextlib.suppress(OSError, RuntimeError):  # it was said before; no home directory
-        mark = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hfkit" / "introduced"
+        mark = cache_folder() / "introduced"
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch(exist_ok=False)
         console.note(

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from hfkit import storage, warm
 from hfkit.cli import app
 
-_SECONDS = 5  # for a client to send what it has to
+_SECONDS = 5  # for a client to send its request
 _CHECK = 30  # seconds between looks at the installed files
 _SERVED, _REFUSED = b"\0", b"\1"  # what a child tells the parent
 _F_SETSIG = 10  # fcntl.F_SETSIG, which Python knows from 3.13 on
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 class Resident:
-    """The parent's state. A child has a copy, of the moment when it was forked."""
+    """The parent's state. Each child has a copy from the moment of its fork."""
 
     def __init__(self, path: str, idle: float) -> None:
         """Import everything, then listen at `path`."""
@@ -64,7 +64,7 @@ class Resident:
         self.started = self.last = time.monotonic()
         self.served = 0
         self.clients: dict[int, socket.socket] = {}  # by the child that runs the command
-        self.bell, self.ringer = socket.socketpair()  # rung by signals, and by children
+        self.bell, self.ringer = socket.socketpair()  # signals and children write to it
         self.bell.setblocking(False)
         self.ringer.setblocking(False)
         with contextlib.suppress(FileNotFoundError):
@@ -98,11 +98,11 @@ class Resident:
                 if self._is_stale():
                     return
             if self.listener.fileno() in ready:
-                with contextlib.suppress(OSError):  # a client that is gone, or too many open files
+                with contextlib.suppress(OSError):  # the client is gone, or there are too many open files
                     self._fork(self.listener.accept()[0], lock)
 
     def _hear(self) -> bool:
-        """Count the commands that children have begun. Whether one refused its client, which knew another state."""
+        """Count the commands that children have started. Returns whether a child refused a client of another state."""
         news = self.bell.recv(4096)
         self.served += news.count(_SERVED)
         return _REFUSED in news
@@ -145,7 +145,7 @@ class Resident:
             os.close(lock)
             self._answer(client)
         finally:
-            os._exit(1)  # whatever went wrong before "go": the client starts cold
+            os._exit(1)  # without "go" the client starts cold
 
     def _answer(self, client: socket.socket) -> None:
         """In the child: run the client's command, if this process is what the client would start."""

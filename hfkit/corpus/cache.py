@@ -25,7 +25,7 @@ from hfkit.errors import HfkitError, first_line
 from hfkit.options import DataOptions
 from hfkit.storage import add_owned, check_owned, check_regular, lock, make_names_durable, make_writable, write_text
 
-_VERSION = 8  # of the files on disk
+_VERSION = 9  # of the files on disk
 _DECIDING = ("text_column", "errors", "dataset_config_name", "dataset_split", "template", "labels")  # options
 _SAMPLE = 1_000_000  # characters that are examined for their script
 _SCRIPTS = {"Cjk": "Han", "Masculine": "Latin", "Feminine": "Latin", "Micro": "Greek"}  # ª, º and µ
@@ -213,7 +213,8 @@ def corpus_lines(report: Report) -> list[str]:
     sizes = [(report.documents, noun), (report.characters, "character"), (report.tokens, "token")]
     ratio = report.characters / max(1, report.tokens)
     lines = [f"{', '.join(counted(*size) for size in sizes)} ({ratio:.2f} characters a token)"]
-    if report.tokens > 1.5 * report.characters:
+    # Short answers have many tokens of the chat template: only what takes several bytes a character can be spelled so.
+    if min(report.tokens, report.bytes) > 1.5 * report.characters:
         recipe = ", as the recipe pretrain-chinese does" if "Han" in report.scripts else ""
         lines.append(
             f"{report.tokens / report.characters:.1f} tokens a character: the tokenizer spells this text byte by "

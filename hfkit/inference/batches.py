@@ -1,4 +1,4 @@
-"""Run requests through a model: in batches of like length, by the plain loop or by transformers' others."""
+"""Run requests through a model: in batches of similar length, or one by one through transformers' special loops."""
 
 import copy
 import functools
@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from hfkit.console import note
 from hfkit.errors import HfkitError, NotFiniteError
+from hfkit.inference import graphs
 from hfkit.inference.controls import draws, endings, generate_arguments, generation_config, needs_equal_lengths
 from hfkit.inference.decoding import Completion, Rows, StopTexts, complete, decode
 from hfkit.inference.text import Request
@@ -53,9 +54,9 @@ def pad(rows: Sequence[Sequence[int]], *, left: bool = True) -> tuple[torch.Tens
 
 
 def group_by_length(lengths: Mapping[int, int], most: int, tokens: int) -> Iterator[list[int]]:
-    """Numbers of rows of like length, the longest first: at most so many rows, and tokens once padded, together.
+    """Group rows of similar length, the longest first; each group is a list of row numbers.
 
-    lengths: tokens of each row by its number.
+    A group has at most `most` rows and, with its padding, at most `tokens` tokens. lengths: tokens by row number.
     """
     numbers = sorted(lengths, key=lambda number: lengths[number], reverse=True)
     while numbers:
@@ -67,7 +68,7 @@ def group_by_length(lengths: Mapping[int, int], most: int, tokens: int) -> Itera
 def run_all(
     lm: LanguageModel, requests: Sequence[Request], options: GenerateOptions, size: int, on_done: Callable[[int], None]
 ) -> list[Completion]:
-    """The result of each request, in batches of at most `size` rows. `on_done` is called with the size of each."""
+    """The result of each request, in order. Runs batches of at most `size` rows; `on_done` gets the size of each."""
     # Rows of a batch share their number of new tokens, so that they end together at the latest.
     lengths: dict[tuple[int, int], dict[int, int]] = {}
     exact = needs_equal_lengths(lm, options)
@@ -102,6 +103,8 @@ def run_batch(
     """Run one batch; its requests have the same number of new tokens."""
     rows = rows or new_rows(lm, requests, options)
     config = generation_config(lm, options, requests[0].new_tokens)
+    if graphs.suits(lm, requests[0].new_tokens) and config.use_cache is not False:
+        config.cache_implementation = "static"
     _call(lm, requests, options, config, custom_generate=decode, rows=rows)
     return rows.results()
 
@@ -179,12 +182,12 @@ def _call(
     config: GenerationConfig,
     **arguments: Any,
 ) -> Any:
-    """`model.generate` on a padded batch. What transformers and torch complain of is one sentence each."""
+    """`model.generate` on a padded batch. Errors of transformers and torch become one sentence."""
     # A prompt that is continued is padded on the left, an encoder's on the right: its positions count from there.
     ids, mask = pad([request.ids for request in requests], left=not lm.model.config.is_encoder_decoder)
     arguments |= {"input_ids": ids.to(lm.model.device), "attention_mask": mask.to(lm.model.device)}
-    # A copy, so that transformers does not fill what is None in `config` from the model's own one. What torch.compile
-    # returns would pass the attribute on.
+    # A copy, so that transformers does not fill what is None in `config` from the model's own one. The wrapper of
+    # torch.compile would set the attribute on the model inside it.
     model: Any = copy.copy(getattr(lm.model, "_orig_mod", lm.model))
     model.generation_config = config
     arguments |= generate_arguments(lm, options, len(requests), _start(lm, ids.shape[1]))

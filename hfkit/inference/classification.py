@@ -15,7 +15,7 @@ from hfkit.corpus.encoding import IGNORED, encode, encode_answers
 from hfkit.corpus.labelled import encode_text
 from hfkit.corpus.sequences import Collator, pad_rows
 from hfkit.corpus.templates import Task, make_task, task_of
-from hfkit.errors import HfkitError, NotFiniteError, OptionError
+from hfkit.errors import ContextLengthError, HfkitError, NotFiniteError, OptionError
 from hfkit.inference.batches import forward, group_by_length, pad
 from hfkit.inference.likelihood import score
 from hfkit.inference.remote import Server
@@ -182,7 +182,7 @@ def label_ids(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]
 def _prompt_ids(lm: LanguageModel, prompt: str, labels: list[list[int]]) -> list[int]:
     ids, longest = encode(prompt, lm.tokenizer, lm.name), max(map(len, labels))
     if lm.context and len(ids) + longest > lm.context:
-        raise HfkitError(
+        raise ContextLengthError(
             f"{len(ids)} tokens of text and {longest} of a label do not fit {lm.name}, which takes {lm.context} "
             "together: shorten the text"
         )

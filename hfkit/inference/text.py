@@ -11,7 +11,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hfkit.corpus.encoding import encode, language_token
 from hfkit.corpus.templates import Task, task_of
-from hfkit.errors import HfkitError, OptionError
+from hfkit.errors import ContextLengthError, HfkitError, OptionError
 from hfkit.models.architecture import context_length
 from hfkit.models.wordpiece import starts_unspaced
 from hfkit.options import GenerateOptions
@@ -71,7 +71,8 @@ def fit_prompt(
     if config.is_encoder_decoder:  # prompt and output have a context each
         ids = ids[-limit:] if options.truncate else ids
         if len(ids) > limit:
-            raise HfkitError(f"the text has {len(ids)} tokens, {name} takes {limit}: shorten it, or --truncate")
+            message = f"the text has {len(ids)} tokens, {name} takes {limit}: shorten it, or --truncate"
+            raise ContextLengthError(message)
         if wanted and wanted > limit:
             raise HfkitError(f"{name} writes at most {limit} tokens: lower --max-new-tokens ({wanted})")
         # A translation ends by itself and is about as long as the text.
@@ -81,7 +82,7 @@ def fit_prompt(
     room = limit - len(ids)
     if room < (wanted or 1):
         new = f"{wanted} new ones" if wanted else "a new one"
-        raise HfkitError(
+        raise ContextLengthError(
             f"{len(ids)} tokens of prompt and {new} do not fit {name}, which takes {limit} together: "
             "shorten the prompt, lower --max-new-tokens, or --truncate"
         )

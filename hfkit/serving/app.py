@@ -1,4 +1,4 @@
-"""The routes."""
+"""The routes of the server."""
 
 import asyncio
 import re
@@ -32,7 +32,7 @@ router = fastapi.APIRouter()
 
 
 class Server:
-    """The models that are served, and what is going on. Its application is `guard`."""
+    """The served models and the state of the server. `guard` is its ASGI application."""
 
     def __init__(self, models: list[LanguageModel], settings: Settings) -> None:
         self.models = {lm.name: lm for lm in models}
@@ -42,7 +42,7 @@ class Server:
         self.settings, self.counts = settings, Counts()
         self.is_stopping = False
         self.started = int(time.time())
-        self.one_at_a_time = asyncio.Lock()  # what is not written by an engine
+        self.one_at_a_time = asyncio.Lock()  # for work that no engine does
         app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, max_body_size=settings.max_body)
         app.include_router(router)
         app.state.server = self
@@ -69,11 +69,11 @@ class Server:
 
     @property
     def failure(self) -> str | None:
-        """Why the process must be started again, if it must."""
+        """Why the process must be restarted; None if it need not be."""
         return next((engine.failure for engine in self.engines.values() if engine.failure), None)
 
     def stop(self) -> None:
-        """End all texts with what there is of them."""
+        """End all texts early, each with what it has so far."""
         self.is_stopping = True
         for engine in self.engines.values():
             engine.stop()
@@ -106,7 +106,7 @@ async def _on_http(request: fastapi.Request, error: Exception) -> JSONResponse:
 async def _start(
     request: fastapi.Request, engine: Engine, plan: Callable[[], tuple[Plan, tuple[str, ...]]]
 ) -> tuple[Job, bool]:
-    """Begin to write what `plan` says. Returns the job, and whether its model gets a plain conversation."""
+    """Start a job. Returns it, and whether its model is prompted with a plain conversation."""
     made, stops = await asyncio.to_thread(plan)  # it encodes the prompts
     request.state.job = job = Job(made)
     request.state.prompts = [each.prompt for each in made.requests]
@@ -272,7 +272,7 @@ async def _page() -> Any:
 
 @cache
 def _read_page() -> tuple[str, dict[str, str]]:
-    """The page, and headers by which a browser runs what is written in it and nothing else."""
+    """The page, and headers that let a browser run only the scripts in it."""
     page = files("hfkit.serving").joinpath("page.html").read_text("utf-8")
 
     def hashes(tag: str) -> str:

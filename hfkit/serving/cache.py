@@ -1,4 +1,4 @@
-"""Keys and values: of the texts that are being written, which share one window, and of prompts worth keeping."""
+"""Keys and values of the texts in progress, which share one window, and of earlier prompts."""
 
 import os
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from hfkit.inference.batches import forward
 from hfkit.models.loading import LanguageModel
 
 _ROOM = 64  # columns beyond those in use: the window is copied once in this many steps
-SHORTEST_PREFIX = 32  # tokens; to keep fewer costs more than to compute them again
+SHORTEST_PREFIX = 32  # tokens; keeping fewer costs more than computing them again
 _BYTES_KEPT = {"cpu": 1 << 28, "cuda": 1 << 31}  # of prompts
 
 
 def can_share_steps(lm: LanguageModel) -> bool:
-    """Whether texts of this model can be written together: it has no encoder, and no state besides keys and values."""
+    """Whether texts of this model can share a step: it has no encoder, and no state besides keys and values."""
     config: Any = lm.model.config
     return not config.is_encoder_decoder and all(
         isinstance(layer, DynamicLayer) for layer in DynamicCache(config=config).layers
@@ -33,7 +33,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._window, self.is_initialized = window, True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing is left to do: a row is added before a step is made."""
+        """Do nothing: `add` has made the tensors before the first step."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -123,7 +123,7 @@ class Window:
             for name in ("keys", "values"):
                 before, model = getattr(layer, name), getattr(other, name)
                 capacity = count + 1 if before is None else len(before) if count < len(before) else 2 * count
-                # Zeros: what is masked is multiplied by 0, which does not help where it is NaN.
+                # Zeros, because attention multiplies masked values by 0, and 0 times NaN is NaN.
                 made = model.new_zeros(capacity, model.shape[1], width + _ROOM, model.shape[3])
                 if count:
                     made[:count, :, width - (end - first) : width] = before[:count, :, first:end]
@@ -136,22 +136,22 @@ class Prefixes:
     """Keys and values of the latest prompts, so that what they share with the next ones is computed once."""
 
     def __init__(self, device: str) -> None:
-        self._kept: list[tuple[tuple[int, ...], DynamicCache]] = []  # the latest last
+        self._kept: list[tuple[tuple[int, ...], DynamicCache]] = []  # oldest first
         self._room = _BYTES_KEPT.get(device, 1 << 28)
 
     def length(self, ids: Sequence[int]) -> int:
-        """How much of the beginning of a prompt is known."""
+        """How many tokens at the beginning of a prompt have keys and values here."""
         return max((common_length(kept, ids) for kept, _ in self._kept), default=0)
 
     def find(self, ids: Sequence[int]) -> DynamicCache:
-        """A cache of what is known of the beginning of a prompt; its last token is left to compute."""
+        """A cache for the beginning of a prompt, as far as it is here. The last token is always left to compute."""
         length = self.length(ids[:-1])
         place = next(place for place, (kept, _) in enumerate(self._kept) if kept[:length] == tuple(ids[:length]))
         self._kept.append(self._kept.pop(place))
         return _copy(self._kept[-1][1], 0, slice(0, length))
 
     def keep(self, ids: tuple[int, ...], cache: Any, row: int) -> None:
-        """Keep the keys and values of a prompt, a row of `cache`, unless it is short or known."""
+        """Keep the keys and values of a prompt, a row of `cache`, unless it is short or already here."""
         if len(ids) < SHORTEST_PREFIX or any(common_length(kept, ids) == len(ids) for kept, _ in self._kept):
             return
         self._kept = [entry for entry in self._kept if common_length(entry[0], ids) < len(entry[0])]

@@ -1,4 +1,4 @@
-"""Replies to clients that may be gone before the end."""
+"""Replies to clients that may disconnect early."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 
 
 async def until_gone(request: Request, work: Awaitable[_T]) -> _T:
-    """The result of `work`, which ends with the client's connection."""
+    """The result of `work`, which is cancelled if the client disconnects."""
     task = asyncio.ensure_future(work)
 
     async def gone() -> None:
@@ -33,7 +33,7 @@ async def until_gone(request: Request, work: Awaitable[_T]) -> _T:
 
 
 async def to_events(pieces: AsyncIterator[dict[str, Any]], named: bool = False) -> AsyncIterator[str]:
-    """Server-sent events; an error comes as one of them, and [DONE] at the end."""
+    """Server-sent events. An error becomes an event; the last one is [DONE]."""
     try:
         async for piece in pieces:
             name = f"event: {piece['type']}\n" if named else ""

@@ -1,4 +1,4 @@
-"""Texts that are written together: they join and leave between steps, and none depends on the others.
+"""Continuous batching: texts join and leave between steps, and no text depends on the others.
 
 One thread makes all steps. Each of its rounds reads a part of the waiting prompts, so that a long one does not stop
 the texts that are being written, then gives each of these its next token.
@@ -22,19 +22,19 @@ from hfkit.serving.cache import Prefixes, Window, can_share_steps
 from hfkit.serving.reading import Prompts, top_tokens
 from hfkit.serving.rows import Row, Token, UnavailableError
 
-# Tokens of prompts in a round, while texts are being written and while none is.
+# Prompt tokens that a round prefills, while texts are in progress and while none is.
 _PROMPT_TOKENS = {"cpu": (64, 512), "cuda": (1024, 8192)}
 _TOKENS_AT_ONCE = {"cpu": 32_768, "cuda": 262_144}  # columns of all rows
 _PATIENCE = 10.0  # seconds until the thread ends: beams cannot be interrupted
 
 
 class Engine(ABC):
-    """Writes rows, in the order in which they come."""
+    """Generates the texts of rows, first come, first served."""
 
     def __init__(self, lm: LanguageModel) -> None:
         self.lm = lm
         self.tokens_written = self.prompt_tokens = self.prompt_tokens_read = 0
-        self.failure: str | None = None  # why it cannot go on; a process in this state must be started again
+        self.failure: str | None = None  # why the engine failed; the process must then be restarted
         self._waiting: collections.deque[Row] = collections.deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -43,7 +43,7 @@ class Engine(ABC):
 
     @property
     def waiting(self) -> int:
-        """Texts that are not begun."""
+        """Texts that have not started."""
         return len(self._waiting)
 
     @property
@@ -52,7 +52,7 @@ class Engine(ABC):
         """Texts in progress."""
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Have these rows written; each emits its result.
+        """Queue rows. Each emits its result when it is done.
 
         Raises:
             UnavailableError: the engine has stopped.
@@ -64,7 +64,7 @@ class Engine(ABC):
             self._changed.notify()
 
     def stop(self) -> None:
-        """End all texts with what there is of them, and the thread."""
+        """End all texts early, each with what it has so far, and end the thread."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -85,7 +85,7 @@ class Engine(ABC):
             _end(row)
 
     def _give_up(self, error: Exception) -> None:
-        """Tell all rows in progress that they failed. After an error of a GPU no later call can succeed."""
+        """Fail all rows in progress. After a CUDA error no later call can succeed."""
         if isinstance(error, torch.AcceleratorError):
             self.failure = f"the device failed: {error}"
         for row in self._drop_all():
@@ -93,15 +93,15 @@ class Engine(ABC):
 
     @abstractmethod
     def _round(self) -> None:
-        """Do a small part of the work."""
+        """Do one round of work."""
 
     @abstractmethod
     def _drop_all(self) -> list[Row]:
-        """The rows in progress, which are so no more."""
+        """Remove all rows in progress and return them."""
 
 
 def _end(row: Row) -> None:
-    """End a row whose time is over."""
+    """End a row that has run out of time."""
     if row.tokens:
         row.finish()
     else:
@@ -109,7 +109,7 @@ def _end(row: Row) -> None:
 
 
 class StepEngine(Engine):
-    """Writes all rows together, a token each in a step."""
+    """Generates all rows together, one token each per step."""
 
     def __init__(self, lm: LanguageModel) -> None:
         device = lm.model.device.type
@@ -147,7 +147,7 @@ class StepEngine(Engine):
             if not row.is_cancelled:
                 row.finish()
         budget = self._idle_tokens
-        if self._rows:  # the more texts wait for each that is held up, the more is read
+        if self._rows:  # the more texts wait for each text that is held up, the more is prefilled
             budget = min(budget, self._busy_tokens * max(1, self.waiting // len(self._rows)))
         self._reading = self._reading or self._next_prompts(budget)
         if self._reading:
@@ -161,7 +161,7 @@ class StepEngine(Engine):
                 self._leave(row)
 
     def _next_prompts(self, budget: int) -> Prompts | None:
-        """Waiting rows whose prompts are read together: at most `budget` columns, or a single longer one."""
+        """Waiting rows whose prompts are prefilled together: at most `budget` columns, or one longer prompt."""
         prompts: Prompts | None = None
         while self._waiting:
             row = self._waiting[0]
@@ -183,13 +183,13 @@ class StepEngine(Engine):
         return prompts
 
     def _has_room(self, row: Row, more: int) -> bool:
-        """Whether one more row, after `more` others, keeps within the device's number of rows and tokens."""
+        """Whether a row, after `more` others, stays within the limits of the device for rows and tokens."""
         count = len(self._rows) + more + 1
         longest = max(len(each.request.ids) + each.request.new_tokens for each in [*self._rows, row])
         return count == 1 or (count <= self._most and count * longest <= self._columns)
 
     def _join(self, prompts: Prompts, logits: torch.Tensor) -> None:
-        """Write the first token of each text whose prompt has been read, (prompts, vocabulary), and go on with it."""
+        """Choose the first token after each prompt from the logits, (prompts, vocabulary); move rows to the window."""
         places = [place for place, rows in enumerate(prompts.groups.values()) for _ in rows]
         for place, ids in enumerate(prompts.groups):
             if not prompts.scores:
@@ -205,7 +205,7 @@ class StepEngine(Engine):
         self._reading, self._rows = None, [*self._rows, *(row for row, _ in going_on)]
 
     def _leave(self, row: Row) -> None:
-        """Take a row out of the window, where the last one takes its place."""
+        """Remove a row from the window; the last one takes its place."""
         place = self._rows.index(row)
         self._window.remove(place)
         self._rows[place] = self._rows[-1]
@@ -249,7 +249,7 @@ class StepEngine(Engine):
 
 
 class SoloEngine(Engine):
-    """Writes one row after another, in transformers' own loops: beams, models with an encoder or a state."""
+    """Generates one row after another, in transformers' own loops: beams, models with an encoder or a state."""
 
     def __init__(self, lm: LanguageModel) -> None:
         self._row: Row | None = None
@@ -287,5 +287,5 @@ class SoloEngine(Engine):
 
 
 def make_engine(lm: LanguageModel) -> Engine:
-    """The engine that suits a model that writes text."""
+    """The engine for a model that generates text."""
     return StepEngine(lm) if can_share_steps(lm) else SoloEngine(lm)

@@ -1,4 +1,4 @@
-"""What every request meets first: its host, its key, a place among those that are served, and limits of time."""
+"""Checks that come before every route: host, API key, number of requests, time limits."""
 
 import asyncio
 import hmac
@@ -16,11 +16,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hfkit import console
-from hfkit.errors import HfkitError, NotFiniteError, first_line
+from hfkit.errors import ContextLengthError, HfkitError, NotFiniteError, first_line
 from hfkit.serving.rows import UnavailableError
 
-_OPEN = ("/health", "/")  # what needs no key: neither shows anything of a model
-_STALLED = 30.0  # seconds after which a client that neither sends nor reads is given up
+_OPEN = ("/health", "/")  # need no key: neither reveals anything about a model
+_STALLED = 30.0  # seconds until a client that neither sends nor reads is disconnected
 _OUR_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 _ID = re.compile("[A-Za-z0-9-]{1,64}")
 
@@ -30,8 +30,8 @@ class Settings:
     """How a server is run."""
 
     api_key: str | None = None
-    hosts: tuple[str, ...] = _OUR_HOSTS  # names by which it may be called; none: any
-    max_requests: int = 256  # at a time; more are told to come again
+    hosts: tuple[str, ...] = _OUR_HOSTS  # host names that are accepted; none: any
+    max_requests: int = 256  # at a time; further ones get a 429
     request_timeout: float = 600.0  # seconds for one request
     max_body: int = 2_000_000  # bytes
     logs_prompts: bool = False
@@ -39,7 +39,7 @@ class Settings:
 
 @dataclass
 class Counts:
-    """What /metrics shows of all requests."""
+    """Counts of all requests, for /metrics."""
 
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)  # by path and status
     seconds: float = 0.0
@@ -47,7 +47,7 @@ class Counts:
 
 
 def error_reply(status: int, message: str, *, param: str | None = None, code: str | None = None) -> JSONResponse:
-    """An error in OpenAI's form, from which its client makes its exceptions."""
+    """An error as OpenAI's API returns it, so that its client raises its own exceptions."""
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status)
     kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
     error = {"message": message, "type": kind, "param": param, "code": code}
@@ -56,13 +56,13 @@ def error_reply(status: int, message: str, *, param: str | None = None, code: st
 
 
 def explain(error: Exception) -> tuple[int, str, str | None]:
-    """Status, message and code for what went wrong while a text was prepared or written."""
+    """HTTP status, message and code for an error."""
     match error:
         case ClientDisconnect():
-            return 499, "nobody is there to read this", None
+            return 499, "the client disconnected", None
         case UnavailableError():
             return 503, str(error), None
-        case HfkitError() if "do not fit" in str(error):
+        case ContextLengthError():
             return 400, str(error), "context_length_exceeded"
         case HfkitError():
             return (500 if isinstance(error, NotFiniteError) else 400), str(error), None
@@ -73,14 +73,14 @@ def explain(error: Exception) -> tuple[int, str, str | None]:
 
 
 class Guard:
-    """The outermost application. It alone decides who gets in."""
+    """The outermost ASGI application. It alone admits requests."""
 
     def __init__(self, app: ASGIApp, settings: Settings, counts: Counts) -> None:
         self._app, self._settings, self._counts = app, settings, counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)  # the life of the server
+            await self._app(scope, receive, send)  # startup and shutdown
             return
         started, status = time.perf_counter(), 500
         headers = Headers(scope=scope)
@@ -125,11 +125,11 @@ class Guard:
             console.detail(line)
 
     def _refusal(self, scope: MutableMapping[str, Any], headers: Headers) -> JSONResponse | None:
-        """Why a request does not get in."""
+        """The reply to a request that is not admitted; None for others."""
         host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
-        # A page of another site can make a browser call this server, by a name that leads here.
+        # DNS rebinding: a page of another site can point a name of its own at this server.
         if self._settings.hosts and host not in self._settings.hosts:
-            return error_reply(403, "this server does not go by that name: use the address that it printed")
+            return error_reply(403, "this host name is not allowed: use the address that the server printed")
         origin = headers.get("origin")
         if origin and origin.partition("://")[2] != headers.get("host"):
             return error_reply(403, "a page of another site may not call this server")
@@ -151,7 +151,7 @@ class Guard:
 
 
 def _in_time(receive: Receive, headers: Headers) -> Receive:
-    """`receive` that gives up a client whose body does not come."""
+    """`receive` with a time limit for the body of the request."""
     waits = headers.get("content-length") not in (None, "0") or "transfer-encoding" in headers
 
     async def receive_soon() -> Message:

@@ -16,12 +16,12 @@ from hfkit.options import GenerateOptions
 from hfkit.serving.engine import Engine
 from hfkit.serving.rows import Event, Piece, Result, Row, Wishes
 
-_TURNS = ("\nUser:", "\nAssistant:", "\nSystem:")  # where a model that is none for chats writes the other side, too
+_TURNS = ("\nUser:", "\nAssistant:", "\nSystem:")  # how a base model goes on with the next turn
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be written: a text for each prompt and sample, numbered prompt by prompt."""
+    """The texts to generate: one for each prompt and sample, numbered prompt by prompt."""
 
     requests: list[Request]  # with the seed of the prompt's first sample
     options: GenerateOptions
@@ -77,7 +77,7 @@ def chat_prompt(lm: LanguageModel, messages: list[dict[str, str]]) -> tuple[str 
         ids = lm.tokenizer.apply_chat_template(
             messages, chat_template=template or CHAT_TEMPLATE, add_generation_prompt=True, return_dict=False
         )
-    except Exception as error:  # a template is a program: it can fail in every way
+    except Exception as error:  # a template is a program: it can raise anything
         raise HfkitError(f"the chat template of {lm.name} rejects this: {first_line(error)}") from error
     return cast(list[int], ids), () if template else _TURNS
 
@@ -92,7 +92,7 @@ class Job:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
     async def start(self, engine: Engine, seconds: float) -> None:
-        """Hand the rows to the engine, which has so many seconds to write them."""
+        """Queue the rows; they are cut off after so many seconds."""
         self.rows = await asyncio.to_thread(self._make_rows, engine.lm, seconds)
         if self.plan.wishes != Wishes(streams=self.plan.wishes.streams) and any(row.is_special for row in self.rows):
             raise OptionError(
@@ -112,7 +112,7 @@ class Job:
 
     def _emitter(self, number: int) -> Any:
         def emit(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits
+            with contextlib.suppress(RuntimeError):  # the event loop has closed
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
 
         return emit
@@ -133,6 +133,6 @@ class Job:
         return [results[number] for number in range(len(self.rows))]
 
     def cancel(self) -> None:
-        """Give up the rows that are not written yet."""
+        """Cancel the rows that are not done."""
         for row in self.rows:
             row.cancel()

@@ -1,6 +1,6 @@
 """The bodies of requests, as OpenAI defines them, their limits, and the options that they mean.
 
-What a body leaves out, or gives as null, is not set: the text is then the one that `hfkit generate` writes.
+A field that is missing or null is not set, so the text is the one that `hfkit generate` gives.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from hfkit.errors import OptionError
 from hfkit.options import GenerateOptions
 from hfkit.serving.rows import Wishes
 
-_MOST_TEXTS = 128  # that one request may have written
+_MOST_TEXTS = 128  # of one request
 _LEAST_TEMPERATURE = 1e-3  # some clients say 1e-8 and mean greedy
 # Controls of `GenerateOptions` that a client may set under their own names.
 CONTROLS = ("min_new_tokens", "do_sample", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
@@ -20,10 +20,10 @@ CONTROLS = ("min_new_tokens", "do_sample", "top_k", "min_p", "top_h", "typical_p
             "early_stopping", "guidance_scale", "negative_prompt", "suppress_tokens", "begin_suppress_tokens",
             "forced_bos_token_id", "src_lang", "tgt_lang", "renormalize_logits", "max_time", "bad_words",
             "sequence_bias", "watermark", "raw", "truncate")  # fmt: skip
-# Fields of OpenAI's that change nothing here.
+# OpenAI's fields that have no effect here.
 _IGNORED = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "tool_choice",
             "parallel_tool_calls", "prompt_cache_retention", "include"}  # fmt: skip
-# Fields that name what is the only choice here.
+# OpenAI's fields with the only value that is supported here.
 _ONLY: dict[str, Any] = {"response_format": {"type": "text"}, "modalities": ["text"], "truncation": "disabled",
                          "text": {"format": {"type": "text"}}, "background": False}  # fmt: skip
 
@@ -32,7 +32,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class _Nullable(BaseModel):
-    """Null is as good as nothing: many clients send it for what they leave out."""
+    """Treats null as a missing field: many clients send it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -41,13 +41,13 @@ class _Nullable(BaseModel):
 
 
 class Body(_Nullable):
-    """What every request may have."""
+    """Fields of every request."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     model: str | None = None
 
     def extras(self) -> dict[str, Any]:
-        """The fields beyond those that are declared; OptionError for one that would be ignored silently."""
+        """The fields that are not declared. OptionError for one that would have no effect."""
         extras = {}
         for name, value in (self.model_extra or {}).items():
             if name in CONTROLS:
@@ -58,7 +58,7 @@ class Body(_Nullable):
 
 
 class StreamOptions(_Nullable):
-    """What a stream has besides text."""
+    """What a stream holds besides text."""
 
     include_usage: bool = False
 
@@ -112,7 +112,7 @@ class CompletionBody(Sampling):
     """POST /v1/completions."""
 
     prompt: str | list[str] | Ids | list[Ids] = ""
-    max_tokens: int | None = Field(None, ge=0)  # 16, as OpenAI has it
+    max_tokens: int | None = Field(None, ge=0)  # [default: 16, as OpenAI has it]
     fit: bool = False  # without max_tokens: as many as `hfkit generate` writes, and fewer where these do not fit
     best_of: int | None = Field(None, ge=1, le=_MOST_TEXTS)
     echo: bool = False
@@ -131,7 +131,7 @@ class CompletionBody(Sampling):
         return max(self.n, self.best_of or 1)
 
     def check(self) -> None:
-        """OptionError for what does not go together."""
+        """Raise OptionError for fields that contradict each other."""
         if not self.prompts or [] in self.prompts:
             raise OptionError("prompt is empty: write a text, token ids, or a list of either")
         if len(self.prompts) * self.samples > _MOST_TEXTS:

@@ -1,4 +1,4 @@
-"""Prompts while they are read, a part at a time."""
+"""Prefill: prompts are read a part at a time."""
 
 from typing import Any
 
@@ -21,14 +21,14 @@ def top_tokens(logprobs: torch.Tensor, count: int | None, token: int) -> list[tu
 
 
 class Prompts:
-    """Prompts that are read together, a part in each round."""
+    """Prompts that are prefilled together, a part in each round."""
 
     def __init__(self, lm: LanguageModel, prefixes: Prefixes, row: Row) -> None:
         """row: the first one; `add` takes more, as long as nothing has been read."""
         self.groups = {tuple(row.request.ids): [row]}  # the rows of each prompt
         self.scores = row.wishes.scores_prompt
         self.cache = DynamicCache()
-        # What is known of the beginning of a prompt is not known with its scores.
+        # A kept prefix comes without the scores of its tokens.
         known = 0 if self.scores else prefixes.length(row.request.ids[:-1])
         self._lm, self._prefixes, self._done = lm, prefixes, known if known >= SHORTEST_PREFIX else 0
         self._ids: torch.Tensor | None = None
@@ -40,7 +40,7 @@ class Prompts:
 
     @property
     def count(self) -> int:
-        """Tokens that are to be read."""
+        """Tokens that are left to prefill."""
         return sum(map(len, self.groups)) - self._done
 
     def add(self, row: Row, most: int) -> bool:
@@ -89,7 +89,7 @@ class Prompts:
         return logits[:, -1] if self._done == self._ids.shape[1] else None
 
     def _score(self, following: list[int], logprobs: torch.Tensor) -> None:
-        """Note the scores of the tokens that follow. logprobs: (columns, vocabulary)."""
+        """Store the log-probabilities of the tokens that follow. logprobs: (columns, vocabulary)."""
         values = logprobs[range(len(following)), following].tolist() if following else []
         count = self.rows[0].wishes.top
         tokens: list[Token | None] = [] if self._done else [None]

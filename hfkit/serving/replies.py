@@ -1,4 +1,4 @@
-"""What goes back: completions, chat completions and responses, whole or as a stream of events."""
+"""Replies: completions, chat completions and responses, whole or as a stream of events."""
 
 import secrets
 import time
@@ -10,7 +10,7 @@ from hfkit.models.loading import LanguageModel
 from hfkit.serving.jobs import Job, Plan
 from hfkit.serving.rows import Piece, Result, Token
 
-_LEAST = -9999.0  # log-probability of what is impossible; JSON has no infinity
+_LEAST = -9999.0  # log-probability of an impossible token; JSON has no infinity
 Kind = Literal["text_completion", "chat.completion"]
 
 

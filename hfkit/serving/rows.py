@@ -1,4 +1,4 @@
-"""One text while it is written: its controls, random numbers, stop strings and log-probabilities."""
+"""One text in progress: its controls, random numbers, stop strings and log-probabilities."""
 
 import math
 import threading
@@ -43,7 +43,7 @@ class Token(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Text that was completed, and the tokens that came since the piece before."""
+    """New text, and the tokens since the previous piece."""
 
     text: str
     tokens: list[Token]
@@ -100,7 +100,7 @@ class Row:
         self._generator: torch.Generator | None = None
         if draws(lm, options):
             self._generator = torch.Generator(lm.model.device).manual_seed(request.seed or 0)
-        # Whether it must be written in a loop of transformers' own, with nothing beside it.
+        # Whether the text needs one of transformers' own loops, where it runs alone.
         self.is_special = not (can_share_steps(lm) and is_plain(lm, options))
         self.processors: Sequence[Any] = []
         if request.new_tokens and not self.is_special:
@@ -122,7 +122,7 @@ class Row:
         return self.request.ids + [token.id for token in self.tokens]
 
     def cancel(self) -> None:
-        """Nobody waits for this text any more."""
+        """Mark the text as no longer wanted."""
         self._cancelled.set()
 
     @property
@@ -131,12 +131,12 @@ class Row:
 
     @property
     def seconds_left(self) -> float | None:
-        """Until its time is over; None without a limit."""
+        """Seconds until the time limit; None without one."""
         return self._deadline - time.monotonic() if self._deadline < math.inf else None
 
     @property
     def is_late(self) -> bool:
-        """Whether its time is over."""
+        """Whether the time limit has passed."""
         return self._deadline <= time.monotonic()
 
     def penalize(self, scores: torch.Tensor) -> None:
@@ -178,7 +178,7 @@ class Row:
             self._shown, self._told = end, len(self.tokens)
 
     def finish(self) -> None:
-        """Emit what there is as the result."""
+        """Emit the text so far as the result."""
         logprobs = torch.tensor([token.logprob for token in self.tokens], dtype=torch.double)
         ids = [token.id for token in self.tokens]
         completion = complete(self._lm.tokenizer, self.request.ids, ids, self._ends, logprobs)

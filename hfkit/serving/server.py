@@ -1,4 +1,4 @@
-"""From a free port to the last reply."""
+"""Runs the server: binds the port, serves, and stops gracefully."""
 
 import asyncio
 import signal
@@ -13,11 +13,11 @@ from hfkit.models.loading import LanguageModel
 from hfkit.serving.app import Server
 from hfkit.serving.guard import Settings
 
-_LAST_SECONDS = 5.0  # to send what there is, after the grace
+_LAST_SECONDS = 5.0  # to send what is done, after the grace
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that holds the address; it does not listen yet.
+    """A socket bound to the address; it does not listen yet.
 
     Raises:
         HfkitError: the address is taken, or not of this machine.
@@ -69,7 +69,7 @@ def serve(models: list[LanguageModel], listener: socket.socket, settings: Settin
     host, port = listener.getsockname()[:2]
     names = ", ".join(lm.name for lm in models)
     note(f"serving {names} at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C ends it")
-    # uvicorn sends itself the signal again once it has ended: it has been obeyed by then.
+    # uvicorn raises the signal again once it has stopped; it has been handled by then.
     before: dict[signal.Signals, Any] = {
         number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
     }

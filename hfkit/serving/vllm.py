@@ -15,6 +15,7 @@ from hfkit.errors import HfkitError, OptionError
 from hfkit.models.folder import ModelFiles, weight_files
 from hfkit.models.sources import find_model
 from hfkit.options import ModelOptions
+from hfkit.storage import cache_folder
 
 _READ_BY_VLLM = {"F32", "F16", "BF16"}
 _POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx")  # names of the context in config.json
@@ -57,8 +58,7 @@ def _readable_folder(source: ModelFiles, model: ModelOptions) -> Path:
     parts = [source.folder / source.gguf] if source.gguf else [source.folder, source.adapter or source.folder]
     files = [file for part in parts for file in ([part] if part.is_file() else sorted(part.glob("*.*")))]
     stamps = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hfkit" / "vllm"
-    target = cache / hashlib.sha256(f"{model.dtype}{stamps}".encode()).hexdigest()[:16]
+    target = cache_folder() / "vllm" / hashlib.sha256(f"{model.dtype}{stamps}".encode()).hexdigest()[:16]
     if not target.exists():
         from hfkit.models.exporting import export
 

@@ -19,6 +19,7 @@ step is measured before it is saved, so that the last checkpoint has all scores.
 
 import contextlib
 import gc
+import math
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from hfkit import console, processes
 from hfkit.console import counted
 from hfkit.errors import DivergedError, HfkitError, OptionError, first_line
 from hfkit.options import TrainOptions
-from hfkit.storage import check_space, folder_size
+from hfkit.storage import check_space
 from hfkit.training.arguments import freed_memory_kept, make_optimizer, private_environment, training_arguments
 from hfkit.training.checkpoints import Stop, commit, find_newest, list_checkpoints, rotate
 from hfkit.training.monitor import HeldOutMonitor, ProgressCallback, best_step, is_stale
@@ -128,9 +129,15 @@ class _Trainer(Trainer):
         """Trainer would log a loss that is not finite as 0, and train on."""
         result = super().compute_loss(*args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
-        if not torch.isfinite(loss).all():
+        # To look at a GPU's loss is to wait for it: `log` does, every few steps.
+        if loss.device.type == "cpu" and not torch.isfinite(loss).all():
             raise _diverged(f"the loss is {loss.item()}", self.state.global_step + 1, self.args.learning_rate)
         return result
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if not math.isfinite(loss := logs.get("loss", 0.0)):
+            raise _diverged(f"the loss is {loss}", self.state.global_step, self.args.learning_rate)
+        super().log(logs, *args, **kwargs)
 
     def measure(self) -> None:
         """Measure the model at this step, once, and log it.
@@ -196,7 +203,8 @@ class StepCallback(TrainerCallback):
         self._unfinished = self._folder / f"checkpoint-{state.global_step}"
         if processes.rank == 0:
             earlier = next(iter(list_checkpoints(self._folder)), None)
-            size = folder_size(earlier) if earlier else sum(4 * parameter.numel() for parameter in trained)
+            files = [path for path in earlier.rglob("*") if path.is_file()] if earlier else []
+            size = sum(path.stat().st_size for path in files) or sum(4 * parameter.numel() for parameter in trained)
             check_space(self._folder, int(1.1 * size))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
