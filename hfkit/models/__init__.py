@@ -8,5 +8,7 @@ architecture: what a configuration says about a model; devices and precisions
 loading: models with their tokenizers
 integrity: what a library loads is what was saved; errors in one line
 quantization: int8 and int4 on a CPU
-exporting: write a model to one folder, or push it to the Hub
+exporting: write a model to one folder or file, or push it to the Hub
+gguf_export, gguf_tokenizer, modelfile: a model for llama.cpp and ollama
+gguf_import: what transformers leaves out when it reads one
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hfkit.errors import HfkitError, first_line
-from hfkit.storage import check_free, check_owned, make_writable
+from hfkit.storage import check_free, check_owned, check_regular, make_writable
 
 INDEX = "model.safetensors.index.json"
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack")
@@ -184,6 +184,12 @@ def count_parameters(source: ModelFiles) -> int:
 def check_target(target: Path, source: ModelFiles, *, overwrite: bool) -> None:
     """Raise HfkitError unless a model made from `source` can be written to `target` and nothing of value is lost."""
     make_writable(target.parent)
+    if target.suffix == ".gguf":
+        check_regular(target)
+        check_free(target, overwrite=overwrite, flag="--output-dir")
+        if source.gguf and target.exists() and target.samefile(source.folder / source.gguf):
+            raise HfkitError(f"{target} is the model itself: name another --output-dir")
+        return
     try:
         target.lstat()
     except FileNotFoundError:
@@ -198,6 +204,6 @@ def check_target(target: Path, source: ModelFiles, *, overwrite: bool) -> None:
         if folder.resolve().is_relative_to(target.resolve()):
             raise HfkitError(f"{target} holds the model itself: name another --output-dir")
     check_owned(target, hidden=True)  # the whole folder is replaced
-    if not (target / "config.json").is_file():
+    if not (target / "config.json").is_file() and not any(target.glob("*.gguf")):
         raise HfkitError(f"{target} does not hold a model: name another --output-dir")
     check_free(target, overwrite=overwrite, flag="--output-dir")

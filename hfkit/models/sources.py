@@ -36,6 +36,8 @@ def find_model(options: ModelOptions | str | None = None) -> ModelFiles:
     checkpoint = find_checkpoint(path) if path else None
     if checkpoint:
         path = convert(checkpoint, name)
+    if path and not (path / "config.json").exists() and len(files := [*path.glob("*.gguf")]) == 1:
+        path = files[0]
     if path and path.is_file():
         return _check_gguf(name, path)
     if path is None:
