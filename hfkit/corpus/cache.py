@@ -214,10 +214,11 @@ def corpus_lines(report: Report) -> list[str]:
     ratio = report.characters / max(1, report.tokens)
     lines = [f"{', '.join(counted(*size) for size in sizes)} ({ratio:.2f} characters a token)"]
     # Short answers have many tokens of the chat template: only what takes several bytes a character can be spelled so.
-    if report.characters < 0.9 * min(report.tokens, report.bytes):
+    if min(report.tokens, report.bytes) > 1.5 * report.characters:
+        recipe = ", as the recipe pretrain-chinese does" if "Han" in report.scripts else ""
         lines.append(
-            "less than one character a token: the tokenizer spells this text byte by byte; 'hfkit pretrain' makes a "
-            "vocabulary for it (--vocab-size)"
+            f"{report.tokens / report.characters:.1f} tokens a character: the tokenizer spells this text byte by "
+            f"byte; 'hfkit pretrain' makes a vocabulary for it (--vocab-size){recipe}"
         )
     if report.kind in ("text", "completion", "messages"):  # rows for a head are not examined
         shares = ", ".join(f"{name} {share:.1%}" for name, share in report.scripts.items())

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from hfkit.console import note
 from hfkit.errors import HfkitError, NotFiniteError
+from hfkit.inference import graphs
 from hfkit.inference.controls import draws, endings, generate_arguments, generation_config, needs_equal_lengths
 from hfkit.inference.decoding import Completion, Rows, StopTexts, complete, decode
 from hfkit.inference.text import Request
@@ -102,6 +103,8 @@ def run_batch(
     """Run one batch; its requests have the same number of new tokens."""
     rows = rows or new_rows(lm, requests, options)
     config = generation_config(lm, options, requests[0].new_tokens)
+    if graphs.suits(lm, requests[0].new_tokens) and config.use_cache is not False:
+        config.cache_implementation = "static"
     _call(lm, requests, options, config, custom_generate=decode, rows=rows)
     return rows.results()
 

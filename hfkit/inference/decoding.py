@@ -23,6 +23,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from hfkit.inference import graphs
 from hfkit.inference.text import Detokenizer, cut_at_stop, held_back, special_tokens, token_writer
 
 
@@ -88,6 +89,7 @@ class Rows(StoppingCriteria):
     ) -> None:
         """contexts: each row's prompt tokens. seeds: one for each row, None for greedy. on_text: for a single row."""
         self.cancelled = threading.Event()
+        self.reads_text = bool(ends.strings or on_text)  # at each step
         self._tokenizer, self._contexts, self._ends = tokenizer, contexts, ends
         self._seeds, self._on_text = seeds, on_text
         self._generators: list[torch.Generator] = []
@@ -112,24 +114,24 @@ class Rows(StoppingCriteria):
             self._generators = self._generators or [
                 torch.Generator(scores.device).manual_seed(seed) for seed in self._seeds
             ]
-            # Row by row: what transformers draws for a row that is alone, after torch.manual_seed(its seed).
-            rows = zip(scores.softmax(-1), self._generators, strict=True)
-            chosen = torch.stack([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+            chosen = draw(scores.softmax(-1), self._generators)
         self._logprobs.append(self._raw.gather(1, chosen).squeeze(1))
         self._chosen.append(chosen.squeeze(1))
         return scores.scatter(1, chosen, torch.inf)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Which rows end here, (rows,). Token ids leave the device only where the text matters."""
-        if self._ends.strings or self._on_text:
+        if self.reads_text:
             for row, token in enumerate(self._chosen[-1].tolist()):
                 if row not in self._stopped:
                     self._texts[row] += self._detokenizers[row].push(token)
                     if token in self._ends.tokens or cut_at_stop(self._texts[row], self._ends.strings)[1]:
                         self._stopped.add(row)
             self._show(final=False)
-        ended = [self.cancelled.is_set() or row in self._stopped for row in range(len(input_ids))]
-        return torch.tensor(ended, device=input_ids.device)
+        count, device = len(input_ids), input_ids.device
+        if not self._stopped or self.cancelled.is_set():
+            return torch.full((count,), self.cancelled.is_set(), device=device)  # unlike a copy, it does not wait
+        return torch.tensor([row in self._stopped for row in range(count)], device=device)
 
     def _show(self, final: bool) -> None:
         if self._on_text:
@@ -150,6 +152,25 @@ class Rows(StoppingCriteria):
         return completions
 
 
+def draw(probabilities: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """A token for each row, (rows, 1): what transformers draws for a row that is alone, after torch.manual_seed.
+
+    probabilities: (rows, vocabulary).
+    """
+    if probabilities.device.type == "cpu":
+        rows = zip(probabilities, generators, strict=True)
+        return torch.stack([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+    return _draw_without_waiting(probabilities, generators)
+
+
+def _draw_without_waiting(probabilities: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """What torch.multinomial computes for each row, without its check of each row, which waits for the GPU."""
+    noise = torch.empty_like(probabilities)
+    for row, generator in zip(noise, generators, strict=True):
+        row.exponential_(generator=generator)
+    return (probabilities / noise).argmax(-1, keepdim=True)
+
+
 class _Processors(LogitsProcessorList):
     """transformers' own inspects the signature of every processor at every step: a tenth of the time of a token."""
 
@@ -168,10 +189,13 @@ def decode(
     rows: Rows,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """`model.generate(custom_generate=decode, rows=Rows(...))`: transformers' loop around `rows`."""
+    """`model.generate(custom_generate=decode, rows=Rows(...))`: transformers' loop around `rows`, or a graph's."""
     generation_config.do_sample = False  # generate() works on a copy of its own, and rows.pick samples
     processors = _Processors([rows.record, *logits_processor, rows.pick])
     criteria = StoppingCriteriaList([*stopping_criteria, rows])
+    if generation_config.cache_implementation == "static":  # see `graphs.suits`
+        kwargs["check_each"] = rows.reads_text
+        return graphs.sample(model, input_ids, processors, criteria, generation_config, **kwargs)
     # The loop that generate() would have run. It is private, but generate() calls a custom_generate function in its
     # place and with its arguments; a loop of our own would be a copy of it.
     return cast(torch.Tensor, model._sample(input_ids, processors, criteria, generation_config, **kwargs))

@@ -43,13 +43,14 @@ def freed_memory_kept(plan: Plan) -> Iterator[None]:
 
 @contextlib.contextmanager
 def private_environment(job: Job) -> Iterator[None]:
-    """Keep the variables that TrainingArguments sets for accelerate, and hfkit's own, from the next trainer."""
-    before = dict(os.environ)
+    """Keep what TrainingArguments sets in this process, and hfkit's own variables, from what runs here next."""
+    before, deterministic = dict(os.environ), torch.are_deterministic_algorithms_enabled()
     os.environ["HF_HUB_OFFLINE"] = "1"  # peft would ask the Hub for the base model at each save
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(job.folder / "tensorboard"))  # not into the checkpoints
     try:
         yield
     finally:
+        torch.use_deterministic_algorithms(deterministic)
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)
@@ -74,6 +75,7 @@ def training_arguments(job: Job, rows: int, accumulation: int) -> TrainingArgume
         "fp16": plan.precision == "float16",
         "torch_compile": plan.compile,
         "dataloader_pin_memory": plan.device.type == "cuda",
+        "accelerator_config": {"non_blocking": plan.device.type == "cuda"},
         "remove_unused_columns": False,
         "label_names": ["start_positions", "end_positions"]
         if job.dataset.head == "question-answering"

@@ -19,6 +19,7 @@ step is measured before it is saved, so that the last checkpoint has all scores.
 
 import contextlib
 import gc
+import math
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -128,9 +129,15 @@ class _Trainer(Trainer):
         """Trainer would log a loss that is not finite as 0, and train on."""
         result = super().compute_loss(*args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
-        if not torch.isfinite(loss).all():
+        # To look at a GPU's loss is to wait for it: `log` does, every few steps.
+        if loss.device.type == "cpu" and not torch.isfinite(loss).all():
             raise _diverged(f"the loss is {loss.item()}", self.state.global_step + 1, self.args.learning_rate)
         return result
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if not math.isfinite(loss := logs.get("loss", 0.0)):
+            raise _diverged(f"the loss is {loss}", self.state.global_step, self.args.learning_rate)
+        super().log(logs, *args, **kwargs)
 
     def measure(self) -> None:
         """Measure the model at this step, once, and log it.

@@ -19,6 +19,7 @@ from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.models.folder import ModelFiles
 from hfkit.models.integrity import LOADING
+from hfkit.models.kernels import fuse_activations, prepare_training
 from hfkit.models.loading import load_weights, load_with_head
 from hfkit.options import ModelOptions, SizeOptions, TrainOptions
 from hfkit.training.plan import Plan
@@ -69,6 +70,10 @@ def _set_training_mode(model: Any, plan: Plan) -> None:
     if not plan.options.head:
         # Without this, Trainer counts the labels unshifted: loss and gradients come out too small.
         model.loss_type = "ForCausalLM"
+    if plan.device.type == "cuda":
+        fuse_activations(model)
+        if not (plan.options.head or plan.options.label_smoothing_factor):  # which Trainer computes from the logits
+            prepare_training(model)
     if plan.plain_attention:
         model.set_attn_implementation("eager")
     for module in model.modules():

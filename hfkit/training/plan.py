@@ -153,6 +153,8 @@ def make_plan(
     sequences: in an epoch; 0 for a stream, where they are not known. length: tokens of a sequence, on average.
     fresh: the model is new, not trained before. shared_by: processes that share the work.
     """
+    if options.full_determinism:  # CUDA reads it at its first matrix product, in `_speed`
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     options = _decide(options, parameters, sequences, length, fresh, shared_by)
     batch = (options.per_device_train_batch_size or 1) * shared_by
     per_epoch = math.ceil(math.ceil(sequences / batch) / options.gradient_accumulation_steps)
@@ -179,6 +181,7 @@ def make_plan(
             bf16=precision == "bfloat16",
             fp16=precision == "float16",
             torch_compile=compiled,
+            logging_steps=options.logging_steps or _logging_steps(steps, device),
         ),
         device=device,
         precision=precision,
@@ -214,6 +217,11 @@ def _decide(
     if options.lora:
         chosen["lora_alpha"] = 2 * options.lora_r
     return replace(options, **{name: value for name, value in chosen.items() if getattr(options, name) is None})
+
+
+def _logging_steps(steps: int, device: torch.device) -> int:
+    """On a GPU a loss is read for every tenth step of a long run: to read it is to wait for it."""
+    return max(1, min(10, steps // 100)) if device.type == "cuda" else 1
 
 
 def _learning_rate(parameters: int, fresh: bool, lora: bool) -> float:

@@ -273,3 +273,4 @@ def test_prepare_notes_text_without_vocabulary(tmp_path, capfdbinary, tiny, text
     (tmp_path / "a.txt").write_text(text * 50)
     result = call(capfdbinary, "prepare", tmp_path / "a.txt", "-m", tiny)
     assert (b"byte by byte; 'hfkit pretrain' makes a vocabulary" in result.stdout) == told
+    assert (b"recipe pretrain-chinese" in result.stdout) == text.startswith("漢")

@@ -1,0 +1,176 @@
+"""Decoding on a GPU, as far as a CPU shows it: its steps give the same texts, and never read a result back."""
+
+import contextlib
+import functools
+
+import pytest
+import torch
+from support.graphs import FakeGraph
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+
+import hfkit
+from hfkit import console
+from hfkit.inference import batches, graphs
+from hfkit.inference.decoding import _draw_without_waiting, draw
+from hfkit.inference.text import fit_prompt
+from hfkit.options import GenerateOptions
+
+PROMPTS = ["the cat", "a", "what is it that you want"]
+
+
+@pytest.fixture(scope="module")
+def lms(tiny, tiny_llama):
+    return {"gpt2": hfkit.load(tiny), "llama": hfkit.load(tiny_llama)}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU as `graphs` sees it; the list grows with what it records and replays."""
+    events = []
+    monkeypatch.setattr(graphs, "suits", lambda lm, new_tokens: new_tokens >= 8)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", functools.partial(FakeGraph, events))
+    monkeypatch.setattr(torch.cuda, "graph", FakeGraph.recorded)
+    return events
+
+
+CONTROLS = {"seed": 2, "top_p": 0.9, "repetition_penalty": 1.3}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gpt2", {"temperature": 0}),
+        ("gpt2", {"seed": 1}),
+        ("gpt2", {"seed": 3, "stop_strings": ["e"]}),
+        ("llama", CONTROLS),
+    ],
+)
+def test_sample_equals_transformers(lms, monkeypatch, name, options, request):
+    """Rows of different lengths, with and without a prompt that is padded."""
+    lm, options = lms[name], {"max_new_tokens": 14, **options}
+    plain = [*hfkit.generate(PROMPTS, model=lm, **options), hfkit.generate(PROMPTS[0], model=lm, **options)]
+    events = request.getfixturevalue("gpu")
+    ours = [*hfkit.generate(PROMPTS, model=lm, **options), hfkit.generate(PROMPTS[0], model=lm, **options)]
+    assert [text.completion for text in ours] == [text.completion for text in plain]
+    assert [text.tokens for text in ours] == [text.tokens for text in plain]
+    assert [text.logprob for text in ours] == pytest.approx([text.logprob for text in plain], abs=1e-3)
+    assert events.count("recorded") == 2 or "stop_strings" in options
+    monkeypatch.undo()
+
+
+def test_sample_ends(lms, gpu, monkeypatch):
+    """All rows may end before the last token; what they write after that is not in the result."""
+    lm, options = lms["gpt2"], GenerateOptions(temperature=0, max_new_tokens=40)
+    request = fit_prompt("the cat", options, lm.tokenizer, lm.model.config, lm.name)
+    (whole,) = batches.run_batch(lm, [request], options)
+    monkeypatch.setattr(lm.model.generation_config, "eos_token_id", whole.tokens[20])
+    gpu.clear()
+    (ended,) = batches.run_batch(lm, [request], options)
+    assert ended.finish_reason == "stop" and ended.tokens == whole.tokens[: whole.tokens.index(whole.tokens[20]) + 1]
+    assert len(gpu) < 36  # recorded once, and replayed until the next look at whether it has ended
+
+
+def test_stream_and_short_texts(lms, gpu):
+    lm = lms["gpt2"]
+    pieces = list(hfkit.stream("the cat", model=lm, seed=4, max_new_tokens=20))
+    assert len(pieces) > 5 and "replayed" in gpu
+    assert "".join(pieces) == hfkit.generate("the cat", model=lm, seed=4, max_new_tokens=20).completion
+    gpu.clear()
+    hfkit.generate("the cat", model=lm, max_new_tokens=7)
+    assert not gpu
+
+
+@pytest.mark.parametrize("error", [RuntimeError("operation not permitted\nwhen"), torch.OutOfMemoryError("CUDA")])
+def test_steps_that_cannot_be_recorded(lms, gpu, monkeypatch, capfd, error):
+    """They go on without a graph; where memory is the reason, the batch is halved as in transformers' loop."""
+    lm, failing = lms["gpt2"], [error]
+    plain = [text.completion for text in hfkit.generate(PROMPTS[:2], model=lm, seed=1, max_new_tokens=16)]
+
+    @contextlib.contextmanager
+    def graph(recorded, **options):
+        if failing:
+            raise failing.pop()
+        with FakeGraph.recorded(recorded, **options):
+            yield
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(console.state, "verbose", True)
+    assert [text.completion for text in hfkit.generate(PROMPTS[:2], model=lm, seed=1, max_new_tokens=16)] == plain
+    words = "out of memory with 2 texts" if isinstance(error, torch.OutOfMemoryError) else "operation not permitted"
+    assert words in capfd.readouterr().err
+
+
+SHAPE = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize("family", graphs._FAMILIES)
+def test_step_reads_nothing_back(family):
+    """Tensors without data: to read one is an error. None of the operations has a part on the CPU."""
+    config = AutoConfig.for_model(family, vocab_size=99, bos_token_id=0, eos_token_id=0, **SHAPE)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    cache = StaticCache(config=config, max_cache_len=30)
+    heads = 4 if family == "gpt2" else 2
+    width = getattr(config, "head_dim", None) or 8
+    cache.early_initialization(3, heads, width, dtype=torch.bfloat16, device="meta")
+    devices = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            devices.update(each.device.type for each in tree_leaves((args, kwargs, result)) if torch.is_tensor(each))
+            return result
+
+    step = graphs.Step(model, cache, torch.ones(3, 5, dtype=torch.long, device="meta"))
+    with torch.no_grad(), Watch():
+        logits = step.forward()
+    assert logits.shape == (3, 1, 99) and devices == {"meta"}
+
+
+def test_suits(lms, tiny_t5, monkeypatch):
+    class OnGPU:
+        """A model that says that it is on a GPU."""
+
+        device = torch.device("cuda", 0)
+
+        def __init__(self, model, **more):
+            vars(self).update(config=model.config, **more)
+
+    lm = lms["gpt2"]
+    assert not graphs.suits(lm, 50)  # on a CPU
+
+    def suits(model, tokens=50, **more):
+        return graphs.suits(lm._replace(model=OnGPU(model, **more)), tokens)
+
+    assert suits(lm.model) and suits(lms["llama"].model)
+    assert not suits(lm.model, tokens=4)
+    assert not suits(hfkit.load(tiny_t5).model)
+    assert not suits(lm.model, is_quantized=True)
+    assert suits(lm.model, hf_device_map={"": 0}) and not suits(lm.model, hf_device_map={"a": 0, "b": 1})
+    monkeypatch.setattr(lm.model.config, "_attn_implementation", "flash_attention_2")
+    assert not suits(lm.model)
+
+
+def test_draw():
+    """Without a look at each row it is what torch.multinomial draws."""
+    probabilities = torch.randn(4, 999, generator=torch.Generator().manual_seed(0)).mul(3).softmax(-1)
+
+    def seeded():
+        return [torch.Generator().manual_seed(seed) for seed in range(4)]
+
+    assert torch.equal(_draw_without_waiting(probabilities, seeded()), draw(probabilities, seeded()))
+
+
+def test_no_cache_asked_for(lms, gpu):
+    options = {"model": lms["gpt2"], "seed": 1, "max_new_tokens": 12}
+    without = hfkit.generate("a", use_cache=False, **options)
+    assert not gpu
+    assert without.completion == hfkit.generate("a", **options).completion and gpu
