@@ -35,7 +35,7 @@ def make_conversation(row: dict[str, Any], turns: Any, where: str, prompt: Any =
     if isinstance(system, str) and system and not any(message["role"] == "system" for message in messages):
         messages.insert(0, {"role": "system", "content": system})
     if not any(message["role"] == "assistant" for message in messages):
-        raise row_error("messages without an assistant", where, "there is no answer to learn")
+        raise UnlearnedError(f"messages without an assistant ({where}): there is no answer to learn")
     return {"messages": messages, **({"tools": [_wrap(tool) for tool in tools]} if tools else {})}
 
 
@@ -104,14 +104,14 @@ def _read_message(message: dict[str, Any], where: str) -> dict[str, Any]:
     return message | {"role": role, "content": content}
 
 
-class EmptyAnswerError(HfkitError):
-    """A row has an answer without text."""
+class UnlearnedError(HfkitError):
+    """A row is in order, but has no answer to learn."""
 
 
 def check_answer(answer: str, where: str) -> str:
-    """The answer. EmptyAnswerError if it has no text."""
+    """The answer. UnlearnedError if it has no text."""
     if not answer.strip():
-        raise EmptyAnswerError(f"an answer is empty ({where})")
+        raise UnlearnedError(f"an answer is empty ({where})")
     return answer
 
 

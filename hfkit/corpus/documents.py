@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from hfkit.console import counted, note_once
-from hfkit.corpus.conversations import EmptyAnswerError
+from hfkit.corpus.conversations import UnlearnedError
 from hfkit.corpus.examples import Convert, choose_form
 from hfkit.corpus.files import Corpora, Corpus, Source, find_corpus
 from hfkit.corpus.formats import TEXTS, read_text
@@ -114,24 +114,24 @@ def _has_examples(corpus: Corpus, options: CorpusOptions) -> bool:
 
 
 def _make_records(rows: Iterable[Row], convert: Convert, description: str) -> Iterator[Piece | Example]:
-    empty: list[HfkitError] = []
+    unlearned: list[HfkitError] = []
     is_read = False
     for row, where in rows:
-        note_once(description)
         try:
             values = convert(row, where)
-        except EmptyAnswerError as error:
-            empty.append(error)
+        except UnlearnedError as error:
+            unlearned.append(error)
             continue
         is_read = True
+        note_once(description)
         if isinstance(values, str):
             yield from cut_pieces([values])
         else:
             yield Example(values, where)
-    if empty and not is_read:
-        raise empty[0]
-    if empty:
-        note_once(f"left out {counted(len(empty), 'row')}, such as: {empty[0]}")
+    if unlearned and not is_read:
+        raise unlearned[0]
+    if unlearned:
+        note_once(f"left out {counted(len(unlearned), 'row')}, such as: {unlearned[0]}")
 
 
 def read_table(corpus: Corpora | Corpus, options: CorpusOptions, columns: Collection[str] = ()) -> Iterator[Row]:

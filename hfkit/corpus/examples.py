@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from itertools import takewhile
 from typing import Any
 
-from hfkit.corpus.conversations import check_answer, make_conversation
+from hfkit.corpus.conversations import UnlearnedError, check_answer, make_conversation
 from hfkit.corpus.rows import column_names, row_error
 from hfkit.errors import HfkitError
 
@@ -86,7 +86,7 @@ def _read_messages(column: str) -> Convert:
 def _read_pair(row: dict[str, Any], where: str) -> Values:
     prompt, completion = row["prompt"], row["completion"]
     if row.get("label") is False:  # of preference data: the completion is a bad example
-        raise row_error("'label' is false, but hfkit learns every completion", where, "delete the row")
+        raise UnlearnedError(f"'label' is false ({where}): the completion is not learned")
     if isinstance(prompt, list) and isinstance(completion, list):
         return make_conversation(row, completion, where, prompt)
     if row.get("system"):

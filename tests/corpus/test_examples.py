@@ -145,23 +145,24 @@ def test_read_records_refuses_what_would_be_lost(tmp_path, row, words):
 
 
 @pytest.mark.parametrize(
-    "row",
+    ("row", "filled", "reason"),
     [
-        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": " "}]},
-        {"messages": [ASK, SAY | {"content": ""}]},
-        {"prompt": "a", "completion": " \n"},
-        {"instruction": "a", "output": ""},
-        {"question": "a", "answer": ""},
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": " "}]},
+         {"conversations": [ASK, SAY]}, "an answer is empty"),
+        ({"messages": [ASK, SAY | {"content": ""}]}, CHAT, "an answer is empty"),
+        ({"prompt": "a", "completion": " \n"}, {"prompt": "a", "completion": "b"}, "an answer is empty"),
+        ({"instruction": "a", "output": ""}, {"instruction": "a", "output": "b"}, "an answer is empty"),
+        ({"conversations": []}, {"conversations": [ASK, SAY]}, "messages without an assistant"),
+        ({"prompt": "a", "completion": "b", "label": False}, {"prompt": "a", "completion": "b"}, "'label' is false"),
     ],
     ids=str,
-)
-def test_read_records_leaves_out_empty_answers(tmp_path, row, capfd):
-    """Silence is not learned: public data has such rows, and a note counts them and names the first."""
-    filled = json.loads(json.dumps(row).replace('" "', '"Yo"').replace('""', '"Yo"').replace('" \\n"', '"Yo"'))
+)  # fmt: skip
+def test_read_records_leaves_out_rows_without_an_answer(tmp_path, row, filled, reason, capfd):
+    """Public data has such rows: a note counts them and names the first. Where there is no other, it is an error."""
     assert len(read(tmp_path, filled, row, filled, row)) == 2
-    assert "left out 2 rows, such as: an answer is empty (" in (notes := capfd.readouterr().err)
+    assert f"left out 2 rows, such as: {reason} (" in (notes := capfd.readouterr().err)
     assert "rows.jsonl, line 2" in notes and "line 4" not in notes
-    with pytest.raises(HfkitError, match=r"an answer is empty \(.*line 1"):
+    with pytest.raises(HfkitError, match=rf"{reason} \(.*line 1"):
         read(tmp_path, row)
 
 
