@@ -140,6 +140,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def token_writer(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes]:
     """A function from a token, as the vocabulary spells it, to the bytes that it writes into a text."""
     byte_level, word_pieces = is_byte_level(tokenizer), "WordPiece" in _decoder_of(tokenizer)
+    drops_spaces = "Replace" in _decoder_of(tokenizer)  # see models/wordpiece.py
 
     def write(word: str) -> bytes:
         if byte_level and all(sign in _BYTES for sign in word):
@@ -147,7 +148,8 @@ def token_writer(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes]:
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", word):  # SentencePiece's
             return bytes.fromhex(byte[1])
         if word_pieces:
-            return (word[2:] if word.startswith("##") else word if starts_unspaced(word) else f" {word}").encode()
+            is_joined = drops_spaces and starts_unspaced(word)
+            return (word[2:] if word.startswith("##") else word if is_joined else f" {word}").encode()
         return word.replace("▁", " ").encode()
 
     return write
