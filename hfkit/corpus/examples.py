@@ -25,6 +25,8 @@ _BORDER = "\n\nAssistant:"  # before an answer in Anthropic's data
 def choose_form(row: dict[str, Any], where: str, text_column: str | None) -> tuple[Convert, str]:
     """How rows like this one become what is learned, and a note about that. HfkitError if its form is not known."""
     cells = {name: value for name, value in row.items() if value is not None}
+    if isinstance(cells.get("conversation"), str):  # written down as one text
+        del cells["conversation"]
     form = next((form for form in _FORMS if cells.keys() >= set(form[0])), None) or _find_question(cells)
     if form and not text_column:
         columns, convert, name = form
