@@ -22,10 +22,7 @@ class ModelOptions(Options):
 
     named_by: ClassVar[str] = "model"
     model: str | None = option(
-        None,
-        "bundled, a Hub name (gpt2), a folder, a .gguf file, a TensorFlow checkpoint. "
-        "[default: $HFKIT_MODEL, else bundled]",
-        short="-m",
+        None, "bundled, a Hub name, a folder, .gguf or TensorFlow file. [default: $HFKIT_MODEL or bundled]", short="-m"
     )
     revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps ...")
