@@ -83,6 +83,8 @@ def _read_message(message: dict[str, Any], where: str) -> dict[str, Any]:
         raise row_error("a message has no role", where)
     if not (role := _ROLES.get(name.lower())):
         raise row_error(f"unknown role {name!r}", where, "write system, user, assistant or tool")
+    if message.pop("train", True) is False:  # as Axolotl has it
+        message["weight"] = 0
     if (weight := message.get("weight", 0)) not in (0, 1):
         raise row_error(f"'weight' is {weight!r}, but an answer is learned or not", where, "write 0 or 1")
     if weight == 1:
