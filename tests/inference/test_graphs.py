@@ -8,7 +8,7 @@ import torch
 from support.graphs import FakeGraph
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import hfkit
 from hfkit import console
@@ -32,6 +32,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(graphs, "suits", lambda lm, new_tokens: new_tokens >= 8)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", functools.partial(FakeGraph, events))
     monkeypatch.setattr(torch.cuda, "graph", FakeGraph.recorded)
+    monkeypatch.delattr(torch._dynamo, "mark_static_address")  # it would import the compiler
     return events
 
 
@@ -117,7 +118,7 @@ def test_step_reads_nothing_back(family):
     config = AutoConfig.for_model(family, vocab_size=99, bos_token_id=0, eos_token_id=0, **SHAPE)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    cache = StaticCache(config=config, max_cache_len=30)
+    cache = graphs.FixedCache(hfkit.LanguageModel(model, None), 30)
     heads = 4 if family == "gpt2" else 2
     width = getattr(config, "head_dim", None) or 8
     cache.early_initialization(3, heads, width, dtype=torch.bfloat16, device="meta")
