@@ -9,7 +9,7 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 _SCIPY = "is_scipy_available"  # 0.25: the losses of object detection import scipy.optimize
 _DISTRIBUTED = "is_torch_distributed_available"  # 0.1 alone, 0.5 once nothing imports dynamo: shards, with sympy
 _DYNAMO = "torch._dynamo"  # 0.6: for three decorators that mark functions for the compiler
+_SHAPES = "torch.fx.experimental.symbolic_shapes"  # 0.3 from torch 2.15 on: sympy, for one function of flex attention
 
 
 def import_lean(model_type: str) -> None:
@@ -51,11 +52,14 @@ def _lean() -> Iterator[None]:
         raise ImportError("torch imports its compiler by itself")
     stub = ModuleType(_DYNAMO)
     stub.__path__ = []  # a package, whose submodules are those below
-    mask = ModuleType(f"{_DYNAMO}._trace_wrapped_higher_order_op")
+    mask, shapes = ModuleType(f"{_DYNAMO}._trace_wrapped_higher_order_op"), ModuleType(_SHAPES)
     # Of use to the compiler alone: none is called while a model is imported or runs.
     vars(stub).update(allow_in_graph=_same, assume_constant_result=_same, disable=_same)
-    vars(mask).update(TransformGetItemToIndex=_transform_getitem_to_index)
-    sys.modules |= {stub.__name__: stub, mask.__name__: mask}
+    # A few attention masks use these when they run.
+    vars(mask).update(TransformGetItemToIndex=_late(mask.__name__, "TransformGetItemToIndex"))
+    vars(shapes).update(has_free_unbacked_symbols=_late(_SHAPES, "has_free_unbacked_symbols"))
+    stubs = {module.__name__: module for module in (stub, mask, shapes)}
+    sys.modules |= stubs
     vars(torch)["_dynamo"] = stub
     try:
         from transformers import utils
@@ -73,7 +77,9 @@ def _lean() -> Iterator[None]:
                 setattr(utils, name, flag)
                 setattr(import_utils, name, flag)
     finally:
-        del sys.modules[stub.__name__], sys.modules[mask.__name__], vars(torch)["_dynamo"]
+        for name in stubs:
+            del sys.modules[name]
+        del vars(torch)["_dynamo"]
 
 
 def _scan_once() -> None:
@@ -100,9 +106,9 @@ def _same(function: Any = None, *arguments: Any, **options: Any) -> Any:
     return _same if function is None else function
 
 
-def _transform_getitem_to_index() -> Any:
-    """The context manager that a few attention masks use when they run."""
-    return import_module(f"{_DYNAMO}._trace_wrapped_higher_order_op").TransformGetItemToIndex()
+def _late(module: str, name: str) -> Callable[..., Any]:
+    """A function or class of `module`, which is imported at the first call."""
+    return lambda *arguments: getattr(import_module(module), name)(*arguments)
 
 
 def _compile_patterns_late() -> None:

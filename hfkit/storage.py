@@ -21,6 +21,7 @@ from hfkit.console import note
 from hfkit.errors import HfkitError, LockedError, first_line
 
 LIST, LOCK = ".hfkit.json", ".hfkit.lock"
+_WEIGHTS = (".safetensors", ".gguf")
 _TEMPORARY = re.compile(r"\..+\.\d+\.hfkit")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -48,11 +49,11 @@ def owned(folder: Path) -> set[str]:
 def add_owned(folder: Path, names: Iterable[str], weights: Path | None = None) -> None:
     """Add `names` to the list of what hfkit writes in `folder`. Call it before they are written.
 
-    weights: a folder with the .safetensors files that will be among them; `check_weights` compares with these.
+    weights: a folder with the weight files that will be among them; `check_weights` compares with these.
     """
     listed = _read_list(folder)
     files = listed | {name: listed.get(name) for name in names}
-    files |= {path.name: _digest(path) for path in weights.glob("*.safetensors")} if weights else {}
+    files |= {path.name: _digest(path) for path in weights.iterdir() if path.suffix in _WEIGHTS} if weights else {}
     if files != listed:
         write_text(folder / LIST, json.dumps({"files": dict(sorted(files.items()))}))
 
@@ -62,10 +63,8 @@ def check_weights(folder: Path) -> None:
     for name, digest in _read_list(folder).items():
         path = folder / name
         if digest and path.is_file() and _digest(path) != digest:
-            raise HfkitError(
-                f"the weights are not those that hfkit wrote ({path}): make them again, or, if you changed them on "
-                f"purpose, delete {folder / LIST}"
-            )
+            advice = f"make them again, or, if you changed them on purpose, delete {folder / LIST}"
+            raise HfkitError(f"the weights are not those that hfkit wrote ({path}): {advice}")
 
 
 def _digest(path: Path) -> str:

@@ -1,5 +1,7 @@
 """Tiny models, made here: no network, no time."""
 
+import gc
+import json
 import os
 import shutil
 import tempfile
@@ -14,9 +16,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants a Hub starts one of its 
 os.environ.pop("HFKIT_MODEL", None)
 CACHE = tempfile.mkdtemp(prefix="hfkit-tests-")
 os.environ["HF_DATASETS_CACHE"] = CACHE  # what is tokenized here is for nobody else
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # threads that wait for each other are slower than one with so little to do
+# Threads that wait for each other are slower than one with so little to do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_sessionfinish() -> None:
@@ -26,10 +27,6 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(scope="module")
 def brisk():
     """Small runs that take half the time."""
-    import gc
-
-    pass  # noqa: F401, so that it is not looked through either
-
     with pytest.MonkeyPatch.context() as patch:
         trials.make_brisk(patch.setattr)
         yield
@@ -106,6 +103,29 @@ def tiny_llama(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_chinese(tmp_path_factory) -> str:
+    """A random GPT-2 with BERT's vocab.txt and settings that name no end of a text, as Chinese models have it."""
+    from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-chinese"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(trials.CHINESE)), "gp", "##t", "rain", "2020"]
+    set_seed(4)
+    config = GPT2Config(
+        vocab_size=len(words), n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None
+    )
+    model = GPT2LMHeadModel(config)
+    for parameter in model.parameters():
+        parameter.data *= 4
+    model.save_pretrained(folder)
+    for name in ("config.json", "generation_config.json"):  # where an id is missing, transformers takes OpenAI's
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({key: settings[key] for key in settings if "token_id" not in key}))
+    edit_json(folder / "config.json", tokenizer_class="BertTokenizer")
+    (folder / "vocab.txt").write_text("\n".join(words), "utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_t5(tmp_path_factory, tiny) -> str:
     """A random encoder-decoder model with the byte tokenizer, in a folder."""
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration, set_seed
@@ -127,7 +147,7 @@ def tiny_bert(tmp_path_factory) -> str:
     from transformers import BertForMaskedLM, set_seed
 
     from hfkit.training.models import make_bert
-    from hfkit.training.pretraining import train_wordpiece
+    from hfkit.training.vocabulary import train_wordpiece
 
     folder = tmp_path_factory.mktemp("models") / "tiny-bert"
     tokenizer = train_wordpiece([" ".join(trials.WORDS), "abcdefghijklmnopqrstuvwxyz 0123456789 .,?!"] * 9, 300)

@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 from support.shell import run
+
+from hfkit.__main__ import main
 
 # Imports for a model of one type, and tells what is there and what happens after a fault.
 IMPORT = """
@@ -42,6 +45,20 @@ def test_lean():
     assert after == [3, True]  # torch's compiler is itself again
     heavy_after_fault, *facts_after_fault = json.loads(import_for("gpt2", "_same")[0])
     assert "torch._dynamo" in heavy_after_fault and facts_after_fault == facts
+
+
+def test_exit_with_triton(monkeypatch):
+    """Objects are frozen at the end of a command, unless Triton is there: its bindings report them as leaks."""
+    frozen = []
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("gc.freeze", lambda: frozen.append(True))
+    for name in ("hfkit.warm.run", "hfkit.warm.keep_alive", "hfkit.cli.app.main"):
+        monkeypatch.setattr(name, lambda: None)
+    main()
+    assert frozen == [True]
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    main()
+    assert frozen == [True]
 
 
 @pytest.mark.slow

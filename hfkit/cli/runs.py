@@ -68,12 +68,14 @@ def report(
 
 @flags
 def export(options: ExportOptions, model: str = argument(help="A run of finetune, an adapter, or any model.")) -> None:
-    """Write a model as one folder, or push it to the Hub.
+    """Write a model as one folder or GGUF file, or push it to the Hub.
 
-    A LoRA adapter is merged into its base; --dtype changes the precision.
+    A LoRA adapter is merged into its base; --dtype and --quantize change the precision. llama.cpp and ollama run GGUF
+    files; what they need to know besides is in a Modelfile.
 
     Examples:
         hfkit export runs/corpus -o my-model
+        hfkit export runs/corpus --format gguf --quantize q8_0 -o my-model
     """
     if not options.output_dir and not options.push_to_hub:
         options = replace(options, output_dir=f"{Path(model).resolve().name}-export")  # printed in the end
@@ -83,3 +85,7 @@ def export(options: ExportOptions, model: str = argument(help="A run of finetune
     console.write(f"{place}\n")
     if options.output_dir:
         console.note(f"next: hfkit generate -m {shlex.quote(place)}")
+    if place.endswith(".gguf"):
+        path = Path(place)
+        modelfile = path.with_suffix(".Modelfile") if place == options.output_dir else path.with_name("Modelfile")
+        console.note(f"or: ollama create {shlex.quote(path.stem.lower())} -f {shlex.quote(str(modelfile))}")

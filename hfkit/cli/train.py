@@ -108,7 +108,7 @@ def prepare(
     data: DataOptions,
     corpus: list[str] = CORPUS,
     output_dir: Path | None = option(None, "Folder to keep the tokens in.", short="-o"),
-    show: int = option(0, "Print the first N sequences as the model sees them.", min=0),
+    show: int | None = option(None, "Print the first N sequences as the model sees them. [default: 1, cut]", min=0),
     json: bool = JSON,
 ) -> None:
     """Tokenize a corpus; print what is in it and what training costs.
@@ -117,11 +117,12 @@ def prepare(
         hfkit prepare corpus.txt
     """
     _check_inputs(corpus, data, model)
-    preparation = hfkit.prepare(corpus, model=model, data=data, output_dir=output_dir, show=show)
+    count = (0 if json else 1) if show is None else show
+    preparation = hfkit.prepare(corpus, model=model, data=data, output_dir=output_dir, show=count)
     if json:
         console.write_json(preparation.to_dict())
         return
-    console.write("".join(f"{line}\n" for line in preparation.lines()))
+    console.write("".join(f"{line}\n" for line in preparation.lines(brief=show is None)))
     from hfkit.training.run_folder import command_line
 
     command = command_line("finetune", str(output_dir) if output_dir else corpus, data)

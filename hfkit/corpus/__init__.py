@@ -3,7 +3,8 @@
 files: which files a corpus is
 formats: what a file holds, and its text
 rows: the rows of tables, JSON, Parquet, Arrow and the Hub
-examples: rows as texts, prompts with completions, or conversations
+examples: rows as texts, prompts with completions, or conversations, in the forms that are known
+conversations: messages as other tools write them
 templates: how a prompt and its answer, or a conversation, become one text
 documents: any corpus as a stream of records
 encoding: records to token ids

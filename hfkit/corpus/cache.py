@@ -25,7 +25,7 @@ from hfkit.errors import HfkitError, first_line
 from hfkit.options import DataOptions
 from hfkit.storage import add_owned, check_owned, check_regular, lock, make_names_durable, make_writable, write_text
 
-_VERSION = 8  # of the files on disk
+_VERSION = 9  # of the files on disk
 _DECIDING = ("text_column", "errors", "dataset_config_name", "dataset_split", "template", "labels")  # options
 _SAMPLE = 1_000_000  # characters that are examined for their script
 _SCRIPTS = {"Cjk": "Han", "Masculine": "Latin", "Feminine": "Latin", "Micro": "Greek"}  # ª, º and µ
@@ -213,10 +213,12 @@ def corpus_lines(report: Report) -> list[str]:
     sizes = [(report.documents, noun), (report.characters, "character"), (report.tokens, "token")]
     ratio = report.characters / max(1, report.tokens)
     lines = [f"{', '.join(counted(*size) for size in sizes)} ({ratio:.2f} characters a token)"]
-    if report.characters < 0.9 * report.tokens:
+    # Short answers have many tokens of the chat template: only what takes several bytes a character can be spelled so.
+    if min(report.tokens, report.bytes) > 1.5 * report.characters:
+        recipe = ", as the recipe pretrain-chinese does" if "Han" in report.scripts else ""
         lines.append(
-            "less than one character a token: the tokenizer spells this text byte by byte; 'hfkit pretrain' makes a "
-            "vocabulary for it (--vocab-size)"
+            f"{report.tokens / report.characters:.1f} tokens a character: the tokenizer spells this text byte by "
+            f"byte; 'hfkit pretrain' makes a vocabulary for it (--vocab-size){recipe}"
         )
     if report.kind in ("text", "completion", "messages"):  # rows for a head are not examined
         shares = ", ".join(f"{name} {share:.1%}" for name, share in report.scripts.items())

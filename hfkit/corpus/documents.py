@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from hfkit.console import counted, note_once
+from hfkit.corpus.conversations import UnlearnedError
 from hfkit.corpus.examples import Convert, choose_form
 from hfkit.corpus.files import Corpora, Corpus, Source, find_corpus
 from hfkit.corpus.formats import TEXTS, read_text
@@ -113,13 +114,24 @@ def _has_examples(corpus: Corpus, options: CorpusOptions) -> bool:
 
 
 def _make_records(rows: Iterable[Row], convert: Convert, description: str) -> Iterator[Piece | Example]:
+    unlearned: list[HfkitError] = []
+    is_read = False
     for row, where in rows:
-        values = convert(row, where)
+        try:
+            values = convert(row, where)
+        except UnlearnedError as error:
+            unlearned.append(error)
+            continue
+        is_read = True
         note_once(description)
         if isinstance(values, str):
             yield from cut_pieces([values])
         else:
             yield Example(values, where)
+    if unlearned and not is_read:
+        raise unlearned[0]
+    if unlearned:
+        note_once(f"left out {counted(len(unlearned), 'row')}, such as: {unlearned[0]}")
 
 
 def read_table(corpus: Corpora | Corpus, options: CorpusOptions, columns: Collection[str] = ()) -> Iterator[Row]:

@@ -1,24 +1,41 @@
 """From a row to what is learned: a text, a prompt with its completion, or a conversation, in the known forms."""
 
-import json
+import math
+import os
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from typing import Any
 
+from hfkit.corpus.conversations import UnlearnedError, check_answer, make_conversation
 from hfkit.corpus.rows import column_names, row_error
 from hfkit.errors import HfkitError
 
 Values = str | dict[str, Any]  # a text, or `messages`, or `prompt` and `completion`
 Convert = Callable[[dict[str, Any], str], Values]
+Form = tuple[tuple[str, ...], Convert, str]  # columns of its rows, how they are read, and a note
 _TEXT_COLUMNS = ("text", "content", "document", "body")
-_ASSISTANT = ("assistant", "gpt", "chatgpt", "bot", "model")
-_SPEAKERS = {"system": "system", "user": "user", "human": "user", **dict.fromkeys(_ASSISTANT, "assistant")}
+# A row with one column of each kind is a question and its answer.
+_QUESTIONS = ("instruction", "question", "query", "problem", "prompt", "inputs", "input", "human", "user")
+_ANSWERS = ("output", "response", "answer", "solution", "targets", "target", "assistant")
+_BESIDE = ("input", "context")  # what the question is about
+_UNCLEAR = ("choices", "options", "passage")  # without these a question may make no sense
+_BORDER = "\n\nAssistant:"  # before an answer in Anthropic's data
 
 
 def choose_form(row: dict[str, Any], where: str, text_column: str | None) -> tuple[Convert, str]:
     """How rows like this one become what is learned, and a note about that. HfkitError if its form is not known."""
-    for columns, convert, name in _FORMS if not text_column else ():
-        if row.keys() >= set(columns):
-            return convert, name
+    cells = {name: value for name, value in row.items() if value is not None}
+    form = next((form for form in _FORMS if cells.keys() >= set(form[0])), None) or _find_question(cells)
+    if form and not text_column:
+        columns, convert, name = form
+
+        def read_example(row: dict[str, Any], where: str) -> Values:
+            if missing := [name for name in columns if row.get(name) is None]:
+                remedy = "all rows of a file must have the form of the first"
+                raise row_error(f"a row without {column_names(missing)}", where, remedy)
+            return convert(row, where)
+
+        return read_example, name
     column = choose_text_column(row, where, text_column)
 
     def read_column(row: dict[str, Any], where: str) -> str:
@@ -49,7 +66,8 @@ def choose_text_column(
     if isinstance(row.get("translation"), dict):
         remedy = "write a column for each language and use --template, such as 'English: {en}\\nFrench: {fr}'"
         raise row_error("translations in one column", where, remedy)
-    raise HfkitError(f"which column is the text ({where}: {column_names(row)})? Name it with --text-column")
+    remedy = "Name it with --text-column, or make a prompt and its answer with --template"
+    raise HfkitError(f"which column is the text ({where}: {column_names(row)})? {remedy}")
 
 
 def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
@@ -61,119 +79,95 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
     return value
 
 
-def _check_answer(answer: str, where: str) -> str:
-    if not answer.strip():
-        raise row_error("an answer is empty", where)
-    return answer
+def _read_messages(column: str) -> Convert:
+    return lambda row, where: make_conversation(row, row[column], where)
 
 
 def _read_pair(row: dict[str, Any], where: str) -> Values:
-    prompt, completion = row.get("prompt"), row.get("completion")
+    prompt, completion = row["prompt"], row["completion"]
     if row.get("label") is False:  # of preference data: the completion is a bad example
-        raise row_error("'label' is false, but hfkit learns every completion", where, "delete the row")
+        raise UnlearnedError(f"'label' is false ({where}): the completion is not learned")
     if isinstance(prompt, list) and isinstance(completion, list):
-        if any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in prompt):
-            raise row_error("the prompt has answers, which would be learned", where, "write the row as messages")
-        return _read_messages(row | {"messages": prompt + completion}, where)
+        return make_conversation(row, completion, where, prompt)
     if row.get("system"):
         remedy = "put it into the prompt, or write messages"
         raise row_error("'system' would be lost beside a prompt", where, remedy)
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise row_error("prompt and completion must be texts", where)
-    return {"prompt": prompt, "completion": _check_answer(completion, where)}
+    return {"prompt": prompt, "completion": check_answer(completion, where)}
 
 
-def _read_sharegpt(row: dict[str, Any], where: str) -> Values:
-    turns = row.get("conversations")
-    if isinstance(turns, list) and all(isinstance(turn, dict) and "from" in turn for turn in turns):
-        if unknown := [turn["from"] for turn in turns if turn["from"] not in _SPEAKERS]:
-            raise row_error(f"unknown speaker {unknown[0]!r}", where)
-        spoken = [{"role": _SPEAKERS[turn["from"]], "content": turn.get("value")} for turn in turns]
-        turns = [{**turn, **said, "from": None, "value": None} for turn, said in zip(turns, spoken, strict=True)]
-    return _read_messages(row | {"messages": turns}, where)
+def _find_question(row: dict[str, Any], answers: tuple[str, ...] = _ANSWERS) -> Form | None:
+    """The form of a question and its answer, whatever their columns are called; None if that is not clear."""
+    names = {str(name).lower(): name for name in row}
+    questions = [names[name] for name in _QUESTIONS if name in names]
+    if "instruction" in names:  # what is in `input` is a part of the question
+        questions = [name for name in questions if name != names.get("input")]
+    replies = [names[name] for name in answers if name in names]
+    if len(questions) != 1 or len(replies) != 1 or names.keys() & {*_TEXT_COLUMNS, *_UNCLEAR}:
+        return None
+    return _question_form(questions[0], replies[0])
 
 
-def _read_alpaca(row: dict[str, Any], where: str) -> Values:
-    question = [text_of({name: row.get(name) or ""}, name, where) for name in ("instruction", "input")]
-    turns = []
-    for pair in [*(row.get("history") or []), ["\n\n".join(filter(None, question)), row.get("output")]]:
-        if not (isinstance(pair, list) and len(pair) == 2):
+def _question_form(question: str, answer: str) -> Form:
+    names = question.lower(), answer.lower()
+
+    def read_question(row: dict[str, Any], where: str) -> Values:
+        row = {str(name).lower(): value for name, value in row.items()}
+        parts = [text_of(row, name, where) for name in dict.fromkeys((names[0], *_BESIDE)) if row.get(name)]
+        if type(number := row[names[1]]) in (int, float) and math.isfinite(number):  # a table has it as a text
+            row[names[1]] = str(number)
+        turns, history = ["\n\n".join(parts), text_of(row, names[1], where)], row.get("history") or []
+        if not (isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)):
             raise row_error("'history' must be a list of [question, answer]", where)
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return _read_messages(row | {"messages": turns}, where)
+        return make_conversation(row, [*history, turns], where)
+
+    return (question, answer), read_question, f"the rows are questions ({question!r}) and answers ({answer!r})"
 
 
-def _read_messages(row: dict[str, Any], where: str) -> Values:
-    """{"messages": turns}, each with a role and a text. HfkitError names a key whose meaning would be lost."""
-    messages, tools, system = row.get("messages"), row.get("tools") or [], row.get("system")
-    if row.get("functions"):
-        raise row_error("'functions' are not learned", where, "write them as 'tools'")
-    for name, values in (("messages", messages), ("'tools'", tools)):
-        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-            raise row_error(f"{name} must be a list of objects", where)
-    turns = [_read_turn(turn, f"{where}, message {number}") for number, turn in enumerate(_without_nulls(messages), 1)]
-    if isinstance(system, str) and system and not any(turn["role"] == "system" for turn in turns):
-        turns.insert(0, {"role": "system", "content": system})
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise row_error("messages without an assistant", where, "there is no answer to learn")
-    return {"messages": turns, **({"tools": _without_nulls(tools)} if tools else {})}
+def _read_preference(row: dict[str, Any], where: str) -> Values:
+    """A row with a better and a worse answer: the better one is learned. What both begin with is the prompt."""
+    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    has_question = any(str(name).lower() in _QUESTIONS for name in row)
+    if isinstance(chosen, dict):  # the next message
+        return make_conversation(row, [chosen], where, row.get("conversations") or row.get("messages"))
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        pairs = zip(chosen[:-1], rejected, strict=False)
+        count = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        if not isinstance(prompt, list) and count:
+            prompt, chosen = chosen[:count], chosen[count:]
+        elif not isinstance(prompt, list) and has_question:
+            prompt = [{"role": "user", "content": text_of(row, "prompt", where)}]
+        return make_conversation(row, chosen, where, prompt)
+    if "prompt" not in row and (form := _find_question(row, ("chosen",))):
+        return form[1](row, where)
+    if has_question:
+        return _read_pair(row | {"prompt": text_of(row, "prompt", where), "completion": chosen}, where)
+    chosen, rejected = (text_of(row, name, where) for name in ("chosen", "rejected"))
+    shared = os.path.commonprefix([chosen, rejected]).rpartition(" ")[0]
+    stop = chosen.rfind(_BORDER) + len(_BORDER) if _BORDER in chosen else len(shared)
+    return {"prompt": chosen[:stop], "completion": check_answer(chosen[stop:], where)}
 
 
-def _without_nulls(value: Any) -> Any:
-    """A copy without nulls. Columnar files give every object all the keys of the others, and templates read them."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+def _read_calls(row: dict[str, Any], where: str) -> Values:
+    turns = [("user", row["query"]), ("function_call", row["answers"])]
+    return make_conversation(row, [{"role": role, "content": content} for role, content in turns], where)
 
 
-def _read_turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
-    """A message whose content is a text, which may be empty beside calls of tools."""
-    for name in ("function_call", "audio"):  # what an assistant does instead of writing
-        if turn.get(name):
-            raise row_error(f"{name!r} is not learned", where, "write the row as prompt and completion")
-    if not isinstance(turn.get("role"), str):
-        raise row_error("a message has no role", where)
-    if (weight := turn.get("weight", 0)) not in (0, 1):
-        raise row_error(f"'weight' is {weight!r}, but an answer is learned or not", where, "write 0 or 1")
-    if weight == 1:
-        del turn["weight"]
-    if calls := turn.get("tool_calls"):
-        _read_calls(calls, where)
-    content = turn.get("content", "" if calls else None)
-    if isinstance(content, list):
-        content = _join_parts(content, where)
-    if not isinstance(content, str):
-        raise row_error(f"'content' is {'null' if content is None else 'not text'}", where)
-    if turn["role"] == "assistant" and not calls:
-        _check_answer(content, where)
-    return turn | {"content": content}
+def _read_openai_preference(row: dict[str, Any], where: str) -> Values:
+    """OpenAI's row with `input`, `preferred_output` and `non_preferred_output`."""
+    if not isinstance(row["input"], dict) or not row["input"].get("messages"):
+        raise row_error("'input' must be an object with messages", where)
+    return make_conversation(row["input"], row["preferred_output"], where, row["input"]["messages"])
 
 
-def _read_calls(calls: Any, where: str) -> None:
-    """Check calls of tools, which are as OpenAI has them. Arguments become an object, as chat templates expect."""
-    try:
-        for function in [call["function"] for call in calls]:
-            if isinstance(function.get("arguments"), str):
-                function["arguments"] = json.loads(function["arguments"])
-            if not isinstance(function["name"], str) or not isinstance(function.setdefault("arguments", {}), dict):
-                raise TypeError
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        form = '{"function": {"name": ..., "arguments": {...}}}'
-        raise row_error(f"'tool_calls' must be a list of {form}", where) from error
-
-
-def _join_parts(parts: list[Any], where: str) -> str:
-    """The text of a content that is a list of parts, as OpenAI has it."""
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else part
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise row_error(f"'content' has a part of type {kind!r}", where, "only text is learned")
-    return "".join(part["text"] for part in parts)
-
-
-_FORMS: tuple[tuple[tuple[str, ...], Convert, str], ...] = (
-    (("messages",), _read_messages, "the rows are conversations (messages)"),
+_FORMS: tuple[Form, ...] = (
+    (("input", "preferred_output"), _read_openai_preference, "the rows are preferences: the preferred one is learned"),
+    (("chosen", "rejected"), _read_preference, "the rows are preferences: 'chosen' is learned, 'rejected' is not"),
+    (("messages",), _read_messages("messages"), "the rows are conversations (messages)"),
     (("prompt", "completion"), _read_pair, "the rows have prompt and completion"),
-    (("conversations",), _read_sharegpt, "the rows are conversations (ShareGPT)"),
-    (("instruction", "output"), _read_alpaca, "the rows have instruction, input and output (Alpaca)"),
+    (("conversations",), _read_messages("conversations"), "the rows are conversations (ShareGPT)"),
+    (("conversation",), _read_messages("conversation"), "the rows are conversations"),
+    (("query", "tools", "answers"), _read_calls, "the rows are questions ('query') and calls of tools ('answers')"),
+    _question_form("instruction", "output"),  # Alpaca, whatever else it has
 )

@@ -22,8 +22,8 @@ from hfkit.storage import LIST
 
 Corpora = str | Path | Sequence[str | Path]
 PREPARED = "prepared.json"  # marks a folder made by `hfkit prepare`
-_CONFIGS = ("config.json", "adapter_config.json")
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf")
+_CONFIGS = ("config.json", "adapter_config.json", "hparams.json", "bert_config.json")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf", "*.index", "tf_model.h5")
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)([-_]\d.*)?", re.I)  # the name of a file
 _DESCRIPTION = re.compile(
     r"(readme|licen[cs]e|copying|notice|changelog|changes|contributing|authors|citation)([-_.].*)?"

@@ -18,7 +18,7 @@ csv.field_size_limit(LONGEST)
 _BATCH = 128  # rows
 _SURROGATE = re.compile("[\ud800-\udfff]")  # an unpaired one: JSON can express it, UTF-8 cannot
 _START, _NEXT = re.compile(r"\s*\[\s*(?P<end>])?"), re.compile(r"\s*(,\s*|(?P<end>]))")  # of a JSON array
-_ROW_COLUMNS = {"text", "messages", "conversations", "prompt", "question"}  # in an object that is a row itself
+_ROW_COLUMNS = {"text", "messages", "conversations", "conversation", "prompt", "question", "chosen"}  # of a row
 _ROW_TEXTS = ("content", "document", "body")  # likewise, where they are texts
 Row = tuple[dict[str, Any], str]  # columns, and where the row is: "FILE, line N"
 

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -197,6 +198,13 @@ class Collator:
 def show_examples(sequences: TokenDataset, tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
     """The first sequences as the model sees them, as text; what is learned stands between ⟦ and ⟧."""
     return [_show(sequences[number], tokenizer) for number in range(min(count, len(sequences)))]
+
+
+def cut_example(shown: str) -> str:
+    """The first turns of an example from `show_examples`, and of long ones the beginning and the end."""
+    turns = "".join(re.findall("[^⟧]+⟧?", shown)[:3])
+    short = re.sub("[^⟦⟧]{300,}", lambda match: f"{match[0][:160]} … {match[0][-80:]}", turns)
+    return short if turns == shown else f"{short} …"
 
 
 def _show(item: Item, tokenizer: PreTrainedTokenizerBase) -> str:

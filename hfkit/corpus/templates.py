@@ -211,7 +211,8 @@ def render_chat(
     chats = [renderer.render_answer(messages[: turn + 1]) for turn in learned]
     for turn, chat in zip(learned, chats, strict=True):
         if not _holds(chat, [messages[turn]]):
-            raise row_error("the chat template leaves out an answer", where, "fix the row or the template")
+            remedy = "fix the row, or use a model whose template has them"
+            raise row_error("the chat template leaves out an answer or its calls of tools", where, remedy)
         _note_lost_thoughts([messages[turn]], chat.text)
     if all(whole.text.startswith(chat.text) for chat in chats):
         return [RenderedChat(whole.text, [span for chat in chats for span in chat.answers])]

@@ -13,6 +13,7 @@ from hfkit.corpus.encoding import encode, language_token
 from hfkit.corpus.templates import Task, task_of
 from hfkit.errors import ContextLengthError, HfkitError, OptionError
 from hfkit.models.architecture import context_length
+from hfkit.models.wordpiece import starts_unspaced
 from hfkit.options import GenerateOptions
 
 _NEW_TOKENS = 100  # where the options say nothing
@@ -146,7 +147,7 @@ def token_writer(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes]:
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", word):  # SentencePiece's
             return bytes.fromhex(byte[1])
         if word_pieces:
-            return (word[2:] if word.startswith("##") else f" {word}").encode()
+            return (word[2:] if word.startswith("##") else word if starts_unspaced(word) else f" {word}").encode()
         return word.replace("▁", " ").encode()
 
     return write

@@ -2,9 +2,13 @@
 
 sources: from a name to a local folder, with a download where needed
 folder: what is in such a folder, and whether it is safe to load
+tensorflow: checkpoints of TensorFlow, converted once into the cache
+bundle: the tensors in such a checkpoint, read without TensorFlow
 architecture: what a configuration says about a model; devices and precisions
 loading: models with their tokenizers
 integrity: what a library loads is what was saved; errors in one line
 quantization: int8 and int4 on a CPU
-exporting: write a model to one folder, or push it to the Hub
+exporting: write a model to one folder or file, or push it to the Hub
+gguf_export, gguf_tokenizer, modelfile: a model for llama.cpp and ollama
+gguf_import: what transformers leaves out when it reads one
 """

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hfkit.errors import HfkitError, first_line
-from hfkit.storage import check_free, check_owned, make_writable
+from hfkit.storage import check_free, check_owned, check_regular, make_writable
 
 INDEX = "model.safetensors.index.json"
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack")
 _PLACE = 4096  # bytes
 _TOKENIZERS = (
     "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model source.spm sentencepiece.bpe.model"
@@ -25,6 +26,7 @@ class ModelFiles:
     folder: Path
     config: dict[str, Any]  # config.json; empty for a .gguf file
     gguf: str | None = None  # name of the .gguf file inside `folder`
+    checkpoint: Path | None = None  # of TensorFlow, from which `folder` was made
     adapter: Path | None = None  # folder of a LoRA adapter on top of the model
     trust_remote_code: bool = False
 
@@ -88,6 +90,27 @@ def weight_files(folder: Path, name: str) -> list[str]:
 
 def check_folder(source: ModelFiles) -> None:
     """Raise HfkitError unless a folder has everything that loading needs, and nothing that runs code unasked."""
+    folder = source.folder
+    check_config(source)
+    shards = weight_files(folder, source.name)
+    if shards == ["model.safetensors"] and not (folder / shards[0]).is_file():
+        other = next((file.name for file in folder.iterdir() if file.suffix in _OTHER_WEIGHTS), None)
+        risk = "" if other and other.endswith(".msgpack") else " and could run code"
+        what = f"only {other}, which is not safetensors{risk}" if other else "no model.safetensors"
+        raise HfkitError(f"{what} ({folder}): save the model again with save_pretrained")
+    for shard in shards:
+        path = folder / shard
+        if not shard.isprintable() or Path(shard).name != shard or not _is_inside(path, folder):
+            raise HfkitError(f"weights outside of the model's folder ({folder}: {shard}): refused")
+        if not path.is_file():
+            raise HfkitError(f"a part of the weights is missing ({path}): get the model again")
+        check_header(path)
+    if not has_tokenizer(folder):
+        raise HfkitError(f"no tokenizer files ({folder}): copy tokenizer.json of the model into it")
+
+
+def check_config(source: ModelFiles) -> None:
+    """Raise HfkitError if a configuration is damaged, or would run code unasked."""
     folder, config = source.folder, source.config
     # An attention implementation called `owner/name` is code on the Hub.
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
@@ -100,20 +123,6 @@ def check_folder(source: ModelFiles) -> None:
         # transformers would load that file, or the shards that it lists, unchecked.
         raise HfkitError(f"config.json names other weights ({folder}): remove its transformers_weights")
     _check_code(source)
-    shards = weight_files(folder, source.name)
-    if shards == ["model.safetensors"] and not (folder / shards[0]).is_file():
-        other = next((file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".h5")), None)
-        what = f"only {other}, which is not safetensors and could run code" if other else "no model.safetensors"
-        raise HfkitError(f"{what} ({folder}): save the model again with save_pretrained")
-    for shard in shards:
-        path = folder / shard
-        if not shard.isprintable() or Path(shard).name != shard or not _is_inside(path, folder):
-            raise HfkitError(f"weights outside of the model's folder ({folder}: {shard}): refused")
-        if not path.is_file():
-            raise HfkitError(f"a part of the weights is missing ({path}): get the model again")
-        check_header(path)
-    if not has_tokenizer(folder):
-        raise HfkitError(f"no tokenizer files ({folder}): copy tokenizer.json of the model into it")
 
 
 def _check_code(source: ModelFiles) -> None:
@@ -175,6 +184,12 @@ def count_parameters(source: ModelFiles) -> int:
 def check_target(target: Path, source: ModelFiles, *, overwrite: bool) -> None:
     """Raise HfkitError unless a model made from `source` can be written to `target` and nothing of value is lost."""
     make_writable(target.parent)
+    if target.suffix == ".gguf":
+        check_regular(target)
+        check_free(target, overwrite=overwrite, flag="--output-dir")
+        if source.gguf and target.exists() and target.samefile(source.folder / source.gguf):
+            raise HfkitError(f"{target} is the model itself: name another --output-dir")
+        return
     try:
         target.lstat()
     except FileNotFoundError:
@@ -189,6 +204,6 @@ def check_target(target: Path, source: ModelFiles, *, overwrite: bool) -> None:
         if folder.resolve().is_relative_to(target.resolve()):
             raise HfkitError(f"{target} holds the model itself: name another --output-dir")
     check_owned(target, hidden=True)  # the whole folder is replaced
-    if not (target / "config.json").is_file():
+    if not (target / "config.json").is_file() and not any(target.glob("*.gguf")):
         raise HfkitError(f"{target} does not hold a model: name another --output-dir")
     check_free(target, overwrite=overwrite, flag="--output-dir")

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hfkit.console import note, quiet_libraries
 from hfkit.errors import HfkitError, first_line
 from hfkit.models.folder import ModelFiles, needs_code, read_json
+from hfkit.models.gguf_import import unpack_tokenizer
+from hfkit.models.wordpiece import make_causal
 from hfkit.options import GenerateOptions
 
 # Hold it while transformers makes a model. It replaces methods of its classes and torch's default precision for that
@@ -59,6 +62,9 @@ def read_tokenizer(source: ModelFiles) -> PreTrainedTokenizerBase:
     """
     folder, options = source.tokenizer_folder, {"trust_remote_code": source.trust_remote_code}
     if source.gguf and folder == source.folder:
+        with tempfile.TemporaryDirectory() as place:
+            if unpacked := unpack_tokenizer(source, Path(place)):
+                return read_tokenizer(unpacked)
         return transformers.AutoTokenizer.from_pretrained(folder, gguf_file=source.gguf, **options)
     file = folder / "tokenizer_config.json"
     settings = read_json(file, source.name) if file.is_file() else {}
@@ -72,6 +78,8 @@ def read_tokenizer(source: ModelFiles) -> PreTrainedTokenizerBase:
         else:
             kind = transformers.GPT2Tokenizer
     tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(folder, **options)
+    if source.config.get("model_type") == "gpt2" and isinstance(tokenizer, transformers.BertTokenizer):
+        tokenizer = make_causal(tokenizer)
     # GPT2Tokenizer rebuilds a byte-level BPE from the vocabulary, whatever else tokenizer.json says.
     is_set = settings.get("add_prefix_space") or settings.get("add_bos_token")  # these change what the file says
     if isinstance(tokenizer, transformers.GPT2Tokenizer) and not is_set and _differs(tokenizer, folder):
@@ -158,18 +166,6 @@ def check_report(source: ModelFiles, model: PreTrainedModel, report: dict[str, A
     if left_over:
         example = min(left_over)
         note(f"{source.name}: {len(left_over)} of the weights' tensors are not part of the model, such as {example}")
-
-
-def check_blocks(source: ModelFiles, config: Any) -> None:
-    """Raise HfkitError if a .gguf file has more blocks than it says: transformers would leave the last ones out."""
-    from gguf import GGUFReader
-
-    path = source.folder / str(source.gguf)
-    matches = [re.match(r"blk\.(\d+)\.", tensor.name) for tensor in GGUFReader(path).tensors]
-    blocks = 1 + max((int(match[1]) for match in matches if match), default=-1)
-    if blocks > (said := config.num_hidden_layers):
-        what = f"{blocks} blocks, but block_count is {said}"
-        raise HfkitError(f"the weights do not fit the model ({path}): {what}; get the model again")
 
 
 def check_values(folder: Path, model: PreTrainedModel) -> None:

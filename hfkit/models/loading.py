@@ -17,12 +17,13 @@ from transformers.initialization import no_init_weights
 from hfkit.console import detail
 from hfkit.declaration import Options, divide
 from hfkit.errors import HfkitError, OptionError
-from hfkit.models import architecture, integrity
+from hfkit.models import architecture, gguf_import, integrity
 from hfkit.models.folder import ModelFiles
 from hfkit.models.integrity import LOADING, calling_library
 from hfkit.models.kernels import fuse_activations
 from hfkit.models.quantization import bitsandbytes_config, quantize
 from hfkit.models.sources import find_model
+from hfkit.models.wordpiece import correct_ends
 from hfkit.options import ModelOptions
 from hfkit.storage import check_weights
 
@@ -64,7 +65,8 @@ def load(model: str | os.PathLike[str] | ModelOptions | None = None, **overrides
     """Load a model and its tokenizer.
 
     Args:
-        model: "bundled", a Hub name, a folder, a .gguf file, or `ModelOptions`. Default: $HFKIT_MODEL, else "bundled".
+        model: "bundled", a Hub name, a folder, a .gguf file, a TensorFlow checkpoint, or `ModelOptions`. Default:
+            $HFKIT_MODEL, else "bundled".
         overrides: fields of `ModelOptions`, e.g. `dtype="bfloat16"`, `device="cuda:1"`, `quantize="int8"`.
 
     Returns:
@@ -146,10 +148,9 @@ def load_config(source: ModelFiles) -> Any:
     with calling_library(source):
         extra = {"gguf_file": source.gguf} if source.gguf else {}
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code, **extra)
+        if source.gguf:
+            gguf_import.complete_config(source, config)
     integrity.check_sizes(source, config)
-    if source.gguf and config.model_type == "gpt2":
-        # transformers reads the context of a GGUF GPT-2 into n_ctx, which its model ignores.
-        config.n_positions = getattr(config, "n_ctx", None) or config.n_positions
     return config
 
 
@@ -186,7 +187,7 @@ def load_weights(
     placement: Any = options.device_map or architecture.spread_over_devices(device, source)
     arguments: dict[str, Any] = {"dtype": dtype}
     if source.gguf:
-        arguments |= _gguf_arguments(source, config)
+        arguments |= gguf_import.loading_arguments(source)
     if bits and device.type == "cuda":
         arguments["quantization_config"] = bitsandbytes_config(bits)
         placement = placement or {"": device}
@@ -195,9 +196,12 @@ def load_weights(
     with calling_library(source), no_init_weights():  # what is missing is an error, so no random number is of any use
         model, report = _read_model(source, _class_for(source, config), config, **arguments)
     integrity.check_report(source, model, report)
+    if source.gguf:
+        gguf_import.complete_settings(source, model.generation_config)
     if source.adapter:
         model = _merge_adapter(model, source, source.adapter)
         integrity.check_vocabulary(source, tokenizer, vocabulary_size(model))
+    correct_ends(model, tokenizer, vocabulary_size(model))
     integrity.check_values(source.folder, model)
     model.name_or_path = source.name
     if not placement:
@@ -265,16 +269,6 @@ def _class_for(source: ModelFiles, config: Any) -> Any:
     if type(config) in transformers.MODEL_MAPPING and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise HfkitError(f"{source.name} is a {config.model_type}, which does not write text: choose another model")
     return transformers.AutoModelForCausalLM
-
-
-def _gguf_arguments(source: ModelFiles, config: Any) -> dict[str, Any]:
-    from transformers import modeling_gguf_pytorch_utils as reader
-
-    with calling_library(source):
-        integrity.check_blocks(source, config)
-    reader.tqdm = lambda tensors, **_: tensors  # type: ignore[assignment, attr-defined]  # nothing else hides this progress bar
-    # Without dequantize=True the model could not be saved.
-    return {"gguf_file": source.gguf, "quantization_config": transformers.GgufConfig(dequantize=True)}
 
 
 def _merge_adapter(model: PreTrainedModel, source: ModelFiles, folder: Path) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from hfkit.console import detail
 from hfkit.errors import HfkitError
 from hfkit.hub import PROBE_SECONDS, endpoint, explain_hub_error, reach_hub
 from hfkit.models.folder import INDEX, ModelFiles, check_folder, check_header, has_tokenizer, read_json, weight_files
+from hfkit.models.tensorflow import convert, find_checkpoint
 from hfkit.options import ModelOptions
 from hfkit.storage import check_home
 
@@ -32,6 +33,11 @@ def find_model(options: ModelOptions | str | None = None) -> ModelFiles:
     options = ModelOptions.make(options)
     name = (os.environ.get("HFKIT_MODEL") or "bundled") if options.model is None else options.model
     path = BUNDLED if name == "bundled" else _local(name)
+    checkpoint = find_checkpoint(path) if path else None
+    if checkpoint:
+        path = convert(checkpoint, name)
+    if path and not (path / "config.json").exists() and len(files := [*path.glob("*.gguf")]) == 1:
+        path = files[0]
     if path and path.is_file():
         return _check_gguf(name, path)
     if path is None:
@@ -44,16 +50,16 @@ def find_model(options: ModelOptions | str | None = None) -> ModelFiles:
     if (path / "adapter_config.json").is_file():
         return _with_base(name, path, options)
     config = read_json(path / "config.json", name)
-    source = ModelFiles(name, path, config, trust_remote_code=options.trust_remote_code)
+    source = ModelFiles(name, path, config, checkpoint=checkpoint, trust_remote_code=options.trust_remote_code)
     check_folder(source)
     return source
 
 
 def _local(name: str) -> Path | None:
-    """The file or folder called `name`, or None."""
+    """The file or folder called `name`, or NAME of a TensorFlow checkpoint's NAME.index; or None."""
     try:
         path = Path(name).expanduser()
-        return path if name and path.exists() else None
+        return path if name and (path.exists() or path.with_name(f"{path.name}.index").exists()) else None
     except (OSError, RuntimeError):  # too long for a path, a folder we may not read, ~nobody
         return None
 
@@ -65,7 +71,7 @@ def _check_gguf(name: str, path: Path) -> ModelFiles:
     except OSError as error:
         raise HfkitError(f"{name} cannot be read: {error.strerror}") from error
     if magic != b"GGUF":
-        raise HfkitError(f"not a model ({name}): give a .gguf file or a folder with config.json")
+        raise HfkitError(f"not a model ({name}): give a .gguf file or a folder with a model or TensorFlow checkpoint")
     return ModelFiles(name, path.parent, {}, gguf=path.name)
 
 

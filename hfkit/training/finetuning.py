@@ -15,8 +15,9 @@ from transformers import TrainerCallback
 from hfkit import processes
 from hfkit.console import counted
 from hfkit.corpus.cache import Prepared, corpus_lines, encode_corpus
+from hfkit.corpus.documents import read_records
 from hfkit.corpus.files import Corpora, find_corpus, is_prepared
-from hfkit.corpus.sequences import cut_sequences, show_examples
+from hfkit.corpus.sequences import cut_example, cut_sequences, show_examples
 from hfkit.corpus.templates import give_task, make_task
 from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError
@@ -116,8 +117,9 @@ def _check_model(source: ModelFiles, config: Any, model: ModelOptions, train: Tr
         raise OptionError("--head trains a whole model from files: leave --lora, --streaming and adapters out")
     if train.lora and source.adapter:
         raise HfkitError(f"{source.name} is an adapter: 'hfkit export' merges it, then train another one on top")
-    if train.lora and source.gguf:
-        raise HfkitError(f"{source.name} is a file, an adapter would not find it: 'hfkit export' makes a folder of it")
+    if train.lora and (source.gguf or source.checkpoint):
+        why = "is converted first, an adapter would not find it: 'hfkit export' makes a folder of it"
+        raise HfkitError(f"{source.name} {why}")
     if model.quantize and not (train.lora and torch.cuda.is_available()):
         raise OptionError("--quantize trains with --lora and on a GPU only: leave it out")
     if data.streaming and not train.max_steps:
@@ -146,12 +148,13 @@ class Preparation:
         shown = {"examples": self.examples} if self.examples else {}
         return {**asdict(self.prepared.report), **sizes, "training": cost, **shown}
 
-    def lines(self) -> list[str]:
-        """The same figures for people."""
+    def lines(self, *, brief: bool = False) -> list[str]:
+        """The same figures for people. brief: examples are cut."""
         blocks = f"{counted(self.blocks, 'sequence')} of at most {self.block_size:,} tokens, in {self.folder}"
         lines = [*corpus_lines(self.prepared.report), blocks, *self.plan.lines()]
         for number, example in enumerate(self.examples, 1):
-            lines += [f"--- sequence {number}: what stands between ⟦ and ⟧ is learned", example]
+            shown = cut_example(example) if brief else example
+            lines += [f"--- sequence {number}: what stands between ⟦ and ⟧ is learned", shown]
         return lines
 
 
@@ -186,6 +189,8 @@ def prepare(
     files, source = find_corpus(corpus, data), find_model(options)
     tokenizer, config = load_tokenizer(source), load_config(source)
     prepared = encode_corpus(files, tokenizer, data, folder)
+    if prepared.cached:
+        next(read_records(files, data), None)  # says what the rows are taken for
     block_size = block_size_for(context_length(config), data.block_size)
     sequences = cut_sequences(prepared, block_size)
     count, length, train = len(sequences), sequences.tokens / max(1, len(sequences)), TrainOptions()

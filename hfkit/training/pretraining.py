@@ -1,6 +1,6 @@
 """Pretraining: a tokenizer and a model from nothing, trained as `finetune` trains."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -8,10 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
-from tokenizers.trainers import WordPieceTrainer
-from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 
 from hfkit import console, processes
 from hfkit.corpus.documents import Piece, read_records
@@ -27,6 +24,7 @@ from hfkit.training import run_folder
 from hfkit.training.models import SIZES, make_bert, make_gpt2, make_new, new_model, shape_of
 from hfkit.training.plan import Job, gather, make_plan
 from hfkit.training.runs import Run, run_job
+from hfkit.training.vocabulary import train_bytes, train_characters, train_wordpiece
 
 _TOKENIZER = f"{run_folder.CHECKPOINTS}/tokenizer"  # kept for when the run is resumed
 
@@ -133,12 +131,15 @@ def train_tokenizer(
     """
     files = find_corpus(corpus, data)
     rows = np.array(
-        [(number, content_of(piece.text), len(piece.text.encode())) for number, _, piece in _pieces(files, data)],
+        [
+            (number, content_of(piece.text), len(piece.text.encode()), len(piece.text))
+            for number, _, piece in _pieces(files, data)
+        ],
         np.int64,
     )
     if not len(rows):
         raise HfkitError("the corpus holds no text: there is nothing to learn")
-    documents, contents, sizes = rows.T
+    documents, contents, sizes, lengths = rows.T
     held = hold_out_texts(documents, contents, sizes, 0.0 if data.eval_file else data.eval_fraction, seed)
     vocabulary = size.vocab_size or _vocabulary(size, int(sizes.sum()))
     console.note(f"training a tokenizer of {vocabulary:,} tokens")
@@ -146,9 +147,8 @@ def train_tokenizer(
         piece.text[: round(len(piece.text) * (1 - share))]
         for share, (*_, piece) in zip(held, _pieces(files, data), strict=True)
     )
-    blank: Any = GPT2Tokenizer()
-    tokenizer: PreTrainedTokenizerBase = blank.train_new_from_iterator(texts, vocabulary, show_progress=False)
-    return tokenizer
+    # In a script of three bytes a character, such as Chinese, bytes alone would leave most characters in pieces.
+    return (train_characters if sizes.sum() > 2 * lengths.sum() else train_bytes)(texts, vocabulary)
 
 
 def _pieces(files: Corpus, data: DataOptions) -> Iterator[tuple[int, bool, Piece]]:
@@ -164,20 +164,3 @@ def _row_texts(corpus: Corpora | Corpus, data: DataOptions, head: str) -> list[s
     if head == "classification":
         return [text for text, _ in classification_rows(corpus, data)]
     return [text for row in question_rows(corpus, data) for text in (row.question, row.context)]
-
-
-def train_wordpiece(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
-    """A lower-casing WordPiece tokenizer as BERT has it: [CLS] text [SEP], or [CLS] question [SEP] text [SEP]."""
-    backend = BertTokenizer().backend_tokenizer
-    texts = [backend.normalizer.normalize_str(text) for text in texts]
-    words = {word for text in texts for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)}
-    # The trainer numbers the letters inside of words in the order of a hash table, which differs from process to
-    # process. Numbered beforehand, they always give the same vocabulary.
-    letters = [f"##{letter}" for letter in sorted({letter for word in words for letter in word[1:]})]
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # in the order of their ids
-    trainer = WordPieceTrainer(vocab_size=vocabulary, special_tokens=[*special, *letters], show_progress=False)
-    trained = Tokenizer(WordPiece())
-    trained.pre_tokenizer = backend.pre_tokenizer
-    trained.train_from_iterator(texts, trainer)
-    tokenizer: PreTrainedTokenizerBase = BertTokenizer(vocab=trained.get_vocab())
-    return tokenizer

@@ -51,6 +51,9 @@ def test_choose_text_column_never_by_elimination_beside_structure(tmp_path, row)
         ({"tags": [1], "Text": "x"}, "the text is column 'Text'"),
         ({"prompt": "a", "completion": "b"}, "the rows have prompt and completion"),
         (CHAT, "the rows are conversations (messages)"),
+        ({"q": 1, "Question": "a", "Answer": "b"}, "the rows are questions ('Question') and answers ('Answer')"),
+        ({"chosen": "a b", "rejected": "a c"}, "the rows are preferences: 'chosen' is learned, 'rejected' is not"),
+        (CHAT | {"chosen": None, "rejected": None}, "the rows are conversations (messages)"),
     ],
     ids=str,
 )
@@ -67,8 +70,8 @@ def test_read_records_of_sharegpt(tmp_path):
     row = {"id": "identity_0", "conversations": [{"from": name, "value": text} for name, text in turns]}
     assert read(tmp_path, row) == [{"messages": [{"role": "system", "content": "Be brief."}, ASK, SAY]}]
     assert read(tmp_path, {"conversations": [ASK, SAY], "system": "Be brief."}) == read(tmp_path, row)
-    row["conversations"][1]["from"] = "observation"
-    with pytest.raises(HfkitError, match="unknown speaker 'observation' .*line 1"):
+    row["conversations"][1]["from"] = "narrator"
+    with pytest.raises(HfkitError, match="unknown role 'narrator' .*line 1, message 2"):
         read(tmp_path, row)
 
 
@@ -88,8 +91,10 @@ def test_read_records_of_alpaca(tmp_path):
 
 
 def test_read_records_of_prompt_and_completion_in_messages(tmp_path):
-    """TRL's conversational form is one conversation."""
+    """TRL's conversational form is one conversation, of which the prompt's answers are not learned."""
     assert read(tmp_path, {"prompt": [ASK], "completion": [SAY], "label": True}) == [CHAT]
+    turns = [ASK, SAY | {"weight": 0}, ASK, SAY]
+    assert read(tmp_path, {"prompt": [ASK, SAY, ASK], "completion": [SAY]}) == [{"messages": turns}]
 
 
 def test_read_records_joins_parts_of_type_text(tmp_path):
@@ -119,18 +124,13 @@ def test_read_records_drops_nulls_of_columnar_files(tmp_path):
             "'tool_calls'",
         ),
         ({"messages": [ASK, {"role": "assistant", "content": None, "function_call": {}}]}, "'content' is null"),
-        ({"messages": [ASK, {"role": "assistant", "function_call": {"name": "f"}}]}, "'function_call'"),
+        ({"messages": [ASK, {"role": "assistant", "function_call": {"arguments": "{}"}}]}, "'tool_calls'"),
         ({"messages": [ASK, {"role": "assistant"}]}, "'content' is null"),
         ({"messages": [ASK, {"content": "x"}]}, "no role"),
         ({"messages": [ASK, SAY], "tools": {"type": "function"}}, "'tools'"),
-        ({"messages": [ASK, SAY], "functions": [{"name": "f"}]}, "'functions'"),
-        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": " "}]}, "answer is empty"),
-        ({"messages": [ASK, SAY | {"content": ""}]}, "answer is empty"),
-        ({"prompt": "a", "completion": " \n"}, "answer is empty"),
+        ({"messages": [ASK, SAY], "functions": ["f"]}, "'tools'"),
         ({"system": "Be brief.", "prompt": "a", "completion": "b"}, "'system' would be lost"),
         ({"prompt": "a", "completion": "b", "label": False}, "'label' is false"),
-        ({"prompt": [ASK, SAY, ASK], "completion": [SAY]}, "write the row as messages"),
-        ({"instruction": "a", "output": ""}, "answer is empty"),
         ({"messages": "Hi"}, "messages must be a list"),
         ({"conversations": [ASK]}, "without an assistant"),
         ({"id": "a", "translation": {"en": "rain", "fr": "pluie"}}, "--template"),
@@ -142,6 +142,28 @@ def test_read_records_refuses_what_would_be_lost(tmp_path, row, words):
     with pytest.raises(HfkitError) as error:
         read(tmp_path, row)
     assert words in str(error.value) and "rows.jsonl, line 1" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "filled", "reason"),
+    [
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": " "}]},
+         {"conversations": [ASK, SAY]}, "an answer is empty"),
+        ({"messages": [ASK, SAY | {"content": ""}]}, CHAT, "an answer is empty"),
+        ({"prompt": "a", "completion": " \n"}, {"prompt": "a", "completion": "b"}, "an answer is empty"),
+        ({"instruction": "a", "output": ""}, {"instruction": "a", "output": "b"}, "an answer is empty"),
+        ({"conversations": []}, {"conversations": [ASK, SAY]}, "messages without an assistant"),
+        ({"prompt": "a", "completion": "b", "label": False}, {"prompt": "a", "completion": "b"}, "'label' is false"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_read_records_leaves_out_rows_without_an_answer(tmp_path, row, filled, reason, capfd):
+    """Public data has such rows: a note counts them and names the first. Where there is no other, it is an error."""
+    assert len(read(tmp_path, filled, row, filled, row)) == 2
+    assert f"left out 2 rows, such as: {reason} (" in (notes := capfd.readouterr().err)
+    assert "rows.jsonl, line 2" in notes and "line 4" not in notes
+    with pytest.raises(HfkitError, match=rf"{reason} \(.*line 1"):
+        read(tmp_path, row)
 
 
 def test_read_records_keeps_tools_and_weights(tmp_path):

@@ -15,7 +15,7 @@ from hfkit.corpus import sequences
 from hfkit.corpus.documents import END
 from hfkit.corpus.encoding import IGNORED, encode_examples
 from hfkit.corpus.files import find_corpus
-from hfkit.corpus.sequences import Collator, Stream, TokenDataset, pad_rows, show_examples
+from hfkit.corpus.sequences import Collator, Stream, TokenDataset, cut_example, pad_rows, show_examples
 from hfkit.corpus.sequences import cut_sequences as cut
 from hfkit.corpus.templates import CHAT_TEMPLATE
 from hfkit.corpus.training_data import gather_training_data as gather_material
@@ -129,6 +129,15 @@ def test_show_examples_marks_what_is_learned(tmp_path, datasets_cache, bundled):
     texts = cut(prepare(write(tmp_path / "a.txt", ["one", "two"]), bundled), 64)
     assert show_examples(texts, bundled, 9) == [f"⟦one{END}two{END}⟧"]
     assert show_examples(texts, bundled, 0) == []
+
+
+def test_cut_example_keeps_what_is_short():
+    """Three turns at most, and of long parts the beginning and the end; every mark that opens also closes."""
+    short = "User: a\nAssistant:⟦ b⟧\nUser: c\nAssistant:⟦ d⟧\n"
+    assert cut_example(short) == short
+    assert cut_example("x⟦y⟧" * 9) == "x⟦y⟧" * 3 + " …"
+    long = cut_example(f"⟦{'first ' * 9000}last⟧")
+    assert len(long) < 300 and long.startswith("⟦first first") and " … " in long and long.endswith("first last⟧")
 
 
 # streams

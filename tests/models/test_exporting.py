@@ -46,6 +46,9 @@ def test_export_merged_adapter(tiny, adapter, tmp_path, capfdbinary):
     together = AutoPeftModelForCausalLM.from_pretrained(adapter)
     torch.testing.assert_close(logits(merged), logits(together), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(merged), logits(AutoModelForCausalLM.from_pretrained(tiny)), atol=0.1)
+    file = hfkit.export(adapter, output_dir=tmp_path / "whole.gguf")
+    torch.testing.assert_close(logits(hfkit.load(file, device="cpu").model), logits(merged), rtol=1e-4, atol=1e-4)
+    assert (Path(file).unlink(), Path(file).with_suffix(".Modelfile").unlink()) == (None, None)
     assert (
         AutoTokenizer.from_pretrained(tmp_path / "whole").get_vocab()
         == AutoTokenizer.from_pretrained(tiny).get_vocab()
@@ -277,6 +280,8 @@ def test_push(tiny, hub, tmp_path, monkeypatch, capfdbinary):
     assert not list(tmp_path.iterdir())
     hfkit.export(tiny, push_to_hub="owner/name", private=False, output_dir=tmp_path / "out")
     assert hub.calls[2][1]["private"] is False and hfkit.load(tmp_path / "out")
+    hfkit.export(tiny, push_to_hub="owner/name", format="gguf")
+    assert hub.calls[5] == ("owner/name", ["Modelfile", "name.gguf"], size)
 
 
 @pytest.mark.parametrize(

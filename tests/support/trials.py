@@ -24,6 +24,7 @@ import pytest
 from hfkit.cli import app
 
 WORDS = "rain wind stone river light the of and a over under sings falls waits".split()
+CHINESE = "从前有座山，山里有个庙。庙里有个老和尚，在给小和尚讲故事！我爱你们读书写字“”…—"
 SMALL = {"max_steps": 6, "eval_steps": 3, "per_device_train_batch_size": 2, "bf16": False, "learning_rate": 1e-3}
 
 

@@ -12,6 +12,7 @@ from support.models import write_gguf
 from support.shell import WATCH, assert_fails, call, edit_json
 
 import hfkit
+from hfkit.console import note_once
 from hfkit.corpus.documents import END
 from hfkit.errors import HfkitError
 
@@ -103,6 +104,20 @@ def test_prepare_output(rows, tmp_path, capfdbinary, tiny):
     for name in ("documents", "characters", "tokens", "blocks", "duplicates", "empty"):
         assert f"{figures[name]:,}" in text
     assert "U+0007 2 times" in text and "Cyrillic" in text and f"{figures['training']['parameters']:,}" in text
+
+
+def test_prepare_shows_an_example(tmp_path, capfdbinary, tiny):
+    """Without a flag one example is shown, cut, and what the file was taken for is said each time."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"question": f"rain {n}", "answer": "sun"}) + "\n" for n in range(3)))
+    for show, count in ([], 1), ([], 1), (["--show", 0], 0), (["--show", 2], 2):
+        note_once.cache_clear()
+        result = call(capfdbinary, "prepare", path, "-m", tiny, "--block-size", 64, *show)
+        assert result.stderr.decode().startswith(f"hfkit: {path}: the rows are questions ('question') and answers (")
+        examples = [f"User: rain {n}\nAssistant:⟦ sun<|endoftext|>⟧\n" for n in range(count)]
+        assert all(example in result.stdout.decode() for example in examples)
+        assert result.stdout.decode().count("⟦ sun") == count
+        assert "byte by byte" not in result.stdout.decode()  # although the chat template is most of the tokens
 
 
 def test_prepare_replaced_bytes(tmp_path, capfdbinary, tiny):
@@ -258,3 +273,4 @@ def test_prepare_notes_text_without_vocabulary(tmp_path, capfdbinary, tiny, text
     (tmp_path / "a.txt").write_text(text * 50)
     result = call(capfdbinary, "prepare", tmp_path / "a.txt", "-m", tiny)
     assert (b"byte by byte; 'hfkit pretrain' makes a vocabulary" in result.stdout) == told
+    assert (b"recipe pretrain-chinese" in result.stdout) == text.startswith("漢")

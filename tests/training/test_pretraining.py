@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import re
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,24 @@ def test_train_tokenizer_takes_any_text(corpus, text):
     tokenizer = train_tokenizer(corpus, SizeOptions(vocab_size=300), DataOptions(), 0)
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer("the rain falls over the river")["input_ids"]) < 20  # it has learned words
+
+
+@pytest.mark.parametrize(("size", "least"), [(300, 10), (420, 60), (600, 92)])
+def test_train_tokenizer_whole_characters(tmp_path, size, least):
+    """Of Chinese, the most frequent characters are tokens, then pairs of them; any other text still goes through."""
+    signs = [*(chr(0x4E00 + 97 * i) for i in range(90)), "，", "。"]
+    text = "".join(random.Random(0).choices(signs, [1 / i for i in range(1, 93)], k=9000))
+    (tmp_path / "corpus.txt").write_text(text, "utf-8")
+    options = DataOptions(eval_fraction=0.0)
+    tokenizer = train_tokenizer(str(tmp_path / "corpus.txt"), SizeOptions(vocab_size=size), options, 0)
+    whole = {sign for sign in signs if len(tokenizer(sign)["input_ids"]) == 1}
+    assert len(tokenizer) == size and len(whole) >= least
+    assert {sign for sign, _ in Counter(text).most_common(len(whole) - 2)} <= whole
+    for other in (text[:300], "naïve 猫 🙂🏽 <|endoftext|> \n\tx"):
+        assert tokenizer.decode(tokenizer(other)["input_ids"]) == other
+    tokens = tokenizer.batch_decode([[token] for token in tokenizer(text)["input_ids"]])
+    assert any("\ufffd" in token for token in tokens) == (len(whole) < 92)
+    assert any(len(token) > 1 for token in tokens) == (size == 600)
 
 
 def test_train_tokenizer_holds_out(tmp_path):
