@@ -27,6 +27,7 @@ def suits(lm: LanguageModel, new_tokens: int) -> bool:
     config: Any = lm.model.config
     return (
         lm.model.device.type == "cuda"
+        and lm.model.device.index in (None, torch.cuda.current_device())  # torch records on this one
         and new_tokens >= _SHORTEST
         and config.model_type in _FAMILIES
         and config._attn_implementation in ("sdpa", "eager")
@@ -132,12 +133,11 @@ class Step:
 
     def _record(self) -> None:
         """Record the pass, which computes nothing yet. Where that fails, steps go on without a graph."""
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with _recording, torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._logits = self.forward()
             self._graph = graph
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # torch goes on with the one that it records on
             detail(f"this model's steps cannot be recorded, so they take longer: {str(error).splitlines()[0]}")
