@@ -198,8 +198,9 @@ def test_pretrain_chinese(kitchen):
     ]
     assert scored[1]["bits_per_byte"] + 2 * scored[1]["bits_per_byte_stderr"] < ngram_bits(*texts, 6)
     assert scored[1]["bits_per_byte"] < scored[0]["bits_per_byte"]
-    assert run(*use).stdout.decode().startswith(use[1])
-    samples = hfkit.generate([use[1]] * 50, model="runs/chinese", seed=0, max_new_tokens=100)
+    prompt = use[3]
+    assert run(*use).stdout.decode().startswith(prompt)
+    samples = hfkit.generate([prompt] * 50, model="runs/chinese", seed=0, max_new_tokens=100)
     assert not any("\ufffd" in str(sample) for sample in samples)
     assert sum(sample.finish_reason == "stop" for sample in samples) > 40  # they come to an end
 
