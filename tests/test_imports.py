@@ -50,6 +50,7 @@ def test_lean():
 def test_exit_with_triton(monkeypatch):
     """Objects are frozen at the end of a command, unless Triton is there: its bindings report them as leaks."""
     frozen = []
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("gc.freeze", lambda: frozen.append(True))
     for name in ("hfkit.warm.run", "hfkit.warm.keep_alive", "hfkit.cli.app.main"):

@@ -78,11 +78,13 @@ def _without_nulls(value: Any) -> Any:
 def _read_message(message: dict[str, Any], where: str) -> dict[str, Any]:
     """A message whose content is a text, which may be empty beside calls of tools."""
     if message.get("audio"):  # what an assistant does instead of writing
-        raise row_error("'audio' is not learned", where, "write the row as prompt and completion")
+        raise row_error("'audio' is not learned", where)
     if not isinstance(name := message.get("role"), str):
         raise row_error("a message has no role", where)
     if not (role := _ROLES.get(name.lower())):
         raise row_error(f"unknown role {name!r}", where, "write system, user, assistant or tool")
+    if message.pop("train", True) is False:  # as Axolotl has it
+        message["weight"] = 0
     if (weight := message.get("weight", 0)) not in (0, 1):
         raise row_error(f"'weight' is {weight!r}, but an answer is learned or not", where, "write 0 or 1")
     if weight == 1:

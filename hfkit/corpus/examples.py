@@ -17,7 +17,7 @@ _TEXT_COLUMNS = ("text", "content", "document", "body")
 # A row with one column of each kind is a question and its answer.
 _QUESTIONS = ("instruction", "question", "query", "problem", "prompt", "inputs", "input", "human", "user")
 _ANSWERS = ("output", "response", "answer", "solution", "targets", "target", "assistant")
-_BESIDE = ("input", "context")  # what the question is about
+_ABOUT = ("input", "context")  # what the question is about
 _UNCLEAR = ("choices", "options", "passage")  # without these a question may make no sense
 _BORDER = "\n\nAssistant:"  # before an answer in Anthropic's data
 
@@ -25,6 +25,8 @@ _BORDER = "\n\nAssistant:"  # before an answer in Anthropic's data
 def choose_form(row: dict[str, Any], where: str, text_column: str | None) -> tuple[Convert, str]:
     """How rows like this one become what is learned, and a note about that. HfkitError if its form is not known."""
     cells = {name: value for name, value in row.items() if value is not None}
+    if isinstance(cells.get("conversation"), str):  # written down as one text
+        del cells["conversation"]
     form = next((form for form in _FORMS if cells.keys() >= set(form[0])), None) or _find_question(cells)
     if form and not text_column:
         columns, convert, name = form
@@ -100,9 +102,9 @@ def _read_pair(row: dict[str, Any], where: str) -> Values:
 def _find_question(row: dict[str, Any], answers: tuple[str, ...] = _ANSWERS) -> Form | None:
     """The form of a question and its answer, whatever their columns are called; None if that is not clear."""
     names = {str(name).lower(): name for name in row}
+    if "instruction" in names:  # `input` is what it is about
+        names.pop("input", None)
     questions = [names[name] for name in _QUESTIONS if name in names]
-    if "instruction" in names:  # what is in `input` is a part of the question
-        questions = [name for name in questions if name != names.get("input")]
     replies = [names[name] for name in answers if name in names]
     if len(questions) != 1 or len(replies) != 1 or names.keys() & {*_TEXT_COLUMNS, *_UNCLEAR}:
         return None
@@ -114,7 +116,7 @@ def _question_form(question: str, answer: str) -> Form:
 
     def read_question(row: dict[str, Any], where: str) -> Values:
         row = {str(name).lower(): value for name, value in row.items()}
-        parts = [text_of(row, name, where) for name in dict.fromkeys((names[0], *_BESIDE)) if row.get(name)]
+        parts = [text_of(row, name, where) for name in dict.fromkeys((names[0], *_ABOUT)) if row.get(name)]
         if type(number := row[names[1]]) in (int, float) and math.isfinite(number):  # a table has it as a text
             row[names[1]] = str(number)
         turns, history = ["\n\n".join(parts), text_of(row, names[1], where)], row.get("history") or []

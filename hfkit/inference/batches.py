@@ -103,9 +103,11 @@ def run_batch(
     """Run one batch; its requests have the same number of new tokens."""
     rows = rows or new_rows(lm, requests, options)
     config = generation_config(lm, options, requests[0].new_tokens)
+    arguments: dict[str, Any] = {"custom_generate": decode, "rows": rows}
     if graphs.suits(lm, requests[0].new_tokens) and config.use_cache is not False:
-        config.cache_implementation = "static"
-    _call(lm, requests, options, config, custom_generate=decode, rows=rows)
+        columns = max(len(request.ids) for request in requests) + requests[0].new_tokens
+        arguments["cache"] = graphs.FixedCache(lm, columns)
+    _call(lm, requests, options, config, **arguments)
     return rows.results()
 
 

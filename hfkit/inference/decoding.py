@@ -193,7 +193,7 @@ def decode(
     generation_config.do_sample = False  # generate() works on a copy of its own, and rows.pick samples
     processors = _Processors([rows.record, *logits_processor, rows.pick])
     criteria = StoppingCriteriaList([*stopping_criteria, rows])
-    if generation_config.cache_implementation == "static":  # see `graphs.suits`
+    if isinstance(kwargs.get("cache"), graphs.FixedCache):
         kwargs["check_each"] = rows.reads_text
         return graphs.sample(model, input_ids, processors, criteria, generation_config, **kwargs)
     # The loop that generate() would have run. It is private, but generate() calls a custom_generate function in its

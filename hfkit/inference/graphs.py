@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 from hfkit.console import detail
 from hfkit.models.loading import LanguageModel
@@ -27,6 +27,7 @@ def suits(lm: LanguageModel, new_tokens: int) -> bool:
     config: Any = lm.model.config
     return (
         lm.model.device.type == "cuda"
+        and lm.model.device.index in (None, torch.cuda.current_device())  # torch records on this one
         and new_tokens >= _SHORTEST
         and config.model_type in _FAMILIES
         and config._attn_implementation in ("sdpa", "eager")
@@ -34,6 +35,26 @@ def suits(lm: LanguageModel, new_tokens: int) -> bool:
         and len(set(getattr(lm.model, "hf_device_map", {}).values())) <= 1
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
     )
+
+
+class FixedCache(Cache):
+    """Keys and values of all columns, prompts and new tokens together, in tensors that keep their place in memory."""
+
+    def __init__(self, lm: LanguageModel, columns: int) -> None:
+        count = len(DynamicCache(config=lm.model.config).layers)
+        super().__init__(layers=[_Layer(columns) for _ in range(count)])
+
+
+class _Layer(StaticLayer):  # type: ignore[no-untyped-call]
+    """transformers' own would import torch's compiler, to mark the tensors for it. That takes longer than a text."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        rows, heads, _, width = key_states.shape
+        self.device = key_states.device
+        self.keys = key_states.new_zeros(rows, heads, self.max_cache_len, width)
+        self.values = value_states.new_zeros(rows, heads, self.max_cache_len, value_states.shape[-1])
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        self.is_initialized = True
 
 
 def sample(
@@ -46,7 +67,7 @@ def sample(
     check_each: bool,
     **inputs: Any,
 ) -> torch.Tensor:
-    """What `model._sample` does for a static cache. The last of `processors` has chosen the token of each row.
+    """What `model._sample` does, for a FixedCache. The last of `processors` has chosen the token of each row.
 
     check_each: look at `criteria` after each step, since what they read has left the GPU anyway.
     """
@@ -70,7 +91,7 @@ class Step:
     """The forward pass of one new token for each row, in tensors that keep their place in memory."""
 
     def __init__(self, model: Any, cache: Any, attention_mask: torch.Tensor) -> None:
-        """cache: a StaticCache that holds the prompts. attention_mask: of the prompts, (rows, width)."""
+        """cache: a FixedCache that holds the prompts. attention_mask: of the prompts, (rows, width)."""
         rows, width = attention_mask.shape
         columns = cache.layers[0].max_cache_len
         self._model, self._cache, self._count = model, cache, 0
@@ -112,12 +133,11 @@ class Step:
 
     def _record(self) -> None:
         """Record the pass, which computes nothing yet. Where that fails, steps go on without a graph."""
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with _recording, torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._logits = self.forward()
             self._graph = graph
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # torch goes on with the one that it records on
             detail(f"this model's steps cannot be recorded, so they take longer: {str(error).splitlines()[0]}")

@@ -118,5 +118,6 @@ def bitsandbytes_config(bits: str) -> Any:
 
     settings: dict[str, Any] = {"load_in_8bit": True}
     if bits == "int4":
-        settings = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+        # NormalFloat: its 16 levels lie where weights do.
+        settings = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16, "bnb_4bit_quant_type": "nf4"}
     return BitsAndBytesConfig(**settings)  # type: ignore[no-untyped-call]

@@ -137,7 +137,8 @@ def generate(bench: Bench) -> None:
             generation.make_small(Path(folder))
         lm = hfkit.load(folder, device=bench.device, dtype="bfloat16")
         model: Any = GPT2LMHeadModel.from_pretrained(folder, dtype="bfloat16").to(bench.device).eval()
-    lm.model.generation_config.eos_token_id = model.generation_config.eos_token_id = None
+    # Nothing ends a text early.
+    lm.tokenizer.eos_token = lm.model.generation_config.eos_token_id = model.generation_config.eos_token_id = None
     one = lm.tokenizer(PROMPT, return_tensors="pt")["input_ids"].to(bench.device)
 
     def plain(rows: int, **options: Any) -> None:
@@ -229,8 +230,8 @@ def train(bench: Bench) -> None:
             clock = Clock(bench)
             hfkit.finetune(
                 corpus, model=model, device=bench.device, output_dir=f"{temporary}/run-{batch}", block_size=block,
-                eval_fraction=0.0, max_steps=count, eval_steps=count, per_device_train_batch_size=batch,
-                torch_compile=not bench.dry, callbacks=[clock],
+                eval_fraction=0.0, max_steps=count, eval_steps=count, logging_steps=10, torch_compile=not bench.dry,
+                per_device_train_batch_size=batch, callbacks=[clock],
             )  # fmt: skip
             return batch * block / clock.seconds
 

@@ -325,9 +325,10 @@ def test_choose_form_is_certain(tmp_path, row):
 
 
 def test_choose_form_prefers_a_text(tmp_path):
-    """A column that is called text is the text, whatever else a row has, unless it is Alpaca's."""
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "all", "question": "q", "answer": "a"}))
-    assert [record.text for record in read_records(find_corpus(tmp_path / "a.jsonl"), CorpusOptions())] == ["all"]
+    """A column that is called text is the text, unless it is Alpaca's; so is a conversation that is written down."""
+    for row in {"text": "all", "question": "q", "answer": "a"}, {"id": 1, "conversation": "all"}:
+        (tmp_path / "a.jsonl").write_text(json.dumps(row))
+        assert [record.text for record in read_records(find_corpus(tmp_path / "a.jsonl"), CorpusOptions())] == ["all"]
 
 
 def test_encode_records_refuses_calls_that_the_template_leaves_out(tmp_path, bundled):

@@ -97,6 +97,12 @@ def test_read_records_of_prompt_and_completion_in_messages(tmp_path):
     assert read(tmp_path, {"prompt": [ASK, SAY, ASK], "completion": [SAY]}) == [{"messages": turns}]
 
 
+def test_read_records_of_messages_that_say_what_is_trained(tmp_path):
+    """Axolotl's `train: false` is a weight of 0, and `train: true` is what an answer is anyway."""
+    turns = [ASK, SAY | {"train": False}, ASK, SAY | {"train": True}]
+    assert read(tmp_path, {"messages": turns}) == [{"messages": [ASK, SAY | {"weight": 0}, ASK, SAY]}]
+
+
 def test_read_records_joins_parts_of_type_text(tmp_path):
     """OpenAI's content parts are one text, unless one is not text."""
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]

@@ -32,6 +32,10 @@ PYTHON
 "$python" -m pip install -q --no-index --no-deps --no-compile --no-warn-script-location --disable-pip-version-check \
     --root-user-action=ignore --target "$site" "$wheels"/*.whl ||
     for wheel in "$wheels"/*.whl; do "$python" -m zipfile -e "$wheel" "$site"; done
+# hfkit itself is this folder, with the name and version that an installed package has.
+version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' hfkit/__init__.py)
+mkdir "$site/hfkit-$version.dist-info"
+printf 'Metadata-Version: 2.1\nName: hfkit\nVersion: %s\n' "$version" >"$site/hfkit-$version.dist-info/METADATA"
 python=$work/venv/bin/python
 "$python" - <<'PYTHON' || exit 1
 import importlib.metadata as metadata
@@ -60,6 +64,7 @@ benchmark=${PIPESTATUS[0]}
 
 step "summary"
 grep -E "^(FAILED|ERROR|SKIPPED)|^=+ .*(passed|failed|error)" "$out/gpu-tests.txt" | cut -c1-300
-sed -n '/^| /p' "$out/gpu-benchmark.txt"
+# The table; where time ran out before it, the rows.
+tac "$out/gpu-benchmark.txt" | sed '/^| what/q' | tac | grep "^|"
 echo "tests ended with $tests, the benchmark with $benchmark (124: out of time)"
 [ "$tests" = 0 ] && [ "$benchmark" = 0 ]

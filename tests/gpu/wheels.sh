@@ -45,7 +45,7 @@ for wheel in Path(sys.argv[1]).glob("bitsandbytes-*.whl"):
 PYTHON
 
 size=$(du -cb "$folder"/*.whl | tail -1 | cut -f1)
-echo "$(ls "$folder"/*.whl | wc -l) wheels for Python $version, $((size / 1024 / 1024)) MiB, in tests/gpu/$folder"
+echo "$(ls "$folder"/*.whl | wc -l) wheels for Python $version, $((size / 1024 / 1024)) MiB, in $(realpath "$folder")"
 if [ "$size" -gt "$most" ]; then
     echo "that is more than $((most / 1024 / 1024)) MiB: leave something out" >&2
     exit 1

@@ -1,16 +1,17 @@
 """What a GPU changes in a run, seen on a CPU that says that it is one. `tests/gpu` runs on a real one."""
 
-import copy
 import math
 
 import pytest
 import torch
 from support import trials
-from transformers import GPT2LMHeadModel, Trainer
+from support.gpus import pretend
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 import hfkit
-from hfkit.errors import DivergedError
-from hfkit.models import architecture, kernels
+from hfkit.errors import DivergedError, OptionError
+from hfkit.models import architecture
+from hfkit.options import TrainOptions
 from hfkit.training import arguments, finetuning, loop, plan
 from hfkit.training.loop import _Trainer
 
@@ -55,37 +56,20 @@ def test_diverged_on_a_gpu(still, corpus, tmp_path, gpu, monkeypatch):
         hfkit.finetune(corpus, model=still, output_dir=tmp_path / "run", **OPTIONS)
 
 
-def test_loading_for_a_gpu(still, gpu, monkeypatch):
-    monkeypatch.setattr(architecture, "choose_dtype", lambda *_: torch.float32)
-    plain = GPT2LMHeadModel.from_pretrained(still).eval()
-    lm = hfkit.load(still, quantize=None)
-    ids = torch.arange(40)[None]
-    assert isinstance(lm.model.transformer.h[0].mlp.act, torch.nn.GELU)
-    torch.testing.assert_close(lm.model(ids).logits, plain(ids).logits)
+@pytest.mark.parametrize("units", [True, False])
+def test_precision_of_a_gpu(brisk, monkeypatch, units):
+    """And a word about the GPUs that stand by."""
+    pretend(monkeypatch, count=2, bfloat16=units)
+    made = plan.make_plan(GPT2Config(n_layer=1), 10**6, 100, 64.0, TrainOptions(torch_compile=False), GPU, shared_by=1)
+    assert made.precision == ("bfloat16" if units else "float16")
+    assert "one of 2 GPUs: --num-processes 2 uses all of them" in made.why
 
 
-@pytest.mark.parametrize("vocabulary", [257, 320])
-def test_prepare_training(vocabulary):
-    """Loss and gradients are those of the model as it was; a copy has layers of its own."""
-    from transformers import GPT2Config
-
-    torch.manual_seed(0)
-    shape = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
-    shape |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
-    plain = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **shape)).train()
-    ready, ids = copy.deepcopy(plain), torch.randint(vocabulary, (2, 16))
-    kernels.fuse_activations(ready)
-    kernels.prepare_training(ready)
-    outputs = [model(input_ids=ids, labels=ids) for model in (plain, ready)]
-    assert set(outputs[1]) == {"loss"}
-    for output in outputs:
-        output.loss.backward()
-    torch.testing.assert_close(outputs[1].loss, outputs[0].loss)
-    gradients = [{name: part.grad for name, part in model.named_parameters()} for model in (plain, ready)]
-    torch.testing.assert_close(gradients[1], gradients[0])
-    twin = copy.deepcopy(ready).eval()
-    assert twin.lm_head.weight is not ready.lm_head.weight
-    torch.testing.assert_close(twin(ids).logits, plain.eval()(ids).logits)
+def test_second_gpu_is_refused(still, corpus, tmp_path, gpu, monkeypatch):
+    """Trainer would train on the first one."""
+    monkeypatch.setattr(finetuning, "choose_device", lambda options: torch.device("cuda", 1))
+    with pytest.raises(OptionError, match="set CUDA_VISIBLE_DEVICES=1"):
+        hfkit.finetune(corpus, model=still, output_dir=tmp_path / "run", **OPTIONS)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""What is decided and made for a GPU, seen on a CPU. `tests/gpu` runs on a real one."""
+
+import copy
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.gpus import pretend
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import hfkit
+from hfkit.cli import info
+from hfkit.errors import HfkitError
+from hfkit.models import architecture, kernels, loading
+from hfkit.models.quantization import bitsandbytes_config
+from hfkit.models.sources import find_model
+from hfkit.options import ModelOptions
+
+GPU = torch.device("cuda", 0)
+
+
+def test_choices(tiny, monkeypatch):
+    """Device, precision, bits and placement follow the GPUs and their memory."""
+    source, auto = find_model(ModelOptions(model=tiny)), ModelOptions(model=tiny, quantize="auto")
+    pretend(monkeypatch)
+    assert architecture.choose_device(ModelOptions()) == GPU
+    assert architecture.choose_dtype("auto", GPU) == torch.bfloat16
+    assert architecture.choose_bits(auto, source, GPU, torch.bfloat16) is None
+    assert architecture.spread_over_devices(GPU, source) is None
+    pretend(monkeypatch, count=2, free=1000, bfloat16=False)
+    assert architecture.choose_dtype("auto", GPU) == torch.float16
+    assert architecture.choose_bits(auto, source, GPU, torch.float16) == "int8"
+    assert architecture.spread_over_devices(GPU, source) == "auto"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert architecture.choose_device(ModelOptions()) == torch.device("cuda", 1)
+    assert architecture.spread_over_devices(GPU, source) is None
+
+
+def test_describe_machine(monkeypatch):
+    pretend(monkeypatch, count=2, free=5)
+    assert info.describe_machine()["devices"]["gpus"] == [{"name": "a GPU", "memory": 10, "free": 5}] * 2
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Loading takes this CPU for a GPU."""
+    pretend(monkeypatch)
+    monkeypatch.setattr(GPT2LMHeadModel, "to", lambda self, *arguments: self)
+
+
+def test_load(tiny, on_gpu):
+    """The activation is one kernel, and computes the same."""
+    lm, plain, ids = hfkit.load(tiny, dtype="float32"), GPT2LMHeadModel.from_pretrained(tiny).eval(), torch.arange(40)
+    assert isinstance(lm.model.transformer.h[0].mlp.act, torch.nn.GELU)
+    torch.testing.assert_close(lm.model(ids[None]).logits, plain(ids[None]).logits, rtol=1e-4, atol=1e-4)
+    assert lm.model.config.activation_function == "gelu_new"
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_load_quantized(tiny, on_gpu, monkeypatch, bits):
+    """transformers gets what bitsandbytes needs, and the device, since what is quantized cannot be moved."""
+    read, passed = loading._read_model, {}
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
+    monkeypatch.setattr(
+        loading, "_read_model", lambda source, kind, config, **more: passed.update(more) or read(source, kind, config)
+    )
+    hfkit.load(tiny, quantize=bits)
+    settings = passed["quantization_config"]
+    assert (settings.load_in_8bit, settings.load_in_4bit) == (bits == "int8", bits == "int4")
+    assert settings.bnb_4bit_quant_type == "nf4" or bits == "int8"
+    assert passed["device_map"] == {"": GPU}
+
+
+def test_bitsandbytes_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(HfkitError, match=r"needs bitsandbytes: pip install 'hfkit\[bitsandbytes\]'"):
+        bitsandbytes_config("int8")
+
+
+@pytest.mark.parametrize("vocabulary", [257, 320])
+def test_prepare_training(vocabulary):
+    """Loss and gradients are those of the model as it was; a copy has layers of its own."""
+    torch.manual_seed(0)
+    shape = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
+    shape |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    plain = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **shape)).train()
+    ready, ids = copy.deepcopy(plain), torch.randint(vocabulary, (2, 16))
+    kernels.fuse_activations(ready)
+    kernels.prepare_training(ready)
+    outputs = [model(input_ids=ids, labels=ids) for model in (plain, ready)]
+    assert set(outputs[1]) == {"loss"}
+    for output in outputs:
+        output.loss.backward()
+    torch.testing.assert_close(outputs[1].loss, outputs[0].loss)
+    gradients = [{name: part.grad for name, part in model.named_parameters()} for model in (plain, ready)]
+    torch.testing.assert_close(gradients[1], gradients[0])
+    twin = copy.deepcopy(ready).eval()
+    assert twin.lm_head.weight is not ready.lm_head.weight
+    torch.testing.assert_close(twin(ids).logits, plain.eval()(ids).logits)
