@@ -2,8 +2,11 @@
 
 Python takes several times longer to launch the kernels of a small model's step than the GPU takes to run them. A
 graph launches all of them at once. Nothing is compiled, so it pays after a few tokens.
+
+No GPU has run this yet: until tests/gpu has passed on one, HFKIT_CUDA_GRAPHS=1 turns it on.
 """
 
+import os
 import threading
 from typing import Any
 
@@ -26,7 +29,8 @@ def suits(lm: LanguageModel, new_tokens: int) -> bool:
     """Whether `sample` can write `new_tokens` with this model, and is faster than transformers' loop."""
     config: Any = lm.model.config
     return (
-        lm.model.device.type == "cuda"
+        os.environ.get("HFKIT_CUDA_GRAPHS") == "1"
+        and lm.model.device.type == "cuda"
         and lm.model.device.index in (None, torch.cuda.current_device())  # torch records on this one
         and new_tokens >= _SHORTEST
         and config.model_type in _FAMILIES

@@ -162,6 +162,7 @@ def test_suits(lms, tiny_t5, monkeypatch):
     lm = lms["gpt2"]
     assert not graphs.suits(lm, 50)  # on a CPU
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("HFKIT_CUDA_GRAPHS", "1")
 
     def suits(model, tokens=50, **more):
         return graphs.suits(lm._replace(model=OnGPU(model, **more)), tokens)
@@ -172,8 +173,11 @@ def test_suits(lms, tiny_t5, monkeypatch):
     assert not suits(lm.model, is_quantized=True)
     assert suits(lm.model, hf_device_map={"": 0}) and not suits(lm.model, hf_device_map={"a": 0, "b": 1})
     assert not suits(lm.model, device=torch.device("cuda", 1))
-    monkeypatch.setattr(lm.model.config, "_attn_implementation", "flash_attention_2")
-    assert not suits(lm.model)
+    with monkeypatch.context() as patch:
+        patch.setattr(lm.model.config, "_attn_implementation", "flash_attention_2")
+        assert not suits(lm.model)
+    monkeypatch.delenv("HFKIT_CUDA_GRAPHS")
+    assert not suits(lm.model)  # unless it is asked for
 
 
 def test_draw():
