@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from support.shell import assert_fails, call
@@ -32,13 +33,14 @@ def rows(path) -> list[dict]:
 def many(tmp_path):
     """A file of so many prompts of different lengths."""
 
-    def write(count: int, name: str = "prompts.txt"):
-        draw = random.Random(0)
-        lines = ["".join(draw.choices("abcdefgh ", k=draw.randint(1, 20))).strip() + f" {i}" for i in range(count)]
-        (tmp_path / name).write_text("\n".join(lines) + "\n")
-        return tmp_path / name
+    return lambda count, name="prompts.txt": write_prompts(tmp_path / name, count)
 
-    return write
+
+def write_prompts(path: Path, count: int) -> Path:
+    draw = random.Random(0)
+    lines = ["".join(draw.choices("abcdefgh ", k=draw.randint(1, 20))).strip() + f" {i}" for i in range(count)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 # one file
@@ -182,24 +184,34 @@ def generate(*flags) -> list[str]:
     return [*map(str, ("generate", "-n", 3, "--batch-size", 2, "--num-return-sequences", 2, *flags))]
 
 
-@pytest.fixture
-def whole(tiny, many, tmp_path, capfdbinary, monkeypatch):
-    """An uninterrupted run of 60 prompts, two of them bad: its flags and its records."""
-    path = many(60)
-    text = path.read_text().splitlines()
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run of 60 prompts, two of them bad."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_prompts(folder / "prompts.txt", 60)
+    text = (folder / "prompts.txt").read_text().splitlines()
     text[7], text[40] = "", "x" * 99
-    path.write_text("\n".join(text))
-    flags = ["-i", path, "-m", tiny, "-s", 5]
+    (folder / "prompts.txt").write_text("\n".join(text))
 
     def finish(results):
-        shutil.copy(tmp_path / "whole.jsonl.partial.json", tmp_path / "settings.json")
+        shutil.copy(folder / "whole.jsonl.partial.json", folder / "settings.json")
         original(results)
 
     original = Results.finish
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Results, "finish", finish)
-        assert call(capfdbinary, *generate(*flags, "-o", tmp_path / "whole.jsonl")).returncode == 1
-    return flags, rows(tmp_path / "whole.jsonl")
+        flags = generate("-i", folder / "prompts.txt", "-m", tiny, "-s", 5, "-o", folder / "whole.jsonl")
+        patch.setattr(sys, "argv", ["hfkit", *flags])
+        with pytest.raises(SystemExit, match="1"):
+            app.main()
+    return folder
+
+
+@pytest.fixture
+def whole(tiny, finished, tmp_path):
+    """A copy of it: its flags and its records."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return ["-i", tmp_path / "prompts.txt", "-m", tiny, "-s", 5], rows(tmp_path / "whole.jsonl")
 
 
 def interrupt(tmp_path, data: bytes) -> None:

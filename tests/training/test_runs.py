@@ -3,6 +3,7 @@
 import json
 import random
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -310,12 +311,18 @@ def test_report_to_what_is_not_there(tiny, corpus, tmp_path, monkeypatch, capfdb
 SHAPES = ["[]", "{}", "null", '"text"', "[" * 100_000, "{", '{"recipe": 3}', "\xff"]
 
 
+@pytest.fixture(scope="module")
+def short_run(tiny, corpus, tmp_path_factory) -> str:
+    """A run of one step."""
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    return train(corpus, tiny, folder, max_steps=1, eval_steps=1).output_dir
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=range(len(SHAPES)))
 @pytest.mark.parametrize("name", ["run.json", "metrics.json"])
-def test_finetune_where_a_file_has_another_shape(tiny, corpus, tmp_path, name, shape):
-    folder = tmp_path / "run"
+def test_finetune_where_a_file_has_another_shape(tiny, corpus, short_run, tmp_path, name, shape):
+    folder = Path(shutil.copytree(short_run, tmp_path / "run"))
     options = {"max_steps": 1, "eval_steps": 1}
-    train(corpus, tiny, folder, **options)
     (folder / name).write_text(shape, encoding="latin-1")
     if name == "metrics.json" and shape != '{"recipe": 3}':
         with pytest.raises(HfkitError, match=r"metrics.json cannot be read: .*; --overwrite starts over"):
