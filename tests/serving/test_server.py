@@ -405,18 +405,18 @@ def test_sigterm_under_load(process):
     outcomes: list[tuple[int, str]] = []
 
     def one(number: int) -> None:
-        with httpx.stream(
-            "POST", f"{address}/v1/completions", json={**LONG, "stream": number % 2 == 0, "n": 2}, timeout=60
-        ) as reply:
+        with client.stream("POST", "/v1/completions", json={**LONG, "stream": number % 2 == 0, "n": 2}) as reply:
             outcomes.append((reply.status_code, reply.read().decode()))
 
     threads = [threading.Thread(target=one, args=(number,)) for number in range(12)]
-    for thread in threads:
-        thread.start()
-    wait_until(lambda: "in_flight 12" in httpx.get(f"{address}/metrics").text)
-    running.send_signal(signal.SIGTERM)
-    for thread in threads:
-        thread.join()
+    # One client for all: to make one takes longer than to write a text.
+    with httpx.Client(base_url=address, timeout=60) as client:
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: "in_flight 12" in client.get("/metrics").text)
+        running.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
     assert len(outcomes) == 12
     for status, text in outcomes:
         if text.startswith("data:"):
