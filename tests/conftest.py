@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from support.shell import edit_json
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants a Hub starts one of its own, in another process
 os.environ.pop("HFKIT_MODEL", None)
+# hundreds of processes import hfkit: it is compiled once, as on a user's machine
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 CACHE = tempfile.mkdtemp(prefix="hfkit-tests-")
 os.environ["HF_DATASETS_CACHE"] = CACHE  # what is tokenized here is for nobody else
 # Threads that wait for each other are slower than one with so little to do.

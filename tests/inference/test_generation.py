@@ -361,7 +361,12 @@ def test_stream_close_ends_the_work(lms, steps):
 
 @pytest.mark.parametrize(
     ("ending", "code"),
-    [("", 0), ("raise ValueError", 1), ("sys.exit(3)", 3), ("del pieces; import gc; gc.collect()", 0)],
+    [
+        ("", 0),
+        ("del pieces; import gc; gc.collect()", 0),
+        pytest.param("raise ValueError", 1, marks=pytest.mark.slow),
+        pytest.param("sys.exit(3)", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_stream_may_be_unfinished_when_python_exits(ending, code):
     """A thread that is inside torch then would abort it."""

@@ -449,6 +449,7 @@ print(faults(10))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
 def test_freed_memory_kept():
     """A step gets the memory that the last one freed; afterwards the system has it again."""
