@@ -15,6 +15,7 @@ from support.shell import edit_json
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants a Hub starts one of its own, in another process
 os.environ.pop("HFKIT_MODEL", None)
+gc.set_threshold(50_000, 20, 20)  # torch and transformers are a million objects to look through
 # hundreds of processes import hfkit: it is compiled once, as on a user's machine
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False

@@ -270,6 +270,7 @@ def test_metric_is_reproducible():
         assert len({str(metric(GUESSES, ANSWERS)) for _ in range(2)}) == 1
 
 
+@pytest.mark.slow
 def test_no_import_of_the_evaluate_library_without_a_metric_of_the_hub():
     """It costs a second at every start, and only a metric of the Hub needs it."""
     script = "import sys, hfkit.evaluation.perplexity as p; p.find_metric('chrf'); print('evaluate' in sys.modules)"

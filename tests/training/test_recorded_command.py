@@ -9,7 +9,7 @@ import pytest
 SCRIPT = "import hfkit; hfkit.finetune({!r}, model={!r}, output_dir={!r}, max_steps=1, bf16=False)"
 
 
-@pytest.mark.parametrize("how", ["script", pytest.param("-c", marks=pytest.mark.slow), "-m hfkit"])
+@pytest.mark.parametrize("how", ["script", *(pytest.param(how, marks=pytest.mark.slow) for how in ("-c", "-m hfkit"))])
 def test_begin_records_command(tmp_path, tiny, corpus, how):
     """The arguments of a Python program may hold a password."""
     run, script = tmp_path / "run", tmp_path / "program.py"

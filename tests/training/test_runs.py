@@ -55,7 +55,9 @@ def texts(tmp_path, monkeypatch) -> Path:
     return tmp_path / "texts"
 
 
-@pytest.mark.parametrize("source", [".", "{}", "{}/../texts", "**/*.txt"])
+@pytest.mark.parametrize(
+    "source", [".", "**/*.txt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("{}", "{}/../texts"))]
+)
 def test_finetune_inside_its_corpus(tiny, texts, source):
     """A run in a folder of its corpus learns from the same files as one elsewhere, and so does the next run there."""
     elsewhere = fingerprint(train(str(texts / "plain.txt"), tiny, texts.parent / "elsewhere").output_dir)
