@@ -4,14 +4,17 @@ TensorFlow itself would read them, too, but it fills 1.6 GB of disk and brings i
 LevelDB's format with protocol buffers in it: tensorflow/core/lib/io/format.cc, core/protobuf/tensor_bundle.proto.
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hfkit.errors import HfkitError, first_line
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER, _TRAILER = 48, 5  # bytes: at the end of the index; after each block, its compression and checksum
@@ -34,6 +37,8 @@ class Tensor(NamedTuple):
         Raises:
             HfkitError: they are missing, cut off or changed.
         """
+        import numpy as np
+
         try:
             with self.file.open("rb") as file:
                 file.seek(self.offset)

@@ -1,7 +1,10 @@
 """TensorFlow checkpoints: found, checked, and converted once to a folder of safetensors in the cache.
 
 What OpenAI's GPT-2 and gpt-2-simple write, what Google's BERT repository writes, and tf_model.h5 of transformers 4.
+Every command imports this file, so it imports nothing heavy before there is something to convert.
 """
+
+from __future__ import annotations
 
 import hashlib
 import importlib.util
@@ -9,15 +12,16 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from hfkit.console import note
 from hfkit.errors import HfkitError, first_line
 from hfkit.models.bundle import read_index
 from hfkit.models.folder import INDEX, ModelFiles, check_config, read_json
 from hfkit.storage import lock, make_writable, publish, temporary, write_text
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _H5 = "tf_model.h5"
 _FAMILIES = ("gpt2", "bert", "roberta", "distilbert")  # whose tf_model.h5 gives what TensorFlow computed
@@ -221,6 +225,8 @@ def _rename(name: str, settings: str) -> str:
 
 def _read(tensor: Any, name: str, dimensions: int) -> np.ndarray[Any, Any]:
     """A tensor in float32 and with as many dimensions as transformers gives it."""
+    import numpy as np
+
     array = np.asarray(tensor, np.float32)
     array = array.T if re.search("kernel(:0)?$", name) else array  # which Keras keeps as (in, out)
     is_convolution = array.ndim > dimensions and len(array) == 1  # of one position

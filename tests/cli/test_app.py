@@ -39,7 +39,8 @@ def test_main_stays_light(tmp_path):
         *(["generate", "hi", "-i", "x.txt"], ["chat", "extra"], ["generate", "hi", "--min-new-tokens=9", "-n=8"]),
     ]
     missing = [["generate", "hi", "-m", "./nowhere"], ["chat", "-m", "a//b"], ["generate", "-i", f"{tmp_path}/none"]]
-    command = [sys.executable, "-c", WATCH, json.dumps([*right, *wrong, *missing])]
+    watch = WATCH.replace('"torch"', '"torch", "numpy"')
+    command = [sys.executable, "-c", watch, json.dumps([*right, *wrong, *missing])]
     result = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, text=True, check=True)
     told = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[[")]
     expected = [[line, code, []] for code, lines in ((0, right), (2, wrong), (1, missing)) for line in lines]
