@@ -69,7 +69,8 @@ def export(
     # A name that only this process uses: another export into this folder may be under way.
     staging = temporary(target.with_name(target.name[:40]))
     file = f"{Path(str(options.output_dir or options.push_to_hub)).name.removesuffix('.gguf')}.gguf"
-    place = target / file if is_gguf and target.suffix != ".gguf" else target
+    is_single_file = is_gguf and target.suffix == ".gguf"
+    place = target / file if is_gguf and not is_single_file else target
     try:
         name = options.push_to_hub or str(place)
         if is_gguf:
@@ -81,7 +82,7 @@ def export(
             _write(lm, source.adapter or source.folder, staging, name, dtype)
         if options.push_to_hub:
             _push(staging, options)
-        if options.output_dir and place == target and is_gguf:
+        if options.output_dir and is_single_file:
             _publish_files(staging, target)
             return str(target)
         if options.output_dir:
