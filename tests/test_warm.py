@@ -135,7 +135,7 @@ def test_same_as_cold(home, cold, tiny, tmp_path):
         results.append([outcomes, path.read_bytes(), oct(path.stat().st_mode)])
         path.unlink()
     assert results[0] == results[1]
-    assert home.served() == before + len(lines), home.status()
+    assert home.served() == before + len(lines), home.status()["fits"]
     by_variable = home.run("generate", "Hello", "-n", 8, "-s", 3, env={"HFKIT_MODEL": tiny})
     assert outcome(by_variable)[:2] == results[0][0][0][:2]
     read, write = os.pipe()

@@ -34,11 +34,15 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn that ends the texts of its last requests when the grace is over."""
+    """uvicorn that says when it is ready, and ends the texts of its last requests when the grace is over."""
 
-    def __init__(self, config: uvicorn.Config, server: Server, grace: float) -> None:
+    def __init__(self, config: uvicorn.Config, server: Server, greeting: str, grace: float) -> None:
         super().__init__(config)
-        self._served, self._grace = server, grace
+        self._served, self._greeting, self._grace = server, greeting, grace
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        note(self._greeting)  # whoever reads it may connect at once, or send a signal
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._served.is_stopping = True
@@ -68,13 +72,13 @@ def serve(models: list[LanguageModel], listener: socket.socket, settings: Settin
     )  # fmt: skip
     host, port = listener.getsockname()[:2]
     names = ", ".join(lm.name for lm in models)
-    note(f"serving {names} at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C ends it")
+    greeting = f"serving {names} at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C ends it"
     # uvicorn raises the signal again once it has stopped; it has been handled by then.
     before: dict[signal.Signals, Any] = {
         number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        _Uvicorn(config, server, grace).run(sockets=[listener])
+        _Uvicorn(config, server, greeting, grace).run(sockets=[listener])
     finally:
         server.stop()
         for number, handler in before.items():

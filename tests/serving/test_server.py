@@ -15,6 +15,7 @@ from http.client import HTTPConnection
 import httpx
 import psutil
 import pytest
+import uvicorn
 from fastapi.routing import APIRoute
 from support.servers import serving, wait_until
 from support.shell import assert_fails, call
@@ -22,7 +23,9 @@ from support.shell import assert_fails, call
 import hfkit
 from hfkit import console
 from hfkit.cli.serve import check_address
-from hfkit.serving.app import router
+from hfkit.serving import server as server_module
+from hfkit.serving.app import Server, router
+from hfkit.serving.guard import Settings
 
 KEY = "a-key-of-its-own"
 LONG = {"prompt": "Once", "max_tokens": 400, "min_new_tokens": 400, "seed": 1}
@@ -397,6 +400,27 @@ def process():
     for running in started:
         running.kill()
         running.wait()
+
+
+def test_address_is_printed_when_it_answers(lm, monkeypatch):
+    """A program that waits for the line connects at once: it is not refused."""
+    server = Server([lm], Settings())
+    config = uvicorn.Config(server.guard, log_config=None, log_level="critical", lifespan="off")
+    listener, printed = server_module.bind("127.0.0.1", 0), []
+    running = server_module._Uvicorn(config, server, "serving", 0)
+
+    def note(text: str) -> None:
+        printed.append(text)
+        running.should_exit = True
+        socket.create_connection(listener.getsockname()).close()  # refused before it listens
+
+    monkeypatch.setattr(server_module, "note", note)
+    limit = threading.Timer(20, lambda: setattr(running, "should_exit", True))
+    limit.start()
+    running.run(sockets=[listener])
+    limit.cancel()
+    server.stop()
+    assert printed == ["serving"]
 
 
 def test_sigterm_under_load(process):
