@@ -107,10 +107,11 @@ async def _start(
     request: fastapi.Request, engine: Engine, plan: Callable[[], tuple[Plan, tuple[str, ...]]]
 ) -> tuple[Job, bool]:
     """Start a job. Returns it, and whether its model is prompted with a plain conversation."""
-    made, stops = await asyncio.to_thread(plan)  # it encodes the prompts
-    request.state.job = job = Job(made)
-    request.state.prompts = [each.prompt for each in made.requests]
-    await job.start(engine, _server(request).settings.request_timeout)
+    with engine.expecting():
+        made, stops = await asyncio.to_thread(plan)  # it encodes the prompts
+        request.state.job = job = Job(made)
+        request.state.prompts = [each.prompt for each in made.requests]
+        await job.start(engine, _server(request).settings.request_timeout)
     return job, bool(stops)
 
 

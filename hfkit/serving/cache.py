@@ -70,16 +70,18 @@ class Window:
         """The first column that any row uses."""
         return min(self.starts, default=self.end)
 
-    def add(self, source: Any, row: int, length: int) -> None:
-        """Add a row: the last `length` columns of a row of `source`, a cache."""
+    def add(self, source: Any, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Add rows: of each of these rows of `source`, a cache, the last columns, as many as its length."""
+        count, longest = len(self.starts) + len(rows), max(lengths)
         keys = self.cache.layers[0].keys
-        if keys is None or len(self.starts) == len(keys) or self.end >= keys.shape[2] or length > self.end:
-            self._lay_out(source, max(length, self.end - self.first))
-        place, columns = len(self.starts), slice(self.end - length, self.end)
-        for layer, other in zip(self.cache.layers, source.layers, strict=True):
-            layer.keys[place, :, columns] = other.keys[row, :, -length:]
-            layer.values[place, :, columns] = other.values[row, :, -length:]
-        self.starts.append(self.end - length)
+        if keys is None or count > len(keys) or self.end >= keys.shape[2] or longest > self.end:
+            self._lay_out(source, max(longest, self.end - self.first), count)
+        for row, length in zip(rows, lengths, strict=True):
+            place, columns = len(self.starts), slice(self.end - length, self.end)
+            for layer, other in zip(self.cache.layers, source.layers, strict=True):
+                layer.keys[place, :, columns] = other.keys[row, :, -length:]
+                layer.values[place, :, columns] = other.values[row, :, -length:]
+            self.starts.append(self.end - length)
 
     def remove(self, place: int) -> None:
         """Remove a row; the last one takes its place."""
@@ -101,7 +103,7 @@ class Window:
     def step(self, lm: LanguageModel, tokens: Sequence[int]) -> torch.Tensor:
         """Append a token to each row. Returns the logits of the next ones, (rows, vocabulary)."""
         if self.end >= self.cache.layers[0].keys.shape[2]:
-            self._lay_out(self.cache, self.end - self.first)
+            self._lay_out(self.cache, self.end - self.first, len(self.starts))
         starts = torch.tensor(self.starts, device=lm.model.device)[:, None]
         mask = (torch.arange(self.first, self.end + 1, device=lm.model.device) >= starts).long()
         logits: torch.Tensor = forward(
@@ -116,13 +118,13 @@ class Window:
         self.end += 1
         return logits[:, -1]
 
-    def _lay_out(self, like: Any, width: int) -> None:
-        """Move all rows into tensors that end `_ROOM` columns after `width`, with room for as many rows again."""
+    def _lay_out(self, like: Any, width: int, rows: int) -> None:
+        """Move all rows into tensors that end `_ROOM` columns after `width`, with room for at least so many rows."""
         count, first, end = len(self.starts), self.first, self.end
         for layer, other in zip(self.cache.layers, like.layers, strict=True):
             for name in ("keys", "values"):
                 before, model = getattr(layer, name), getattr(other, name)
-                capacity = count + 1 if before is None else len(before) if count < len(before) else 2 * count
+                capacity = rows if before is None else len(before) if rows <= len(before) else max(rows, 2 * count)
                 # Zeros, because attention multiplies masked values by 0, and 0 times NaN is NaN.
                 made = model.new_zeros(capacity, model.shape[1], width + _ROOM, model.shape[3])
                 if count:

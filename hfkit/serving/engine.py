@@ -5,9 +5,10 @@ the texts that are being written, then gives each of these its next token.
 """
 
 import collections
+import contextlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,6 +26,7 @@ from hfkit.serving.rows import Row, Token, UnavailableError
 # Prompt tokens that a round prefills, while texts are in progress and while none is.
 _PROMPT_TOKENS = {"cpu": (64, 512), "cuda": (1024, 8192)}
 _TOKENS_AT_ONCE = {"cpu": 32_768, "cuda": 262_144}  # columns of all rows
+_GATHER = 0.1  # seconds that an idle engine waits for rows that are being made
 _PATIENCE = 10.0  # seconds until the thread ends: beams cannot be interrupted
 
 
@@ -36,6 +38,7 @@ class Engine(ABC):
         self.tokens_written = self.prompt_tokens = self.prompt_tokens_read = 0
         self.failure: str | None = None  # why the engine failed; the process must then be restarted
         self._waiting: collections.deque[Row] = collections.deque()
+        self._expected = 0  # requests whose rows are being made
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"engine of {lm.name}")
@@ -50,6 +53,18 @@ class Engine(ABC):
     @abstractmethod
     def running(self) -> int:
         """Texts in progress."""
+
+    @contextlib.contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Rows are being made, to be submitted in this context: prompts that come together are prefilled together."""
+        with self._changed:
+            self._expected += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._expected -= 1
+                self._changed.notify()
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue rows. Each emits its result when it is done.
@@ -75,6 +90,8 @@ class Engine(ABC):
             while True:
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopping or self._waiting or self.running)
+                    if not self.running:
+                        self._changed.wait_for(lambda: self._stopping or not self._expected, _GATHER)
                     if self._stopping:
                         break
                 try:
@@ -197,8 +214,9 @@ class StepEngine(Engine):
         pairs = [pair for pair in zip(prompts.rows, places, strict=True) if pair[0].request.new_tokens]
         ended = self._take([row for row, _ in pairs], logits[[place for _, place in pairs]]) if pairs else []
         going_on = [pair for pair in pairs if pair[0] not in ended]
-        for row, place in going_on:
-            self._window.add(prompts.cache, place, len(row.request.ids))
+        if going_on:
+            lengths = [len(row.request.ids) for row, _ in going_on]
+            self._window.add(prompts.cache, [place for _, place in going_on], lengths)
         for row in prompts.rows:
             if not row.request.new_tokens:
                 row.finish()

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -121,6 +122,35 @@ def test_prompts_that_begin_alike_wait_for_the_first(start, story):
     write(engine, story, prompts, [GenerateOptions(max_new_tokens=3, seed=1)] * 3)
     lengths = [len(story.tokenizer(text)["input_ids"]) for text in prompts]
     assert engine.prompt_tokens_read < sum(lengths) - min(lengths)
+
+
+def test_prompts_that_come_together_are_read_together(start, lm, monkeypatch):
+    """An idle engine waits for rows that are being made, but not for long; a busy one does not."""
+    monkeypatch.setattr(engines, "_GATHER", 60)
+    counts, advance = [], engines.Prompts.advance
+    monkeypatch.setattr(engines.Prompts, "advance", lambda *args: counts.append(args[0].count) or advance(*args))
+    submitted, step = threading.Event(), Window.step
+    monkeypatch.setattr(Window, "step", lambda *args: submitted.wait(60) and step(*args))
+    engine = start(lm)
+    first, second, third, last = (
+        Written(lm, text, GenerateOptions(max_new_tokens=30)) for text in ("a", "bc", "d", "e")
+    )
+    with engine.expecting():
+        engine.submit([first.row])
+        time.sleep(0.2)
+        assert (engine.waiting, counts) == (1, [])
+        engine.submit([second.row])
+    wait_until(lambda: counts)
+    assert counts == [3]
+    with engine.expecting():
+        engine.submit([third.row])
+        submitted.set()
+        third.result()
+    first.result(), second.result()
+    monkeypatch.setattr(engines, "_GATHER", 0.1)
+    with engine.expecting():
+        engine.submit([last.row])
+        last.result()
 
 
 def test_a_long_prompt_does_not_stop_what_is_being_written(start, story):
@@ -314,7 +344,7 @@ def test_window_moves_its_rows(lm):
             if not rows or rng.random() < 0.5:
                 ids = [rng.randrange(256) for _ in range(rng.randrange(1, 30))]
                 cache = lm.model(torch.tensor([ids]), use_cache=True).cache
-                window.add(cache, 0, len(ids))
+                window.add(cache, [0], [len(ids)])
                 rows.append(ids)
             rows = [[*ids, rng.randrange(256)] for ids in rows]
             while long := next((place for place, ids in enumerate(rows) if len(ids) > 60), None):
