@@ -285,7 +285,11 @@ def lock(folder: Path, *, wait: bool = False, tell: bool = True) -> Iterator[Non
         # Windows keeps others from reading the locked byte, the first one.
         file.write(f" process {os.getpid()} on {socket.gethostname()}".encode())
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                file.truncate(0)  # or the next holder would pass for this process until it has written its own name
 
 
 def _holder(path: Path) -> str:

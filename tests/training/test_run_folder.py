@@ -21,7 +21,7 @@ import hfkit
 from hfkit.errors import HfkitError, LockedError
 from hfkit.options import DataOptions, ModelOptions, SizeOptions, TrainOptions
 from hfkit.recipes import read_values
-from hfkit.storage import LIST, lock, write_text
+from hfkit.storage import LIST, LOCK, lock, write_text
 from hfkit.training import run_folder
 from hfkit.training.checkpoints import commit, find_fault
 
@@ -104,7 +104,8 @@ def test_lock_ends_with_its_process(tmp_path):
         pass
     os.kill(child, signal.SIGKILL), os.waitpid(child, 0)
     with lock(tmp_path):
-        pass
+        assert str(os.getpid()) in (tmp_path / LOCK).read_text()
+    assert not (tmp_path / LOCK).read_text()
 
 
 @pytest.fixture
