@@ -71,9 +71,9 @@ def outcome(result: subprocess.CompletedProcess) -> tuple:
 
 def on_terminal(home: Home, *arguments, keys: bytes = b"", after: bytes = b"", **env) -> tuple[int, bytes]:
     """Exit code and output of a command on a terminal of its own, with `keys` typed once it has shown `after`."""
+    settings = {**os.environ, "TERM": "xterm", **home.env, **env}  # a fork's own: hfkit changes a variable there
     pid, terminal = pty.fork()
     if not pid:
-        settings = {**os.environ, "TERM": "xterm", **home.env, **env}
         os.execvpe(sys.executable, [*HFKIT, *map(str, arguments)], settings)  # noqa: S606
     shown, end = b"", time.monotonic() + 120
     while time.monotonic() < end:
@@ -180,13 +180,14 @@ def test_signals(home, tiny):
 
 def test_terminal(home, cold, tiny):
     """On a terminal: colours, streaming and Ctrl-C as cold; Ctrl-Z stops the child, and Ctrl-C on a stopped one."""
-    line = ["generate", "Hello", "-m", tiny, "-n", 8, "-s", 3]
+    line, before = ["generate", "Hello", "-m", tiny, "-n", 8, "-s", 3], home.served()
     warm_code, shown = on_terminal(home, *line)
     assert warm_code == 0 and b"\x1b[2mHello\x1b[22m" in shown
     code, shown_cold = on_terminal(cold, *line)
     assert (code, without_status(shown_cold)) == (warm_code, without_status(shown))
     assert b"loading" in shown_cold  # it takes more than half a second
     assert on_terminal(home, "chat", "-m", tiny, keys=b"\x03", after=b"/help")[0] == 130
+    assert home.served() == before + 2
 
 
 def test_suspend(home, tiny):
