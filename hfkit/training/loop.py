@@ -127,12 +127,11 @@ class _Trainer(Trainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer would log a loss that is not finite as 0, and train on."""
-        result = super().compute_loss(*args, **kwargs)
-        loss = result[0] if isinstance(result, tuple) else result
+        loss: Any = super().compute_loss(*args, **kwargs)
         # To look at a GPU's loss is to wait for it: `log` does, every few steps.
-        if loss.device.type == "cpu" and not torch.isfinite(loss).all():
+        if loss.device.type == "cpu" and not loss.isfinite():
             raise _diverged(f"the loss is {loss.item()}", self.state.global_step + 1, self.args.learning_rate)
-        return result
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if not math.isfinite(loss := logs.get("loss", 0.0)):
@@ -140,18 +139,11 @@ class _Trainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def measure(self) -> None:
-        """Measure the model at this step, once, and log it.
-
-        Raises:
-            KeyboardInterrupt: the run was asked to stop meanwhile; when it is resumed it measures first.
-        """
+        """Measure the model at this step, once, and log it. A stop meanwhile is a KeyboardInterrupt."""
         history, step = self.state.log_history, self.state.global_step
         if any(entry.get("measured") == step for entry in history):
             return
-        measurement = self._monitor.measure(self.model, self.processing_class, history, step)
-        if measurement is None:
-            raise KeyboardInterrupt
-        figures, entry = measurement
+        figures, entry = self._monitor.measure(self.model, self.processing_class, history, step)
         if figures:
             self.log(figures)
         history.append(entry)

@@ -119,11 +119,10 @@ def tune(
 
 def _figure_of(job: Job) -> str:
     """By what the states of a run are compared, and so the trials of a search: accuracy or loss."""
-    dataset = job.dataset
-    if not len(dataset.held_out):
+    if not len(job.dataset.held_out):
         way_out = "raise --eval-fraction, or name another text with --eval-file"
         raise HfkitError(f"nothing is held out, so trials cannot be compared: {way_out}")
-    has_answers = dataset.head or find_answers(dataset, dataset.held_out, job.tokenizer, job.block_size)
+    has_answers = job.dataset.head or find_answers(job, job.dataset.held_out)
     return "accuracy" if has_answers else "loss"
 
 

@@ -358,7 +358,7 @@ def test_save_failing_at_each_operation(saving, tmp_path, number):
         newest = find_newest(folder)
         assert newest.name in ("checkpoint-6", "checkpoint-7") and digests(newest) == old
         assert newest == list_checkpoints(folder)[0]  # what was half written is gone
-    assert len(errors) > 20 and "cannot delete" in errors[-1]
+    assert len(errors) > 20
 
 
 def test_save_order(saving, monkeypatch):
