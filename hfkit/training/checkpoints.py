@@ -64,8 +64,7 @@ def step_of(checkpoint: Path) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first, damaged ones included."""
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    return sorted(checkpoints, key=step_of, reverse=True)
+    return sorted(folder.glob("checkpoint-[0-9]*"), key=step_of, reverse=True)
 
 
 def find_newest(folder: Path, best: int | None = None) -> Path | None:

@@ -182,8 +182,8 @@ def check_same_settings(folder: Path, command: str, recipe: dict[str, Any], fact
     record = json.loads((folder / FACTS).read_text("utf-8"))
     facts = {name: value for name, value in facts.items() if name in record}  # old versions recorded fewer
     begun, asked = record["recipe"] | record, recipe | facts
-    names = [name for name in {**asked, **begun} if name not in ("command", "versions", "recipe")]
-    names = [name for name in names if begun.get(name) != asked.get(name)]
+    others = ("command", "versions", "recipe")
+    names = [name for name in {**asked, **begun} if name not in others and begun.get(name) != asked.get(name)]
     if {"model_bytes", "model_sha256"} & {*names} and begun.get("model") == asked.get("model"):
         raise HfkitError(
             f"{asked['model']} has changed since {folder} was begun on it: --overwrite starts over on the new one"
@@ -211,14 +211,9 @@ def finish(folder: Path, checkpoint: Path, extra: dict[str, str | bytes], metric
     staging = folder / _STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
-    model = [
-        path
-        for path in checkpoint.iterdir()
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _MODEL_FILES)
-    ]
-    storage.check_space(folder, sum(path.stat().st_size for path in model))
-    for path in model:
-        shutil.copy(path, staging)
+    for path in checkpoint.iterdir():
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _MODEL_FILES):
+            shutil.copy(path, staging)
     for name, content in extra.items():
         (staging / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     storage.make_durable(staging)

@@ -261,8 +261,7 @@ def _finish(study: SharedStudy, options: TuneOptions) -> Search:
 def _copy_run(trial: Path, target: Path) -> Run:
     """The run of a trial as a run of its own. Training it again would give the same, bit by bit."""
     facts = target / run_folder.FACTS
-    is_there = facts.is_file() and facts.read_bytes() == (trial / run_folder.FACTS).read_bytes()
-    if not (is_there and (target / METRICS).is_file()):
+    if not facts.is_file() or facts.read_bytes() != (trial / run_folder.FACTS).read_bytes():
         staging = target.with_name(f".{target.name}")
         shutil.rmtree(staging, ignore_errors=True)
         shutil.copytree(trial, staging)

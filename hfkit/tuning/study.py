@@ -19,8 +19,6 @@ from hfkit.storage import add_owned, check_owned, lock, owned, remove_owned, wri
 
 RESULT, BEST, PICTURE, BEST_RUN = "tuning.json", "best.yaml", "tuning.png", "best"
 _STUDY, _RUNNING = "study.db", ".running"
-
-
 # They say nothing about how good a training is; the seed also chooses what is held out.
 _NOT_SEARCHED = {"output_dir", "resume", "overwrite", "seed"}
 
