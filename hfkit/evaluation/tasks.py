@@ -141,9 +141,9 @@ def assess_task(lm: LanguageModel, corpus: Corpus, options: CorpusOptions, task:
     return _measure(lm, guesses, right, task.metric or ("squad",), baselines)
 
 
-def _watched(results: Iterable[Any], rows: int) -> Iterable[Any]:
-    """The results under a progress bar."""
-    return cast(Iterable[Any], progress(rows, "row", "evaluating", iterable=results))
+def _watched(results: Iterable[Any], rows: int) -> Any:
+    """The results, with a progress bar."""
+    return progress(rows, "row", "evaluating", iterable=results)
 
 
 def _write_answers(lm: LanguageModel, table: Sequence[Row], task: Task) -> Iterator[str]:

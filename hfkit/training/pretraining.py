@@ -78,8 +78,11 @@ def _make_job(
     corpus: Corpora, size: SizeOptions, data: DataOptions, train: TrainOptions, placement: ModelOptions, folder: Path
 ) -> Job:
     files = find_corpus(corpus, data, folder)
-    resumed = train.resume and not train.overwrite and run_folder.is_begun(folder)
-    tokenizer = _load_tokenizer(folder) if resumed else _train_tokenizer_once(files, size, data, train)
+    if train.resume and not train.overwrite and run_folder.is_begun(folder):
+        kept = folder / _TOKENIZER  # a finished run has it beside the model
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(kept if kept.is_dir() else folder)
+    else:
+        tokenizer = _train_tokenizer_once(files, size, data, train)
     shape = shape_of(size)
     block_size = data.block_size or shape["n_positions"]
     if block_size > shape["n_positions"]:
@@ -105,12 +108,6 @@ def _make_job(
         data=data,
         keep=lambda folder: tokenizer.save_pretrained(folder / _TOKENIZER),
     )
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a run; a finished run has it beside the model."""
-    kept = folder / _TOKENIZER
-    return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(kept if kept.is_dir() else folder))
 
 
 def _train_tokenizer_once(
@@ -161,7 +158,10 @@ def train_tokenizer(
         for share, (*_, piece) in zip(held, _pieces(files, data), strict=True)
     )
     # In a script of three bytes a character, such as Chinese, bytes alone would leave most characters in pieces.
-    return (train_characters if sizes.sum() > 2 * lengths.sum() else train_bytes)(texts, vocabulary)
+    if sizes.sum() > 2 * lengths.sum():
+        return train_characters(texts, vocabulary)
+    blank: Any = GPT2Tokenizer()
+    return cast(PreTrainedTokenizerBase, blank.train_new_from_iterator(texts, vocabulary, show_progress=False))
 
 
 def _pieces(files: Corpus, data: DataOptions) -> Iterator[tuple[int, bool, Piece]]:
@@ -170,12 +170,6 @@ def _pieces(files: Corpus, data: DataOptions) -> Iterator[tuple[int, bool, Piece
     if not isinstance(first, Piece):
         raise HfkitError("a new model learns from texts, not from examples: pretrain on texts, then finetune on these")
     yield from number_documents(chain([first], records))  # type: ignore[arg-type]  # all records are of one kind
-
-
-def train_bytes(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
-    """Byte-level BPE, which merges the most frequent pairs of bytes."""
-    blank: Any = GPT2Tokenizer()
-    return cast(PreTrainedTokenizerBase, blank.train_new_from_iterator(texts, vocabulary, show_progress=False))
 
 
 def train_characters(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
