@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from functools import partial
+from typing import cast
 
 from hfkit.corpus.templates import CHAT_TEMPLATE, task_of
 from hfkit.errors import HfkitError, OptionError, first_line
@@ -27,6 +28,7 @@ class Plan:
     options: GenerateOptions
     wishes: Wishes
     samples: int
+    strip: bool = False  # the space with which a base model begins its turn
 
 
 AS_GENERATE = -1
@@ -106,16 +108,13 @@ class Job:
         for request in self.plan.requests:
             for k in range(self.plan.samples):
                 sample = replace(request, seed=((request.seed or 0) + k) % 2**63)
-                emit = self._emitter(len(rows))
+                emit = partial(self._emit, len(rows))
                 rows.append(Row(lm, sample, self.plan.options, self.plan.wishes, emit, seconds))
         return rows
 
-    def _emitter(self, number: int) -> Any:
-        def emit(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the event loop has closed
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
-
-        return emit
+    def _emit(self, number: int, event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop has closed
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
 
     async def events(self) -> AsyncIterator[tuple[int, Piece | Result]]:
         """Pieces, where they are wanted, and the result of each row; an error of any row is raised."""
@@ -135,4 +134,4 @@ class Job:
     def cancel(self) -> None:
         """Cancel the rows that are not done."""
         for row in self.rows:
-            row.cancel()
+            row.is_cancelled = True
