@@ -120,7 +120,8 @@ class Guard:
         self._counts.seconds += seconds
         line = f"{scope['method']} {scope['path']!r:.80} {status} {seconds:.3f} s {request_id}"
         if self._settings.logs_prompts:
-            console.note(f"{line} {console.to_json(state.get('prompts', []))}")
+            requests = state["job"].plan.requests if "job" in state else []
+            console.note(f"{line} {console.to_json([request.prompt for request in requests])}")
         else:
             console.detail(line)
 
