@@ -110,4 +110,4 @@ def _write_next(inspection: Inspection) -> None:
     names = ("text", "probability", *inspection.left)
     rows = [[cell(row[name]) for name in names] for row in inspection.following]
     head = ("next", "alone", *(f"{name}\n{count:,} left" for name, count in inspection.left.items()))
-    console.write_figures(head, rows)
+    console.write_table(head, rows, wraps=False)
