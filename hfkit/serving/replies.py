@@ -69,9 +69,7 @@ class Writer:
 class Reply:
     """The reply to a completion or a chat: `n` choices for each prompt, those with the best score of all samples."""
 
-    def __init__(
-        self, lm: LanguageModel, kind: Kind, job: Job, n: int, has_usage: bool, echo: bool = False
-    ) -> None:
+    def __init__(self, lm: LanguageModel, kind: Kind, job: Job, n: int, has_usage: bool, echo: bool = False) -> None:
         """has_usage: whether a stream ends with the number of tokens."""
         self._lm, self._kind, self._job, self._n, self._has_usage, self._echo = lm, kind, job, n, has_usage, echo
         self.plan = job.plan
