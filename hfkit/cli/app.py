@@ -20,14 +20,13 @@ from hfkit import console, processes
 from hfkit.cli.chat import chat
 from hfkit.cli.classify import answer, classify
 from hfkit.cli.evaluate import evaluate
+from hfkit.cli.flags import Command, Group, explain_usage
 from hfkit.cli.generate import generate
 from hfkit.cli.info import info
 from hfkit.cli.inspect import inspect
 from hfkit.cli.runs import export, recipes, report
-from hfkit.cli.serve import serve
+from hfkit.cli.serve import serve, warm
 from hfkit.cli.train import finetune, prepare, pretrain, tune
-from hfkit.cli.usage import Command, Group, explain_usage
-from hfkit.cli.warm import warm
 from hfkit.errors import HfkitError, StoppedError
 
 app = typer.Typer(

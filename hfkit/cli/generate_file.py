@@ -190,12 +190,8 @@ class Results:
         check_regular(path)
         check_regular(self.partial, links=False)
         check_free(path, overwrite=overwrite, flag="--output")
-        try:
-            self._file = self.partial.open("a+b")
-            is_locked = lock_file(self._file)
-        except OSError as error:
-            raise HfkitError(f"cannot write the output ({self.partial}): {error.strerror}") from error
-        if not is_locked:
+        self._file = self.partial.open("a+b")
+        if not lock_file(self._file):
             raise HfkitError(f"{self.partial} is being written by another process: name another --output")
         if self._file.tell() and not (resume or overwrite):
             raise HfkitError(f"{self.partial} is an unfinished run: --resume continues it, --overwrite begins anew")
@@ -206,11 +202,8 @@ class Results:
         self._file.seek(0)
         if not self._file.read(1):
             return 0
-        try:
-            self.settings = dict(json.loads(self._settings_path.read_text("utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise HfkitError(f"cannot read {self._settings_path}: {error}; --overwrite begins anew") from error
-        samples = self.settings.get("num_return_sequences") or 1
+        settings = self.settings = dict(json.loads(self._settings_path.read_text("utf-8")))
+        samples = settings.get("num_return_sequences") or 1
         self._file.seek(0)
         end = position = count = 0
         current = None
