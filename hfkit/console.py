@@ -23,7 +23,6 @@ class _State:
     quiet: bool = processes.rank > 0  # only the first of several processes prints notes
     verbose: bool = False
     debug: bool = False
-    warned_of_encoding: bool = False
     has_status: bool = False  # the terminal shows a status line
 
 
@@ -70,9 +69,9 @@ def write(text: str, file: IO[str] | None = None, *, dim: bool = False) -> None:
     text = printable(text) if file.isatty() else text
     # "?" for half a surrogate pair, which UTF-8 cannot hold, and for what another encoding lacks.
     encodable = text.encode(encoding, "replace").decode(encoding)
-    if encodable != text and encoding.lower().replace("-", "") != "utf8" and not state.warned_of_encoding:
-        state.warned_of_encoding = True
-        note(f"the output is {encoding}, which lacks some characters: they are '?'; PYTHONIOENCODING=utf-8 keeps them")
+    if encodable != text and encoding.lower().replace("-", "") != "utf8":
+        lacks = f"the output is {encoding}, which lacks some characters"
+        note_once(f"{lacks}: they are '?'; PYTHONIOENCODING=utf-8 keeps them")
     file.write(f"\x1b[2m{encodable}\x1b[22m" if dim and has_colour(file) else encodable)
     file.flush()
 

@@ -75,10 +75,10 @@ def command_line() -> Any:
 
 def main() -> NoReturn:
     """Run one command, then exit. Nothing but SystemExit leaves this function."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # the parent process closed it
-            setattr(sys, name, open(os.devnull, mode))
+        if stream is None:  # the parent process closed it, as `2>&-` does
+            setattr(sys, name, open(os.devnull, "r+"))
         elif name != "stdin" and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # no character is worth the loss of a text
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see __main__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +52,7 @@ def chat(model: ModelOptions, server: ServerOptions, sampling: GenerateOptions) 
     manner = "through its chat template" if talk.has_template else "as raw text that it continues"
     console.note(f"{name} gets your turns {manner}; /help lists the commands")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # a bad byte must not end the chat
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # a bad byte must not end the chat
     while (text := _read_turn()) is not None:
         if text.strip().lower() in ("exit", "quit"):
             return
@@ -65,8 +64,7 @@ def chat(model: ModelOptions, server: ServerOptions, sampling: GenerateOptions) 
             talk.add("user", text)
             talk.add("assistant", _print_reply(talk))
         except HfkitError as error:
-            if talk.messages and talk.messages[-1]["role"] == "user":  # which got no reply
-                talk.messages.pop()
+            talk.messages.pop()  # the turn that got no reply
             console.fail(str(error))
         # Every reply draws other numbers, yet the first seed determines the whole chat.
         talk.options = replace(talk.options, seed=(talk.options.seed or 0) + 1)
@@ -89,10 +87,7 @@ class Conversation:
         return "".join(message["content"] for message in self.messages)
 
     def add(self, role: str, text: str) -> None:
-        """Add a turn of the "user" or the "assistant"; HfkitError if it is not UTF-8."""
-        if bad := re.search("[\ud800-\udfff]", text):  # what bytes that are not UTF-8 became
-            place = len(text[: bad.start()].encode()) + 1
-            raise HfkitError(f"this turn is not UTF-8 text (byte {place}) and is left out: convert it")
+        """Add a turn of the "user" or the "assistant"."""
         self.messages.append({"role": role, "content": text})
 
     def reply(self) -> Generator[str, None, Generation]:
@@ -102,11 +97,7 @@ class Conversation:
         return generation.stream(self.prompt(), model=self.lm, options=self.options)
 
     def prompt(self) -> str | list[int]:
-        """The prompt of the reply; the oldest turns are left out if it would not fit the model.
-
-        Raises:
-            HfkitError: the chat template cannot be used.
-        """
+        """The prompt of the reply, without the oldest turns if it would not fit. HfkitError if the template fails."""
         if not self.has_template:
             return self.text
         ids: list[int] = []
@@ -131,7 +122,7 @@ class Conversation:
     def save(self, path: str) -> None:
         """Write the messages as JSON Lines, or the raw text."""
         content = "".join(map(console.to_json, self.messages)) if self.has_template else self.text
-        Path(path).write_text(content, "utf-8", errors="replace")
+        Path(path).write_text(content, "utf-8")
 
 
 class RemoteConversation(Conversation):
