@@ -129,8 +129,6 @@ def _keep_text(params: Any) -> Any:
 
 
 class Group(TyperGroup):
-    """A list of commands."""
-
     def get_params(self, ctx: Context) -> Any:
         return _keep_text(super().get_params(ctx))
 

@@ -85,7 +85,6 @@ def generate(
 
 
 def _print_streams(stream: Stream, sampling: GenerateOptions, prompt: str, continues: bool) -> None:
-    """Print each sample while it is generated."""
     samples = sampling.num_return_sequences or 1
     for k in range(samples):
         pieces = stream(options=replace(sampling, num_return_sequences=None, seed=(sampling.seed or 0) + k))

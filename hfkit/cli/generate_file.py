@@ -55,10 +55,7 @@ def write_results(
 ) -> None:
     """Continue every prompt of the file `path`. Several processes share the prompts; the first one writes.
 
-    A server gets `batch_size` requests at a time.
-
-    Raises:
-        HfkitError: the run cannot begin or be resumed; or, in the end, some prompts could not be run.
+    A server gets `batch_size` requests at a time. In the end, HfkitError if some prompts could not be run.
     """
     check_input(path)
     output, resume = files.output, files.resume and not files.overwrite
@@ -178,11 +175,7 @@ class Results:
     """
 
     def __init__(self, path: Path, *, overwrite: bool, resume: bool = False) -> None:
-        """Open the file.
-
-        Raises:
-            HfkitError: the file exists, belongs to a running process, or cannot be written.
-        """
+        """HfkitError if the file exists, or another process writes it."""
         self.path, self.partial = path, path.with_name(f"{path.name}.partial")
         self._settings_path = path.with_name(f"{path.name}.partial.json")
         self.done: dict[int, str] = {}  # line -> prompt, of the prompts whose records are all there
@@ -224,14 +217,12 @@ class Results:
         write_text(self._settings_path, json.dumps(settings))
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
-        """Append the records of whole prompts."""
         with self._named_errors():
             self._file.write("".join(map(console.to_json, records)).encode())
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def finish(self) -> None:
-        """Give the complete file its name."""
         with self._named_errors():
             self._file.close()
             os.replace(self.partial, self.path)

@@ -61,11 +61,7 @@ def inspect(
 
 
 def _check_output(options: InspectOptions) -> Path | None:
-    """Return the file to write, if any.
-
-    Raises:
-        HfkitError: the options contradict each other, or the file exists.
-    """
+    """The file to write, if any. HfkitError if the options contradict each other, or the file exists."""
     if options.layer is not None and not options.attention:
         raise OptionError("--layer chooses what --attention draws: add --attention")
     if not options.output and not options.attention:

@@ -80,10 +80,7 @@ def _parse_prompt(line: bytes, is_json: bool) -> str | dict[str, Any]:
 def read_prompt(prompt: str | None, *, wanted: str | None = None) -> str:
     """Return `prompt`, or stdin's text for "-" and for None. A person at a terminal is asked for it.
 
-    wanted: what the text is, if an empty one is an error.
-
-    Raises:
-        OptionError: there is no text, or it is not UTF-8.
+    wanted: what the text is, if an empty one is an OptionError.
     """
     try:
         if prompt is None and sys.stdin.isatty():
@@ -117,11 +114,7 @@ def load_for(
 ) -> tuple[LanguageModel, Request | None, GenerateOptions]:
     """Load a model for `prompt`, or for prompts that come later (None), after every check that needs no weights.
 
-    Returns the model, the encoded prompt, and `sampling` with a seed. A random seed is printed if the text depends on
-    it.
-
-    Raises:
-        HfkitError: the model cannot generate text, or `prompt` does not fit it.
+    Returns the model, the encoded prompt, and `sampling` with a seed. A random one is printed where it matters.
     """
     with loading(model) as source:
         from hfkit.inference import controls, generation

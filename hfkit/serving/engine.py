@@ -67,11 +67,7 @@ class Engine:
                 self._changed.notify()
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Queue rows. Each emits its result when it is done.
-
-        Raises:
-            UnavailableError: the engine has stopped.
-        """
+        """Queue rows. Each emits its result when it is done. UnavailableError if the engine has stopped."""
         with self._changed:
             if self._stopping or self.failure:
                 raise UnavailableError(self.failure or "the server is stopping: try again later")

@@ -45,9 +45,6 @@ def make_plan(
     """Encode the prompts and check all that can be checked. It takes a while, so call it in a thread.
 
     new_tokens: most of them where `options` says nothing; None: as many as fit; AS_GENERATE: as `hfkit generate` has.
-
-    Raises:
-        HfkitError: a prompt does not fit the model, or the options contradict each other.
     """
     check_options(options)
     check_controls(lm, options)
@@ -68,9 +65,7 @@ def chat_prompt(lm: LanguageModel, messages: list[dict[str, str]]) -> tuple[str 
     """The prompt for the next turn of a conversation, and what ends that turn besides the model's own mark.
 
     A translator and a model that learned a task get the last turn alone. A base model gets hfkit's plain template.
-
-    Raises:
-        HfkitError: the model's template rejects the conversation.
+    HfkitError if the model's template rejects the conversation.
     """
     template = lm.tokenizer.chat_template
     if not template and (lm.model.config.is_encoder_decoder or task_of(lm.tokenizer)):
@@ -127,11 +122,9 @@ class Job:
             yield number, event
 
     async def results(self) -> list[Result]:
-        """The result of each row, in order."""
         results = {number: event async for number, event in self.events() if isinstance(event, Result)}
         return [results[number] for number in range(len(self.rows))]
 
     def cancel(self) -> None:
-        """Cancel the rows that are not done."""
         for row in self.rows:
             row.is_cancelled = True

@@ -91,11 +91,7 @@ class Sampling(Body):
         )
 
     def wishes(self, vocabulary: int, top: int | None, scores_prompt: bool = False) -> Wishes:
-        """vocabulary: tokens of the model. top: see `Wishes`.
-
-        Raises:
-            OptionError: logit_bias names something that is not a token.
-        """
+        """OptionError if logit_bias names something that is not a token. top: see `Wishes`."""
         if bad := [token for token in self.logit_bias if not (token.isdecimal() and int(token) < vocabulary)]:
             raise OptionError(f"logit_bias has {bad[0]!r:.40}: its keys are token ids from 0 to {vocabulary - 1}")
         return Wishes(

@@ -17,6 +17,7 @@ from hfkit.serving.jobs import Job
 from hfkit.serving.rows import Piece, Result, Token
 
 _LEAST = -9999.0  # log-probability of an impossible token; JSON has no infinity
+_LOOK = 0.5  # seconds between looks whether a client is still there
 Kind = Literal["text_completion", "chat.completion"]
 
 
@@ -111,70 +112,58 @@ class Reply:
     async def whole(self) -> dict[str, Any]:
         """The reply as one object."""
         results = await self._job.results()
-        self._completion_tokens = sum(len(result.completion.tokens) for result in results)
+        completions = [result.completion for result in results]
+        self._completion_tokens = sum(len(completion.tokens) for completion in completions)
         chosen: list[int] = []
         for first in range(0, len(results), self.plan.samples):
             numbers = list(range(first, first + self.plan.samples))
             if self._n < len(numbers):  # by the mean score of a token, as OpenAI chooses
-                numbers.sort(key=lambda number: _mean(results[number]), reverse=True)
+                numbers.sort(key=lambda number: -completions[number].logprob / max(1, len(completions[number].tokens)))
             chosen += numbers[: self._n]
-        choices = [self._choice(index, number, results[number]) for index, number in enumerate(chosen)]
+        choices = []
+        for index, number in enumerate(chosen):
+            text = completions[number].text.lstrip() if self.plan.strip else completions[number].text
+            content: dict[str, Any] = {"text": self._prompt(number) + text}
+            if self._kind == "chat.completion":
+                content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+            scores = self._scores(number, self._writer(number), results[number])
+            choices.append(self._choice(index, number, content, scores, completions[number].finish_reason))
         return self._frame | {"choices": choices, "usage": self._usage()}
 
-    def _choice(self, index: int, number: int, result: Result) -> dict[str, Any]:
-        text = result.completion.text.lstrip() if self.plan.strip else result.completion.text
-        content: dict[str, Any] = {"text": self._prompt(number) + text}
-        if self._kind == "chat.completion":
-            content = {"message": {"role": "assistant", "content": text, "refusal": None}}
-        return {
-            "index": index,
-            **content,
-            "logprobs": self._scores(number, self._writer(number), result),
-            "finish_reason": result.completion.finish_reason,
-            "seed": self._job.rows[number].seed,
-        }
+    def _choice(
+        self, index: int, number: int, content: dict[str, Any], scores: Any = None, reason: str | None = None
+    ) -> dict[str, Any]:
+        seed = {"seed": self._job.rows[number].seed} if reason else {}
+        return {"index": index, **content, "logprobs": scores, "finish_reason": reason, **seed}
 
     async def pieces(self) -> AsyncIterator[dict[str, Any]]:
         """The reply as a stream of objects."""
+        is_chat = self._kind == "chat.completion"
         frame = self._frame | ({"usage": None} if self._has_usage else {})
-        if self._kind == "chat.completion":
-            frame["object"] = "chat.completion.chunk"
+        frame |= {"object": "chat.completion.chunk"} if is_chat else {}
         writers = {number: self._writer(number) for number in range(len(self._job.rows))}
         begun: set[int] = set()
         told = dict.fromkeys(writers, 0)
         for number in writers:  # what comes before the first token
-            if self._kind == "chat.completion":
-                yield frame | {"choices": [self._delta(number, {"role": "assistant", "content": ""}, None, None)]}
+            if is_chat:
+                role = {"delta": {"role": "assistant", "content": ""}}
+                yield frame | {"choices": [self._choice(number, number, role)]}
             elif self._echo:
-                yield frame | {"choices": [self._delta(number, self._prompt(number), None, None)]}
+                yield frame | {"choices": [self._choice(number, number, {"text": self._prompt(number)})]}
         async for number, event in self._job.events():
+            text, reason = "", None
             if isinstance(event, Piece):
                 told[number] += len(event.tokens)
                 text = event.text if number in begun or not self.plan.strip else event.text.lstrip()
                 begun |= {number} if text else set()
-                scores = self._scores(number, writers[number], event)
-                yield frame | {"choices": [self._delta(number, text, scores, None)]}
             else:
                 self._completion_tokens += len(event.completion.tokens)
-                rest = event._replace(tokens=event.tokens[told[number] :])
-                scores = self._scores(number, writers[number], rest)
-                yield frame | {"choices": [self._delta(number, "", scores, event.completion.finish_reason)]}
+                event, reason = event._replace(tokens=event.tokens[told[number] :]), event.completion.finish_reason
+            content = {"text": text} if not is_chat else {"delta": {"content": text} if text else {}}
+            scores = self._scores(number, writers[number], event)
+            yield frame | {"choices": [self._choice(number, number, content, scores, reason)]}
         if self._has_usage:
             yield frame | {"choices": [], "usage": self._usage()}
-
-    def _delta(self, number: int, content: Any, scores: Any, reason: str | None) -> dict[str, Any]:
-        if self._kind == "text_completion":
-            text: dict[str, Any] = {"text": content}
-        elif isinstance(content, dict):
-            text = {"delta": content}
-        else:
-            text = {"delta": {"content": content} if content else {}}
-        seed = {"seed": self._job.rows[number].seed} if reason else {}
-        return {"index": number, **text, "logprobs": scores, "finish_reason": reason, **seed}
-
-
-def _mean(result: Result) -> float:
-    return result.completion.logprob / max(1, len(result.completion.tokens))
 
 
 class Response:
@@ -247,20 +236,13 @@ class Response:
 async def until_gone(request: requests.Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
     """The result of `work`, which is cancelled if the client disconnects."""
     task = asyncio.ensure_future(work)
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    watch = asyncio.ensure_future(gone())
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise requests.ClientDisconnect
+        while not (await asyncio.wait({task}, timeout=_LOOK))[0]:
+            if await request.is_disconnected():
+                raise requests.ClientDisconnect
         return task.result()
     finally:
         task.cancel()
-        watch.cancel()
 
 
 async def to_events(pieces: AsyncIterator[dict[str, Any]], named: bool = False) -> AsyncIterator[str]:

@@ -83,11 +83,7 @@ class Row:
         emit: Callable[[Event], None],
         seconds: float = math.inf,
     ) -> None:
-        """request: with its seed. emit: called with each Piece, if wanted, then a Result or an error.
-
-        Raises:
-            HfkitError: the options contradict each other.
-        """
+        """request: with its seed. emit: called with each Piece, if wanted, then a Result or an error."""
         self.request, self.options, self.wishes, self.emit = request, options, wishes, emit
         self.is_cancelled = False  # no longer wanted
         self.tokens: list[Token] = []
