@@ -43,13 +43,13 @@ class Server:
         self.is_stopping = False
         self.started = int(time.time())
         self.one_at_a_time = asyncio.Lock()  # for work that no engine does
-        app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, max_body_size=settings.max_body)
+        app = fastapi.FastAPI(
+            docs_url=None, redoc_url=None, openapi_url=None, max_body_size=settings.max_body,
+            exception_handlers={HfkitError: _on_error, Exception: _on_error, HTTPException: _on_http,
+                                RequestValidationError: _on_invalid},
+        )  # fmt: skip
         app.include_router(router)
         app.state.server = self
-        app.add_exception_handler(HfkitError, _on_error)
-        app.add_exception_handler(Exception, _on_error)
-        app.add_exception_handler(RequestValidationError, _on_invalid)
-        app.add_exception_handler(HTTPException, _on_http)
         self.guard = Guard(app, settings, self.counts)
 
     def find(self, name: str | None) -> LanguageModel:
@@ -85,22 +85,19 @@ def _server(request: fastapi.Request) -> Server:
 
 
 async def _on_error(request: fastapi.Request, error: Exception) -> JSONResponse:
-    status, message, code = explain(error)
-    return error_reply(status, message, code=code)
+    return error_reply(*explain(error))
 
 
-async def _on_invalid(request: fastapi.Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)  # noqa: S101, what it is registered for
+async def _on_invalid(request: fastapi.Request, error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
     place = [str(part)[:40] for part in first["loc"][1:]]
     reason = str(first["msg"])[:300].encode("ascii", "backslashreplace").decode()
     return error_reply(400, f"{'.'.join(place) or 'the body'}: {reason}", param=place[0] if place else None)
 
 
-async def _on_http(request: fastapi.Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)  # noqa: S101, likewise
+async def _on_http(request: fastapi.Request, error: HTTPException) -> JSONResponse:
     code = "model_not_found" if "is not served here" in error.detail else None
-    return error_reply(error.status_code, error.detail, code=code)
+    return error_reply(error.status_code, error.detail, code)
 
 
 async def _start(request: fastapi.Request, engine: Engine, plan: Callable[[], Plan]) -> Job:

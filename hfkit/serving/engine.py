@@ -93,16 +93,12 @@ class Engine:
                 try:
                     self._round()
                 except Exception as error:  # noqa: BLE001, every text gets an answer
-                    self._give_up(error)
+                    if isinstance(error, torch.AcceleratorError):  # no later call can succeed
+                        self.failure = f"the device failed: {error}"
+                    for row in self._drop_all():
+                        row.emit(error)
         for row in [*self._drop_all(), *self._waiting]:
             _end(row)
-
-    def _give_up(self, error: Exception) -> None:
-        """Fail all rows in progress. After a CUDA error no later call can succeed."""
-        if isinstance(error, torch.AcceleratorError):
-            self.failure = f"the device failed: {error}"
-        for row in self._drop_all():
-            row.emit(error)
 
     def _round(self) -> None:
         raise NotImplementedError

@@ -46,7 +46,7 @@ class Counts:
     in_flight: int = 0
 
 
-def error_reply(status: int, message: str, *, param: str | None = None, code: str | None = None) -> JSONResponse:
+def error_reply(status: int, message: str, code: str | None = None, param: str | None = None) -> JSONResponse:
     """An error as OpenAI's API returns it, so that its client raises its own exceptions."""
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status)
     kind = kind or ("server_error" if status >= 500 else "invalid_request_error")

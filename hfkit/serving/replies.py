@@ -252,8 +252,7 @@ async def to_events(pieces: AsyncIterator[dict[str, Any]], named: bool = False) 
             name = f"event: {piece['type']}\n" if named else ""
             yield f"{name}data: {to_json(piece)}\n\n"
     except Exception as error:  # noqa: BLE001, the status has been sent already
-        status, message, code = explain(error)
-        body = json.loads(bytes(error_reply(status, message, code=code).body))
+        body = json.loads(bytes(error_reply(*explain(error)).body))
         if named:
             body = {"type": "error", "sequence_number": 0, **body["error"]}
         yield "event: error\n" * named + f"data: {to_json(body)}\n\n"

@@ -41,13 +41,10 @@ class _Uvicorn(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._served.is_stopping = True
-        waiting = asyncio.create_task(self._end_texts())
+        loop = asyncio.get_running_loop()
+        end = loop.call_later(self._grace, loop.run_in_executor, None, self._served.stop)
         await super().shutdown(sockets)
-        waiting.cancel()
-
-    async def _end_texts(self) -> None:
-        await asyncio.sleep(self._grace)
-        await asyncio.to_thread(self._served.stop)
+        end.cancel()
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self._served.failure is not None
