@@ -63,8 +63,8 @@ def _lean() -> Iterator[None]:
 
         flags = {name: getattr(utils, name) for name in (_SCIPY, _DISTRIBUTED)}
         for name in flags:
-            setattr(utils, name, _never)
-            setattr(import_utils, name, _never)
+            setattr(utils, name, lambda: False)
+            setattr(import_utils, name, lambda: False)
         _scan_once()
         try:
             yield
@@ -91,10 +91,6 @@ def _scan_once() -> None:
     finally:
         vars(import_utils)["define_import_structure"] = scan
     vars(models)["_object_missing_backend"] |= {name.removeprefix("models."): backends for name, backends in missing}
-
-
-def _never() -> bool:
-    return False
 
 
 def _same(function: Any = None, *arguments: Any, **options: Any) -> Any:

@@ -112,13 +112,6 @@ class Conversation:
             reason = f"the chat template of {self.lm.name} fails: {first_line(error)}"
             raise HfkitError(f"{reason}; /set raw true leaves it out") from error
 
-    def set_option(self, name: str, value: str) -> None:
-        """Change one option; OptionError if there is no such option or value."""
-        name = name.lstrip("-").replace("-", "_")
-        if name not in GenerateOptions.names():
-            raise OptionError(f"no option {name!r}: see hfkit chat --help")
-        self.options = replace(self.options, **{name: GenerateOptions.read_value(name, value)})
-
     def save(self, path: str) -> None:
         """Write the messages as JSON Lines, or the raw text."""
         content = "".join(map(console.to_json, self.messages)) if self.has_template else self.text
@@ -174,7 +167,10 @@ def _obey(talk: Conversation, line: str) -> bool:
             case (("exit" | "quit" | "bye"), _):
                 return False
             case "set", [name, value]:
-                talk.set_option(name, value)
+                name = name.lstrip("-").replace("-", "_")
+                if name not in GenerateOptions.names():
+                    raise OptionError(f"no option {name!r}: see hfkit chat --help")
+                talk.options = replace(talk.options, **{name: GenerateOptions.read_value(name, value)})
             case "set", []:
                 values = {name: getattr(talk.options, name) for name in talk.options.names()}
                 console.note(", ".join(f"{name} {value}" for name, value in values.items() if value is not None))
