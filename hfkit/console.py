@@ -7,10 +7,11 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -22,7 +23,6 @@ class _State:
     quiet: bool = processes.rank > 0  # only the first of several processes prints notes
     verbose: bool = False
     debug: bool = False
-    warned_of_encoding: bool = False
     has_status: bool = False  # the terminal shows a status line
 
 
@@ -69,9 +69,9 @@ def write(text: str, file: IO[str] | None = None, *, dim: bool = False) -> None:
     text = printable(text) if file.isatty() else text
     # "?" for half a surrogate pair, which UTF-8 cannot hold, and for what another encoding lacks.
     encodable = text.encode(encoding, "replace").decode(encoding)
-    if encodable != text and encoding.lower().replace("-", "") != "utf8" and not state.warned_of_encoding:
-        state.warned_of_encoding = True
-        note(f"the output is {encoding}, which lacks some characters: they are '?'; PYTHONIOENCODING=utf-8 keeps them")
+    if encodable != text and encoding.lower().replace("-", "") != "utf8":
+        lacks = f"the output is {encoding}, which lacks some characters"
+        note_once(f"{lacks}: they are '?'; PYTHONIOENCODING=utf-8 keeps them")
     file.write(f"\x1b[2m{encodable}\x1b[22m" if dim and has_colour(file) else encodable)
     file.flush()
 
@@ -87,8 +87,18 @@ def write_json(*values: Any) -> None:
     write("".join(map(to_json, values)))
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int, options: dict[str, Any]) -> tuple[Any, Any]:
-    """A rich console as wide as the terminal, or `width`, and a table of printable cells."""
+def columns() -> int:
+    """The width of the terminal."""
+    return shutil.get_terminal_size().columns
+
+
+def write_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], width: int = 120, *, wraps: bool = True, **options: Any
+) -> None:
+    """Write a table to stdout. Where it is too wide, its cells wrap, or it is turned: each cell on a line of its own.
+
+    width: columns where stdout is not a terminal. options: those of `rich.table.Table`.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text  # a str would be read as rich's markup
@@ -98,29 +108,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int, optio
         table.add_column(Text(printable(name)))
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    return Console(width=columns() if sys.stdout.isatty() else width), table
-
-
-def columns() -> int:
-    """The width of the terminal."""
-    import shutil
-
-    return shutil.get_terminal_size().columns
-
-
-def write_table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int = 120, **options: Any) -> None:
-    """Write a table to stdout, whose cells wrap where it is too wide.
-
-    width: columns where stdout is not a terminal. options: those of `rich.table.Table`.
-    """
-    screen, table = _table(head, rows, width, options)
-    screen.print(table)
-
-
-def write_figures(head: Sequence[str], rows: Sequence[Sequence[str]], **options: Any) -> None:
-    """`write_table`, turned where it is too wide for the terminal: each cell on a line, so that none is cut."""
-    screen, table = _table(head, rows, 120, options)
-    if screen.measure(table, options=screen.options.update(max_width=9999)).maximum <= screen.width:
+    screen = Console(width=columns() if sys.stdout.isatty() else width)
+    if wraps or screen.measure(table, options=screen.options.update(max_width=9999)).maximum <= screen.width:
         screen.print(table)
         return
     names = [" ".join(name.split()) for name in head]
@@ -193,34 +182,12 @@ def progress(total: int | None, unit: str, label: str = "", **options: Any) -> A
     return tqdm(total=total, desc=label or None, unit=unit, disable=hidden, file=sys.stderr, **{**scale, **options})
 
 
-_silence_lock, _silence, _silent_blocks = threading.Lock(), contextlib.ExitStack(), 0
-
-
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep progress bars and warnings of transformers off stderr, except under `--verbose`.
-
-    The settings belong to the process. Blocks of several threads may overlap: the last one to end restores them.
-    """
-    global _silent_blocks
+    """Keep progress bars and warnings of transformers off stderr, except under `--verbose`."""
     if state.verbose:
         yield
         return
-    with _silence_lock:
-        if not _silent_blocks:
-            _silence.enter_context(_silenced())
-        _silent_blocks += 1
-    try:
-        yield
-    finally:
-        with _silence_lock:
-            _silent_blocks -= 1
-            if not _silent_blocks:
-                _silence.close()
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
     from transformers.utils import logging as library
 
     level, has_bars = library.get_verbosity(), library.is_progress_bar_enabled()

@@ -27,7 +27,10 @@ def import_lean(model_type: str) -> None:
     gc.disable()  # 0.4: imports make a million objects and no garbage
     try:
         with _lean():
-            _import_model(model_type)
+            from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+            folder = model_type_to_module_name(model_type)
+            import_module(f"transformers.models.{folder}.modeling_{folder}")
         _compile_patterns_late()
     except Exception:  # noqa: BLE001, a release of a library that needs what is left out here: import all of it
         for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
@@ -35,13 +38,6 @@ def import_lean(model_type: str) -> None:
     finally:
         gc.freeze()  # what is imported stays: no later collection looks at it
         gc.enable()
-
-
-def _import_model(model_type: str) -> None:
-    from transformers.models.auto.configuration_auto import model_type_to_module_name
-
-    folder = model_type_to_module_name(model_type)
-    import_module(f"transformers.models.{folder}.modeling_{folder}")
 
 
 @contextlib.contextmanager
@@ -67,8 +63,8 @@ def _lean() -> Iterator[None]:
 
         flags = {name: getattr(utils, name) for name in (_SCIPY, _DISTRIBUTED)}
         for name in flags:
-            setattr(utils, name, _never)
-            setattr(import_utils, name, _never)
+            setattr(utils, name, lambda: False)
+            setattr(import_utils, name, lambda: False)
         _scan_once()
         try:
             yield
@@ -95,10 +91,6 @@ def _scan_once() -> None:
     finally:
         vars(import_utils)["define_import_structure"] = scan
     vars(models)["_object_missing_backend"] |= {name.removeprefix("models."): backends for name, backends in missing}
-
-
-def _never() -> bool:
-    return False
 
 
 def _same(function: Any = None, *arguments: Any, **options: Any) -> Any:

@@ -20,14 +20,13 @@ from hfkit import console, processes
 from hfkit.cli.chat import chat
 from hfkit.cli.classify import answer, classify
 from hfkit.cli.evaluate import evaluate
+from hfkit.cli.flags import Command, Group, explain_usage
 from hfkit.cli.generate import generate
 from hfkit.cli.info import info
 from hfkit.cli.inspect import inspect
 from hfkit.cli.runs import export, recipes, report
-from hfkit.cli.serve import serve
+from hfkit.cli.serve import serve, warm
 from hfkit.cli.train import finetune, prepare, pretrain, tune
-from hfkit.cli.usage import Command, Group, explain_usage
-from hfkit.cli.warm import warm
 from hfkit.errors import HfkitError, StoppedError
 
 app = typer.Typer(
@@ -76,10 +75,10 @@ def command_line() -> Any:
 
 def main() -> NoReturn:
     """Run one command, then exit. Nothing but SystemExit leaves this function."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # the parent process closed it
-            setattr(sys, name, open(os.devnull, mode))
+        if stream is None:  # the parent process closed it, as `2>&-` does
+            setattr(sys, name, open(os.devnull, "r+"))
         elif name != "stdin" and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # no character is worth the loss of a text
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see __main__

@@ -66,7 +66,7 @@ def _write_evaluations(evaluations: list[Evaluation]) -> None:
     first, *others = evaluations
     if others:
         head = ("model", "perplexity", "bits per byte", "top 1", "top 5", "dtype", f"bits saved over {first.model}")
-        console.write_figures(head, [_row(evaluation, first) for evaluation in evaluations])
+        console.write_table(head, [_row(evaluation, first) for evaluation in evaluations], wraps=False)
         console.write(_compare(evaluations) + "\n")
     else:
         console.write("".join(f"{name:<16} {value}\n" for name, value in first.describe().items()))
@@ -107,7 +107,7 @@ def _write_assessments(assessments: list[Assessment]) -> None:
     """A row for each model and each baseline, a column for each figure; then which answers were taken for which."""
     from hfkit.evaluation.tasks import table
 
-    console.write_figures(*table(assessments))
+    console.write_table(*table(assessments), wraps=False)
     for assessment in assessments:
         confusion = assessment.metrics.get("confusion")
         if confusion and len(confusion["labels"]) <= _MAX_LABELS:
@@ -116,5 +116,6 @@ def _write_assessments(assessments: list[Assessment]) -> None:
                 for label, row in zip(confusion["labels"], confusion["matrix"], strict=True)
             ]
             head = ("right ↓  answered →", *confusion["labels"])
-            console.write_figures(head, counts, title=assessment.model if len(assessments) > 1 else None)
+            title = assessment.model if len(assessments) > 1 else None
+            console.write_table(head, counts, wraps=False, title=title)
         console.write(assessment.verdict() + "\n")

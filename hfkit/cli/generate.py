@@ -20,7 +20,6 @@ from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
 
 if TYPE_CHECKING:
     from hfkit.inference.results import Generation
-    from hfkit.models.loading import LanguageModel
 
     Stream = Callable[..., Generator[str, None, Generation]]  # of one prompt; takes `options`
     Generate = Callable[..., Sequence[Generation]]
@@ -64,70 +63,47 @@ def generate(
         remote, sampling = prompts.reach_server(server, model, sampling)
         stream: Stream = partial(remote.stream, prompt)
         run: Generate = partial(remote.generate, prompt)
-        streams, continues = True, remote.continues(sampling)
+        can_stream, continues = True, remote.continues(sampling)
     else:
         lm, request, sampling = prompts.load_for(prompt, model, sampling)
         assert request  # noqa: S101, there is a prompt
-        from hfkit.inference import generation
+        from hfkit.corpus.templates import task_of
+        from hfkit.inference import controls, generation
 
         stream = partial(generation.stream, request, model=lm)
         count = sampling.num_return_sequences or 1
         # partial() does not know which overload this is.
         run = partial(generation.generate, request, model=lm, num_return_sequences=count)  # type: ignore[assignment]
-        streams, continues = _streams(lm, sampling), _continues(lm, sampling)
-    if not (json or file) and sys.stdout.isatty() and streams:
+        # Several greedy samples come from one beam search, all at once.
+        can_stream = count == 1 or controls.draws(lm, sampling)
+        # Translators and models that learned a task answer the prompt.
+        continues = not lm.model.config.is_encoder_decoder and (sampling.raw or not task_of(lm.tokenizer))
+    if not (json or file) and sys.stdout.isatty() and can_stream:
         _print_streams(stream, sampling, prompt if prompt_shown else "", continues)
     else:
         _print_at_once(run, sampling, file, prompt_shown=prompt_shown, json=json)
 
 
-def _streams(lm: LanguageModel, sampling: GenerateOptions) -> bool:
-    """Whether the samples can be streamed one after another: several greedy ones come from one beam search."""
-    from hfkit.inference.controls import draws
-
-    return (sampling.num_return_sequences or 1) == 1 or draws(lm, sampling)
-
-
-def _continues(lm: LanguageModel, sampling: GenerateOptions) -> bool:
-    """Whether the text goes on from the prompt. Translators and models that learned a task answer it."""
-    from hfkit.corpus.templates import task_of
-
-    return not lm.model.config.is_encoder_decoder and (sampling.raw or not task_of(lm.tokenizer))
-
-
 def _print_streams(stream: Stream, sampling: GenerateOptions, prompt: str, continues: bool) -> None:
-    """Print each sample while it is generated."""
     samples = sampling.num_return_sequences or 1
     for k in range(samples):
-        sample = replace(sampling, num_return_sequences=None, seed=(sampling.seed or 0) + k)
+        pieces = stream(options=replace(sampling, num_return_sequences=None, seed=(sampling.seed or 0) + k))
+        started, first_token = time.perf_counter(), None
         try:
-            _print_stream(stream, sample, prompt, continues)
+            if continues:
+                console.write(prompt, dim=True)
+            while True:
+                piece = next(pieces)
+                console.write(piece if continues or first_token else piece.lstrip())  # an answer stands alone
+                first_token = first_token or time.perf_counter() - started
+        except StopIteration as stop:
+            _describe([stop.value], time.perf_counter() - started, first_token)
         finally:  # after Ctrl-C, too
             console.write("\n" if k == samples - 1 else "\n----\n")
 
 
-def _print_stream(stream: Stream, sampling: GenerateOptions, prompt: str, continues: bool) -> None:
-    started, first_token = time.perf_counter(), None
-    if continues:
-        console.write(prompt, dim=True)
-    pieces = stream(options=sampling)
-    while True:
-        try:
-            piece = next(pieces)
-        except StopIteration as stop:
-            _describe([stop.value], time.perf_counter() - started, first_token)
-            return
-        console.write(piece if continues or first_token else piece.lstrip())  # an answer stands alone
-        first_token = first_token or time.perf_counter() - started
-
-
 def _print_at_once(
-    run: Generate,
-    sampling: GenerateOptions,
-    file: Results | None,
-    *,
-    prompt_shown: bool,
-    json: bool,
+    run: Generate, sampling: GenerateOptions, file: Results | None, *, prompt_shown: bool, json: bool
 ) -> None:
     """Generate all samples, then write them to `file` or stdout."""
     started = time.perf_counter()
@@ -173,5 +149,5 @@ def _print_sweep(model: ModelOptions, sampling: GenerateOptions, prompt: str, sw
             console.write_json(*(sample.to_dict() | {name: value} for sample in samples))
         columns[f"{name} {value}"] = samples
     if not json:
-        rows = ([sample.completion.strip() for sample in row] for row in zip(*columns.values(), strict=False))
+        rows = [[sample.completion.strip() for sample in row] for row in zip(*columns.values(), strict=False)]
         console.write_table(list(columns), rows, max(80, 40 * len(columns)), show_lines=True)

@@ -67,6 +67,11 @@ def describe_machine() -> dict[str, dict[str, Any]]:
     memory = psutil.virtual_memory()
     cache = Path(constants.HF_HUB_CACHE)
     cached = scan_cache_dir(cache).repos if cache.is_dir() else ()
+    is_offline, is_reachable = constants.is_offline_mode(), False
+    with contextlib.suppress(HfkitError):
+        if not is_offline:
+            reach_hub("a model")
+            is_reachable = True
     gpus = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -84,8 +89,8 @@ def describe_machine() -> dict[str, dict[str, Any]]:
         "devices": {"gpus": gpus, "cuda": torch.version.cuda, "mps": torch.backends.mps.is_available()},
         "hub": {
             "endpoint": endpoint(),
-            "offline": constants.is_offline_mode(),
-            "reachable": not constants.is_offline_mode() and _is_reachable(),
+            "offline": is_offline,
+            "reachable": is_reachable,
             "cache": str(cache),
             "cache_free": shutil.disk_usage(_nearest_existing(cache)).free,
             "cached_models": sorted(repo.repo_id for repo in cached if repo.repo_type == "model"),
@@ -156,14 +161,6 @@ def _version_problems(versions: dict[str, str | None]) -> list[str]:
             wanted = f"{requirement.name}{requirement.specifier}"
             problems.append(f"{requirement.name} {installed} is not {requirement.specifier}: pip install '{wanted}'")
     return problems
-
-
-def _is_reachable() -> bool:
-    try:
-        reach_hub("a model")
-    except HfkitError:
-        return False
-    return True
 
 
 def _nearest_existing(path: Path) -> Path:

@@ -61,11 +61,7 @@ def inspect(
 
 
 def _check_output(options: InspectOptions) -> Path | None:
-    """Return the file to write, if any.
-
-    Raises:
-        HfkitError: the options contradict each other, or the file exists.
-    """
+    """The file to write, if any. HfkitError if the options contradict each other, or the file exists."""
     if options.layer is not None and not options.attention:
         raise OptionError("--layer chooses what --attention draws: add --attention")
     if not options.output and not options.attention:
@@ -110,4 +106,4 @@ def _write_next(inspection: Inspection) -> None:
     names = ("text", "probability", *inspection.left)
     rows = [[cell(row[name]) for name in names] for row in inspection.following]
     head = ("next", "alone", *(f"{name}\n{count:,} left" for name, count in inspection.left.items()))
-    console.write_figures(head, rows)
+    console.write_table(head, rows, wraps=False)

@@ -10,8 +10,7 @@ import typer
 
 import hfkit
 from hfkit import console
-from hfkit.cli.flags import complete_recipe, flags
-from hfkit.cli.usage import Command, Group
+from hfkit.cli.flags import Command, Group, complete_recipe, flags
 from hfkit.declaration import argument, option
 from hfkit.models.folder import check_target
 from hfkit.models.sources import find_model

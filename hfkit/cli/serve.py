@@ -1,16 +1,21 @@
-"""`hfkit serve`: models over HTTP, as OpenAI's API."""
+"""`hfkit serve`, models over HTTP as OpenAI's API; `hfkit warm`, a process that makes later commands start at once."""
 
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import replace
-from typing import Literal
+import sys
+import time
+from typing import Any, Literal
 
-from hfkit.cli.flags import flags
+from hfkit import console
+from hfkit import warm as client
+from hfkit.cli.flags import JSON, flags
 from hfkit.declaration import option
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.sources import find_model
 from hfkit.options import ModelsOptions
+
+_LONGEST_START = 120  # seconds
 
 
 @flags
@@ -35,8 +40,6 @@ def serve(
         hfkit serve -m gpt2 --port 8080
     """
     sources = [find_model(each) for each in model.each()]  # a wrong name is an error before torch is imported
-    if len({source.name for source in sources}) < len(sources):
-        raise OptionError("--model names one model twice: leave one of them out")
     check_address(host, api_key)
     if engine == "vllm":
         from hfkit.serving.vllm import serve_with_vllm
@@ -51,14 +54,12 @@ def serve(
         raise HfkitError("'hfkit serve' needs fastapi and uvicorn: pip install 'hfkit[serve]'") from error
     from hfkit.models.loading import load
 
-    settings = Settings(
-        api_key=api_key, max_requests=max_requests, request_timeout=request_timeout, logs_prompts=log_prompts
-    )
     # Behind a key, a server that others reach may have any name unless some are given.
-    own_names = (*settings.hosts, f"[{host}]" if ":" in host else host.lower())
+    own_names = (*Settings.hosts, f"[{host}]" if ":" in host else host.lower())
     hosts = (*own_names, *(allowed_host or [])) if is_loopback(host) or allowed_host else ()
+    settings = Settings(api_key, hosts, max_requests, request_timeout, logs_prompts=log_prompts)
     listener = server.bind(host, port)
-    server.serve([load(each) for each in model.each()], listener, replace(settings, hosts=hosts), grace)
+    server.serve([load(each) for each in model.each()], listener, settings, grace)
 
 
 def is_loopback(host: str) -> bool:
@@ -73,3 +74,67 @@ def check_address(host: str, api_key: str | None) -> None:
     """OptionError for an address that others can reach, without a key."""
     if not is_loopback(host) and not api_key:
         raise OptionError(f"--host {host} can be reached from other machines: add --api-key, or leave --host out")
+
+
+@flags
+def warm(
+    idle: str = option("10m", "End after this time without a command: 90s, 10m, 2h."),
+    stop: bool = option(False, "End the process."),
+    status: bool = option(False, "Describe the process."),
+    json: bool = JSON,
+) -> None:
+    """Keep a process ready, so that the next commands start at once.
+
+    It has the libraries imported, and each command is a copy of it. Training and several processes start cold.
+
+    Examples:
+        hfkit warm
+        hfkit warm --idle 2h
+        hfkit warm --stop
+    """
+    try:
+        seconds = client.seconds(idle)
+    except ValueError as error:
+        raise OptionError(f"--idle is {idle!r}: write a time such as 10m, 90s or 2h") from error
+    if sys.platform != "linux":
+        raise HfkitError("a warm process needs Linux: commands on this system start cold")
+    if stop:
+        found = client.ask("stop")
+        console.note(f"process {found['pid']} has ended" if found else "no process is warm")
+    elif status:
+        report = client.ask("status")
+        if not report:
+            raise HfkitError("no process is warm: hfkit warm starts one")
+        _describe(report, json)
+    else:
+        _start(seconds)
+
+
+def _describe(report: dict[str, Any], json: bool) -> None:
+    if json:
+        console.write_json(report)
+        return
+    age, idle = console.duration(report["age"]), console.duration(report["idle"])
+    served = console.counted(report["served"], "command")
+    size = f"{report['memory'] / 1e6:.0f} MB"
+    console.write(f"process {report['pid']}, {size}, {age} old, {served} served, ends after {idle} without one\n")
+    if not report["fits"]:
+        console.note("it does not serve commands from here: the packages, the settings or the environment differ")
+
+
+def _start(idle: float) -> None:
+    report = client.ask("status")
+    if report and report["fits"] and report["idle"] == idle:
+        console.note(f"process {report['pid']} is warm already")
+        return
+    if report:  # one for each user
+        client.ask("stop")
+    with console.status("importing ..."):
+        pid, end = client.start(idle), time.monotonic() + _LONGEST_START
+        while not (report := client.ask("status")) or report["pid"] != pid:
+            if time.monotonic() > end or client.has_ended(pid):
+                raise HfkitError(
+                    f"no warm process could start: check that {client.place()} is a folder of yours alone"
+                )
+            time.sleep(0.05)
+    console.note(f"process {pid} is warm for {console.duration(idle)} at a time; hfkit warm --stop ends it")

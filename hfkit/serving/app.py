@@ -4,7 +4,8 @@ import asyncio
 import re
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from hashlib import sha256
 from importlib.resources import files
@@ -22,11 +23,10 @@ from hfkit.inference.scores import jsonable
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel, vocabulary_size
 from hfkit.serving import protocol
-from hfkit.serving.delivery import to_events, until_gone
 from hfkit.serving.engine import Engine, make_engine
 from hfkit.serving.guard import Counts, Guard, Settings, error_reply, explain
 from hfkit.serving.jobs import AS_GENERATE, Job, Plan, chat_prompt, make_plan
-from hfkit.serving.replies import Reply, Response
+from hfkit.serving.replies import Reply, Response, to_events, until_gone
 
 router = fastapi.APIRouter()
 
@@ -43,13 +43,13 @@ class Server:
         self.is_stopping = False
         self.started = int(time.time())
         self.one_at_a_time = asyncio.Lock()  # for work that no engine does
-        app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, max_body_size=settings.max_body)
+        app = fastapi.FastAPI(
+            docs_url=None, redoc_url=None, openapi_url=None, max_body_size=settings.max_body,
+            exception_handlers={HfkitError: _on_error, Exception: _on_error, HTTPException: _on_http,
+                                RequestValidationError: _on_invalid},
+        )  # fmt: skip
         app.include_router(router)
         app.state.server = self
-        app.add_exception_handler(HfkitError, _on_error)
-        app.add_exception_handler(Exception, _on_error)
-        app.add_exception_handler(RequestValidationError, _on_invalid)
-        app.add_exception_handler(HTTPException, _on_http)
         self.guard = Guard(app, settings, self.counts)
 
     def find(self, name: str | None) -> LanguageModel:
@@ -85,39 +85,35 @@ def _server(request: fastapi.Request) -> Server:
 
 
 async def _on_error(request: fastapi.Request, error: Exception) -> JSONResponse:
-    status, message, code = explain(error)
-    return error_reply(status, message, code=code)
+    return error_reply(*explain(error))
 
 
-async def _on_invalid(request: fastapi.Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)  # noqa: S101, what it is registered for
+async def _on_invalid(request: fastapi.Request, error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
     place = [str(part)[:40] for part in first["loc"][1:]]
     reason = str(first["msg"])[:300].encode("ascii", "backslashreplace").decode()
     return error_reply(400, f"{'.'.join(place) or 'the body'}: {reason}", param=place[0] if place else None)
 
 
-async def _on_http(request: fastapi.Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)  # noqa: S101, likewise
-    known = {404: "model_not_found"} if "is not served here" in error.detail else {}
-    return error_reply(error.status_code, error.detail, code=known.get(error.status_code))
+async def _on_http(request: fastapi.Request, error: HTTPException) -> JSONResponse:
+    code = "model_not_found" if "is not served here" in error.detail else None
+    return error_reply(error.status_code, error.detail, code)
 
 
-async def _start(
-    request: fastapi.Request, engine: Engine, plan: Callable[[], tuple[Plan, tuple[str, ...]]]
-) -> tuple[Job, bool]:
-    """Start a job. Returns it, and whether its model is prompted with a plain conversation."""
+async def _start(request: fastapi.Request, engine: Engine, plan: Callable[[], Plan]) -> Job:
     with engine.expecting():
-        made, stops = await asyncio.to_thread(plan)  # it encodes the prompts
-        request.state.job = job = Job(made)
-        request.state.prompts = [each.prompt for each in made.requests]
+        job = Job(await asyncio.to_thread(plan))  # it encodes the prompts
+        request.state.job = job
         await job.start(engine, _server(request).settings.request_timeout)
-    return job, bool(stops)
+    return job
 
 
-def _stream(pieces: AsyncIterator[dict[str, Any]], named: bool = False) -> StreamingResponse:
-    headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-    return StreamingResponse(to_events(pieces, named), media_type="text/event-stream", headers=headers)
+async def _send(request: fastapi.Request, reply: Reply | Response) -> Any:
+    if reply.plan.wishes.streams:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        events = to_events(reply.pieces(), named=isinstance(reply, Response))
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+    return JSONResponse(await until_gone(request, reply.whole()))
 
 
 @router.post("/v1/completions")
@@ -126,50 +122,43 @@ async def _complete(request: fastapi.Request, body: protocol.CompletionBody) -> 
     engine = _server(request).engine(body.model)
     lm, most = engine.lm, 0 if body.max_tokens == 0 else AS_GENERATE if body.fit else 16
 
-    def plan() -> tuple[Plan, tuple[str, ...]]:
+    def plan() -> Plan:
         scores_prompt = body.echo and body.logprobs is not None
         wishes = body.wishes(vocabulary_size(lm.model), body.logprobs, scores_prompt)
-        return make_plan(lm, body.prompts, body.options(body.max_tokens), wishes, body.samples, most), ()
+        return make_plan(lm, body.prompts, body.options(body.max_tokens), wishes, body.samples, most)
 
-    job, _ = await _start(request, engine, plan)
-    reply = Reply(lm, "text_completion", job, body.n, echo=body.echo)
-    if body.stream:
-        return _stream(reply.pieces(body.stream_options.include_usage))
-    return JSONResponse(await until_gone(request, reply.whole()))
+    job = await _start(request, engine, plan)
+    has_usage = body.stream_options.include_usage
+    return await _send(request, Reply(lm, "text_completion", job, body.n, has_usage, echo=body.echo))
 
 
 def _chat_plan(
     lm: LanguageModel,
     body: protocol.ChatBody | protocol.ResponseBody,
     most: int | None,
-    samples: int,
-    top: int | None,
-) -> tuple[Plan, tuple[str, ...]]:
+    samples: int = 1,
+    top: int | None = None,
+) -> Plan:
     prompt, stops = chat_prompt(lm, [message.to_dict() for message in body.messages])
     wishes = body.wishes(vocabulary_size(lm.model), top)
-    return make_plan(lm, [prompt], body.options(most, stops), wishes, samples, None), stops
+    plan = make_plan(lm, [prompt], body.options(most, stops), wishes, samples, None)
+    return replace(plan, strip=bool(stops))
 
 
 @router.post("/v1/chat/completions")
 async def _chat(request: fastapi.Request, body: protocol.ChatBody) -> Any:
     engine = _server(request).engine(body.model)
     most, top = body.max_completion_tokens or body.max_tokens, body.top_logprobs if body.logprobs else None
-    job, is_plain = await _start(request, engine, lambda: _chat_plan(engine.lm, body, most, body.n, top))
-    reply = Reply(engine.lm, "chat.completion", job, body.n, strip=is_plain)
-    if body.stream:
-        return _stream(reply.pieces(body.stream_options.include_usage))
-    return JSONResponse(await until_gone(request, reply.whole()))
+    job = await _start(request, engine, lambda: _chat_plan(engine.lm, body, most, body.n, top))
+    reply = Reply(engine.lm, "chat.completion", job, body.n, body.stream_options.include_usage)
+    return await _send(request, reply)
 
 
 @router.post("/v1/responses")
 async def _respond(request: fastapi.Request, body: protocol.ResponseBody) -> Any:
     engine = _server(request).engine(body.model)
-    most = body.max_output_tokens
-    job, is_plain = await _start(request, engine, lambda: _chat_plan(engine.lm, body, most, 1, None))
-    response = Response(engine.lm, job, is_plain)
-    if body.stream:
-        return _stream(response.pieces(), named=True)
-    return JSONResponse(await until_gone(request, response.whole()))
+    job = await _start(request, engine, lambda: _chat_plan(engine.lm, body, body.max_output_tokens))
+    return await _send(request, Response(engine.lm, job))
 
 
 @router.post("/v1/classify")
@@ -278,14 +267,11 @@ def _read_page() -> tuple[str, dict[str, str]]:
 
     def hashes(tag: str) -> str:
         texts = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        return " ".join(f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for text in texts) or "'none'"
+        return " ".join(f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for text in texts)
 
     policy = (
         f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    return page, {
-        "content-security-policy": policy,
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
-    }
+    others = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
+    return page, {"content-security-policy": policy, **others}

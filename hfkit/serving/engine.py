@@ -7,7 +7,6 @@ the texts that are being written, then gives each of these its next token.
 import collections
 import contextlib
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -21,7 +20,7 @@ from hfkit.inference.results import Generation
 from hfkit.models.loading import LanguageModel
 from hfkit.serving.cache import Prefixes, Window, can_share_steps
 from hfkit.serving.reading import Prompts, top_tokens
-from hfkit.serving.rows import Row, Token, UnavailableError
+from hfkit.serving.rows import Piece, Result, Row, Token, UnavailableError
 
 # Prompt tokens that a round prefills, while texts are in progress and while none is.
 _PROMPT_TOKENS = {"cpu": (64, 512), "cuda": (1024, 8192)}
@@ -30,14 +29,15 @@ _GATHER = 0.1  # seconds that an idle engine waits for rows that are being made
 _PATIENCE = 10.0  # seconds until the thread ends: beams cannot be interrupted
 
 
-class Engine(ABC):
-    """Generates the texts of rows, first come, first served."""
+class Engine:
+    """Generates the texts of rows, first come, first served. `_round` says how."""
 
     def __init__(self, lm: LanguageModel) -> None:
         self.lm = lm
         self.tokens_written = self.prompt_tokens = self.prompt_tokens_read = 0
         self.failure: str | None = None  # why the engine failed; the process must then be restarted
         self._waiting: collections.deque[Row] = collections.deque()
+        self._rows: list[Row] = []  # in progress
         self._expected = 0  # requests whose rows are being made
         self._changed = threading.Condition()
         self._stopping = False
@@ -50,9 +50,9 @@ class Engine(ABC):
         return len(self._waiting)
 
     @property
-    @abstractmethod
     def running(self) -> int:
         """Texts in progress."""
+        return len(self._rows)
 
     @contextlib.contextmanager
     def expecting(self) -> Iterator[None]:
@@ -67,11 +67,7 @@ class Engine(ABC):
                 self._changed.notify()
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Queue rows. Each emits its result when it is done.
-
-        Raises:
-            UnavailableError: the engine has stopped.
-        """
+        """Queue rows. Each emits its result when it is done. UnavailableError if the engine has stopped."""
         with self._changed:
             if self._stopping or self.failure:
                 raise UnavailableError(self.failure or "the server is stopping: try again later")
@@ -97,24 +93,20 @@ class Engine(ABC):
                 try:
                     self._round()
                 except Exception as error:  # noqa: BLE001, every text gets an answer
-                    self._give_up(error)
+                    if isinstance(error, torch.AcceleratorError):  # no later call can succeed
+                        self.failure = f"the device failed: {error}"
+                    for row in self._drop_all():
+                        row.emit(error)
         for row in [*self._drop_all(), *self._waiting]:
             _end(row)
 
-    def _give_up(self, error: Exception) -> None:
-        """Fail all rows in progress. After a CUDA error no later call can succeed."""
-        if isinstance(error, torch.AcceleratorError):
-            self.failure = f"the device failed: {error}"
-        for row in self._drop_all():
-            row.fail(error)
-
-    @abstractmethod
     def _round(self) -> None:
-        """Do one round of work."""
+        raise NotImplementedError
 
-    @abstractmethod
     def _drop_all(self) -> list[Row]:
         """Remove all rows in progress and return them."""
+        rows, self._rows = self._rows, []
+        return rows
 
 
 def _end(row: Row) -> None:
@@ -122,15 +114,14 @@ def _end(row: Row) -> None:
     if row.tokens:
         row.finish()
     else:
-        row.fail(UnavailableError("there was no time to begin this text: try again later"))
+        row.emit(UnavailableError("there was no time to begin this text: try again later"))
 
 
 class StepEngine(Engine):
-    """Generates all rows together, one token each per step."""
+    """Generates all rows together, one token each per step. `_rows` are in the order of the window."""
 
     def __init__(self, lm: LanguageModel) -> None:
         device = lm.model.device.type
-        self._rows: list[Row] = []  # in the order of the window
         self._window = Window(len(DynamicCache(config=lm.model.config).layers))
         self._prefixes = Prefixes(device)
         self._reading: Prompts | None = None
@@ -153,10 +144,10 @@ class StepEngine(Engine):
         super().stop()
 
     def _drop_all(self) -> list[Row]:
-        rows = list(dict.fromkeys(self._rows + (self._reading.rows if self._reading else [])))
-        self._rows, self._reading = [], None
+        reading = self._reading.rows if self._reading else []
+        self._reading = None
         self._window.clear()
-        return rows
+        return list(dict.fromkeys(super()._drop_all() + reading))
 
     def _round(self) -> None:
         for row in [row for row in self._rows if row.is_cancelled or row.is_late]:
@@ -258,7 +249,7 @@ class StepEngine(Engine):
         ended = []
         for place, (row, (token,)) in enumerate(zip(rows, tokens.tolist(), strict=True)):
             if place in failed:
-                row.fail(failed[place])
+                row.emit(failed[place])
             self.tokens_written += 1
             top = top_tokens(model[place], row.wishes.top, token)
             if place in failed or row.take(Token(token, logprobs[place], top)):
@@ -269,37 +260,29 @@ class StepEngine(Engine):
 class SoloEngine(Engine):
     """Generates one row after another, in transformers' own loops: beams, models with an encoder or a state."""
 
-    def __init__(self, lm: LanguageModel) -> None:
-        self._row: Row | None = None
-        super().__init__(lm)
-
-    @property
-    def running(self) -> int:
-        return int(self._row is not None)
-
-    def _drop_all(self) -> list[Row]:
-        rows, self._row = [self._row] if self._row else [], None
-        return rows
-
     def _round(self) -> None:
-        row = self._row = self._waiting.popleft()
+        row = self._waiting.popleft()
+        self._rows = [row]
         if row.is_late and not row.is_cancelled:
             _end(row)
         elif not row.is_cancelled:
             self._write(row)
-        self._row = None
+        self._rows = []
 
     def _write(self, row: Row) -> None:
         options = replace(row.options, seed=row.request.seed, num_return_sequences=None, max_time=row.seconds_left)
         pieces = stream(row.request, model=self.lm, options=options)
         try:
             while not (row.is_cancelled or self._stopping):
-                row.show(next(pieces))
+                piece = next(pieces)
+                if row.wishes.streams:
+                    row.emit(Piece(piece, []))
             _end(row)
         except StopIteration as stop:
             text: Generation = stop.value
             self.tokens_written += text.tokens
-            row.end(Completion(text.completion, text.finish_reason, [0] * text.tokens, text.logprob))
+            completion = Completion(text.completion, text.finish_reason, [0] * text.tokens, text.logprob)
+            row.emit(Result(completion, [], []))
         finally:
             pieces.close()
 

@@ -46,7 +46,7 @@ class Counts:
     in_flight: int = 0
 
 
-def error_reply(status: int, message: str, *, param: str | None = None, code: str | None = None) -> JSONResponse:
+def error_reply(status: int, message: str, code: str | None = None, param: str | None = None) -> JSONResponse:
     """An error as OpenAI's API returns it, so that its client raises its own exceptions."""
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status)
     kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
@@ -120,7 +120,8 @@ class Guard:
         self._counts.seconds += seconds
         line = f"{scope['method']} {scope['path']!r:.80} {status} {seconds:.3f} s {request_id}"
         if self._settings.logs_prompts:
-            console.note(f"{line} {console.to_json(state.get('prompts', []))}")
+            requests = state["job"].plan.requests if "job" in state else []
+            console.note(f"{line} {console.to_json([request.prompt for request in requests])}")
         else:
             console.detail(line)
 

@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from functools import partial
+from typing import cast
 
 from hfkit.corpus.templates import CHAT_TEMPLATE, task_of
 from hfkit.errors import HfkitError, OptionError, first_line
@@ -27,6 +28,7 @@ class Plan:
     options: GenerateOptions
     wishes: Wishes
     samples: int
+    strip: bool = False  # the space with which a base model begins its turn
 
 
 AS_GENERATE = -1
@@ -43,9 +45,6 @@ def make_plan(
     """Encode the prompts and check all that can be checked. It takes a while, so call it in a thread.
 
     new_tokens: most of them where `options` says nothing; None: as many as fit; AS_GENERATE: as `hfkit generate` has.
-
-    Raises:
-        HfkitError: a prompt does not fit the model, or the options contradict each other.
     """
     check_options(options)
     check_controls(lm, options)
@@ -66,9 +65,7 @@ def chat_prompt(lm: LanguageModel, messages: list[dict[str, str]]) -> tuple[str 
     """The prompt for the next turn of a conversation, and what ends that turn besides the model's own mark.
 
     A translator and a model that learned a task get the last turn alone. A base model gets hfkit's plain template.
-
-    Raises:
-        HfkitError: the model's template rejects the conversation.
+    HfkitError if the model's template rejects the conversation.
     """
     template = lm.tokenizer.chat_template
     if not template and (lm.model.config.is_encoder_decoder or task_of(lm.tokenizer)):
@@ -106,16 +103,13 @@ class Job:
         for request in self.plan.requests:
             for k in range(self.plan.samples):
                 sample = replace(request, seed=((request.seed or 0) + k) % 2**63)
-                emit = self._emitter(len(rows))
+                emit = partial(self._emit, len(rows))
                 rows.append(Row(lm, sample, self.plan.options, self.plan.wishes, emit, seconds))
         return rows
 
-    def _emitter(self, number: int) -> Any:
-        def emit(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the event loop has closed
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
-
-        return emit
+    def _emit(self, number: int, event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop has closed
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
 
     async def events(self) -> AsyncIterator[tuple[int, Piece | Result]]:
         """Pieces, where they are wanted, and the result of each row; an error of any row is raised."""
@@ -128,11 +122,9 @@ class Job:
             yield number, event
 
     async def results(self) -> list[Result]:
-        """The result of each row, in order."""
         results = {number: event async for number, event in self.events() if isinstance(event, Result)}
         return [results[number] for number in range(len(self.rows))]
 
     def cancel(self) -> None:
-        """Cancel the rows that are not done."""
         for row in self.rows:
-            row.cancel()
+            row.is_cancelled = True

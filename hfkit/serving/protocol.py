@@ -91,11 +91,7 @@ class Sampling(Body):
         )
 
     def wishes(self, vocabulary: int, top: int | None, scores_prompt: bool = False) -> Wishes:
-        """vocabulary: tokens of the model. top: see `Wishes`.
-
-        Raises:
-            OptionError: logit_bias names something that is not a token.
-        """
+        """OptionError if logit_bias names something that is not a token. top: see `Wishes`."""
         if bad := [token for token in self.logit_bias if not (token.isdecimal() and int(token) < vocabulary)]:
             raise OptionError(f"logit_bias has {bad[0]!r:.40}: its keys are token ids from 0 to {vocabulary - 1}")
         return Wishes(
@@ -120,7 +116,6 @@ class CompletionBody(Sampling):
 
     @property
     def prompts(self) -> list[str] | list[Ids]:
-        """All prompts as a list."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         return [self.prompt] if self.prompt and isinstance(self.prompt[0], int) else self.prompt  # type: ignore[return-value]
@@ -136,14 +131,10 @@ class CompletionBody(Sampling):
             raise OptionError("prompt is empty: write a text, token ids, or a list of either")
         if len(self.prompts) * self.samples > _MOST_TEXTS:
             raise OptionError(f"one request may have at most {_MOST_TEXTS} texts: send several")
-        if self.best_of is not None and self.best_of < self.n:
-            raise OptionError(f"best_of is {self.best_of}: it must be at least n, which is {self.n}")
         if self.stream and self.samples > self.n:
             raise OptionError("best_of is not known before the end: leave it out, or stream")
         if self.stream and self.echo and self.logprobs is not None:
             raise OptionError("log-probabilities of the prompt come whole: leave stream, echo or logprobs out")
-        if self.max_tokens == 0 and not self.echo:
-            raise OptionError("max_tokens is 0: that needs echo")
 
 
 class Part(BaseModel):
@@ -210,7 +201,6 @@ class ClassifyBody(Body):
 
     @property
     def texts(self) -> list[str | Mapping[str, Any]]:
-        """All texts as a list."""
         return list(self.input) if isinstance(self.input, list) else [self.input]
 
 

@@ -35,7 +35,6 @@ class Prompts:
 
     @property
     def rows(self) -> list[Row]:
-        """The rows of all prompts."""
         return [row for rows in self.groups.values() for row in rows]
 
     @property

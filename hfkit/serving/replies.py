@@ -1,16 +1,23 @@
-"""Replies: completions, chat completions and responses, whole or as a stream of events."""
+"""Replies: completions, chat completions and responses, whole or as a stream, to clients that may disconnect early."""
 
+import asyncio
+import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, Literal
 
-from hfkit.inference.text import Detokenizer, token_writer
+from starlette import requests
+
+from hfkit.console import to_json
+from hfkit.inference.text import Detokenizer, Request, token_writer
 from hfkit.models.loading import LanguageModel
-from hfkit.serving.jobs import Job, Plan
+from hfkit.serving.guard import error_reply, explain
+from hfkit.serving.jobs import Job
 from hfkit.serving.rows import Piece, Result, Token
 
 _LEAST = -9999.0  # log-probability of an impossible token; JSON has no infinity
+_LOOK = 0.5  # seconds between looks whether a client is still there
 Kind = Literal["text_completion", "chat.completion"]
 
 
@@ -63,11 +70,10 @@ class Writer:
 class Reply:
     """The reply to a completion or a chat: `n` choices for each prompt, those with the best score of all samples."""
 
-    def __init__(
-        self, lm: LanguageModel, kind: Kind, job: Job, n: int, echo: bool = False, strip: bool = False
-    ) -> None:
-        """strip: without the space that a text begins with."""
-        self._lm, self._kind, self._job, self._n, self._echo, self._strip = lm, kind, job, n, echo, strip
+    def __init__(self, lm: LanguageModel, kind: Kind, job: Job, n: int, has_usage: bool, echo: bool = False) -> None:
+        """has_usage: whether a stream ends with the number of tokens."""
+        self._lm, self._kind, self._job, self._n, self._has_usage, self._echo = lm, kind, job, n, has_usage, echo
+        self.plan = job.plan
         self._frame = {
             "id": f"{'cmpl' if kind == 'text_completion' else 'chatcmpl'}-{secrets.token_hex(12)}",
             "object": kind,
@@ -76,112 +82,95 @@ class Reply:
         }
         self._completion_tokens = 0
 
-    @property
-    def _plan(self) -> Plan:
-        return self._job.plan
+    def _request(self, number: int) -> Request:
+        return self.plan.requests[number // self.plan.samples]
 
     def _writer(self, number: int) -> Writer:
-        request = self._plan.requests[number // self._plan.samples]
-        if self._echo and self._plan.wishes.scores_prompt:
+        if self.plan.wishes.scores_prompt:
             return Writer(self._lm, self._kind, "", [])
+        request = self._request(number)
         return Writer(self._lm, self._kind, str(request.prompt), request.ids)
 
     def _prompt(self, number: int) -> str:
-        return str(self._plan.requests[number // self._plan.samples].prompt) if self._echo else ""
+        return str(self._request(number).prompt) if self._echo else ""
 
     def _usage(self) -> dict[str, Any]:
-        prompt = sum(len(request.ids) for request in self._plan.requests)
+        prompt = sum(len(request.ids) for request in self.plan.requests)
         written = self._completion_tokens
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
     def _scores(self, number: int, writer: Writer, result: Piece | Result) -> dict[str, Any] | None:
-        if self._plan.wishes.top is None:
+        if self.plan.wishes.top is None:
             return None
         tokens: list[Token | None] = list(result.tokens)
         ids = [token.id for token in result.tokens]
-        if isinstance(result, Result) and self._plan.wishes.scores_prompt:
+        if isinstance(result, Result) and self.plan.wishes.scores_prompt:
             tokens = result.prompt_tokens + tokens
-            ids = self._plan.requests[number // self._plan.samples].ids + ids
+            ids = self._request(number).ids + ids
         return writer.scores(ids, tokens)
-
-    def _seed(self, number: int) -> int | None:
-        return self._job.rows[number].seed
 
     async def whole(self) -> dict[str, Any]:
         """The reply as one object."""
         results = await self._job.results()
-        self._completion_tokens = sum(len(result.completion.tokens) for result in results)
+        completions = [result.completion for result in results]
+        self._completion_tokens = sum(len(completion.tokens) for completion in completions)
         chosen: list[int] = []
-        for first in range(0, len(results), self._plan.samples):
-            numbers = list(range(first, first + self._plan.samples))
+        for first in range(0, len(results), self.plan.samples):
+            numbers = list(range(first, first + self.plan.samples))
             if self._n < len(numbers):  # by the mean score of a token, as OpenAI chooses
-                numbers.sort(key=lambda number: _mean(results[number]), reverse=True)
+                numbers.sort(key=lambda number: -completions[number].logprob / max(1, len(completions[number].tokens)))
             chosen += numbers[: self._n]
-        choices = [self._choice(index, number, results[number]) for index, number in enumerate(chosen)]
+        choices = []
+        for index, number in enumerate(chosen):
+            text = completions[number].text.lstrip() if self.plan.strip else completions[number].text
+            content: dict[str, Any] = {"text": self._prompt(number) + text}
+            if self._kind == "chat.completion":
+                content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+            scores = self._scores(number, self._writer(number), results[number])
+            choices.append(self._choice(index, number, content, scores, completions[number].finish_reason))
         return self._frame | {"choices": choices, "usage": self._usage()}
 
-    def _choice(self, index: int, number: int, result: Result) -> dict[str, Any]:
-        text = result.completion.text.lstrip() if self._strip else result.completion.text
-        content: dict[str, Any] = {"text": self._prompt(number) + text}
-        if self._kind == "chat.completion":
-            content = {"message": {"role": "assistant", "content": text, "refusal": None}}
-        return {
-            "index": index,
-            **content,
-            "logprobs": self._scores(number, self._writer(number), result),
-            "finish_reason": result.completion.finish_reason,
-            "seed": self._seed(number),
-        }
+    def _choice(
+        self, index: int, number: int, content: dict[str, Any], scores: Any = None, reason: str | None = None
+    ) -> dict[str, Any]:
+        seed = {"seed": self._job.rows[number].seed} if reason else {}
+        return {"index": index, **content, "logprobs": scores, "finish_reason": reason, **seed}
 
-    async def pieces(self, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
+    async def pieces(self) -> AsyncIterator[dict[str, Any]]:
         """The reply as a stream of objects."""
-        usage = {"usage": None} if with_usage else {}
-        frame = self._frame | usage
-        if self._kind == "chat.completion":
-            frame["object"] = "chat.completion.chunk"
+        is_chat = self._kind == "chat.completion"
+        frame = self._frame | ({"usage": None} if self._has_usage else {})
+        frame |= {"object": "chat.completion.chunk"} if is_chat else {}
         writers = {number: self._writer(number) for number in range(len(self._job.rows))}
         begun: set[int] = set()
         told = dict.fromkeys(writers, 0)
         for number in writers:  # what comes before the first token
-            if self._kind == "chat.completion":
-                yield frame | {"choices": [self._delta(number, {"role": "assistant", "content": ""}, None, None)]}
+            if is_chat:
+                role = {"delta": {"role": "assistant", "content": ""}}
+                yield frame | {"choices": [self._choice(number, number, role)]}
             elif self._echo:
-                yield frame | {"choices": [self._delta(number, self._prompt(number), None, None)]}
+                yield frame | {"choices": [self._choice(number, number, {"text": self._prompt(number)})]}
         async for number, event in self._job.events():
+            text, reason = "", None
             if isinstance(event, Piece):
                 told[number] += len(event.tokens)
-                text = event.text if number in begun or not self._strip else event.text.lstrip()
+                text = event.text if number in begun or not self.plan.strip else event.text.lstrip()
                 begun |= {number} if text else set()
-                scores = self._scores(number, writers[number], event)
-                yield frame | {"choices": [self._delta(number, text, scores, None)]}
             else:
                 self._completion_tokens += len(event.completion.tokens)
-                rest = event._replace(tokens=event.tokens[told[number] :])
-                scores = self._scores(number, writers[number], rest)
-                yield frame | {"choices": [self._delta(number, "", scores, event.completion.finish_reason)]}
-        if with_usage:
+                event, reason = event._replace(tokens=event.tokens[told[number] :]), event.completion.finish_reason
+            content = {"text": text} if not is_chat else {"delta": {"content": text} if text else {}}
+            scores = self._scores(number, writers[number], event)
+            yield frame | {"choices": [self._choice(number, number, content, scores, reason)]}
+        if self._has_usage:
             yield frame | {"choices": [], "usage": self._usage()}
-
-    def _delta(self, number: int, content: Any, scores: Any, reason: str | None) -> dict[str, Any]:
-        if self._kind == "text_completion":
-            text: dict[str, Any] = {"text": content}
-        elif isinstance(content, dict):
-            text = {"delta": content}
-        else:
-            text = {"delta": {"content": content} if content else {}}
-        seed = {"seed": self._seed(number)} if reason else {}
-        return {"index": number, **text, "logprobs": scores, "finish_reason": reason, **seed}
-
-
-def _mean(result: Result) -> float:
-    return result.completion.logprob / max(1, len(result.completion.tokens))
 
 
 class Response:
     """The reply to POST /v1/responses: one message."""
 
-    def __init__(self, lm: LanguageModel, job: Job, strip: bool) -> None:
-        self._job, self._strip = job, strip
+    def __init__(self, lm: LanguageModel, job: Job) -> None:
+        self._job, self.plan = job, job.plan
         self._item_id, self._number = f"msg_{secrets.token_hex(12)}", 0
         self._frame: dict[str, Any] = {
             "id": f"resp_{secrets.token_hex(12)}", "object": "response", "created_at": int(time.time()),
@@ -197,10 +186,10 @@ class Response:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
     def _finished(self, result: Result) -> dict[str, Any]:
-        text = result.completion.text.lstrip() if self._strip else result.completion.text
+        text = result.completion.text.lstrip() if self.plan.strip else result.completion.text
         is_whole = result.completion.finish_reason == "stop"
         status = "completed" if is_whole else "incomplete"
-        read, written = len(self._job.plan.requests[0].ids), len(result.completion.tokens)
+        read, written = len(self.plan.requests[0].ids), len(result.completion.tokens)
         return self._frame | {
             "status": status,
             "incomplete_details": None if is_whole else {"reason": "max_output_tokens"},
@@ -226,7 +215,7 @@ class Response:
         text = ""
         async for _, event in self._job.events():
             if isinstance(event, Piece):
-                piece = event.text if text or not self._strip else event.text.lstrip()
+                piece = event.text if text or not self.plan.strip else event.text.lstrip()
                 text += piece
                 if piece:
                     yield self._event("response.output_text.delta", **place, delta=piece, logprobs=[])
@@ -242,3 +231,29 @@ class Response:
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
         self._number += 1
         return {"type": kind, "sequence_number": self._number - 1, **fields}
+
+
+async def until_gone(request: requests.Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """The result of `work`, which is cancelled if the client disconnects."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=_LOOK))[0]:
+            if await request.is_disconnected():
+                raise requests.ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+
+
+async def to_events(pieces: AsyncIterator[dict[str, Any]], named: bool = False) -> AsyncIterator[str]:
+    """Server-sent events. An error becomes an event; the last one is [DONE]."""
+    try:
+        async for piece in pieces:
+            name = f"event: {piece['type']}\n" if named else ""
+            yield f"{name}data: {to_json(piece)}\n\n"
+    except Exception as error:  # noqa: BLE001, the status has been sent already
+        body = json.loads(bytes(error_reply(*explain(error)).body))
+        if named:
+            body = {"type": "error", "sequence_number": 0, **body["error"]}
+        yield "event: error\n" * named + f"data: {to_json(body)}\n\n"
+    yield "data: [DONE]\n\n"

@@ -1,7 +1,6 @@
 """One text in progress: its controls, random numbers, stop strings and log-probabilities."""
 
 import math
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,7 +72,7 @@ class Wishes:
 
 
 class Row:
-    """A text from its prompt to its end. The engine calls all methods but `cancel`, which any thread may call."""
+    """A text from its prompt to its end. Any thread may set `is_cancelled`; the engine does the rest."""
 
     def __init__(
         self,
@@ -84,16 +83,12 @@ class Row:
         emit: Callable[[Event], None],
         seconds: float = math.inf,
     ) -> None:
-        """request: with its seed. emit: called with each Piece, if wanted, then a Result or an error.
-
-        Raises:
-            HfkitError: the options contradict each other.
-        """
-        self.request, self.options, self.wishes = request, options, wishes
+        """request: with its seed. emit: called with each Piece, if wanted, then a Result or an error."""
+        self.request, self.options, self.wishes, self.emit = request, options, wishes, emit
+        self.is_cancelled = False  # no longer wanted
         self.tokens: list[Token] = []
         self.prompt_tokens: list[Token | None] = []
-        self._lm, self._emit, self._ends = lm, emit, endings(lm, options)
-        self._cancelled = threading.Event()
+        self._lm, self._ends = lm, endings(lm, options)
         self._deadline = time.monotonic() + min(seconds, options.max_time or math.inf)
         self._detokenizer = Detokenizer(lm.tokenizer, request.ids)
         self._text, self._shown, self._told = "", 0, 0
@@ -121,14 +116,6 @@ class Row:
         """The prompt and what has been written."""
         return self.request.ids + [token.id for token in self.tokens]
 
-    def cancel(self) -> None:
-        """Mark the text as no longer wanted."""
-        self._cancelled.set()
-
-    @property
-    def is_cancelled(self) -> bool:
-        return self._cancelled.is_set()
-
     @property
     def seconds_left(self) -> float | None:
         """Seconds until the time limit; None without one."""
@@ -136,7 +123,6 @@ class Row:
 
     @property
     def is_late(self) -> bool:
-        """Whether the time limit has passed."""
         return self._deadline <= time.monotonic()
 
     def penalize(self, scores: torch.Tensor) -> None:
@@ -159,7 +145,7 @@ class Row:
         """Append a token. Returns whether the text ends here; then the result has been emitted."""
         self.tokens.append(token)
         if math.isnan(token.logprob):
-            self.fail(NotFiniteError.of(self._lm.name))
+            self.emit(NotFiniteError.of(self._lm.name))
             return True
         ended = token.id in self._ends.tokens
         if self.wishes.streams or self._ends.strings:
@@ -174,7 +160,7 @@ class Row:
 
     def _show(self, end: int) -> None:
         if self.wishes.streams and end > self._shown:
-            self._emit(Piece(self._text[self._shown : end], self.tokens[self._told :]))
+            self.emit(Piece(self._text[self._shown : end], self.tokens[self._told :]))
             self._shown, self._told = end, len(self.tokens)
 
     def finish(self) -> None:
@@ -183,19 +169,5 @@ class Row:
         ids = [token.id for token in self.tokens]
         completion = complete(self._lm.tokenizer, self.request.ids, ids, self._ends, logprobs)
         self._text = completion.text
-        if len(self._text) > self._shown:
-            self._show(len(self._text))
-        self._emit(Result(completion, self.tokens[: len(completion.tokens)], self.prompt_tokens))
-
-    def show(self, text: str) -> None:
-        """Emit a piece that another loop has written."""
-        if self.wishes.streams:
-            self._emit(Piece(text, []))
-
-    def end(self, completion: Completion) -> None:
-        """Emit the result of another loop."""
-        self._emit(Result(completion, [], []))
-
-    def fail(self, error: Exception) -> None:
-        """Emit an error as the end of this text."""
-        self._emit(error)
+        self._show(len(self._text))
+        self.emit(Result(completion, self.tokens[: len(completion.tokens)], self.prompt_tokens))

@@ -24,8 +24,7 @@ _POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx")  # names of the
 def serve_with_vllm(model: ModelOptions, host: str, port: int, api_key: str | None) -> NoReturn:
     """Become `vllm serve` for this model. It shares no environment with hfkit: each pins its own torch.
 
-    Raises:
-        HfkitError: the model cannot be handed over, or there is no vLLM. Then the line to run is printed.
+    HfkitError if there is no vLLM; then the line to run is printed.
     """
     source = find_model(model)
     heads = " ".join(source.config.get("architectures") or [])

@@ -171,7 +171,7 @@ def test_a_long_prompt_does_not_stop_what_is_being_written(start, story):
         long = Written(story, "and so on " * 130, GenerateOptions(max_new_tokens=2, seed=1))
         engine.submit([long.row])
         long.result()
-    emitted.row.cancel()
+    emitted.row.is_cancelled = True
     parts = [place for place, what in enumerate(order) if what == "part"]
     assert len(parts) > 4 and all("token" in order[a:b] for a, b in zip(parts, parts[1:], strict=False))
 
@@ -182,10 +182,10 @@ def test_rows_that_are_given_up_leave(start, story):
     engine.submit([text.row for text in rows])
     wait_until(lambda: engine.running == 9 and all(text.row.tokens for text in rows))
     for text in rows[::2]:
-        text.row.cancel()
+        text.row.is_cancelled = True
     wait_until(lambda: engine.running == 4)
     for text in rows:
-        text.row.cancel()
+        text.row.is_cancelled = True
     wait_until(lambda: engine.running == 0)
     assert engine._window.starts == [] and engine._window.cache.layers[0].keys is None
     assert all(text.events.empty() for text in rows)
