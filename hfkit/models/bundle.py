@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hfkit.errors import HfkitError, first_line
+from hfkit.errors import HfkitError
 
 if TYPE_CHECKING:
     import numpy as np
 
-_MAGIC = 0xDB4775248B80FB57
 _FOOTER, _TRAILER = 48, 5  # bytes: at the end of the index; after each block, its compression and checksum
 _DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}  # of tensorflow.DataType
 
@@ -35,18 +34,13 @@ class Tensor(NamedTuple):
         """Read and check the numbers.
 
         Raises:
-            HfkitError: they are missing, cut off or changed.
+            HfkitError: they are cut off or changed.
         """
         import numpy as np
 
-        try:
-            with self.file.open("rb") as file:
-                file.seek(self.offset)
-                data = file.read(self.size)
-        except OSError as error:
-            raise HfkitError(
-                f"a part of the checkpoint cannot be read ({self.file}): {first_line(error)}; copy it here, too"
-            ) from error
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
         if len(data) < self.size:
             raise HfkitError(f"the checkpoint is cut off ({self.file}): copy it again")
         if self.dtype is None:
@@ -60,15 +54,10 @@ def read_index(prefix: Path) -> dict[str, Tensor]:
     """The tensors of the checkpoint PREFIX.index by name. Their numbers stay on disk.
 
     Raises:
-        HfkitError: the index is missing or damaged.
+        HfkitError: the index is damaged.
     """
     path = prefix.with_name(f"{prefix.name}.index")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise HfkitError(
-            f"the checkpoint cannot be read ({path}): {first_line(error)}; copy its .index and .data files here"
-        ) from error
+    content = path.read_bytes()
     try:
         entries = dict(_read_table(content))
         [shards] = _parse(entries.pop(b""))[1]
@@ -100,11 +89,8 @@ def _make_tensor(entry: dict[int, list[Any]], prefix: Path, shards: int) -> Tens
 def _read_table(content: bytes) -> Iterator[tuple[bytes, bytes]]:
     """The keys and values of a table, in order."""
     footer = content[-_FOOTER:]
-    if int.from_bytes(footer[-8:], "little") != _MAGIC:
-        raise ValueError("no table")
-    position = 0
-    for _ in range(2):  # the block of metadata, which is empty
-        _, position = _read_varint(footer, position)
+    _, position = _read_varint(footer, 0)  # offset and size of the block of metadata, which is empty
+    _, position = _read_varint(footer, position)
     for _, handle in _read_block(content, footer[position:]):
         yield from _read_block(content, handle)
 

@@ -48,6 +48,7 @@ def calling_library(source: ModelFiles) -> Iterator[None]:
         if source.config.get("auto_map") and not source.trust_remote_code:
             raise needs_code(source) from error
         where = source.folder / source.gguf if source.gguf else source.adapter or source.folder
+        where = getattr(error, "filename", None) or where  # an OSError knows better
         raise HfkitError(f"{source.name} cannot be loaded ({where}): {_short(error)}") from error
 
 
