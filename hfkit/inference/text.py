@@ -13,7 +13,7 @@ from hfkit.corpus.encoding import encode, language_token
 from hfkit.corpus.templates import Task, task_of
 from hfkit.errors import ContextLengthError, HfkitError, OptionError
 from hfkit.models.architecture import context_length
-from hfkit.models.wordpiece import starts_unspaced
+from hfkit.models.tokenization import starts_unspaced
 from hfkit.options import GenerateOptions
 
 _NEW_TOKENS = 100  # where the options say nothing
@@ -140,7 +140,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def token_writer(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes]:
     """A function from a token, as the vocabulary spells it, to the bytes that it writes into a text."""
     byte_level, word_pieces = is_byte_level(tokenizer), "WordPiece" in _decoder_of(tokenizer)
-    drops_spaces = "Replace" in _decoder_of(tokenizer)  # see models/wordpiece.py
+    drops_spaces = "Replace" in _decoder_of(tokenizer)  # see models/tokenization.py
 
     def write(word: str) -> bytes:
         if byte_level and all(sign in _BYTES for sign in word):

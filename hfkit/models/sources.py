@@ -39,7 +39,11 @@ def find_model(options: ModelOptions | str | None = None) -> ModelFiles:
     if path and not (path / "config.json").exists() and len(files := [*path.glob("*.gguf")]) == 1:
         path = files[0]
     if path and path.is_file():
-        return _check_gguf(name, path)
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                what = "give a .gguf file or a folder with a model or TensorFlow checkpoint"
+                raise HfkitError(f"not a model ({name}): {what}")
+        return ModelFiles(name, path.parent, {}, gguf=path.name)
     if path is None:
         if options.trust_remote_code and not re.fullmatch("[0-9a-f]{40}", options.revision or ""):
             raise HfkitError(
@@ -64,22 +68,11 @@ def _local(name: str) -> Path | None:
         return None
 
 
-def _check_gguf(name: str, path: Path) -> ModelFiles:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise HfkitError(f"{name} cannot be read: {error.strerror}") from error
-    if magic != b"GGUF":
-        raise HfkitError(f"not a model ({name}): give a .gguf file or a folder with a model or TensorFlow checkpoint")
-    return ModelFiles(name, path.parent, {}, gguf=path.name)
-
-
 def _with_base(name: str, path: Path, options: ModelOptions) -> ModelFiles:
     """The LoRA adapter in `path` and its base model."""
     adapter = read_json(path / "adapter_config.json", name)
     base, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
-    if not isinstance(base, str) or not base:
+    if not base:
         raise HfkitError(f"the adapter does not name its base model ({path}): set base_model_name_or_path")
     if not (path / "adapter_model.safetensors").is_file():
         raise HfkitError(f"no adapter_model.safetensors ({path}): only safetensors are loaded, save the adapter again")
@@ -88,7 +81,6 @@ def _with_base(name: str, path: Path, options: ModelOptions) -> ModelFiles:
     if folder and (folder / "adapter_config.json").is_file():
         raise HfkitError(f"the base of the adapter is an adapter too ({path}: {base}): merge that one first")
     # The adapter chose this base, not the user: trust in the code of one is not trust in that of the other.
-    revision = revision if isinstance(revision, str) else None
     try:
         source = find_model(replace(options, model=base, revision=revision, trust_remote_code=False))
     except HfkitError as error:
@@ -151,10 +143,7 @@ def _is_whole(folder: Path) -> bool:
     """Whether a cached snapshot has everything that loading needs. An interrupted download leaves only parts."""
     if (folder / "adapter_config.json").is_file():
         return (folder / "adapter_model.safetensors").is_file()
-    try:
-        needed = ["config.json", *weight_files(folder, folder.name)]
-    except HfkitError:
-        return False
+    needed = ["config.json", *weight_files(folder, folder.name)]
     return has_tokenizer(folder) and all((folder / file).is_file() for file in needed)
 
 
@@ -179,7 +168,5 @@ def _download(name: str, revision: str | None) -> Path:
         for file in [file for file in _WHOLE_WEIGHTS if file in files] or weight_files(folder, name):
             hf_hub_download(name, file, revision=info.sha)
         return Path(hf_hub_download(name, small[0], revision=revision)).parent
-    except HfkitError:
-        raise
     except Exception as error:
         raise HfkitError(explain_hub_error(error, name, revision, started=True)) from error
