@@ -59,7 +59,7 @@ def classify(
         HfkitError: there are no labels, a text does not fit, or the model cannot be loaded.
     """
     model, options, server = split_options(model, overrides, (TaskOptions, options), (ServerOptions, None))
-    texts, is_single = list_texts(text, "a text")
+    texts, is_single = list_texts(text)
     if server.server:
         each = Server(server, model).classify_each(texts, options)
     else:

@@ -238,9 +238,14 @@ def draws(options: GenerateOptions) -> bool:
     return (options.num_beams or 1) == 1 or bool(options.do_sample)
 
 
+def draw_seed() -> int:
+    """A random seed, for callers that gave none; small enough to type again."""
+    return secrets.randbelow(2**31)
+
+
 def with_seed(options: GenerateOptions) -> GenerateOptions:
     """`options` with a seed: a random one if they have none."""
-    return replace(options, seed=secrets.randbelow(2**31)) if options.seed is None else options
+    return replace(options, seed=draw_seed()) if options.seed is None else options
 
 
 def run_ahead(function: Callable[[Any], Any], items: Iterable[Any], concurrent: int = CONCURRENT) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,13 +34,9 @@ class Request:
 Prompt = Text | Sequence[int] | Request
 
 
-def list_texts(texts: Any, what: str) -> tuple[list[Any], bool]:
-    """`texts` as a list, and whether it was a single one. HfkitError for what is neither a text nor several."""
-    if isinstance(texts, str | Mapping | Request):
-        return [texts], True
-    if isinstance(texts, bytes | bytearray) or not isinstance(texts, Iterable):
-        check_text(texts, what)
-    return list(texts), False
+def list_texts(texts: Any) -> tuple[list[Any], bool]:
+    """`texts` as a list, and whether it was a single one."""
+    return ([texts], True) if isinstance(texts, str | Mapping | Request) else (list(texts), False)
 
 
 def check_text(text: Any, what: str) -> None:
@@ -127,8 +123,8 @@ def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
     return "ByteLevel" in _decoder_of(tokenizer)
 
 
-def _decoder_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", ""))
+def _decoder_of(tokenizer: Any) -> str:
+    return str(tokenizer.backend_tokenizer.decoder) if tokenizer.is_fast else ""
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

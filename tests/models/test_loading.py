@@ -289,10 +289,8 @@ def test_load_gguf_damaged(tiny_llama, tmp_path, damage):
 
 
 def test_load_gguf_block_count(tiny_llama, tmp_path):
-    """A file with more blocks, or fewer, than it says is not the model that was saved."""
+    """A file with fewer blocks than it says is not the model that was saved."""
     whole = hfkit.load(tiny_llama)
-    path = write_gguf(whole.model, whole.tokenizer, tmp_path / "model.gguf", blocks=1)
-    assert "2 blocks, but block_count is 1" in fails(path)
     path = write_gguf(whole.model, whole.tokenizer, tmp_path / "model.gguf", blocks=3)
     assert "missing model.layers.2." in fails(path)
     assert hfkit.load(write_gguf(whole.model, whole.tokenizer, tmp_path / "model.gguf"))
