@@ -49,11 +49,7 @@ def check_text(text: Any, what: str) -> None:
 def fit_prompt(
     prompt: Prompt, options: GenerateOptions, tokenizer: PreTrainedTokenizerBase, config: Any, name: str
 ) -> Request:
-    """Encode `prompt` and check that it fits a model of this `config`. Needs no weights.
-
-    Raises:
-        HfkitError: prompt and new tokens are more than the model takes; the message has the numbers.
-    """
+    """Encode `prompt`. HfkitError if it and the new tokens are more than a model of this `config` takes."""
     if isinstance(prompt, Request):
         return prompt
     if isinstance(prompt, list | tuple) and prompt and all(isinstance(token, int) for token in prompt):

@@ -45,11 +45,12 @@ def export(
             not run it.
     """
     chosen, options = divide(overrides, (ModelOptions, model), (ExportOptions, options))
-    if chosen.quantize:
-        raise OptionError("an export has whole weights: leave --quantize out, and quantize when you load it")
     is_single_file = str(options.output_dir).endswith(".gguf")
     is_gguf = options.format == "gguf" or is_single_file
-    _check_precision(options, is_gguf)
+    if options.quantize and not is_gguf:
+        raise OptionError("--quantize is for GGUF files: add --format gguf, or quantize the model when you load it")
+    if is_gguf and options.dtype == _FLOAT8:
+        raise OptionError(f"GGUF has no {_FLOAT8}: --quantize q8_0 is as small")
     if not options.output_dir and not options.push_to_hub:
         raise OptionError("export needs a place: give --output-dir or --push-to-hub OWNER/NAME")
     target = Path(options.output_dir or f".hfkit-export-{Path(str(options.push_to_hub)).name}")
@@ -94,15 +95,6 @@ def export(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return f"https://huggingface.co/{options.push_to_hub}"
-
-
-def _check_precision(options: ExportOptions, is_gguf: bool) -> None:
-    if options.quantize and not is_gguf:
-        raise OptionError("--quantize is for GGUF files: add --format gguf, or quantize the model when you load it")
-    if options.quantize and options.dtype != "auto":
-        raise OptionError("--quantize and --dtype say the same: leave one of the two out")
-    if is_gguf and options.dtype == _FLOAT8:
-        raise OptionError(f"GGUF has no {_FLOAT8}: --quantize q8_0 is as small")
 
 
 def _publish_files(staging: Path, target: Path) -> None:

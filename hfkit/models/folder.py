@@ -64,13 +64,11 @@ class ModelFiles:
 def read_json(path: Path, name: str) -> dict[str, Any]:
     """The object in a JSON file of the model called `name`."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise HfkitError(f"no {path.name} ({path.parent}): {name} is not a saved model") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise HfkitError(f"{path.name} cannot be read ({path}): {error}; get the model again") from error
-    if not isinstance(value, dict):
-        raise HfkitError(f"{path.name} is not a JSON object ({path}): get the model again")
     return value
 
 

@@ -82,10 +82,8 @@ def load(model: str | os.PathLike[str] | ModelOptions | None = None, **overrides
 def split_options(model: Model, overrides: Mapping[str, Any], *groups: tuple[type[Options], Any]) -> list[Any]:
     """For a call that takes `model=` and keywords: the model with its own ones, then the options of each group.
 
-    `model, options = split_options(model, overrides, (GenerateOptions, options))` makes `dtype="bfloat16"` a keyword.
-
-    Raises:
-        OptionError: such a keyword comes with a model that is loaded already.
+    `model, options = split_options(model, overrides, (GenerateOptions, options))` makes `dtype="bfloat16"` a keyword,
+    and an OptionError where the model is loaded already.
     """
     if not isinstance(model, tuple):
         return divide(overrides, (ModelOptions, model), *groups)
@@ -218,9 +216,6 @@ def load_with_head(
     """The model of `source` in float32, with its own head or a new one, to be trained.
 
     head: "classification", with these labels, or "question-answering".
-
-    Raises:
-        HfkitError: more than the head is missing.
     """
     config = load_config(source)
     is_new = architecture.head_of(config) != head

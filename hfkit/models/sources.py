@@ -27,8 +27,7 @@ _WHOLE_WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 def find_model(options: ModelOptions | str | None = None) -> ModelFiles:
     """Find the model that `options` name, download it if it is not here, and check its files.
 
-    Raises:
-        HfkitError: there is no such model, it is damaged or unsafe, or the Hub cannot be reached.
+    HfkitError if there is no such model, if it is damaged or unsafe, or if the Hub cannot be reached.
     """
     options = ModelOptions.make(options)
     name = (os.environ.get("HFKIT_MODEL") or "bundled") if options.model is None else options.model
@@ -61,11 +60,8 @@ def find_model(options: ModelOptions | str | None = None) -> ModelFiles:
 
 def _local(name: str) -> Path | None:
     """The file or folder called `name`, or NAME of a TensorFlow checkpoint's NAME.index; or None."""
-    try:
-        path = Path(name).expanduser()
-        return path if name and (path.exists() or path.with_name(f"{path.name}.index").exists()) else None
-    except (OSError, RuntimeError):  # too long for a path, a folder we may not read, ~nobody
-        return None
+    path = Path(name).expanduser()
+    return path if name and (path.exists() or path.with_name(f"{path.name}.index").exists()) else None
 
 
 def _with_base(name: str, path: Path, options: ModelOptions) -> ModelFiles:

@@ -62,10 +62,7 @@ _NAMES = {
 def find_checkpoint(path: Path) -> Path | None:
     """The TensorFlow checkpoint that `path` means: NAME of NAME.index, or tf_model.h5. None for another model.
 
-    path: a folder, NAME, or one of the files.
-
-    Raises:
-        HfkitError: it is a folder of checkpoints, of which none or no single one is meant.
+    path: a folder, NAME, or one of the files. HfkitError for a folder of checkpoints of which no single one is meant.
     """
     if not path.is_dir():
         prefix = path.with_name(re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", path.name))
@@ -92,8 +89,7 @@ def find_checkpoint(path: Path) -> Path | None:
 def convert(checkpoint: Path, name: str) -> Path:
     """The folder of safetensors for a checkpoint of the model called `name`, from the cache or made now.
 
-    Raises:
-        HfkitError: a file is missing or damaged, or the tensors are not those of the model.
+    HfkitError if a file is missing or damaged, or if the tensors are not those of the model.
     """
     package = "h5py" if checkpoint.name == _H5 else "google_crc32c"
     if not importlib.util.find_spec(package):

@@ -351,7 +351,6 @@ def test_refuse_options(tiny, tmp_path, monkeypatch, capfdbinary):
     """Options that contradict each other, and a missing package, are one line."""
     for options, words in (
         ({"output_dir": "out", "quantize": "q8_0"}, "--quantize is for GGUF files: add --format gguf"),
-        ({"output_dir": "a.gguf", "quantize": "q8_0", "dtype": "float16"}, "--quantize and --dtype say the same"),
         ({"output_dir": "a.gguf", "dtype": "float8_e4m3fn"}, "GGUF has no float8_e4m3fn"),
         ({"output_dir": "a.gguf", "quantize": "int8"}, "must be one of q8_0, q4_0, f16"),
     ):

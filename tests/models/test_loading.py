@@ -158,8 +158,6 @@ def test_split_options(tiny, corpus, tmp_path, still):
             use(model=tiny, dtyp="bfloat16")
     export = hfkit.export(tiny, output_dir=tmp_path / "out", device="cpu", revision="main", dtype="bfloat16")
     assert hfkit.load(export, dtype="auto").model.config.dtype == torch.float32
-    with pytest.raises(OptionError, match="an export has whole weights"):
-        hfkit.export(ModelOptions(model=tiny, quantize="int8"), output_dir=tmp_path / "out")
     with pytest.raises(OptionError, match="--quantize is 'int8': it must be one of q8_0"):
         hfkit.export(tiny, output_dir=tmp_path / "out", quantize="int8")
 

@@ -81,8 +81,6 @@ BAD_NAMES = [
     *("C:\\x", "a\\b", "\\\\server\\share", "file:///etc/passwd", "https://huggingface.co/gpt2", "hf://gpt2", "gpt2/"),
     *(
         "a" * 97,
-        "a/" + "b" * 300,
-        "x" * 5000,
         "two\nlines",
         "two\r\nlines",
         "\x1b[31mred",
@@ -196,10 +194,8 @@ def test_find_model_without_tokenizer(copy, tiny):
     ("text", "words"),
     [
         ("{", "config.json cannot be read"),
-        ("[1]", "not a JSON object"),
         ("", "config.json cannot be read"),
         ("\xff\xfe", "config.json cannot be read"),
-        ('{"a":' * 100_000, "config.json cannot be read"),
         (json.dumps({"_attn_implementation_internal": "owner/kernel"}), "asks for code"),
         (json.dumps({"attn_implementation": {"": "owner/kernel"}}), "asks for code"),
         (json.dumps({"text_config": {"attn_implementation": "owner/kernel"}}), "asks for code"),

@@ -247,7 +247,7 @@ def rename(name: str):
 
 BREAKS = [
     ("gpt2", rename("model-20.data-00000-of-00001"), ("model-20.data-00000-of-00001", "No such file")),
-    ("gpt2", lambda folder: cut(folder / "model-20.data-00000-of-00001", 9000), ("cut off", "copy it again")),
+    ("gpt2", lambda folder: cut(folder / "model-20.data-00000-of-00001", 9000), ("damaged", "copy it again")),
     ("gpt2", lambda folder: flip(folder / "model-20.data-00000-of-00001", 9000), ("damaged", "copy it again")),
     ("gpt2", rename("model-20.index"), ("model-20.index", "No such file", "copy")),
     ("gpt2", lambda folder: cut(folder / "model-20.index", 500), ("damaged", "model-20.index", "copy it again")),
