@@ -22,8 +22,8 @@ from hfkit.inference.likelihood import precise_head, score_batches
 from hfkit.inference.remote import Server
 from hfkit.inference.scores import Scores
 from hfkit.models.architecture import check_causal, computes_faster_in_bfloat16, head_of
+from hfkit.models.layers import bits_of
 from hfkit.models.loading import LanguageModel, loaded, split_options
-from hfkit.models.quantization import bits_of
 from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions, ServerOptions
 
 _WINDOW = 1024  # tokens, where the model sets no limit

@@ -30,11 +30,7 @@ class Connection:
     """The address of a server and the key for it. Several threads may use it."""
 
     def __init__(self, options: ServerOptions) -> None:
-        """Check the address; nothing is sent yet.
-
-        Raises:
-            OptionError: this is no address, or no key.
-        """
+        """OptionError if this is not an address or not a key. Nothing is sent yet."""
         address = (options.server or "").rstrip("/")
         self.url = OPENAI if address == "openai" else address if "://" in address else f"http://{address}"
         try:

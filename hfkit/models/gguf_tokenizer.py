@@ -12,10 +12,9 @@ from hfkit.models.loading import LanguageModel
 
 
 def tokenizer_kind(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """llama.cpp's names of a tokenizer's algorithm and of how it cuts a text before that.
+    """llama.cpp's names of a tokenizer's algorithm and of how it cuts a text before that. HfkitError without one.
 
-    Raises:
-        HfkitError: it has none. `name` is what the message calls the model.
+    name: what the message calls the model.
     """
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 

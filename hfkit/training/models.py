@@ -19,7 +19,7 @@ from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.folder import ModelFiles
 from hfkit.models.integrity import LOADING
-from hfkit.models.kernels import fuse_activations, prepare_training
+from hfkit.models.layers import fuse_activations, prepare_training
 from hfkit.models.loading import load_weights, load_with_head
 from hfkit.options import ModelOptions, SizeOptions, TrainOptions
 from hfkit.training.plan import Plan
