@@ -9,7 +9,7 @@ import numpy as np
 from hfkit.console import counted, with_error
 from hfkit.errors import HfkitError
 from hfkit.inference.scores import Scores, exp, jsonable, ratio_stderr
-from hfkit.reporting.templates import render
+from hfkit.reporting.pages import render
 
 
 @dataclass(frozen=True, repr=False)
