@@ -13,7 +13,6 @@ from hfkit.declaration import explain_unknown_name
 from hfkit.errors import HfkitError, OptionError
 from hfkit.storage import write_bytes
 
-_LARGEST = 1_000_000  # bytes; a person writes a recipe
 _BY_FLAG = ("trust_remote_code", "overwrite")
 
 
@@ -21,14 +20,6 @@ class _Loader(yaml.SafeLoader):
     """YAML whose values stay the text that was written, for each option to read: 5e-5, 010 and `no` are no traps."""
 
     yaml_implicit_resolvers = {}
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        # A few lines of aliases can stand for gigabytes.
-        fault = "an alias: write the value out" if isinstance(event, yaml.AliasEvent) else None
-        if fault := fault or (event.tag and f"a tag ({event.tag}): leave it out"):
-            raise yaml.MarkedYAMLError(problem=fault, problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
@@ -44,9 +35,7 @@ def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
     """
     path, known = find_recipe(Path(path)), list(known)
     try:
-        if path.stat().st_size > _LARGEST:
-            raise OptionError(f"{path} is larger than {_LARGEST:,} bytes: that is not a recipe")
-        loader = _Loader(path.read_text("utf-8"))
+        loader = _Loader(path.read_bytes())
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode | None):
             raise OptionError(f"{path} does not list options: write lines such as 'temperature: 0.7'")
@@ -56,10 +45,6 @@ def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
         raise OptionError(f"no recipe {str(path)!r}: {_similar_recipes(str(path))}") from error
     except OSError as error:
         raise OptionError(f"cannot read the recipe ({path}): {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise OptionError(
-            f"the recipe is not UTF-8 text ({path}, byte {error.start + 1}): save it as UTF-8"
-        ) from error
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else path
