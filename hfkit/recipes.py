@@ -28,10 +28,8 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(~|null|Null
 def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
     """What a recipe sets, by name: texts and lists of texts, for `Options.read`.
 
-    A corpus that is not in the working folder is looked up beside the recipe.
-
-    Raises:
-        OptionError: the recipe cannot be read, or sets an option that is not `known`.
+    A corpus that is not in the working folder is looked up beside the recipe. OptionError if the recipe cannot be
+    read, or sets an option that is not `known`.
     """
     path, known = find_recipe(Path(path)), list(known)
     try:
@@ -102,8 +100,7 @@ def head_comment(path: Path) -> list[str]:
 def copy_recipe(name: str, folder: Path) -> list[Path]:
     """Copy a shipped recipe, and the data that it names, into `folder`. Returns the new files.
 
-    Raises:
-        HfkitError: there is no such recipe, or a file of that name exists.
+    HfkitError if there is no such recipe, or if a file of that name exists.
     """
     recipe = shipped().get(name)
     if recipe is None:

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import socket
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -88,12 +87,9 @@ def find_foreign(folder: Path) -> list[str]:
 
 
 def check_owned(folder: Path, *, hidden: bool = False) -> None:
-    """Check that hfkit wrote everything in `folder`.
+    """Raise HfkitError, with the name, if someone else wrote a file in `folder`.
 
     hidden: check hidden files too. Otherwise they do not matter, as nobody touches them.
-
-    Raises:
-        HfkitError: someone else wrote a file there; the message names it.
     """
     foreign = [name for name in find_foreign(folder) if hidden or not re.search(r"(^|/)\.", name)]
     if foreign:
@@ -164,9 +160,7 @@ def check_free(path: Path, *, overwrite: bool, flag: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where the system can sync a folder (not on Windows)."""
-    if os.name == "nt":
-        return
+    """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -174,16 +168,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def make_durable(folder: Path) -> None:
-    """Sync everything in a folder that hfkit alone has written, and give files the mode of the umask."""
-    make_names_durable(folder, (path.relative_to(folder) for path in folder.rglob("*")))
-
-
-def make_names_durable(folder: Path, names: Iterable[str | Path]) -> None:
-    """`make_durable` for these files of a folder that may hold files of others."""
+def make_durable(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Sync a folder and all that is in it, or only these files of it, and give files the mode of the umask."""
     mask = os.umask(0)
     os.umask(mask)
-    for path in sorted([folder, *(folder / name for name in names)], reverse=True):  # a folder after what is in it
+    paths = folder.rglob("*") if names is None else (folder / name for name in names)
+    for path in sorted([folder, *paths], reverse=True):  # a folder after what is in it
         if path.is_symlink():
             continue
         if path.is_dir():
@@ -208,7 +198,7 @@ def publish(staging: Path, target: Path) -> None:
 
 def _exchange(staging: Path, target: Path) -> None:
     """Exchange the names of two folders, in one step where the system can (Linux): a kill loses neither."""
-    with contextlib.suppress(AttributeError, TypeError):  # another C library, Windows
+    with contextlib.suppress(AttributeError, TypeError):  # another C library
         rename = ctypes.CDLL(None).renameat2
         if rename(_AT_FDCWD, os.fsencode(staging), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE) == 0:
             return
@@ -262,38 +252,26 @@ def lock_file(file: IO[Any], *, wait: bool = False) -> bool:
 def lock(folder: Path, *, wait: bool = False, tell: bool = True) -> Iterator[None]:
     """Hold `folder` for this process. It is free again when the process ends, however it ends.
 
-    wait: wait until it is free. tell: print a note then, as that may take long.
-
-    Raises:
-        LockedError: another process holds it; the message names the process and its host.
+    wait: wait until it is free. tell: print a note then, as that may take long. LockedError if another process holds
+    it; the message names the process and its host.
     """
     path = folder / LOCK
     try:
-        # Never through a link that somebody put there; Windows does not follow one either when it creates a file.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        # Never through a link that somebody put there.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise HfkitError(f"cannot lock {folder}: {first_line(error)} ({LOCK}); name another --output-dir") from error
     with os.fdopen(descriptor, "r+b") as file:
         if not lock_file(file):
-            message = f"{folder} is in use by {_holder(path)}"
+            holder = file.read().decode() or "another process"  # which has not written its name yet
+            message = f"{folder} is in use by {holder}"
             if not wait:
                 raise LockedError(f"{message}: wait for it, or name another --output-dir")
             if tell:
                 note(f"{message}: waiting for it")
             lock_file(file, wait=True)
-        file.truncate(0)
-        # Windows keeps others from reading the locked byte, the first one.
-        file.write(f" process {os.getpid()} on {socket.gethostname()}".encode())
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         file.flush()
         yield
-
-
-def _holder(path: Path) -> str:
-    """The process that holds a lock, as it wrote it there. Right after it took the lock nothing is written yet."""
-    for _ in range(10):
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            file.seek(1)
-            if text := file.read().decode("utf-8", "replace"):
-                return text
-        time.sleep(0.02)
-    return "another process"
