@@ -52,9 +52,9 @@ def content_of(text: str) -> int:
 
 def encode_records(records: Iterator[Piece | Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
     """`encode_examples` or `encode_documents`, by the kind of the first record."""
-    first = next(records, None)
-    encode: Any = encode_examples if isinstance(first, Example) else encode_documents
-    yield from encode(chain([first] if first else [], records), tokenizer)
+    if first := next(records, None):
+        encode: Any = encode_examples if isinstance(first, Example) else encode_documents
+        yield from encode(chain([first], records), tokenizer)
 
 
 def number_documents(pieces: Iterable[Piece]) -> Iterator[tuple[int, bool, Piece]]:

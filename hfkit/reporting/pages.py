@@ -65,8 +65,7 @@ def _make_card(metrics: dict[str, Any], summary: summaries.Summary) -> str:
 def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
     """Write one page that shows finished runs side by side, or a search.
 
-    Raises:
-        HfkitError: a folder holds no finished run or search, or a search is not alone.
+    HfkitError if a folder holds no finished run or search, or if a search is not alone.
     """
     paths, output = [Path(folder) for folder in folders], Path(output)
     searches = [path for path in paths if (path / SEARCH).is_file() and not (path / METRICS).is_file()]

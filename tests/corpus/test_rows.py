@@ -186,7 +186,6 @@ FOREIGN = {
     "a.pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a PDF", "pdftotext"),
     "a.txt": (b"%PDF-1.7\n", "a PDF"),
     "a.doc": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document"),
-    "a.db": (b"SQLite format 3\0", "an SQLite database"),
 }
 
 
