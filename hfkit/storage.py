@@ -215,15 +215,15 @@ def check_home(folder: Path) -> None:
         raise HfkitError(f"no home directory ({folder}): set HOME, or HF_HOME to a folder of yours")
 
 
-def make_writable(folder: Path) -> None:
-    """Create `folder` and check that files can be written there. Raises HfkitError if they cannot."""
+def make_writable(folder: Path, remedy: str = "name another --output-dir") -> None:
+    """Create `folder` and check that files can be written there. HfkitError, with a remedy, if they cannot."""
     check_home(folder)
     probe = temporary(folder / "probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"\0" * 4096)
     except (OSError, ValueError) as error:
-        raise HfkitError(f"cannot write to {folder}: {first_line(error)}; name another --output-dir") from error
+        raise HfkitError(f"cannot write to {folder}: {first_line(error)}; {remedy}") from error
     finally:
         with contextlib.suppress(OSError, ValueError):
             probe.unlink()

@@ -76,14 +76,10 @@ def encode_corpus(
     report = Report(fingerprint=content, tokenizer=fingerprint(tokenizer))
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "hfkit"
     target = folder or cache / sha256_of(report.fingerprint + report.tokenizer)
-    try:
-        make_writable(target)
-    except HfkitError as error:
-        if folder:
-            raise
-        raise HfkitError(f"cannot write to the cache ({target.parent}): set HF_DATASETS_CACHE") from error
+    make_writable(target, "name another --output-dir" if folder else "set HF_DATASETS_CACHE")
     with lock(target, wait=True):
-        if is_prepared(target) and (folder or corpus.is_local):  # a data set on the Hub may have changed since
+        is_local = len(corpus.files) == len(corpus.sources)  # a data set on the Hub may have changed since
+        if is_prepared(target) and (folder or is_local):
             try:
                 prepared = load_prepared(target)
             except HfkitError:

@@ -62,11 +62,6 @@ class Corpus:
         return tuple(source.path for source in self.sources if source.kind != "hub")
 
     @property
-    def is_local(self) -> bool:
-        """Whether no source is on the Hub, where it may change."""
-        return len(self.files) == len(self.sources)
-
-    @property
     def has_texts(self) -> bool:
         """Whether there are plain texts, apart from those that describe the rows beside them."""
         texts = [source for source in self.sources if source.kind in TEXTS]
@@ -108,19 +103,18 @@ def find_corpus(sources: Corpora | Corpus, options: CorpusOptions | None = None,
         return sources
     names = [str(name) for name in ([sources] if isinstance(sources, str | Path) else sources)]
     patterns = dict.fromkeys((options and options.exclude) or (), False)  # whether each matches a file
-    found: dict[str, Source] = {}
+    by_name: dict[str, Source] = {}
     for name in names:
         for source in _find_sources(name, patterns, output):
-            if not source.in_folder or str(source) not in found:
-                found[str(source)] = source
-    for pattern, has_match in patterns.items():
-        if not has_match:
-            note_once(f"--exclude {pattern!r} matches no file of the corpus")
+            if not source.in_folder or str(source) not in by_name:
+                by_name[str(source)] = source
+    for pattern in [pattern for pattern, has_match in patterns.items() if not has_match]:
+        note_once(f"--exclude {pattern!r} matches no file of the corpus")
     if not names:
         raise HfkitError("no corpus: name a file, a folder or hf://NAME")
-    if not found:
+    if not by_name:
         raise HfkitError(f"--exclude leaves no file of the corpus ({names[0]}): {', '.join(patterns)}")
-    read = list(found.values())
+    read = list(by_name.values())
     return Corpus(tuple(_without_held_out(read, options) if isinstance(options, DataOptions) else read))
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from hfkit.errors import HfkitError
 
-LONGEST = 1 << 28  # characters of a line, a field or a JSON value: a small compressed file may hold gigabytes of zeros
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what reading a damaged file raises, compressed or not
 TEXTS = ("text", "notebook")  # kinds of files without rows
 _CHUNK = 1 << 20  # bytes
@@ -145,16 +144,9 @@ def read_text(path: Path, errors: str) -> Iterator[str]:
 
 
 def read_lines(path: Path, errors: str) -> Iterator[str]:
-    r"""Lines of a file. Only \n ends one: str.splitlines would also split at U+2028 and the like.
-
-    HfkitError as from `read_text`, or if a line is too long to be read at once.
-    """
-    rest, number = "", 1
+    r"""Lines of a file. Only \n ends one: str.splitlines would also split at U+2028 and the like."""
+    rest = ""
     for text in read_text(path, errors):
         *lines, rest = (rest + text).split("\n")
         yield from lines
-        number += len(lines)
-        if len(rest) > LONGEST:
-            limit = f"{LONGEST >> 20} million characters"
-            raise HfkitError(f"a line of more than {limit} ({path}, line {number}): split it, or give a plain text")
     yield rest

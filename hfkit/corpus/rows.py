@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from hfkit.console import note_once
-from hfkit.corpus.formats import DAMAGE, LONGEST, open_file, read_lines, read_text
+from hfkit.corpus.formats import DAMAGE, open_file, read_lines, read_text
 from hfkit.errors import HfkitError, first_line
 from hfkit.hub import endpoint, reach_hub
 from hfkit.options import CorpusOptions, DataOptions
 
-csv.field_size_limit(LONGEST)
+csv.field_size_limit(1 << 28)  # characters; without this, 131,072
 _BATCH = 128  # rows
 _SURROGATE = re.compile("[\ud800-\udfff]")  # an unpaired one: JSON can express it, UTF-8 cannot
 _START, _NEXT = re.compile(r"\s*\[\s*(?P<end>])?"), re.compile(r"\s*(,\s*|(?P<end>]))")  # of a JSON array
@@ -96,9 +96,6 @@ def _read_array(path: Path, errors: str, *, is_bare: bool = False) -> Iterator[A
         except json.JSONDecodeError as error:
             start = column if error.lineno == 1 else 1
             where = f"{path}, line {line + error.lineno - 1}, column {start + error.colno - 1}"
-            if len(text) - position > LONGEST:
-                limit = f"{LONGEST >> 20} million characters"
-                raise row_error(f"a JSON value of more than {limit}", where, "write each row on a line") from None
             more = list(islice(chunks, 1 + (len(text) >> 20)))  # as much again
             if not more:
                 raise HfkitError(f"not valid JSON ({where}): {error.msg}") from None

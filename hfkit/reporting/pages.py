@@ -160,14 +160,8 @@ def _group(kind: str, runs: list[_Run]) -> dict[str, Any]:
     if len(runs) > 1:
         is_measured = best.rank[1] < math.inf
         headline = f"Best of {len(runs)} runs: {best.folder}. {headline}" if is_measured else "No run was measured"
-    return {
-        "title": kind,
-        "headline": headline,
-        "head": head,
-        "runs": runs,
-        "charts": charts,
-        "best": best if len(runs) > 1 else None,
-    }
+    marked = best if len(runs) > 1 else None
+    return {"title": kind, "headline": headline, "head": head, "runs": runs, "charts": charts, "best": marked}
 
 
 def _search_page(folder: Path) -> str:
@@ -179,15 +173,12 @@ def _search_page(folder: Path) -> str:
         best, figure = trials[0], summaries.compared_by(trials)
         measures = ("accuracy", "loss") if figure == "accuracy" else ("loss",)
         options = list(dict.fromkeys(name for trial in trials for name in trial["params"]))
-        rows = [
-            (
-                f"{trial['number']}",
-                *(summaries.show_figure(trial[measure], measure) for measure in measures),
-                *(summaries.show_value(trial["params"].get(name, "")) for name in options),
-                str(trial["state"]) + (", the defaults" if trial.get("default") else ""),
-            )
-            for trial in trials
-        ]
+        rows = []
+        for trial in trials:
+            figures = [summaries.show_figure(trial[measure], measure) for measure in measures]
+            values = [summaries.show_value(trial["params"].get(name, "")) for name in options]
+            state = str(trial["state"]) + (", the defaults" if trial.get("default") else "")
+            rows.append([f"{trial['number']}", *figures, *values, state])
         with _read(folder / best["folder"] / METRICS, "run") as metrics:
             command = summaries.summarize(metrics).command
             explanation = summaries.explain_search(trials, metrics[f"{figure}_before"])

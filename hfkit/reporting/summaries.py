@@ -53,10 +53,6 @@ class Sample:
     text: str  # up to the end of a sentence
     rest: str  # of a sentence that was cut off at the limit of tokens
 
-    @property
-    def whole(self) -> str:
-        return self.prompt + self.text + self.rest
-
 
 @dataclass(frozen=True)
 class Summary:
