@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,8 @@ def _similar_recipes(name: str) -> str:
 
 def head_comment(path: Path) -> list[str]:
     """Lines of the comment at the top of a recipe: what it does, and the commands to use it."""
-    lines = []
-    for line in path.read_text("utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#").removeprefix(" "))
-    return lines
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text("utf-8").splitlines())
+    return [line.removeprefix("#").removeprefix(" ") for line in lines]
 
 
 def copy_recipe(name: str, folder: Path) -> list[Path]:

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import yaml
 from markdown_it import MarkdownIt
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 from support import trials
 from support.corpora import longest_common, share_of
@@ -218,9 +217,8 @@ def test_card_head_is_what_the_hub_reads(metrics, nasty):
 # pictures
 
 
-def test_plot_loss_draws_what_was_logged(metrics):
-    axes = Figure().subplots()
-    pictures.plot_loss(axes, metrics["history"])
+def test_draw_curves_draws_what_was_logged(metrics):
+    axes, _ = pictures.draw_curves(metrics["history"], "nats").axes
     plain, smoothed, held = axes.lines
     assert list(plain.get_ydata()) == trials.losses(metrics) and list(plain.get_xdata()) == [1, 2, 3, 4, 5, 6]
     assert list(smoothed.get_ydata()) == pytest.approx(trials.losses(metrics))
