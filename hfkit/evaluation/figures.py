@@ -13,7 +13,7 @@ from hfkit.corpus.documents import Piece
 from hfkit.corpus.encoding import IGNORED, number_documents
 from hfkit.errors import HfkitError
 from hfkit.inference.scores import Scores, exp, jsonable, ratio_stderr
-from hfkit.reporting.templates import render
+from hfkit.reporting.pages import render
 
 Item = dict[str, np.ndarray]  # input_ids, targets, and units (the passage that each target belongs to); (length,) each
 

@@ -23,7 +23,7 @@ from hfkit.inference.scores import jsonable
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel
 from hfkit.options import CorpusOptions, GenerateOptions, TaskOptions
-from hfkit.reporting.templates import render
+from hfkit.reporting.pages import render
 
 _PAIRS = Task("{prompt}{completion}")  # for rows without a template
 

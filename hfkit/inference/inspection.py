@@ -27,7 +27,7 @@ from hfkit.inference.text import token_writer
 from hfkit.models.architecture import check_causal
 from hfkit.models.loading import LanguageModel, Model, loaded, share_weights, split_options
 from hfkit.options import InspectOptions
-from hfkit.reporting.templates import render
+from hfkit.reporting.pages import render
 
 _WARPERS: dict[str, Any] = {
     "temperature": TemperatureLogitsWarper,
