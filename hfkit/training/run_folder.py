@@ -107,8 +107,12 @@ def check_not_input(folder: Path, inputs: Iterable[str | Path]) -> None:
 
 def is_begun(folder: Path) -> bool:
     """Whether `folder` holds a run with something to lose."""
-    has_result = (folder / METRICS).is_file() or any((folder / CHECKPOINTS).glob("checkpoint-*"))
-    return has_result and (folder / FACTS).is_file()
+    try:
+        facts = json.loads((folder / FACTS).read_text("utf-8"))
+        is_run = isinstance(facts["recipe"], dict) and "hfkit" in facts["versions"]
+    except (OSError, ValueError, LookupError, TypeError):  # it is missing, or of another program
+        is_run = False
+    return is_run and ((folder / METRICS).is_file() or any((folder / CHECKPOINTS).glob("checkpoint-*")))
 
 
 def make_recipe(corpus: Corpora, *groups: Any) -> dict[str, Any]:
