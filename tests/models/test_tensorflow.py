@@ -173,7 +173,7 @@ def test_finetune_head_and_classify(tmp_path, datasets_cache):
 
 def test_lora(corpus, tmp_path):
     """An adapter needs a base that others find, which a folder in the cache is not."""
-    with pytest.raises(HfkitError, match="'hfkit export' makes a folder of it"):
+    with pytest.raises(HfkitError, match="'hfkit export' makes one of "):
         hfkit.finetune(corpus, model=DATA / "gpt2", output_dir=tmp_path / "run", lora=True)
 
 
