@@ -1,9 +1,6 @@
 """Reach the Hugging Face Hub within seconds, and explain its errors in one line."""
 
-from pathlib import Path
-
 from hfkit.errors import HfkitError, first_line, hide_passwords
-from hfkit.storage import check_home
 
 PROBE_SECONDS = 2
 
@@ -23,14 +20,6 @@ def endpoint() -> str:
     from huggingface_hub import constants
 
     return hide_passwords(constants.ENDPOINT)
-
-
-def converted_folder() -> Path:
-    """Where models lie that hfkit has converted, beside the Hub's cache."""
-    from huggingface_hub import constants
-
-    check_home(folder := Path(constants.HF_HOME) / "hfkit")
-    return folder
 
 
 def explain_hub_error(error: Exception, name: str, revision: str | None, *, started: bool = False) -> str:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from hfkit.declaration import explain_unknown_name
 from hfkit.errors import HfkitError, OptionError
 from hfkit.storage import write_bytes
 
+_LARGEST = 1_000_000  # bytes; a person writes a recipe
 _BY_FLAG = ("trust_remote_code", "overwrite")
 
 
@@ -22,6 +22,14 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {}
 
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        # A few lines of aliases can stand for gigabytes.
+        fault = "an alias: write the value out" if isinstance(event, yaml.AliasEvent) else None
+        if fault := fault or (event.tag and f"a tag ({event.tag}): leave it out"):
+            raise yaml.MarkedYAMLError(problem=fault, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 
@@ -29,12 +37,16 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(~|null|Null
 def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
     """What a recipe sets, by name: texts and lists of texts, for `Options.read`.
 
-    A corpus that is not in the working folder is looked up beside the recipe. OptionError if the recipe cannot be
-    read, or sets an option that is not `known`.
+    A corpus that is not in the working folder is looked up beside the recipe.
+
+    Raises:
+        OptionError: the recipe cannot be read, or sets an option that is not `known`.
     """
     path, known = find_recipe(Path(path)), list(known)
     try:
-        loader = _Loader(path.read_bytes())
+        if path.stat().st_size > _LARGEST:
+            raise OptionError(f"{path} is larger than {_LARGEST:,} bytes: that is not a recipe")
+        loader = _Loader(path.read_text("utf-8"))
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode | None):
             raise OptionError(f"{path} does not list options: write lines such as 'temperature: 0.7'")
@@ -44,6 +56,10 @@ def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
         raise OptionError(f"no recipe {str(path)!r}: {_similar_recipes(str(path))}") from error
     except OSError as error:
         raise OptionError(f"cannot read the recipe ({path}): {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(
+            f"the recipe is not UTF-8 text ({path}, byte {error.start + 1}): save it as UTF-8"
+        ) from error
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else path
@@ -90,14 +106,19 @@ def _similar_recipes(name: str) -> str:
 
 def head_comment(path: Path) -> list[str]:
     """Lines of the comment at the top of a recipe: what it does, and the commands to use it."""
-    lines = takewhile(lambda line: line.startswith("#"), path.read_text("utf-8").splitlines())
-    return [line.removeprefix("#").removeprefix(" ") for line in lines]
+    lines = []
+    for line in path.read_text("utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" "))
+    return lines
 
 
 def copy_recipe(name: str, folder: Path) -> list[Path]:
     """Copy a shipped recipe, and the data that it names, into `folder`. Returns the new files.
 
-    HfkitError if there is no such recipe, or if a file of that name exists.
+    Raises:
+        HfkitError: there is no such recipe, or a file of that name exists.
     """
     recipe = shipped().get(name)
     if recipe is None:

@@ -88,9 +88,12 @@ def find_foreign(folder: Path) -> list[str]:
 
 
 def check_owned(folder: Path, *, hidden: bool = False) -> None:
-    """Raise HfkitError, with the name, if someone else wrote a file in `folder`.
+    """Check that hfkit wrote everything in `folder`.
 
     hidden: check hidden files too. Otherwise they do not matter, as nobody touches them.
+
+    Raises:
+        HfkitError: someone else wrote a file there; the message names it.
     """
     foreign = [name for name in find_foreign(folder) if hidden or not re.search(r"(^|/)\.", name)]
     if foreign:
@@ -171,12 +174,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def make_durable(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Sync a folder and all that is in it, or only these files of it, and give files the mode of the umask."""
+def make_durable(folder: Path) -> None:
+    """Sync everything in a folder that hfkit alone has written, and give files the mode of the umask."""
+    make_names_durable(folder, (path.relative_to(folder) for path in folder.rglob("*")))
+
+
+def make_names_durable(folder: Path, names: Iterable[str | Path]) -> None:
+    """`make_durable` for these files of a folder that may hold files of others."""
     mask = os.umask(0)
     os.umask(mask)
-    paths = folder.rglob("*") if names is None else (folder / name for name in names)
-    for path in sorted([folder, *paths], reverse=True):  # a folder after what is in it
+    for path in sorted([folder, *(folder / name for name in names)], reverse=True):  # a folder after what is in it
         if path.is_symlink():
             continue
         if path.is_dir():
@@ -218,15 +225,15 @@ def check_home(folder: Path) -> None:
         raise HfkitError(f"no home directory ({folder}): set HOME, or HF_HOME to a folder of yours")
 
 
-def make_writable(folder: Path, remedy: str = "name another --output-dir") -> None:
-    """Create `folder` and check that files can be written there. HfkitError, with a remedy, if they cannot."""
+def make_writable(folder: Path) -> None:
+    """Create `folder` and check that files can be written there. Raises HfkitError if they cannot."""
     check_home(folder)
     probe = temporary(folder / "probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"\0" * 4096)
     except (OSError, ValueError) as error:
-        raise HfkitError(f"cannot write to {folder}: {first_line(error)}; {remedy}") from error
+        raise HfkitError(f"cannot write to {folder}: {first_line(error)}; name another --output-dir") from error
     finally:
         with contextlib.suppress(OSError, ValueError):
             probe.unlink()

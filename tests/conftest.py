@@ -152,7 +152,7 @@ def tiny_bert(tmp_path_factory) -> str:
     from transformers import BertForMaskedLM, set_seed
 
     from hfkit.training.models import make_bert
-    from hfkit.training.pretraining import train_wordpiece
+    from hfkit.training.vocabulary import train_wordpiece
 
     folder = tmp_path_factory.mktemp("models") / "tiny-bert"
     tokenizer = train_wordpiece([" ".join(trials.WORDS), "abcdefghijklmnopqrstuvwxyz 0123456789 .,?!"] * 9, 300)

@@ -80,15 +80,19 @@ def test_read_values_null(read, text):
     assert read(text) == {}
 
 
+BOMB = "bad_words: &a [x, x]\n" + "".join(
+    f"{name}: &{'bcdefg'[i]} [*{'abcdef'[i]}, *{'abcdef'[i]}]\n" for i, name in enumerate(GenerateOptions.names()[:6])
+)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (
-            "seed: 1\ntop_p: !!python/object/apply:os.system ['touch MARK']",
-            "line 2): could not determine a constructor",
-        ),
-        ("top_p: !!python/name:os.system", "line 1): could not determine a constructor"),
-        ("!!python/object/new:os.system [touch MARK]", "does not list options"),
+        ("seed: 1\ntop_p: !!python/object/apply:os.system ['touch MARK']", "line 2): a tag"),
+        ("top_p: !!python/name:os.system", "line 1): a tag"),
+        ("!!python/object/new:os.system [touch MARK]", "line 1): a tag"),
+        (BOMB, "line 2): an alias"),
+        ("seed: &x 1\ntop_k: *x", "line 2): an alias"),
         ("<<: {seed: 1}", "unknown option '<<'"),
         ("seed: 1\ntop_p: 0.5\nseed: 2", "option 'seed' twice"),
         ("seed: 1\ntemprature: 1", "line 2): did you mean 'temperature'?"),
@@ -102,8 +106,9 @@ def test_read_values_null(read, text):
         ("seed: 1\n\ttop_p: 1", "line 2): "),
         ("seed: 1\n---\nseed: 2", "line 2): "),
         ("stop_strings: " + "[" * 20_000, "recipe.yaml): "),
-        (b"stop_strings: \xff", "invalid start byte"),
+        (b"stop_strings: \xff", "byte 15"),
         (b"stop_strings: \x00", "not allowed"),
+        ("#" * 1_000_001, "larger than 1,000,000 bytes"),
     ],
     ids=lambda text: str(text)[:30],
 )

@@ -118,7 +118,6 @@ def load_for(
     """
     with loading(model) as source:
         from hfkit.inference import controls, generation
-        from hfkit.inference.remote import draw_seed
         from hfkit.inference.text import ends_in_space, fit_prompt
         from hfkit.models import architecture
         from hfkit.models.loading import load_config, load_tokenizer, load_weights
@@ -134,7 +133,7 @@ def load_for(
             console.note("the prompt ends in a space, but words of this model begin with theirs: leave it out")
         lm = load_weights(source, model, tokenizer, config)
     if sampling.seed is None:
-        sampling = replace(sampling, seed=draw_seed())
+        sampling = replace(sampling, seed=generation.draw_seed())
         if controls.draws(lm, sampling):
             console.note(f"seed {sampling.seed}")
     return lm, request, sampling

@@ -152,7 +152,7 @@ def tune(
         return
     _print_trials(search)
     console.write(f"{search.recipe}\n")
-    from hfkit.reporting.summaries import explain_search
+    from hfkit.reporting.pages import explain_search
 
     if gain := explain_search(search.trials):
         console.note(gain[0].lower() + gain[1:].rstrip("."))

@@ -23,7 +23,7 @@ from hfkit.corpus.encoding import BATCH, encode_records, fingerprint, is_empty, 
 from hfkit.corpus.files import PREPARED, Corpus, hash_files, is_prepared
 from hfkit.errors import HfkitError, first_line
 from hfkit.options import DataOptions
-from hfkit.storage import add_owned, check_owned, check_regular, lock, make_durable, make_writable, write_text
+from hfkit.storage import add_owned, check_owned, check_regular, lock, make_names_durable, make_writable, write_text
 
 _VERSION = 9  # of the files on disk
 _DECIDING = ("text_column", "errors", "dataset_config_name", "dataset_split", "template", "labels")  # options
@@ -70,16 +70,22 @@ def encode_corpus(
 
     Memory does not grow with the corpus. Tokens are found again by the contents of the files, the tokenizer and the
     options that matter. Of several processes that want the same tokens, one makes them and the others wait.
-    HfkitError if the corpus cannot be read or is empty, or if `folder` holds another one.
+
+    Raises:
+        HfkitError: the corpus cannot be read or is empty, or `folder` holds another one.
     """
     content = sha256_of(repr((corpus.fingerprint(), [getattr(options, name) for name in _DECIDING], _VERSION)))
     report = Report(fingerprint=content, tokenizer=fingerprint(tokenizer))
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "hfkit"
     target = folder or cache / sha256_of(report.fingerprint + report.tokenizer)
-    make_writable(target, "name another --output-dir" if folder else "set HF_DATASETS_CACHE")
+    try:
+        make_writable(target)
+    except HfkitError as error:
+        if folder:
+            raise
+        raise HfkitError(f"cannot write to the cache ({target.parent}): set HF_DATASETS_CACHE") from error
     with lock(target, wait=True):
-        is_local = len(corpus.files) == len(corpus.sources)  # a data set on the Hub may have changed since
-        if is_prepared(target) and (folder or is_local):
+        if is_prepared(target) and (folder or corpus.is_local):  # a data set on the Hub may have changed since
             try:
                 prepared = load_prepared(target)
             except HfkitError:
@@ -143,11 +149,16 @@ def _measure_records(
         yield record
     report.duplicates = len(seen) - len(np.unique(seen))
     report.odd = {f"U+{ord(character):04X}": count for character, count in odd.most_common()}
+    report.scripts = _scripts_of(sample)
+
+
+def _scripts_of(characters: Counter[str]) -> dict[str, float]:
+    """The four most frequent scripts of the letters among `characters`, and their shares."""
     scripts: Counter[str] = Counter()
-    for character in filter(str.isalpha, sample):
+    for character in filter(str.isalpha, characters):
         script = unicodedata.name(character, "?").split()[0].capitalize()
-        scripts[_SCRIPTS.get(script, script)] += sample[character]
-    report.scripts = {script: count / scripts.total() for script, count in scripts.most_common(4)}
+        scripts[_SCRIPTS.get(script, script)] += characters[character]
+    return {script: count / scripts.total() for script, count in scripts.most_common(4)}
 
 
 def _write_rows(target: Path, rows: Iterator[dict[str, Any]], report: Report, vocabulary: int) -> None:
@@ -158,21 +169,21 @@ def _write_rows(target: Path, rows: Iterator[dict[str, Any]], report: Report, vo
     batches = iter(lambda: list(islice(rows, BATCH)), [])
     if not (first := next(batches, None)):
         raise HfkitError("the corpus holds no text: there is nothing to learn")
-    token = "uint16" if vocabulary <= 1 << 16 else "int32"
-    types = {"input_ids": datasets.List(datasets.Value(token)), "labels": datasets.List(datasets.Value("int32"))}
-    features = datasets.Features({name: types.get(name, datasets.Value("int64")) for name in first[0]})
+    number, token = datasets.Value("int64"), datasets.Value("uint16" if vocabulary <= 1 << 16 else "int32")
+    types = {"input_ids": datasets.List(token), "labels": datasets.List(datasets.Value("int32"))}
+    features = datasets.Features({name: types.get(name, number) for name in first[0]})
     schema, aside = features.arrow_schema, target / _ASIDE
     names = (PREPARED, _DATA, _INFO, _STATE)
     check_regular(aside, links=False)
     try:
         with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             for batch in chain([first], batches):
-                for row in batch:
-                    report.tokens += len(row["input_ids"])
-                    report.longest = max(report.longest, len(row["input_ids"]))
-                    row["input_ids"] = row["input_ids"].astype(token)  # other types take arrow 1000 times as long
+                lengths = [len(row["input_ids"]) for row in batch]
                 report.documents = batch[-1]["document"] + 1
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+                report.tokens += sum(lengths)
+                report.longest = max(report.longest, *lengths)
+                columns = [_make_column([row[part.name] for row in batch], part.type) for part in schema]
+                writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
         add_owned(target, (*names, _ASIDE))
         (target / PREPARED).unlink(missing_ok=True)
         os.replace(aside, target / _DATA)
@@ -185,14 +196,21 @@ def _write_rows(target: Path, rows: Iterator[dict[str, Any]], report: Report, vo
     state: dict[str, Any] = {"_data_files": [{"filename": _DATA}], "_fingerprint": report.fingerprint[:16], **unused}
     state |= {"_format_kwargs": {}, "_output_all_columns": False}
     write_text(target / _STATE, json.dumps(state))
-    make_durable(target, names)
+    make_names_durable(target, names)
     write_text(target / PREPARED, json.dumps(asdict(report) | {"sha256": _digest(target, report)}, indent=1))
+
+
+def _make_column(values: list[Any], type_: pa.DataType) -> pa.Array:
+    if not pa.types.is_list(type_):
+        return pa.array(values, type_)
+    ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    return pa.ListArray.from_arrays(ends, pa.array(np.concatenate(values), type_.value_type))
 
 
 def corpus_lines(report: Report) -> list[str]:
     """What is in a corpus, for people; a line each."""
     noun = "document" if report.kind == "text" else "example"
-    sizes = (report.documents, noun), (report.characters, "character"), (report.tokens, "token")
+    sizes = [(report.documents, noun), (report.characters, "character"), (report.tokens, "token")]
     ratio = report.characters / max(1, report.tokens)
     lines = [f"{', '.join(counted(*size) for size in sizes)} ({ratio:.2f} characters a token)"]
     # Short answers have many tokens of the chat template: only what takes several bytes a character can be spelled so.
@@ -202,13 +220,14 @@ def corpus_lines(report: Report) -> list[str]:
             f"{report.tokens / report.characters:.1f} tokens a character: the tokenizer spells this text byte by "
             f"byte; 'hfkit pretrain' makes a vocabulary for it (--vocab-size){recipe}"
         )
-    if report.scripts:
-        lines.append("scripts: " + ", ".join(f"{name} {share:.1%}" for name, share in report.scripts.items()))
+    if report.kind in ("text", "completion", "messages"):  # rows for a head are not examined
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in report.scripts.items())
+        lines.append(f"scripts: {shares or 'no letters'}")
     if report.duplicates:
         lines.append(f"copies of earlier ones, which count twice: {counted(report.duplicates, noun)}")
     if report.empty:
         lines.append(f"empty and left out: {counted(report.empty, noun)}")
     if report.odd:
-        odd = list(report.odd.items())[:6]
+        odd = sorted(report.odd.items(), key=lambda item: -item[1])[:6]
         lines.append("odd characters: " + ", ".join(f"{name} {counted(count, 'time')}" for name, count in odd))
     return lines

@@ -77,6 +77,8 @@ def _without_nulls(value: Any) -> Any:
 
 def _read_message(message: dict[str, Any], where: str) -> dict[str, Any]:
     """A message whose content is a text, which may be empty beside calls of tools."""
+    if message.get("audio"):  # what an assistant does instead of writing
+        raise row_error("'audio' is not learned", where)
     if not isinstance(name := message.get("role"), str):
         raise row_error("a message has no role", where)
     if not (role := _ROLES.get(name.lower())):

@@ -59,8 +59,11 @@ def read_records(corpus: Corpus, options: CorpusOptions) -> Iterator[Piece | Exa
     """All records of `corpus` in order: Examples from rows with an answer, Pieces from texts and other rows.
 
     Two kinds of files in a folder are left out, with a note: rows without a text, and a README or the like beside
-    examples. HfkitError if a file is damaged, a row lacks a column (the message has the line), or the corpus has both
-    Pieces and Examples.
+    examples.
+
+    Raises:
+        HfkitError: a file is damaged, a row lacks a column (the message has the line), or the corpus has both Pieces
+            and Examples.
     """
     if task := make_task(options):
         for row, where in read_table(corpus, options, task.columns):
@@ -78,9 +81,10 @@ def read_records(corpus: Corpus, options: CorpusOptions) -> Iterator[Piece | Exa
             records: Iterator[Piece | Example] = cut_pieces(chunks)
         else:
             try:
-                if not (first := next(rows, None)):
-                    continue
+                first = next(rows)
                 convert, form = choose_form(*first, options.text_column)
+            except StopIteration:
+                continue
             except HfkitError as error:
                 if not source.in_folder:
                     raise
@@ -134,7 +138,9 @@ def read_table(corpus: Corpora | Corpus, options: CorpusOptions, columns: Collec
     """The rows of a corpus, unchanged, each with where it is.
 
     columns: what the rows must have. Files in a folder that lack one are left out, if others have all of them.
-    HfkitError if the corpus has plain texts, unless these lie in a folder, beside rows.
+
+    Raises:
+        HfkitError: the corpus has plain texts, unless these lie in a folder, beside rows.
     """
     corpus = find_corpus(corpus, options)
     has_rows = any(source.kind not in TEXTS for source in corpus.sources)

@@ -27,8 +27,7 @@ BATCH = 512  # records that are encoded together
 # The threads of `tokenizers` do not survive a fork. A forked process that expects them, such as a DataLoader worker,
 # would wait for ever.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
+os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -53,9 +52,9 @@ def content_of(text: str) -> int:
 
 def encode_records(records: Iterator[Piece | Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
     """`encode_examples` or `encode_documents`, by the kind of the first record."""
-    if first := next(records, None):
-        encode: Any = encode_examples if isinstance(first, Example) else encode_documents
-        yield from encode(chain([first], records), tokenizer)
+    first = next(records, None)
+    encode: Any = encode_examples if isinstance(first, Example) else encode_documents
+    yield from encode(chain([first] if first else [], records), tokenizer)
 
 
 def number_documents(pieces: Iterable[Piece]) -> Iterator[tuple[int, bool, Piece]]:

@@ -51,7 +51,8 @@ def choose_text_column(
 ) -> str:
     """The column that holds the text: the one that was asked for, one with a usual name, or the only one with text.
 
-    HfkitError if there is no such column, or more than one.
+    Raises:
+        HfkitError: there is no such column, or more than one.
     """
     if text_column:
         if text_column not in row:
@@ -151,11 +152,14 @@ def _read_preference(row: dict[str, Any], where: str) -> Values:
 
 
 def _read_calls(row: dict[str, Any], where: str) -> Values:
-    turns = [{"role": "user", "content": row["query"]}, {"role": "function_call", "content": row["answers"]}]
-    return make_conversation(row, turns, where)
+    turns = [("user", row["query"]), ("function_call", row["answers"])]
+    return make_conversation(row, [{"role": role, "content": content} for role, content in turns], where)
 
 
 def _read_openai_preference(row: dict[str, Any], where: str) -> Values:
+    """OpenAI's row with `input`, `preferred_output` and `non_preferred_output`."""
+    if not isinstance(row["input"], dict) or not row["input"].get("messages"):
+        raise row_error("'input' must be an object with messages", where)
     return make_conversation(row["input"], row["preferred_output"], where, row["input"]["messages"])
 
 

@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,6 @@ from hfkit.options import CorpusOptions, DataOptions
 from hfkit.storage import LIST
 
 Corpora = str | Path | Sequence[str | Path]
-_Files = dict[Path, str | None]  # each with its split, if it is in a DatasetDict
 PREPARED = "prepared.json"  # marks a folder made by `hfkit prepare`
 _CONFIGS = ("config.json", "adapter_config.json", "hparams.json", "bert_config.json")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf", "*.index", "tf_model.h5")
@@ -62,6 +61,11 @@ class Corpus:
         return tuple(source.path for source in self.sources if source.kind != "hub")
 
     @property
+    def is_local(self) -> bool:
+        """Whether no source is on the Hub, where it may change."""
+        return len(self.files) == len(self.sources)
+
+    @property
     def has_texts(self) -> bool:
         """Whether there are plain texts, apart from those that describe the rows beside them."""
         texts = [source for source in self.sources if source.kind in TEXTS]
@@ -90,31 +94,73 @@ def hash_files(paths: Iterable[Path], roles: object) -> str:
     return total.hexdigest()
 
 
+@dataclass
+class _Listing:
+    """The files that a name stands for, whatever they hold."""
+
+    files: dict[Path, str | None] = field(default_factory=dict)  # each with its split, if it is in a DatasetDict
+    unread: list[Path] = field(default_factory=list)  # folders with a run or a model, or without permission
+    links: list[Path] = field(default_factory=list)
+    seen: set[Path] = field(default_factory=set)  # folders that were read, or are not to be
+
+    def walk(self, folder: Path, split: str | None = None) -> None:
+        """Add all files below a folder. Links to folders are followed, but each folder is read only once."""
+        if splits := _read_object(folder / "dataset_dict.json").get("splits"):
+            for name in map(str, splits):
+                self.walk(folder / name, name)
+            return
+        if parts := _read_object(folder / "state.json").get("_data_files"):
+            paths = [folder / str(part["filename"]) for part in parts]
+            if missing := [path for path in paths if not path.is_file()]:
+                raise HfkitError(f"the saved data set lacks a file ({missing[0]}): save it again")
+        else:
+            try:
+                paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+            except PermissionError:
+                self.unread.append(folder)
+                return
+        for path in paths:
+            if path.is_symlink() and path.exists():
+                self.links.append(path)
+            if path.is_file():
+                self.files[path] = split
+            elif path.is_dir() and (target := path.resolve()) not in self.seen:
+                self.seen.add(target)
+                if _output_kind(path):
+                    self.unread.append(path)
+                else:
+                    self.walk(path, split)
+
+
 def find_corpus(sources: Corpora | Corpus, options: CorpusOptions | None = None, output: Path | None = None) -> Corpus:
     """The files that `sources` name: files, folders, globs and `hf://NAME` data sets.
 
     A `Corpus` is returned as it is: finding one reads the start of every file, so find it once and pass it on.
-    HfkitError if a file does not exist, is empty or is not text, if a source is a model, or if nothing is left.
 
-    options: files that match their `exclude`, or that their `eval_file` names, are left out.
-    output: a folder that is not read although it is in a source: the one that the run writes.
+    Args:
+        options: files that match their `exclude`, or that their `eval_file` names, are left out.
+        output: a folder that is not read although it is in a source: the one that the run writes.
+
+    Raises:
+        HfkitError: a file does not exist, is empty, or is not text; or a source is a model; or nothing is left.
     """
     if isinstance(sources, Corpus):
         return sources
     names = [str(name) for name in ([sources] if isinstance(sources, str | Path) else sources)]
     patterns = dict.fromkeys((options and options.exclude) or (), False)  # whether each matches a file
-    by_name: dict[str, Source] = {}
+    found: dict[str, Source] = {}
     for name in names:
         for source in _find_sources(name, patterns, output):
-            if not source.in_folder or str(source) not in by_name:
-                by_name[str(source)] = source
-    for pattern in [pattern for pattern, has_match in patterns.items() if not has_match]:
-        note_once(f"--exclude {pattern!r} matches no file of the corpus")
+            if not source.in_folder or str(source) not in found:
+                found[str(source)] = source
+    for pattern, has_match in patterns.items():
+        if not has_match:
+            note_once(f"--exclude {pattern!r} matches no file of the corpus")
     if not names:
         raise HfkitError("no corpus: name a file, a folder or hf://NAME")
-    if not by_name:
+    if not found:
         raise HfkitError(f"--exclude leaves no file of the corpus ({names[0]}): {', '.join(patterns)}")
-    read = list(by_name.values())
+    read = list(found.values())
     return Corpus(tuple(_without_held_out(read, options) if isinstance(options, DataOptions) else read))
 
 
@@ -129,26 +175,34 @@ def _without_held_out(sources: list[Source], options: DataOptions) -> list[Sourc
 
 
 def _find_sources(name: str, patterns: dict[str, bool], output: Path | None) -> list[Source]:
-    """The sources that a name stands for, without those that a pattern matches. A note says what may surprise."""
+    """The sources that a name stands for, without those that a pattern matches."""
     if name.startswith("hf://"):
         return [Source(Path(name.removeprefix("hf://")), "hub")]
-    (files, unread), folder = _list_files(name, output), Path(name).expanduser()
-    is_named = len(files) == 1 and not folder.is_dir()
-    paths = [path for path in files if not _is_excluded(path, folder, patterns)]
+    listing, folder = _list_files(name, output), Path(name).expanduser()
+    is_named = len(listing.files) == 1 and not folder.is_dir()
+    paths = [path for path in listing.files if not _is_excluded(path, folder, patterns)]
     kinds = {path: kind for path in paths if (kind := kind_of(path, is_named))}
-    if not kinds and (paths or not files):
+    if not kinds and (paths or not listing.files):
         for path in paths:
             kind_of(path, chosen=True)  # says what it is, if it is a PDF or the like
         raise HfkitError(f"nothing to read ({name}): it has no text, CSV, JSON, Parquet or Arrow files")
-    left_out = [f"{counted(len(paths) - len(kinds), 'file')} without text"] if len(paths) > len(kinds) else []
-    if unread:
-        left_out.append(f"{counted(len(unread), 'folder')} with a run or a model, such as {unread[0]}")
-    if left_out:
-        note_once(f"{name}: left out {' and '.join(left_out)}")
-    matches = [_SPLIT.fullmatch(path.name.partition(".")[0]) for path in paths if not files[path]]
+    _note_surprises(name, listing, paths, without_text=len(paths) - len(kinds))
+    return [Source(path, kind, not is_named, listing.files[path]) for path, kind in kinds.items()]
+
+
+def _note_surprises(name: str, listing: _Listing, paths: list[Path], without_text: int) -> None:
+    """Say what is left out of a folder, and what is read that one may not expect."""
+    parts = [f"{counted(without_text, 'file')} without text"] if without_text else []
+    if outputs := listing.unread:
+        parts.append(f"{counted(len(outputs), 'folder')} with a run or a model, such as {outputs[0]}")
+    if parts:
+        note_once(f"{name}: left out {' and '.join(parts)}")
+    root = Path(name).expanduser().resolve()
+    if outside := [path for path in listing.links if not path.resolve().is_relative_to(root)]:
+        note_once(f"{name} has links that lead out of it, which are read ({outside[0]} to {outside[0].resolve()})")
+    matches = [_SPLIT.fullmatch(path.name.partition(".")[0]) for path in paths if not listing.files[path]]
     if len(splits := sorted({match[1].lower() for match in matches if match})) > 1:
         note_once(f"{name} has files called {' and '.join(splits)}: all are read; --exclude leaves some out")
-    return [Source(path, kind, not is_named, files[path]) for path, kind in kinds.items()]
 
 
 def _is_excluded(path: Path, folder: Path, patterns: dict[str, bool]) -> bool:
@@ -166,8 +220,8 @@ def _is_excluded(path: Path, folder: Path, patterns: dict[str, bool]) -> bool:
     return bool(matches)
 
 
-def _list_files(name: str, output: Path | None) -> tuple[_Files, list[Path]]:
-    """The files that a name stands for, whatever they hold, and the folders that are left out."""
+def _list_files(name: str, output: Path | None) -> _Listing:
+    """The files that a name stands for."""
     if not name:  # Path("") would be the current folder
         raise HfkitError("no corpus '': name a file, a folder or hf://NAME")
     if address := re.match(r"https?://(?:huggingface\.co/datasets/([\w.-]+(?:/[\w.-]+)?))?", name):
@@ -180,11 +234,11 @@ def _list_files(name: str, output: Path | None) -> tuple[_Files, list[Path]]:
         if path.is_dir():
             if kind := _output_kind(path):
                 raise HfkitError(f"{name} is {kind}: did you mean -m {name}?")
-            unread: list[Path] = []
-            seen = {folder.resolve() for folder in (path, output) if folder}
-            return dict(_walk(path, seen, unread)), unread
+            listing = _Listing(seen={folder.resolve() for folder in (path, output) if folder})
+            listing.walk(path)
+            return listing
         if path.is_file():
-            return {path: None}, []
+            return _Listing({path: None})
         if path.exists():
             raise HfkitError(f"{name} is not a file or folder: save its output to a file first")
         paths = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match))
@@ -193,42 +247,13 @@ def _list_files(name: str, output: Path | None) -> tuple[_Files, list[Path]]:
     if not paths:
         raise HfkitError(f"no corpus {name!r}: no such file or folder")
     folders = dict.fromkeys(path.parent for path in paths)
-    target = output and output.resolve()
-    outputs = [folder for folder in folders if _output_kind(folder) or folder.resolve() == target]
+    outputs = [
+        folder for folder in folders if _output_kind(folder) or (output and folder.resolve() == output.resolve())
+    ]
     files = dict.fromkeys(path for path in paths if path.parent not in outputs)
     if not files:
         raise HfkitError(f"{name} names files of {outputs[0]}, a run or a model: did you mean -m {outputs[0]}?")
-    return files, outputs
-
-
-def _walk(folder: Path, seen: set[Path], unread: list[Path], split: str | None = None) -> Iterator[tuple[Path, Any]]:
-    """All files below a folder, each with its split. Links to folders are followed.
-
-    seen: folders that were read, or are not to be. unread: gets those with a run or a model, or without permission.
-    """
-    if splits := _read_object(folder / "dataset_dict.json").get("splits"):
-        for name in map(str, splits):
-            yield from _walk(folder / name, seen, unread, name)
-        return
-    if parts := _read_object(folder / "state.json").get("_data_files"):
-        paths = [folder / str(part["filename"]) for part in parts]
-        if missing := [path for path in paths if not path.is_file()]:
-            raise HfkitError(f"the saved data set lacks a file ({missing[0]}): save it again")
-    else:
-        try:
-            paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-        except PermissionError:  # such as lost+found
-            unread.append(folder)
-            return
-    for path in paths:
-        if path.is_file():
-            yield path, split
-        elif path.is_dir() and (target := path.resolve()) not in seen:
-            seen.add(target)
-            if _output_kind(path):
-                unread.append(path)
-            else:
-                yield from _walk(path, seen, unread, split)
+    return _Listing(files, outputs)
 
 
 def _output_kind(folder: Path) -> str | None:

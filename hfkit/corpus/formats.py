@@ -14,6 +14,7 @@ from typing import Any
 
 from hfkit.errors import HfkitError
 
+LONGEST = 1 << 28  # characters of a line, a field or a JSON value: a small compressed file may hold gigabytes of zeros
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what reading a damaged file raises, compressed or not
 TEXTS = ("text", "notebook")  # kinds of files without rows
 _CHUNK = 1 << 20  # bytes
@@ -50,8 +51,10 @@ def kind_of(path: Path, chosen: bool) -> str | None:
 
     The kinds are text, notebook, csv, tsv, json (one array or object), lines (a JSON object on each line), parquet,
     arrow and stream (the two formats of Arrow). A file that was not `chosen` by name but found in a folder is rows
-    only where that is certain: a JSON file without an array of objects is read as text there. HfkitError if the file
-    cannot be read, or was chosen and is empty or of a format that hfkit does not read.
+    only where that is certain: a JSON file without an array of objects is read as text there.
+
+    Raises:
+        HfkitError: the file cannot be read, or was chosen and is empty or of a format that hfkit does not read.
     """
     try:
         with open_file(path) as file:
@@ -123,37 +126,54 @@ def read_text(path: Path, errors: str) -> Iterator[str]:
     r"""The text of a file in chunks: every line ends with \n, and the byte-order mark is left out.
 
     errors: what to do with invalid bytes, "strict" or "replace". NUL counts as invalid: a file that has it is binary.
-    HfkitError if the file is damaged or has an invalid byte; the message has the line and the byte, from 1.
+
+    Raises:
+        HfkitError: the file is damaged or has an invalid byte; the message has the line and the byte, from 1.
     """
-    position, line = 0, 1
+    position, line, decoder, encoding = 0, 1, None, ""
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
     try:
         with open_file(path) as file:
-            data = file.read(_CHUNK)
-            encoding = _encoding(data)
-            decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(errors), translate=True)
             while True:
-                data = data.replace(b"\0", b"\xff") if encoding == "utf-8-sig" else data
-                text = decoder.decode(data, final=not data)
+                data = file.read(_CHUNK)
+                if not decoder:
+                    encoding = _encoding(data)
+                    decoder = codecs.getincrementaldecoder(encoding)(errors)
+                if encoding == "utf-8-sig":
+                    data = data.replace(b"\0", b"\xff")
+                text = newlines.decode(decoder.decode(data, not data), not data)
                 yield text
+                position, line = position + len(data), line + text.count("\n")
                 if not data:
                     return
-                position, line = position + len(data), line + text.count("\n")
-                data = file.read(_CHUNK)
     except UnicodeDecodeError as error:
         # error.object is what the decoder held back from the previous chunk, followed by this chunk.
         byte = position + len(data) - len(error.object) + error.start + 1
-        line += len(re.findall("\r\n?|\n", error.object[: error.start].decode(error.encoding, "ignore")))
+        valid = error.object[: error.start].decode(error.encoding, "ignore")
+        line += newlines.decode(valid, True).count("\n")
+        place = f"{path}, line {line}, byte {byte}"
         name = encoding.removesuffix("-sig").upper()
-        reason = f"not {name} text ({path}, line {line}, byte {byte})"
-        raise HfkitError(f"{reason}: convert it, or --errors replace") from None
+        raise HfkitError(f"not {name} text ({place}): convert it, or --errors replace") from None
     except DAMAGE as error:
         raise _read_error(path, error) from error
 
 
 def read_lines(path: Path, errors: str) -> Iterator[str]:
-    r"""Lines of a file. Only \n ends one: str.splitlines would also split at U+2028 and the like."""
-    rest = ""
+    r"""Lines of a file. Only \n ends one: str.splitlines would also split at U+2028 and the like.
+
+    Raises:
+        HfkitError: as from `read_text`, or a line is too long to be read at once.
+    """
+    parts: list[str] = []
+    size, number = 0, 1
     for text in read_text(path, errors):
-        *lines, rest = (rest + text).split("\n")
-        yield from lines
-    yield rest
+        first, *others = text.split("\n")
+        parts.append(first)
+        size += len(first)
+        if size > LONGEST:
+            limit = f"{LONGEST >> 20} million characters"
+            raise HfkitError(f"a line of more than {limit} ({path}, line {number}): split it, or give a plain text")
+        for line in others:
+            yield "".join(parts)
+            parts, size, number = [line], len(line), number + 1
+    yield "".join(parts)

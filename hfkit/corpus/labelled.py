@@ -44,9 +44,13 @@ def gather_labelled_data(
     seed: int,
     labels: Sequence[str] | None,
 ) -> TrainingData:
-    """Rows to train a head on, and those that are held out. HfkitError if a column is missing or labels are too few.
+    """Rows to train a head on, and those that are held out.
 
-    labels: those of the model whose head is trained further; without them, those of the rows.
+    Args:
+        labels: those of the model whose head is trained further; without them, those of the rows.
+
+    Raises:
+        HfkitError: a column is missing, or there are too few rows or labels.
     """
     read = classification_rows if head == "classification" else question_rows
     rows: list[Any] = read(corpus, data)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from hfkit.console import note_once
-from hfkit.corpus.formats import DAMAGE, open_file, read_lines, read_text
+from hfkit.corpus.formats import DAMAGE, LONGEST, open_file, read_lines, read_text
 from hfkit.errors import HfkitError, first_line
 from hfkit.hub import endpoint, reach_hub
 from hfkit.options import CorpusOptions, DataOptions
 
-csv.field_size_limit(1 << 28)  # characters; without this, 131,072
+csv.field_size_limit(LONGEST)
 _BATCH = 128  # rows
 _SURROGATE = re.compile("[\ud800-\udfff]")  # an unpaired one: JSON can express it, UTF-8 cannot
 _START, _NEXT = re.compile(r"\s*\[\s*(?P<end>])?"), re.compile(r"\s*(,\s*|(?P<end>]))")  # of a JSON array
@@ -38,11 +38,15 @@ def read_rows(path: Path, kind: str, errors: str, split: str = "train") -> Itera
 
     split: which of the arrays of a JSON object to read, if it has several. HfkitError names the line of any damage.
     """
-    if kind in ("csv", "tsv"):
-        return _read_table(path, read_lines(path, errors), kind)
-    if kind == "lines":
-        return _read_lines(path, errors)
-    return _read_json(path, errors, split) if kind == "json" else _read_columnar(path, kind)
+    match kind:
+        case "csv" | "tsv":
+            return _read_table(path, read_lines(path, errors), kind)
+        case "lines":
+            return _read_lines(path, errors)
+        case "json":
+            return _read_json(path, errors, split)
+        case _:
+            return _read_columnar(path, kind)
 
 
 def _read_lines(path: Path, errors: str) -> Iterator[Row]:
@@ -53,6 +57,8 @@ def _read_lines(path: Path, errors: str) -> Iterator[Row]:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
                 raise HfkitError(f"not valid JSON ({where}, column {error.colno}): {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                raise HfkitError(f"not valid JSON ({where}): {first_line(error)}") from None
             yield _check_object(_check_surrogates(value, line, where, errors), where)
 
 
@@ -61,13 +67,18 @@ def _read_json(path: Path, errors: str, split: str) -> Iterator[Row]:
     start = next(filter(None, map(str.lstrip, read_text(path, errors))), "")
     values: Iterable[Any] = _read_array(path, errors)
     if not start.startswith("["):
-        values = _choose_array(next(_read_array(path, errors, is_bare=True)), path, split)
+        values = _choose_array(_read_value(path, errors), path, split)
     for number, value in enumerate(values, 1):
         row, where = _check_object(value, f"{path}, row {number}")
         if "paragraphs" in row:
             yield from _squad_rows(row, where)
         else:
             yield row, where
+
+
+def _read_value(path: Path, errors: str) -> Any:
+    """The only value of a JSON file."""
+    return next(_read_array(path, errors, is_bare=True))
 
 
 def _read_array(path: Path, errors: str, *, is_bare: bool = False) -> Iterator[Any]:
@@ -96,6 +107,9 @@ def _read_array(path: Path, errors: str, *, is_bare: bool = False) -> Iterator[A
         except json.JSONDecodeError as error:
             start = column if error.lineno == 1 else 1
             where = f"{path}, line {line + error.lineno - 1}, column {start + error.colno - 1}"
+            if len(text) - position > LONGEST:
+                limit = f"{LONGEST >> 20} million characters"
+                raise row_error(f"a JSON value of more than {limit}", where, "write each row on a line") from None
             more = list(islice(chunks, 1 + (len(text) >> 20)))  # as much again
             if not more:
                 raise HfkitError(f"not valid JSON ({where}): {error.msg}") from None
@@ -103,6 +117,8 @@ def _read_array(path: Path, errors: str, *, is_bare: bool = False) -> Iterator[A
             column = position - done.rfind("\n") if "\n" in done else column + position
             line, text, position = line + done.count("\n"), "".join([text[position:], *more]), 0
             continue
+        except (ValueError, RecursionError) as error:
+            raise HfkitError(f"not valid JSON ({path}, line {line}): {first_line(error)}") from None
         yield _check_surrogates(value, text[match.end() : stop], f"{path}, line {line}", errors)
         separator, position = _NEXT, stop
 
@@ -139,7 +155,7 @@ def _squad_rows(article: dict[str, Any], where: str) -> Iterator[Row]:
 def read_notebook(path: Path, errors: str) -> Iterator[str]:
     """The source of each cell of a Jupyter notebook, without outputs."""
     try:
-        for cell in next(_read_array(path, errors, is_bare=True))["cells"]:
+        for cell in _read_value(path, errors)["cells"]:
             if source := "".join(cell["source"]).strip():
                 yield source + "\n\n"
     except (KeyError, TypeError) as error:
@@ -197,7 +213,10 @@ def _find_delimiter(lines: list[str]) -> str:
     """The delimiter that divides the first rows into equally many fields, or else the header into the most."""
 
     def count_fields(delimiter: str) -> tuple[int, int]:
-        rows = [row for row in csv.reader((line + "\n" for line in lines), delimiter=delimiter) if any(row)]
+        try:
+            rows = [row for row in csv.reader((line + "\n" for line in lines), delimiter=delimiter) if any(row)]
+        except csv.Error:
+            return 0, 0
         widths = {len(row) for row in rows[:-1] or rows}  # the last row may go on after these lines
         header = len(rows[0]) if rows else 0
         return header if len(widths) == 1 and header > 1 else 0, header
@@ -212,31 +231,37 @@ def _read_columnar(path: Path, kind: str) -> Iterator[Row]:
     number = 0
     try:
         with open_file(path) as file:
-            if kind == "parquet":
-                batches = pq.ParquetFile(file).iter_batches(batch_size=_BATCH)
-            elif kind == "arrow":
-                reader = pa.ipc.open_file(file)
-                batches = map(reader.get_batch, range(reader.num_record_batches))
-            else:
-                batches = pa.ipc.open_stream(file)
+            match kind:
+                case "parquet":
+                    batches = pq.ParquetFile(file).iter_batches(batch_size=_BATCH)
+                case "arrow":
+                    reader = pa.ipc.open_file(file)
+                    batches = map(reader.get_batch, range(reader.num_record_batches))
+                case _:
+                    batches = pa.ipc.open_stream(file)
             for batch in batches:
                 saved = json.loads((batch.schema.metadata or {}).get(b"huggingface", b"{}"))  # by `datasets`
-                features = saved.get("info", {}).get("features", {})
+                labels = _label_names(saved.get("info", {}).get("features", {}))
                 for start in range(0, batch.num_rows, _BATCH):
                     for row in batch.slice(start, _BATCH).to_pylist():
                         number += 1
-                        yield _name_labels(row, features), f"{path}, row {number}"
+                        yield _name_labels(row, labels), f"{path}, row {number}"
     except (*DAMAGE, pa.ArrowException, ValueError) as error:  # ValueError: also a string that is not UTF-8
         raise HfkitError(f"cannot read the corpus ({path}, after row {number}): {first_line(error)}") from error
 
 
-def _name_labels(row: dict[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
-    """A row whose ClassLabels of `datasets` are names instead of numbers; None for -1, which stands for no label."""
-    for column, feature in features.items():
-        if column in row and isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-            names = feature["names"]
-            row[column] = names[row[column]] if row[column] in range(len(names)) else None
-    return row
+def _label_names(features: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+    """The names of the labels in each column that is a ClassLabel of `datasets`, by their numbers."""
+    return {
+        column: dict(enumerate(feature["names"]))
+        for column, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    }
+
+
+def _name_labels(row: dict[str, Any], labels: dict[str, dict[int, str]]) -> dict[str, Any]:
+    """A row with names for the numbers of its labels. A row that has no label has -1: it gets None."""
+    return row | {column: names.get(row[column]) for column, names in labels.items() if column in row}
 
 
 def read_hub_rows(name: str, options: CorpusOptions) -> Iterator[Row]:
@@ -256,8 +281,9 @@ def read_hub_rows(name: str, options: CorpusOptions) -> Iterator[Row]:
         # The prefix keeps `datasets` from reading a local folder of the same name.
         url = f"hf://datasets/{name}"
         rows = load_dataset(url, options.dataset_config_name, split=options.dataset_split, streaming=streaming)
-        features = rows.features.to_dict() if getattr(rows, "features", None) else {}
+        features = getattr(rows, "features", None)
+        labels = _label_names(features.to_dict() if features else {})
         for number, row in enumerate(rows, 1):
-            yield _name_labels(row, features), f"hf://{name}, row {number}"
+            yield _name_labels(row, labels), f"hf://{name}, row {number}"
     except Exception as error:  # the Hub's and the format's own errors, of many classes
         raise HfkitError(f"cannot read hf://{name} (after row {number}): {first_line(error)}") from error

@@ -56,6 +56,8 @@ class TokenDataset(Dataset[Item]):
         return len(self._ends)
 
     def __getitem__(self, index: int) -> Item:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         start, stop = self._ends[index - 1] if index else 0, self._ends[index]
         first, last = np.searchsorted(self._row_ends, [start, stop - 1], "right")
         skipped = start - (self._row_ends[first - 1] if first else 0)

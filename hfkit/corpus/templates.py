@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hfkit.console import note_once
-from hfkit.corpus.rows import column_names, row_error
+from hfkit.corpus.rows import row_error
 from hfkit.declaration import unescape
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.options import TaskOptions
@@ -87,7 +87,8 @@ class Task:
     def example(self, row: Mapping[str, Any], where: str = "") -> dict[str, str]:
         """A row as prompt and completion, for training. An empty answer says that there is none: its end is learned.
 
-        HfkitError if a column is missing, or if the answer is not one of the labels.
+        Raises:
+            HfkitError: a column is missing, or the answer is not one of the labels.
         """
         answer = _value_of(row, self.answer, where)
         if self.labels and answer not in self.labels:
@@ -137,7 +138,7 @@ def _parse(template: str) -> tuple[list[tuple[str, str]], str]:
 def _value_of(row: Mapping[str, Any], name: str, where: str) -> str:
     place = f" ({where})" if where else ""
     if name not in row:
-        raise HfkitError(f"no column {name!r}{place}: there are {column_names(row)}")
+        raise HfkitError(f"no column {name!r}{place}: there are {', '.join(map(repr, row))}")
     value = row[name]
     if value is None or isinstance(value, list | dict | bytes) or value != value:  # noqa: PLR0124, NaN alone differs
         raise HfkitError(f"column {name!r} is not text{place}: fix or delete the row")
@@ -152,11 +153,12 @@ def make_task(options: TaskOptions | None) -> Task | None:
 
 
 def task_of(tokenizer: PreTrainedTokenizerBase) -> Task | None:
-    """The task that a model learned, from its tokenizer. Other programs keep something else under the same key."""
+    """The task that a model learned, from its tokenizer. HfkitError if it is damaged."""
     saved = getattr(tokenizer, "init_kwargs", {}).get(_KEY)
-    if not isinstance(saved, dict):
-        return None
-    return Task(saved["template"], tuple(saved.get("labels", ())), tuple(saved.get("metric", ())))
+    try:
+        return saved and Task(saved["template"], tuple(saved.get("labels", ())), tuple(saved.get("metric", ())))
+    except (KeyError, TypeError, HfkitError) as error:
+        raise HfkitError(f"the model's task cannot be read (tokenizer_config.json): {error}") from error
 
 
 def give_task(tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
@@ -194,7 +196,10 @@ def render_chat(
     The template's own {% generation %} marks decide what is learned, if it has them; else what follows the prompt for
     each answer. Many templates render earlier turns differently once there are later ones (they drop the reasoning,
     for example). These give a text for each answer, which ends with it, as at inference. Answers of weight 0 are not
-    learned. HfkitError if the template fails, or if it leaves out the text of an answer.
+    learned.
+
+    Raises:
+        HfkitError: the template fails, or it leaves out the text of an answer.
     """
     renderer = _Renderer(tokenizer, where, tools)
     answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]

@@ -138,7 +138,9 @@ def hold_out(units: np.ndarray, sizes: np.ndarray, fraction: float, seed: int) -
     About `fraction` of the units is held out, chosen by `seed` so that they are about that fraction of the bytes, too;
     at least one unit and at most a megabyte. Nothing is held out of fewer than four units.
 
-    units: (rows,) rows with the same number stay together, such as copies. sizes: (rows,) bytes.
+    Args:
+        units: (rows,) rows with the same number stay together, such as copies.
+        sizes: (rows,) bytes.
     """
     units = np.unique(units, return_inverse=True)[1]
     bulk = np.bincount(units, sizes)
@@ -165,10 +167,13 @@ def hold_out_texts(
 ) -> np.ndarray:
     """Choose what to hold out of texts: whole documents; where documents are few, the end of the largest one.
 
-    Returns which share of each row is held out, at its end: 0 where all of it is trained on, 1 where nothing is.
+    Args:
+        documents: (rows,) number of the document that each row is a piece of, in order.
+        contents: (rows,) `content_of` each row.
+        sizes: (rows,) bytes.
 
-    documents: (rows,) number of the document that each row is a piece of, in order.
-    contents: (rows,) `content_of` each row. sizes: (rows,) bytes.
+    Returns:
+        (rows,) which share of each row is held out, at its end: 0 where all of it is trained on, 1 where nothing is.
     """
     shares = np.zeros(len(documents))
     wanted = min(fraction * sizes.sum(), _MOST)

@@ -1,21 +1,15 @@
-"""`evaluate` wherever the model is: documents are cut into windows, whose scores are summed up. Imports no torch."""
+"""What `evaluate` returns, wherever the model is. Imports no torch."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from hfkit.console import counted, with_error
-from hfkit.corpus.documents import Piece
-from hfkit.corpus.encoding import IGNORED, number_documents
 from hfkit.errors import HfkitError
 from hfkit.inference.scores import Scores, exp, jsonable, ratio_stderr
-from hfkit.reporting.pages import render
-
-Item = dict[str, np.ndarray]  # input_ids, targets, and units (the passage that each target belongs to); (length,) each
+from hfkit.reporting.templates import render
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,90 +85,39 @@ class Evaluation:
         return float(saved.sum() / self.bytes), ratio_stderr(saved, self.passages)
 
 
-class WindowReader:
-    """Cuts a corpus into windows, counts what it reads, and sums up the scores."""
+class Reader(Protocol):
+    """What counted a corpus while it was read."""
 
-    def __init__(self, window: int, stride: int, bar: Any) -> None:
-        """bar: shows how many bytes are read."""
-        self.window, self.stride, self.bar = window, min(stride, window), bar
-        self.documents, self.words = 0, 0
-        self.bytes: list[int] = []  # of each passage
-
-    def counted(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """The pieces that hold text, each counted as a passage."""
-        for _, _, piece in number_documents(pieces):
-            self.count([piece.text])
-            self.bar.update(self.bytes[-1])
-            yield piece
-
-    def count(self, texts: list[str]) -> None:
-        """Count a passage."""
-        self.words += sum(len(text.split()) for text in texts)
-        self.bytes.append(sum(len(text.encode()) for text in texts))
-
-    def cut(self, rows: Iterable[tuple[int, Sequence[int]]], begin: list[int]) -> Iterator[Item]:
-        """Windows of all documents. rows: of each passage the number of its document, and its token ids."""
-        for number, passages in groupby(enumerate(rows), key=lambda row: row[1][0]):
-            self.documents = number + 1
-            yield from self.slide((make_passage(ids, ids, unit) for unit, (_, ids) in passages), begin)
-
-    def slide(self, passages: Iterable[np.ndarray], begin: list[int]) -> Iterator[Item]:
-        """Cut one document, which comes in passages, (3, tokens) each, into windows; the token ids `begin` precede it.
-
-        Every token that counts is a target exactly once: all tokens of the first window, then `stride` new ones in
-        each. The last window reaches back to be full.
-        """
-        text = make_passage(begin, [IGNORED] * len(begin), 0)
-        offset = 0  # the document's position of text[:, 0]
-        done = 0  # the position of the last token that was a target
-
-        def cut(end: int) -> Iterator[Item]:
-            start = max(0, end - self.window)
-            _, labels, units = text[:, start + 1 - offset : end + 1 - offset]
-            targets = np.where(np.arange(start + 1, end + 1) > done, labels, IGNORED)
-            if (targets != IGNORED).any():
-                yield {"input_ids": text[0, start - offset : end - offset], "targets": targets, "units": units}
-
-        for passage in passages:
-            keep = max(0, done - self.window - offset)
-            offset += keep
-            text = np.concatenate([text[:, keep:], passage], 1)
-            while offset + text.shape[1] - 1 >= (end := done + self.stride if done else self.window):
-                yield from cut(end)
-                done = end
-        if offset + text.shape[1] - 1 > done:
-            yield from cut(offset + text.shape[1] - 1)
-
-    def sum_up(self, model: str, scores: Scores, dtype: str) -> Evaluation:
-        """The evaluation, once all is scored. HfkitError if nothing was."""
-        if not scores.count:
-            raise HfkitError("there is nothing to score: the corpus holds no text")
-        sizes = np.array(self.bytes, float)
-        scores.merge(Scores(*np.zeros((4, len(sizes)))))  # passages in which no token was a target
-        nats = float(scores.nll.sum())
-        return Evaluation(
-            model=model,
-            documents=self.documents,
-            words=self.words,
-            tokens=scores.count,
-            bytes=int(sizes.sum()),
-            window=self.window,
-            stride=self.stride,
-            dtype=dtype,
-            loss=scores.loss,
-            loss_stderr=scores.loss_stderr,
-            perplexity=scores.perplexity,
-            perplexity_stderr=scores.perplexity_stderr,
-            word_perplexity=exp(nats / max(1, self.words)),
-            bits_per_byte=nats / math.log(2) / float(sizes.sum()),
-            bits_per_byte_stderr=ratio_stderr(scores.nll, sizes) / math.log(2),
-            token_accuracy=float(scores.top1.sum() / scores.count),
-            top5_accuracy=float(scores.top5.sum() / scores.count),
-            scores=scores,
-            passages=sizes,
-        )
+    documents: int
+    words: int
+    bytes: list[int]  # of each passage
 
 
-def make_passage(ids: Sequence[int], labels: Sequence[int], unit: int) -> np.ndarray:
-    """Token ids, labels (IGNORED where a token does not count) and the passage's number, (3, tokens)."""
-    return np.stack([ids, labels, np.full(len(ids), unit)]).astype(np.int64)
+def sum_up(name: str, reader: Reader, scores: Scores, window: int, stride: int, dtype: str) -> Evaluation:
+    """The evaluation of the model `name`, once all is scored. HfkitError if nothing was."""
+    if not scores.count:
+        raise HfkitError("there is nothing to score: the corpus holds no text")
+    sizes = np.array(reader.bytes, float)
+    scores.merge(Scores(*np.zeros((4, len(sizes)))))  # passages in which no token was a target
+    nats = float(scores.nll.sum())
+    return Evaluation(
+        model=name,
+        documents=reader.documents,
+        words=reader.words,
+        tokens=scores.count,
+        bytes=int(sizes.sum()),
+        window=window,
+        stride=stride,
+        dtype=dtype,
+        loss=scores.loss,
+        loss_stderr=scores.loss_stderr,
+        perplexity=scores.perplexity,
+        perplexity_stderr=scores.perplexity_stderr,
+        word_perplexity=exp(nats / max(1, reader.words)),
+        bits_per_byte=nats / math.log(2) / float(sizes.sum()),
+        bits_per_byte_stderr=ratio_stderr(scores.nll, sizes) / math.log(2),
+        token_accuracy=float(scores.top1.sum() / scores.count),
+        top5_accuracy=float(scores.top5.sum() / scores.count),
+        scores=scores,
+        passages=sizes,
+    )

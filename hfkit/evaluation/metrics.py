@@ -25,9 +25,10 @@ _MAX_LABELS = 100  # a confusion table of more labels would not be read
 
 
 def _reference_lists(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> list[list[str]]:
-    """All right texts of each row; an empty text where a row has none."""
-    rows = zip(predictions, references, strict=True)
-    return [[reference] if isinstance(reference, str) else list(reference) or [""] for _, reference in rows]
+    """All right texts of each row; an empty text where a row has none. ValueError if the numbers of rows differ."""
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions, but {len(references)} references")
+    return [[reference] if isinstance(reference, str) else list(reference) or [""] for reference in references]
 
 
 def classification(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, Any]:
@@ -67,8 +68,11 @@ def _rates(pairs: np.ndarray, labels: int) -> list[np.ndarray]:
         np.bincount(column, minlength=labels) for column in (*pairs, pairs[0, pairs[0] == pairs[1]])
     )
 
-    ratios = ((hits, predicted), (hits, right), (2 * hits, predicted + right))
-    return [right, *(above / np.maximum(below, 1) for above, below in ratios)]  # 0/0 is 0
+    def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+        rate: np.ndarray = above / np.maximum(below, 1)  # 0/0 is 0
+        return rate
+
+    return [right, ratio(hits, predicted), ratio(hits, right), ratio(2 * hits, predicted + right)]
 
 
 def _average(pairs: np.ndarray, labels: int) -> np.ndarray:

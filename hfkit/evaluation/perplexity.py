@@ -10,20 +10,21 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from hfkit.console import detail, progress
-from hfkit.corpus.documents import Example, read_records
-from hfkit.corpus.encoding import IGNORED, encode_documents, encode_examples, first_tokens
+from hfkit.corpus.documents import read_records
+from hfkit.corpus.encoding import IGNORED
 from hfkit.corpus.files import Corpora, Corpus, find_corpus
 from hfkit.corpus.sequences import group
-from hfkit.evaluation.figures import Evaluation, Item, WindowReader, make_passage
+from hfkit.evaluation.figures import Evaluation, sum_up
 from hfkit.evaluation.metrics import find_metric
 from hfkit.evaluation.remote import evaluate_on
-from hfkit.evaluation.tasks import Assessment, assess_head, assess_task, find_task
+from hfkit.evaluation.tasks import Assessment, assess, find_task
+from hfkit.evaluation.windows import Item, WindowReader
 from hfkit.inference.likelihood import precise_head, score_batches
 from hfkit.inference.remote import Server
 from hfkit.inference.scores import Scores
 from hfkit.models.architecture import check_causal, computes_faster_in_bfloat16, head_of
-from hfkit.models.layers import bits_of
 from hfkit.models.loading import LanguageModel, loaded, split_options
+from hfkit.models.quantization import bits_of
 from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions, ServerOptions
 
 _WINDOW = 1024  # tokens, where the model sets no limit
@@ -61,40 +62,17 @@ def evaluate(
     if server.server:
         return evaluate_on(Server(server, model), sources, read, options)
     lm = loaded(model, "text", "classification", "question-answering")
-    if head_of(lm.model.config) != "text":
-        return assess_head(lm, sources, read)
-    if task := find_task(lm, sources, read):
-        return assess_task(lm, sources, read, task)
+    is_text = head_of(lm.model.config) == "text"
+    if (task := find_task(lm, sources, read) if is_text else None) or not is_text:
+        return assess(lm, sources, read, task)
     check_causal(lm.name, lm.model.config, "a text alone has no perplexity under it")
     window = int(min(options.max_length or lm.context or _WINDOW, lm.context or math.inf))
+    stride = min(options.stride or window, window)
     with progress(sources.size, "B", "evaluating") as bar:
-        reader = WindowReader(window, options.stride or window, bar)
-        windows = _read_windows(reader, lm.tokenizer, read_records(sources, read))
+        reader = WindowReader(lm.tokenizer, window, stride, bar)
         wants_float32 = isinstance(model, ModelOptions) and model.dtype == "float32"
-        scores, dtype = _score_windows(lm, windows, wants_float32)
-    return reader.sum_up(lm.name, scores, dtype)
-
-
-def _read_windows(reader: WindowReader, tokenizer: Any, records: Iterator[Any]) -> Iterator[Item]:
-    """The windows of all documents, or of all examples."""
-    begin = first_tokens(tokenizer)
-    if tokenizer("a")["input_ids"][:1] == begin:  # it writes them itself
-        begin = []
-    first = next(records, None)
-    records = chain([first] if first else [], records)
-    if not isinstance(first, Example):
-        rows = encode_documents(reader.counted(records), tokenizer, close=False)
-        yield from reader.cut(((row["document"], row["input_ids"]) for row in rows), begin)
-        return
-    for unit, example in enumerate(records):
-        texts = list(encode_examples([example], tokenizer))  # several where each answer has its own
-        reader.documents += 1
-        reader.count(example.answers)
-        reader.bar.update(sum(text["bytes"] for text in texts))
-        for text in texts:
-            has_prompt = text["labels"][0] == IGNORED
-            passage = make_passage(text["input_ids"], text["labels"], unit)
-            yield from reader.slide([passage], [] if has_prompt else begin)
+        scores, dtype = _score_windows(lm, reader.windows(read_records(sources, read)), wants_float32)
+    return sum_up(lm.name, reader, scores, window, stride, dtype)
 
 
 def _score_windows(lm: LanguageModel, windows: Iterator[Item], wants_float32: bool) -> tuple[Scores, str]:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -23,8 +23,9 @@ from hfkit.inference.scores import jsonable
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel
 from hfkit.options import CorpusOptions, GenerateOptions, TaskOptions
-from hfkit.reporting.pages import render
+from hfkit.reporting.templates import render
 
+T = TypeVar("T")
 _PAIRS = Task("{prompt}{completion}")  # for rows without a template
 
 
@@ -105,28 +106,29 @@ def find_task(lm: LanguageModel, corpus: Corpus, options: CorpusOptions) -> Task
     return None
 
 
-def assess_head(lm: LanguageModel, corpus: Corpus, options: CorpusOptions) -> Assessment:
-    """Let a model with a head label every text of `corpus`, or answer every question, and score that.
+def assess(lm: LanguageModel, corpus: Corpus, options: CorpusOptions, task: Task | None) -> Assessment:
+    """Let a model answer or label every row of `corpus`, and score that.
+
+    Args:
+        task: required for a model that writes text; a model with another head has its own task.
 
     Raises:
-        HfkitError: a row lacks what the head needs, or there are no rows.
+        HfkitError: a row lacks what the task needs, or there are no rows.
     """
-    metrics = options.metric or ()
-    if head_of(lm.model.config) == "question-answering":
+    head, metrics = head_of(lm.model.config), options.metric or ()
+    if head == "question-answering":
         questions = question_rows(corpus, options)
         answers = find_answers(lm, [(row.question, row.context) for row in questions], 0.0)
-        guesses = [answer.answer for answer in _watched(answers, len(questions))]
+        guesses = [answer.answer for answer in _with_progress(answers, len(questions))]
         return _measure(lm, guesses, [row.answers or [""] for row in questions], metrics or ("squad",))
-    pairs = classification_rows(corpus, options)
-    texts, labels = [text for text, _ in pairs], [label for _, label in pairs]
-    known = label_names(lm.model)
-    if unknown := sorted({*labels} - {*known}):
-        raise HfkitError(f"label {unknown[0]!r} is not one of the model's: {', '.join(known)}")
-    return _measure_labels(lm, texts, labels, TaskOptions(), metrics)
-
-
-def assess_task(lm: LanguageModel, corpus: Corpus, options: CorpusOptions, task: Task) -> Assessment:
-    """Let a model that writes text answer or label every row of `corpus`, and score that. It raises likewise."""
+    if head == "classification":
+        pairs = classification_rows(corpus, options)
+        known = label_names(lm.model)
+        if unknown := {label for _, label in pairs} - set(known):
+            raise HfkitError(f"label {sorted(unknown)[0]!r} is not one of the model's: {', '.join(known)}")
+        texts, labels = [text for text, _ in pairs], [label for _, label in pairs]
+        return _measure_labels(lm, texts, labels, TaskOptions(), metrics)
+    assert task is not None  # noqa: S101, a model that writes text comes here with a task only
     table = list(read_table(corpus, options, task.columns))
     for row, where in table:
         task.example(row, where)  # raises where a field is missing
@@ -134,16 +136,18 @@ def assess_task(lm: LanguageModel, corpus: Corpus, options: CorpusOptions, task:
     if task.labels:
         labelling = TaskOptions(template=task.template, labels=list(task.labels))
         return _measure_labels(lm, [row for row, _ in table], right, labelling, task.metric)
-    guesses = list(_watched(_write_answers(lm, table, task), len(table)))
+    guesses = list(_with_progress(_write_answers(lm, table, task), len(table)))
     baselines = {}
     if len(task.inputs) == 1:  # of several inputs there is none to copy
         baselines["copying"] = [str(row[task.inputs[0]]).strip() for row, _ in table]
     return _measure(lm, guesses, right, task.metric or ("squad",), baselines)
 
 
-def _watched(results: Iterable[Any], rows: int) -> Any:
-    """The results, with a progress bar."""
-    return progress(rows, "row", "evaluating", iterable=results)
+def _with_progress(results: Iterable[T], rows: int) -> Iterator[T]:
+    with progress(rows, "row", "evaluating") as bar:
+        for result in results:
+            yield result
+            bar.update()
 
 
 def _write_answers(lm: LanguageModel, table: Sequence[Row], task: Task) -> Iterator[str]:
@@ -161,7 +165,7 @@ def _measure_labels(
 ) -> Assessment:
     """Label the texts; measure the labels and how far their probabilities can be trusted."""
     results: list[Classification] = []
-    for result in _watched(classify_each(texts, lm, options), len(texts)):
+    for result in _with_progress(classify_each(texts, lm, options), len(texts)):
         if isinstance(result, HfkitError):
             raise type(result)(f"row {len(results) + 1}: {result}") from result
         results.append(result)

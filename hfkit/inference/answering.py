@@ -60,6 +60,9 @@ def answer(
     Raises:
         HfkitError: the texts are empty or do not fit, or the model cannot be loaded.
     """
+    for text in (question, context):
+        if not isinstance(text, str):
+            raise HfkitError(f"question and context are a str, not {type(text).__name__} ({text!r:.60}): convert it")
     if not question.strip() or not context.strip():
         raise HfkitError("give a question, and a text to answer it from")
     model, _ = split_options(model, overrides, (GenerateOptions, None))  # before a model is loaded

@@ -149,8 +149,7 @@ def _assistant_arguments(lm: LanguageModel, options: GenerateOptions, length: in
         return {}
     model, tokenizer = assistant = _assistant(options.assistant_model, str(lm.model.device), str(lm.model.dtype))
     if assistant.context and assistant.context < length:
-        hint = "lower --max-new-tokens, or leave it out"
-        raise HfkitError(f"the text does not fit {options.assistant_model}: {hint}")
+        raise _too_long_for(options.assistant_model)
     if options.num_assistant_tokens:  # transformers takes it from the assistant's config
         model = copy.copy(model)
         model.generation_config = copy.copy(model.generation_config)
@@ -162,6 +161,10 @@ def _assistant_arguments(lm: LanguageModel, options: GenerateOptions, length: in
 @functools.lru_cache(maxsize=1)
 def _assistant(name: str, device: str, dtype: str) -> LanguageModel:
     return load(name, device=device, dtype=dtype.removeprefix("torch."))
+
+
+def _too_long_for(assistant: str) -> HfkitError:
+    return HfkitError(f"the text does not fit {assistant}: lower --max-new-tokens, or leave it out")
 
 
 def _context(lm: LanguageModel, request: Request) -> list[int]:
@@ -192,12 +195,14 @@ def _call(
     arguments |= generate_arguments(lm, options, len(requests), _start(lm, ids.shape[1]))
     try:
         return model.generate(generation_config=config, **arguments)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, IndexError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             hint = "lower --max-new-tokens, or use a smaller model or --quantize int8"
             raise _NoMemory(f"out of memory: {hint}") from error
         if "probability tensor" in str(error):
             raise NotFiniteError.of(lm.name) from error
+        if isinstance(error, IndexError) and options.assistant_model:
+            raise _too_long_for(options.assistant_model) from error
         if isinstance(error, ValueError):
             raise HfkitError(f"these options cannot be used together: {str(error).splitlines()[0]}") from error
         raise

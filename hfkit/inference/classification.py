@@ -59,7 +59,7 @@ def classify(
         HfkitError: there are no labels, a text does not fit, or the model cannot be loaded.
     """
     model, options, server = split_options(model, overrides, (TaskOptions, options), (ServerOptions, None))
-    texts, is_single = list_texts(text)
+    texts, is_single = list_texts(text, "a text")
     if server.server:
         each = Server(server, model).classify_each(texts, options)
     else:
@@ -134,7 +134,11 @@ def _shown(text: Text, task: Task | None) -> str:
 
 
 def labelling_task(lm: LanguageModel, options: TaskOptions) -> Task:
-    """The task to label texts with: that of the options, else the model's own. HfkitError without labels."""
+    """The task to label texts with: that of the options, else the model's own.
+
+    Raises:
+        HfkitError: there are no labels to choose from, or the model does not continue a text.
+    """
     check_causal(lm.name, lm.model.config, "use 'hfkit generate', or choose a causal model")
     learned = task_of(lm.tokenizer)
     task = make_task(options) or learned or Task(_ZERO_SHOT)
@@ -147,7 +151,11 @@ def labelling_task(lm: LanguageModel, options: TaskOptions) -> Task:
 
 
 def label_names(model: Any) -> list[str]:
-    """The labels of a model with a head, in the order of its outputs. HfkitError if its output is a number."""
+    """The labels of a model with a head, in the order of its outputs.
+
+    Raises:
+        HfkitError: its output is a number instead.
+    """
     if model.config.num_labels < 2:
         raise HfkitError(f"{model.name_or_path} gives a number, not labels: use its own library")
     return [model.config.id2label[index] for index in range(model.config.num_labels)]

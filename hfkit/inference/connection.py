@@ -30,7 +30,11 @@ class Connection:
     """The address of a server and the key for it. Several threads may use it."""
 
     def __init__(self, options: ServerOptions) -> None:
-        """OptionError if this is not an address or not a key. Nothing is sent yet."""
+        """Check the address; nothing is sent yet.
+
+        Raises:
+            OptionError: this is no address, or no key.
+        """
         address = (options.server or "").rstrip("/")
         self.url = OPENAI if address == "openai" else address if "://" in address else f"http://{address}"
         try:

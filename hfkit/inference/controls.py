@@ -36,7 +36,7 @@ def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: i
     Where a field is None it is off: run `generate` on a copy of the model whose own config this is, else transformers
     fills the field from the model's.
     """
-    config = copy.deepcopy(lm.model.generation_config)
+    config = copy.deepcopy(_own_config(lm))
     for name in _UNSET:
         setattr(config, name, None)
     for name, value in set_fields(options).items():
@@ -68,6 +68,11 @@ def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: i
     return config
 
 
+def _own_config(lm: LanguageModel) -> GenerationConfig:
+    config: GenerationConfig = lm.model.generation_config
+    return config
+
+
 def generate_arguments(lm: LanguageModel, options: GenerateOptions, rows: int, start: int) -> dict[str, Any]:
     """What `generate` takes in addition to its config, for `rows` whose first new token is at position `start`."""
     arguments: dict[str, Any] = {}
@@ -82,7 +87,7 @@ def generate_arguments(lm: LanguageModel, options: GenerateOptions, rows: int, s
 
 def beams(lm: LanguageModel, options: GenerateOptions) -> int:
     """The number of beams. Translators often bring one of their own."""
-    return options.num_beams or lm.model.generation_config.num_beams or 1
+    return options.num_beams or _own_config(lm).num_beams or 1
 
 
 def is_plain(lm: LanguageModel, options: GenerateOptions) -> bool:
@@ -121,18 +126,17 @@ def draws(lm: LanguageModel, options: GenerateOptions) -> bool:
         return options.do_sample
     if any(getattr(options, name) is not None for name in SAMPLING):
         return True
-    own = lm.model.generation_config
     if lm.model.config.is_encoder_decoder:
-        return bool(own.do_sample)
-    return beams(lm, options) == 1 and not chosen_task(options, lm.tokenizer) and own.temperature != 0
+        return bool(_own_config(lm).do_sample)
+    return beams(lm, options) == 1 and not chosen_task(options, lm.tokenizer) and _own_config(lm).temperature != 0
 
 
 def endings(lm: LanguageModel, options: GenerateOptions) -> Endings:
     """What ends a text: of the options, else of the model, else of its tokenizer and its task."""
-    own = lm.model.generation_config
-    eos = lm.tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
+    eos = _own_config(lm).eos_token_id
+    eos = lm.tokenizer.eos_token_id if eos is None else eos
     tokens = set() if eos is None else set(eos) if isinstance(eos, list) else {eos}
-    wanted = options.stop_strings or own.stop_strings or []
+    wanted = options.stop_strings or _own_config(lm).stop_strings or []
     if not wanted and (task := chosen_task(options, lm.tokenizer)):
         return Endings(tokens, [task.end])
     strings = [unescape(text) for text in ([wanted] if isinstance(wanted, str) else wanted)]
@@ -167,7 +171,7 @@ def check_controls(lm: LanguageModel, options: GenerateOptions) -> None:
         raise OptionError(f"--num-return-sequences is {count}: {way_out}")
     if options.novel and not (is_random and is_plain(lm, options)):
         raise OptionError("--novel draws again what copies: sample, without beams and speculation")
-    if options.negative_prompt and (options.guidance_scale or lm.model.generation_config.guidance_scale or 1) == 1:
+    if options.negative_prompt and (options.guidance_scale or _own_config(lm).guidance_scale or 1) == 1:
         raise OptionError("--negative-prompt has no effect alone: add --guidance-scale, such as 1.5")
     for name in ("length_penalty", "early_stopping"):
         value = getattr(options, name)

@@ -4,6 +4,7 @@ import atexit
 import functools
 import math
 import queue
+import secrets
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from hfkit.errors import HfkitError, NotFiniteError, OptionError
 from hfkit.inference import batches
 from hfkit.inference.controls import check_controls, check_options, draws, is_plain
 from hfkit.inference.decoding import Completion
-from hfkit.inference.remote import CONCURRENT, Server, draw_seed
+from hfkit.inference.remote import CONCURRENT, Server
 from hfkit.inference.results import Generation
 from hfkit.inference.text import Prompt, Request, Text, chosen_task, fit_prompt, list_texts, repeats
 from hfkit.models.loading import LanguageModel, Model, loaded, split_options
@@ -75,7 +76,7 @@ def generate(
     """
     groups = ((GenerateOptions, options), (ServerOptions, None))
     model, options, server = split_options(model, overrides, *groups)
-    prompts, is_single = list_texts(prompt)
+    prompts, is_single = list_texts(prompt, "a prompt")
     check_options(options)  # before a model is loaded
     if server.server:
         remote = Server(server, model)
@@ -242,6 +243,11 @@ def _stream(lm: LanguageModel, request: Request, options: GenerateOptions) -> Ge
     if isinstance(piece, BaseException):
         raise piece
     return _generation(lm, options, request, piece)
+
+
+def draw_seed() -> int:
+    """A random seed, for callers that gave none; small enough to type again."""
+    return secrets.randbelow(2**31)
 
 
 def _prepare(lm: LanguageModel, prompt: Prompt, options: GenerateOptions) -> Request:

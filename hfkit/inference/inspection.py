@@ -27,7 +27,7 @@ from hfkit.inference.text import token_writer
 from hfkit.models.architecture import check_causal
 from hfkit.models.loading import LanguageModel, Model, loaded, share_weights, split_options
 from hfkit.options import InspectOptions
-from hfkit.reporting.pages import render
+from hfkit.reporting.templates import render
 
 _WARPERS: dict[str, Any] = {
     "temperature": TemperatureLogitsWarper,
@@ -150,6 +150,8 @@ def inspect(text: str, *, model: Model = None, options: InspectOptions | None = 
         HfkitError: the text is empty or does not fit the model, or the model cannot be loaded.
     """
     model, options = split_options(model, overrides, (InspectOptions, options))
+    if not isinstance(text, str):
+        raise HfkitError(f"a text is a str, not {type(text).__name__} ({text!r:.60}): convert it")
     lm = loaded(model)
     check_causal(lm.name, lm.model.config, "inspect a causal model")
     if not text:
@@ -221,7 +223,8 @@ def readable(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 def to_page(inspection: Inspection, layer: int | None = None) -> str:
     """A page on its own, which fetches nothing. Its attention, if there is any, can be explored; of one layer, or all.
 
-    HfkitError if the weights are more than a page can hold.
+    Raises:
+        HfkitError: the weights are more than a page can hold.
     """
     attention = None
     if inspection.attention is not None:

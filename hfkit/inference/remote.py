@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import httpx2
 
@@ -35,7 +35,12 @@ class Server:
     """One model on a server. Several threads may use it."""
 
     def __init__(self, options: ServerOptions, model: Any = None) -> None:
-        """Reach the server and choose its model: the one that `model` (see `load`) names, or its only one."""
+        """Reach the server and choose its model: the one that `model` (see `load`) names, or its only one.
+
+        Raises:
+            HfkitError: the server cannot be reached or refuses the key.
+            OptionError: it has several models and none was named, or an option is for a model that is loaded here.
+        """
         model = None if isinstance(model, tuple) else ModelOptions.make(model)
         if not model or model != ModelOptions(model=model.model):
             raise OptionError(
@@ -129,8 +134,9 @@ class Server:
             if isinstance(text, HfkitError):
                 return text
             try:
-                body = {"model": self.model, "input": text, "labels": options.labels}
-                reply = self.connection.post("classify", body)
+                reply = self.connection.post(
+                    "classify", {"model": self.model, "input": text, "labels": options.labels}
+                )
             except RefusedError as error:
                 return error
             with self.connection.named_errors():
@@ -217,11 +223,12 @@ class _Answer:
 
 
 def _result_of(answer: Generator[str, None, Generation]) -> Generation:
-    try:
-        while True:
+    while True:
+        try:
             next(answer)
-    except StopIteration as stop:
-        return cast(Generation, stop.value)
+        except StopIteration as stop:
+            result: Generation = stop.value
+            return result
 
 
 def draws(options: GenerateOptions) -> bool:
@@ -231,14 +238,9 @@ def draws(options: GenerateOptions) -> bool:
     return (options.num_beams or 1) == 1 or bool(options.do_sample)
 
 
-def draw_seed() -> int:
-    """A random seed, for callers that gave none; small enough to type again."""
-    return secrets.randbelow(2**31)
-
-
 def with_seed(options: GenerateOptions) -> GenerateOptions:
     """`options` with a seed: a random one if they have none."""
-    return replace(options, seed=draw_seed()) if options.seed is None else options
+    return replace(options, seed=secrets.randbelow(2**31)) if options.seed is None else options
 
 
 def run_ahead(function: Callable[[Any], Any], items: Iterable[Any], concurrent: int = CONCURRENT) -> Iterator[Any]:

@@ -7,14 +7,18 @@ from typing import Any
 import numpy as np
 
 
+def _none() -> np.ndarray:
+    return np.zeros(0)
+
+
 @dataclass
 class Scores:
     """Sums over the tokens of each unit of a text (a sequence, a passage); all arrays: (units,)."""
 
-    nll: np.ndarray = field(default_factory=lambda: np.zeros(0))  # nats
-    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    top1: np.ndarray = field(default_factory=lambda: np.zeros(0))  # tokens that the model found likeliest
-    top5: np.ndarray = field(default_factory=lambda: np.zeros(0))  # tokens among its five likeliest
+    nll: np.ndarray = field(default_factory=_none)  # nats
+    tokens: np.ndarray = field(default_factory=_none)
+    top1: np.ndarray = field(default_factory=_none)  # tokens that the model found likeliest
+    top5: np.ndarray = field(default_factory=_none)  # tokens among its five likeliest
 
     def add(self, units: np.ndarray, nll: np.ndarray, rank: np.ndarray) -> None:
         """Add tokens. All arrays: (tokens,); units: number of the unit of each; rank: 0 for the likeliest."""

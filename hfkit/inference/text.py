@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from hfkit.corpus.encoding import encode, language_token
 from hfkit.corpus.templates import Task, task_of
 from hfkit.errors import ContextLengthError, HfkitError, OptionError
 from hfkit.models.architecture import context_length
-from hfkit.models.tokenization import starts_unspaced
+from hfkit.models.wordpiece import starts_unspaced
 from hfkit.options import GenerateOptions
 
 _NEW_TOKENS = 100  # where the options say nothing
@@ -34,9 +34,13 @@ class Request:
 Prompt = Text | Sequence[int] | Request
 
 
-def list_texts(texts: Any) -> tuple[list[Any], bool]:
-    """`texts` as a list, and whether it was a single one."""
-    return ([texts], True) if isinstance(texts, str | Mapping | Request) else (list(texts), False)
+def list_texts(texts: Any, what: str) -> tuple[list[Any], bool]:
+    """`texts` as a list, and whether it was a single one. HfkitError for what is neither a text nor several."""
+    if isinstance(texts, str | Mapping | Request):
+        return [texts], True
+    if isinstance(texts, bytes | bytearray) or not isinstance(texts, Iterable):
+        check_text(texts, what)
+    return list(texts), False
 
 
 def check_text(text: Any, what: str) -> None:
@@ -49,7 +53,11 @@ def check_text(text: Any, what: str) -> None:
 def fit_prompt(
     prompt: Prompt, options: GenerateOptions, tokenizer: PreTrainedTokenizerBase, config: Any, name: str
 ) -> Request:
-    """Encode `prompt`. HfkitError if it and the new tokens are more than a model of this `config` takes."""
+    """Encode `prompt` and check that it fits a model of this `config`. Needs no weights.
+
+    Raises:
+        HfkitError: prompt and new tokens are more than the model takes; the message has the numbers.
+    """
     if isinstance(prompt, Request):
         return prompt
     if isinstance(prompt, list | tuple) and prompt and all(isinstance(token, int) for token in prompt):
@@ -119,8 +127,8 @@ def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
     return "ByteLevel" in _decoder_of(tokenizer)
 
 
-def _decoder_of(tokenizer: Any) -> str:
-    return str(tokenizer.backend_tokenizer.decoder) if tokenizer.is_fast else ""
+def _decoder_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", ""))
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -132,7 +140,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def token_writer(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes]:
     """A function from a token, as the vocabulary spells it, to the bytes that it writes into a text."""
     byte_level, word_pieces = is_byte_level(tokenizer), "WordPiece" in _decoder_of(tokenizer)
-    drops_spaces = "Replace" in _decoder_of(tokenizer)  # see models/tokenization.py
+    drops_spaces = "Replace" in _decoder_of(tokenizer)  # see models/wordpiece.py
 
     def write(word: str) -> bytes:
         if byte_level and all(sign in _BYTES for sign in word):

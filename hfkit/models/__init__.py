@@ -6,10 +6,10 @@ tensorflow: checkpoints of TensorFlow, converted once into the cache
 bundle: the tensors in such a checkpoint, read without TensorFlow
 architecture: what a configuration says about a model; devices and precisions
 loading: models with their tokenizers
-tokenization: a tokenizer as it was saved; GPT-2 with the vocabulary of BERT, as Chinese models have it
+wordpiece: GPT-2 with the vocabulary of BERT, as Chinese models have it
 integrity: what a library loads is what was saved; errors in one line
-layers: int8 and int4 on a CPU, and what suits a GPU's kernels
+quantization: int8 and int4 on a CPU
 exporting: write a model to one folder or file, or push it to the Hub
-gguf_export, gguf_tokenizer: a model for llama.cpp and ollama
+gguf_export, gguf_tokenizer, modelfile: a model for llama.cpp and ollama
 gguf_import: what transformers leaves out when it reads one
 """

@@ -69,6 +69,8 @@ def choose_device(options: ModelOptions) -> torch.device:
         torch.empty(0, device=device)
     except Exception as error:  # torch raises everything from AssertionError to ModuleNotFoundError here
         raise HfkitError(f"no device {options.device!r} on this machine: leave --device out, or say cpu") from error
+    if device.type == "meta":
+        raise HfkitError("device 'meta' computes nothing: leave --device out, or say cpu")
     return device
 
 

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
 
+_MAGIC = 0xDB4775248B80FB57
 _FOOTER, _TRAILER = 48, 5  # bytes: at the end of the index; after each block, its compression and checksum
 _DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}  # of tensorflow.DataType
 
@@ -27,25 +28,47 @@ class Tensor(NamedTuple):
     offset: int
     size: int  # bytes
     shape: tuple[int, ...]
-    dtype: str | None  # as numpy spells it; None for one that is not of these numbers
+    dtype: str | None  # as numpy spells it; None for one that is not a whole tensor of numbers
     checksum: int
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
-        """Read the numbers. HfkitError if they are not those that were written."""
+        """Read and check the numbers.
+
+        Raises:
+            HfkitError: they are missing, cut off or changed.
+        """
         import numpy as np
 
-        with self.file.open("rb") as file:
-            file.seek(self.offset)
-            data = file.read(self.size)
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size)
+        except OSError as error:
+            raise HfkitError(
+                f"a part of the checkpoint cannot be read ({self.file}): {first_line(error)}; copy it here, too"
+            ) from error
+        if len(data) < self.size:
+            raise HfkitError(f"the checkpoint is cut off ({self.file}): copy it again")
+        if self.dtype is None:
+            raise HfkitError(f"a tensor is split, or not of floats ({self.file}): save it whole and in float32")
         if _checksum(data) != self.checksum:
             raise _damaged(self.file)
         return np.frombuffer(data, self.dtype).reshape(self.shape).astype(dtype or self.dtype)
 
 
 def read_index(prefix: Path) -> dict[str, Tensor]:
-    """The tensors of the checkpoint PREFIX.index by name. Their numbers stay on disk. HfkitError if it is damaged."""
+    """The tensors of the checkpoint PREFIX.index by name. Their numbers stay on disk.
+
+    Raises:
+        HfkitError: the index is missing or damaged.
+    """
     path = prefix.with_name(f"{prefix.name}.index")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise HfkitError(
+            f"the checkpoint cannot be read ({path}): {first_line(error)}; copy its .index and .data files here"
+        ) from error
     try:
         entries = dict(_read_table(content))
         [shards] = _parse(entries.pop(b""))[1]
@@ -69,7 +92,7 @@ def _make_tensor(entry: dict[int, list[Any]], prefix: Path, shards: int) -> Tens
         offset=offset,
         size=size,
         shape=tuple(size[0] if size else 0 for size in sizes),
-        dtype=_DTYPES.get(dtype),
+        dtype=None if entry[7] else _DTYPES.get(dtype),  # 7: it is split into slices
         checksum=checksum,
     )
 
@@ -77,8 +100,11 @@ def _make_tensor(entry: dict[int, list[Any]], prefix: Path, shards: int) -> Tens
 def _read_table(content: bytes) -> Iterator[tuple[bytes, bytes]]:
     """The keys and values of a table, in order."""
     footer = content[-_FOOTER:]
-    _, position = _read_varint(footer, 0)  # offset and size of the block of metadata, which is empty
-    _, position = _read_varint(footer, position)
+    if int.from_bytes(footer[-8:], "little") != _MAGIC:
+        raise ValueError("no table")
+    position = 0
+    for _ in range(2):  # the block of metadata, which is empty
+        _, position = _read_varint(footer, position)
     for _, handle in _read_block(content, footer[position:]):
         yield from _read_block(content, handle)
 

@@ -16,8 +16,9 @@ from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.hub import reach_hub
 from hfkit.models.folder import check_target
-from hfkit.models.gguf_export import check_gguf, write_gguf, write_modelfile
+from hfkit.models.gguf_export import check_gguf, write_gguf
 from hfkit.models.loading import LanguageModel, load_config, load_tokenizer, load_weights
+from hfkit.models.modelfile import write_modelfile
 from hfkit.models.sources import find_model
 from hfkit.options import ExportOptions, ModelOptions
 from hfkit.storage import add_owned, check_space, make_durable, publish, sync_folder, temporary
@@ -45,12 +46,10 @@ def export(
             not run it.
     """
     chosen, options = divide(overrides, (ModelOptions, model), (ExportOptions, options))
-    is_single_file = str(options.output_dir).endswith(".gguf")
-    is_gguf = options.format == "gguf" or is_single_file
-    if options.quantize and not is_gguf:
-        raise OptionError("--quantize is for GGUF files: add --format gguf, or quantize the model when you load it")
-    if is_gguf and options.dtype == _FLOAT8:
-        raise OptionError(f"GGUF has no {_FLOAT8}: --quantize q8_0 is as small")
+    if chosen.quantize:
+        raise OptionError("an export has whole weights: leave --quantize out, and quantize when you load it")
+    is_gguf = options.format == "gguf" or str(options.output_dir).endswith(".gguf")
+    _check_precision(options, is_gguf)
     if not options.output_dir and not options.push_to_hub:
         raise OptionError("export needs a place: give --output-dir or --push-to-hub OWNER/NAME")
     target = Path(options.output_dir or f".hfkit-export-{Path(str(options.push_to_hub)).name}")
@@ -70,6 +69,7 @@ def export(
     # A name that only this process uses: another export into this folder may be under way.
     staging = temporary(target.with_name(target.name[:40]))
     file = f"{Path(str(options.output_dir or options.push_to_hub)).name.removesuffix('.gguf')}.gguf"
+    is_single_file = is_gguf and target.suffix == ".gguf"
     place = target / file if is_gguf and not is_single_file else target
     try:
         name = options.push_to_hub or str(place)
@@ -82,7 +82,7 @@ def export(
             _write(lm, source.adapter or source.folder, staging, name, dtype)
         if options.push_to_hub:
             _push(staging, options)
-        if is_single_file:
+        if options.output_dir and is_single_file:
             _publish_files(staging, target)
             return str(target)
         if options.output_dir:
@@ -90,11 +90,21 @@ def export(
             publish(staging, target)
             return str(place)
     except (OSError, RuntimeError, SafetensorError) as error:
-        why = f"{first_line(error)}; fix that, or name another --output-dir"
-        raise HfkitError(f"cannot write {target}: {why}") from error
+        raise HfkitError(
+            f"cannot write {target}: {first_line(error)}; fix that, or name another --output-dir"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return f"https://huggingface.co/{options.push_to_hub}"
+
+
+def _check_precision(options: ExportOptions, is_gguf: bool) -> None:
+    if options.quantize and not is_gguf:
+        raise OptionError("--quantize is for GGUF files: add --format gguf, or quantize the model when you load it")
+    if options.quantize and options.dtype != "auto":
+        raise OptionError("--quantize and --dtype say the same: leave one of the two out")
+    if is_gguf and options.dtype == _FLOAT8:
+        raise OptionError(f"GGUF has no {_FLOAT8}: --quantize q8_0 is as small")
 
 
 def _publish_files(staging: Path, target: Path) -> None:

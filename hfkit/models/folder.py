@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, first_line
 from hfkit.storage import check_free, check_owned, check_regular, make_writable
 
 INDEX = "model.safetensors.index.json"
@@ -31,14 +31,9 @@ class ModelFiles:
     trust_remote_code: bool = False
 
     @property
-    def weights(self) -> list[Path]:
-        """The weight files."""
-        return [self.folder / self.gguf] if self.gguf else sorted(self.folder.glob("*.safetensors"))
-
-    @property
     def size(self) -> int:
         """Bytes of the weight files."""
-        return sum(path.stat().st_size for path in self.weights)
+        return sum(path.stat().st_size for path in self._weights)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -47,13 +42,17 @@ class ModelFiles:
         Training changes every weight, so these places are enough.
         """
         digest = hashlib.sha256()
-        for path in self.weights:
+        for path in self._weights:
             size = path.stat().st_size
             with path.open("rb") as file:
                 for start in range(0, size, max(_PLACE, size // 1000)):
                     file.seek(start)
                     digest.update(file.read(_PLACE))
         return {"model_bytes": self.size, "model_sha256": digest.hexdigest()}
+
+    @property
+    def _weights(self) -> list[Path]:
+        return [self.folder / self.gguf] if self.gguf else sorted(self.folder.glob("*.safetensors"))
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -64,11 +63,13 @@ class ModelFiles:
 def read_json(path: Path, name: str) -> dict[str, Any]:
     """The object in a JSON file of the model called `name`."""
     try:
-        value: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise HfkitError(f"no {path.name} ({path.parent}): {name} is not a saved model") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HfkitError(f"{path.name} cannot be read ({path}): {error}; get the model again") from error
+    if not isinstance(value, dict):
+        raise HfkitError(f"{path.name} is not a JSON object ({path}): get the model again")
     return value
 
 
@@ -81,7 +82,10 @@ def weight_files(folder: Path, name: str) -> list[str]:
     index = folder / INDEX
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return ["model.safetensors"]
-    return sorted(set(read_json(index, name)["weight_map"].values()))
+    weight_map = read_json(index, name).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise HfkitError(f"{INDEX} has no weight_map ({folder}): get the model again")
+    return sorted(set(weight_map.values()))
 
 
 def check_folder(source: ModelFiles) -> None:
@@ -96,7 +100,7 @@ def check_folder(source: ModelFiles) -> None:
         raise HfkitError(f"{what} ({folder}): save the model again with save_pretrained")
     for shard in shards:
         path = folder / shard
-        if Path(shard).name != shard or not _is_inside(path, folder):
+        if not shard.isprintable() or Path(shard).name != shard or not _is_inside(path, folder):
             raise HfkitError(f"weights outside of the model's folder ({folder}: {shard}): refused")
         if not path.is_file():
             raise HfkitError(f"a part of the weights is missing ({path}): get the model again")
@@ -112,6 +116,9 @@ def check_config(source: ModelFiles) -> None:
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
     if any("attn_implementation" in key and "/" in str(part[key]) for part in parts for key in part):
         raise HfkitError(f"config.json asks for code from the Hub ({folder}): remove its attn_implementation")
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise HfkitError(f"config.json is damaged ({folder}): architectures is {architectures!r}; get the model again")
     if "transformers_weights" in config:
         # transformers would load that file, or the shards that it lists, unchecked.
         raise HfkitError(f"config.json names other weights ({folder}): remove its transformers_weights")
@@ -148,10 +155,13 @@ def check_header(path: Path) -> None:
     """Let safetensors' parser check lengths, offsets and shapes against the file, without reading the data."""
     from safetensors import SafetensorError, safe_open
 
-    path.open("rb").close()  # safetensors says that a file is missing where it may not be read
     try:
-        with safe_open(path, framework="np"):
-            pass
+        path.open("rb").close()
+    except OSError as error:
+        raise HfkitError(f"the weights cannot be read ({path}): {error.strerror}; ask their owner") from error
+    try:
+        with safe_open(path, framework="np") as file:
+            file.keys()
     except (SafetensorError, OSError) as error:
         raise HfkitError(f"the weights are damaged ({path}): {error}; get the model again") from error
 
@@ -180,9 +190,15 @@ def check_target(target: Path, source: ModelFiles, *, overwrite: bool) -> None:
         if source.gguf and target.exists() and target.samefile(source.folder / source.gguf):
             raise HfkitError(f"{target} is the model itself: name another --output-dir")
         return
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
+    try:
+        target.lstat()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:  # a folder cannot have this name
+        raise HfkitError(f"cannot write to {target}: {first_line(error)}; name another --output-dir") from error
+    if target.is_symlink() or not target.is_dir():
         raise HfkitError(f"{target} is not a folder: name another --output-dir")
-    if not target.exists() or not any(target.iterdir()):
+    if not any(target.iterdir()):
         return
     for folder in (source.folder, source.adapter or source.folder):
         if folder.resolve().is_relative_to(target.resolve()):

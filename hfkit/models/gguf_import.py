@@ -1,12 +1,14 @@
 """What transformers leaves out when it reads a .gguf file."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import transformers
 
 from hfkit.console import note
+from hfkit.errors import HfkitError
 from hfkit.models.folder import ModelFiles
 
 
@@ -40,8 +42,18 @@ def unpack_tokenizer(source: ModelFiles, folder: Path) -> ModelFiles | None:
 
 
 def complete_config(source: ModelFiles, config: Any) -> None:
-    """Set what transformers reads from a .gguf file into names that its model ignores, or not at all."""
+    """Set what transformers reads from a .gguf file into names that its model ignores, or not at all.
+
+    Raises:
+        HfkitError: the file has more blocks than it says. transformers would leave the last ones out.
+    """
     entries, names = _metadata(source)
+    matches = [re.match(r"blk\.(\d+)\.", name) for name in names]
+    blocks = 1 + max((int(match[1]) for match in matches if match), default=-1)
+    if blocks > (said := config.num_hidden_layers):
+        what = f"{blocks} blocks, but block_count is {said}"
+        where = source.folder / str(source.gguf)
+        raise HfkitError(f"the weights do not fit the model ({where}): {what}; get the model again")
     if config.model_type == "gpt2":
         config.n_positions = getattr(config, "n_ctx", None) or config.n_positions
         config.n_inner = getattr(config, "feed_forward_length", None)

@@ -12,9 +12,10 @@ from hfkit.models.loading import LanguageModel
 
 
 def tokenizer_kind(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """llama.cpp's names of a tokenizer's algorithm and of how it cuts a text before that. HfkitError without one.
+    """llama.cpp's names of a tokenizer's algorithm and of how it cuts a text before that.
 
-    name: what the message calls the model.
+    Raises:
+        HfkitError: it has none. `name` is what the message calls the model.
     """
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 

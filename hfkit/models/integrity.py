@@ -1,25 +1,35 @@
-"""Check that what the libraries load is what was saved: weights and settings. One line says what is not."""
+"""Check that what the libraries load is what was saved: weights, tokenizer, settings. One line says what is not."""
 
 import contextlib
 import re
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from transformers import PreTrainedModel
+import transformers
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkit.console import note, quiet_libraries
 from hfkit.errors import HfkitError, first_line
-from hfkit.models.folder import ModelFiles, needs_code
+from hfkit.models.folder import ModelFiles, needs_code, read_json
+from hfkit.models.gguf_import import unpack_tokenizer
+from hfkit.models.wordpiece import make_causal
 from hfkit.options import GenerateOptions
 
 # Hold it while transformers makes a model. It replaces methods of its classes and torch's default precision for that
 # time, in the whole process: two threads at once would leave the replacements in place for good.
 LOADING = threading.RLock()
+# A text on which kinds of tokenizers differ: case, spaces, digits, accents, unknown signs.
+_PROBE = "Hello, World! It's 2024:  the CAT's\n\n\tdéjà-vu 你好 <|endoftext|>"
 # Settings of generation_config.json by their type. One of another type would fail only when a text is generated.
 _NUMBERS = {name for name, hint in get_type_hints(GenerateOptions).items() if hint in (float | None, int | None)}
+_NUMBERS |= {"min_length", "encoder_no_repeat_ngram_size", "prefill_chunk_size"}
+_LISTS = "suppress_tokens begin_suppress_tokens sequence_bias bad_words_ids exponential_decay_length_penalty".split()
 
 
 @contextlib.contextmanager
@@ -27,6 +37,7 @@ def calling_library(source: ModelFiles) -> Iterator[None]:
     """Load something of a model: one thread at a time, quietly, each error as one line that names the folder."""
     try:
         with LOADING, quiet_libraries():
+            _check_type(source)
             yield
     except (HfkitError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -37,12 +48,96 @@ def calling_library(source: ModelFiles) -> Iterator[None]:
         if source.config.get("auto_map") and not source.trust_remote_code:
             raise needs_code(source) from error
         where = source.folder / source.gguf if source.gguf else source.adapter or source.folder
-        where = getattr(error, "filename", None) or where  # an OSError knows better
         raise HfkitError(f"{source.name} cannot be loaded ({where}): {_short(error)}") from error
 
 
 def _short(error: Exception) -> str:
     return first_line(error)[:300].rstrip(".:")
+
+
+def read_tokenizer(source: ModelFiles) -> PreTrainedTokenizerBase:
+    """The tokenizer as it was saved. transformers would pick its class by the type of the model instead.
+
+    GPT-2's is a `GPT2Tokenizer`, where tokenizer.json, config.json and tokenizer_config.json say nothing else.
+    """
+    folder, options = source.tokenizer_folder, {"trust_remote_code": source.trust_remote_code}
+    if source.gguf and folder == source.folder:
+        with tempfile.TemporaryDirectory() as place:
+            if unpacked := unpack_tokenizer(source, Path(place)):
+                return read_tokenizer(unpacked)
+        return transformers.AutoTokenizer.from_pretrained(folder, gguf_file=source.gguf, **options)
+    file = folder / "tokenizer_config.json"
+    settings = read_json(file, source.name) if file.is_file() else {}
+    declared = settings.get("tokenizer_class") or source.config.get("tokenizer_class")
+    kind: Any = transformers.AutoTokenizer
+    if source.config.get("model_type") == "gpt2" and declared in (None, "GPT2Tokenizer", "GPT2TokenizerFast"):
+        names = {path.name for path in folder.iterdir()}
+        if declared is None and "vocab.txt" in names and not names & {"tokenizer.json", "vocab.json"}:
+            note(f"{source.name}: vocab.txt is read as the vocabulary of a BertTokenizer, as nothing says what it is")
+            kind = transformers.BertTokenizer
+        else:
+            kind = transformers.GPT2Tokenizer
+    tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(folder, **options)
+    if source.config.get("model_type") == "gpt2" and isinstance(tokenizer, transformers.BertTokenizer):
+        tokenizer = make_causal(tokenizer)
+    # GPT2Tokenizer rebuilds a byte-level BPE from the vocabulary, whatever else tokenizer.json says.
+    is_set = settings.get("add_prefix_space") or settings.get("add_bos_token")  # these change what the file says
+    if isinstance(tokenizer, transformers.GPT2Tokenizer) and not is_set and _differs(tokenizer, folder):
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    if tokenizer.is_fast:
+        _clear_limits(tokenizer.backend_tokenizer)
+    return tokenizer
+
+
+def _clear_limits(backend: Tokenizer) -> None:
+    """Turn off truncation and padding, as the first call does: there the change fails while another thread encodes."""
+    backend.no_truncation()
+    backend.no_padding()
+
+
+def _differs(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
+    """Whether a tokenizer gives other tokens than the tokenizer.json that it was made from."""
+    if not (file := folder / "tokenizer.json").is_file():
+        return False
+    _clear_limits(backend := Tokenizer.from_file(str(file)))
+    return bool(backend.encode(_PROBE).ids != tokenizer(_PROBE)["input_ids"])
+
+
+def check_vocabulary(source: ModelFiles, tokenizer: PreTrainedTokenizerBase, size: Any) -> None:
+    """Raise HfkitError if a tokenizer has a token for which a model of this vocabulary `size` has no embedding."""
+    count = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+    if isinstance(size, int) and count > size:
+        where = source.tokenizer_folder
+        raise HfkitError(f"the tokenizer has {count} tokens, the model {size} ({where}): use the model's own")
+
+
+def _check_type(source: ModelFiles) -> None:
+    """Raise HfkitError for a model_type that transformers does not know. A model with code of its own may have any."""
+    kind = source.config.get("model_type")
+    if source.gguf or source.config.get("auto_map") or (isinstance(kind, str) and kind in transformers.CONFIG_MAPPING):
+        return
+    close = get_close_matches(str(kind), transformers.CONFIG_MAPPING.keys(), n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "correct it, or install a transformers that knows it"
+    what = f"unknown model_type {kind!r}" if "model_type" in source.config else "no model_type"
+    raise HfkitError(f"{what} ({source.folder / 'config.json'}): {hint}")
+
+
+def check_sizes(source: ModelFiles, config: Any) -> None:
+    """Raise HfkitError for a negative size, with which transformers makes a model that fails at its first text."""
+    for name in ("num_attention_heads", "num_hidden_layers", "hidden_size"):
+        if isinstance(size := getattr(config, name, 1), int) and size < 1:
+            raise HfkitError(f"config.json is damaged ({source.folder}): {name} is {size}; get the model again")
+
+
+def check_family(source: ModelFiles, config: Any) -> None:
+    """Raise HfkitError where the model_type is not that of the architectures."""
+    base: Any = transformers.MODEL_MAPPING.get(type(config), None)
+    for name in config.architectures or []:
+        saved = getattr(transformers, name, None)
+        # Families that name their weights alike, such as Llama and Mistral, can load each other's.
+        if base and saved and getattr(base, "base_model_prefix", "") != saved.base_model_prefix:
+            what = f"model_type is {config.model_type!r}, but architectures has {name}"
+            raise HfkitError(f"{what} ({source.folder / 'config.json'}): correct the wrong one")
 
 
 def check_names(folder: Path, **names: Iterable[object]) -> None:
@@ -94,5 +189,8 @@ def _fits(name: str, value: Any) -> bool:
     """Whether a setting of generation_config.json has a type that it may have."""
     if name in _NUMBERS:
         return isinstance(value, int | float | None)
-    kind = str if name == "stop_strings" else int if name.endswith(("token_id", "suppress_tokens")) else object
+    if name in _LISTS and not isinstance(value, list | tuple | dict | None):
+        return False
+    kinds = {"stop_strings": str, "bad_words_ids": list}
+    kind = kinds.get(name) or (int if name.endswith(("token_id", "suppress_tokens")) else object)
     return all(isinstance(item, kind | None) for item in (value if isinstance(value, list) else [value]))

@@ -17,11 +17,13 @@ from transformers.initialization import no_init_weights
 from hfkit.console import detail
 from hfkit.declaration import Options, divide
 from hfkit.errors import HfkitError, OptionError
-from hfkit.models import architecture, gguf_import, integrity, tokenization
+from hfkit.models import architecture, gguf_import, integrity
 from hfkit.models.folder import ModelFiles
 from hfkit.models.integrity import LOADING, calling_library
-from hfkit.models.layers import bitsandbytes_config, fuse_activations, quantize
+from hfkit.models.kernels import fuse_activations
+from hfkit.models.quantization import bitsandbytes_config, quantize
 from hfkit.models.sources import find_model
+from hfkit.models.wordpiece import correct_ends
 from hfkit.options import ModelOptions
 from hfkit.storage import check_weights
 
@@ -82,8 +84,10 @@ def load(model: str | os.PathLike[str] | ModelOptions | None = None, **overrides
 def split_options(model: Model, overrides: Mapping[str, Any], *groups: tuple[type[Options], Any]) -> list[Any]:
     """For a call that takes `model=` and keywords: the model with its own ones, then the options of each group.
 
-    `model, options = split_options(model, overrides, (GenerateOptions, options))` makes `dtype="bfloat16"` a keyword,
-    and an OptionError where the model is loaded already.
+    `model, options = split_options(model, overrides, (GenerateOptions, options))` makes `dtype="bfloat16"` a keyword.
+
+    Raises:
+        OptionError: such a keyword comes with a model that is loaded already.
     """
     if not isinstance(model, tuple):
         return divide(overrides, (ModelOptions, model), *groups)
@@ -134,7 +138,7 @@ def share_weights(model: Module) -> Module:
 
 
 def _state_of(source: ModelFiles) -> list[tuple[str, int]]:
-    files = source.weights if source.gguf else [*source.folder.iterdir()]
+    files = [source.folder / source.gguf] if source.gguf else [*source.folder.iterdir()]
     files += source.adapter.iterdir() if source.adapter else []
     return sorted((str(file), file.stat().st_mtime_ns) for file in files)
 
@@ -146,19 +150,20 @@ def load_config(source: ModelFiles) -> Any:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code, **extra)
         if source.gguf:
             gguf_import.complete_config(source, config)
+    integrity.check_sizes(source, config)
     return config
 
 
 def load_tokenizer(source: ModelFiles) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, checked. It needs neither torch nor the weights."""
     with calling_library(source):
-        tokenizer = tokenization.read_tokenizer(source)
+        tokenizer = integrity.read_tokenizer(source)
     # GPT2Tokenizer is empty, without an error, where files are missing.
     if len(tokenizer) <= 1:
         where = source.tokenizer_folder
         raise HfkitError(f"the tokenizer is empty ({where}): copy tokenizer.json of the model into it")
     if not source.adapter:  # which may bring tokens of its own
-        tokenization.check_vocabulary(source, tokenizer, source.config.get("vocab_size"))
+        integrity.check_vocabulary(source, tokenizer, source.config.get("vocab_size"))
     return tokenizer
 
 
@@ -189,14 +194,14 @@ def load_weights(
     if placement:
         arguments["device_map"] = placement
     with calling_library(source), no_init_weights():  # what is missing is an error, so no random number is of any use
-        model, report = _read_model(source, _class_for(config), config, **arguments)
+        model, report = _read_model(source, _class_for(source, config), config, **arguments)
     integrity.check_report(source, model, report)
     if source.gguf:
         gguf_import.complete_settings(source, model.generation_config)
     if source.adapter:
         model = _merge_adapter(model, source, source.adapter)
-        tokenization.check_vocabulary(source, tokenizer, vocabulary_size(model))
-    tokenization.correct_ends(model, tokenizer, vocabulary_size(model))
+        integrity.check_vocabulary(source, tokenizer, vocabulary_size(model))
+    correct_ends(model, tokenizer, vocabulary_size(model))
     integrity.check_values(source.folder, model)
     model.name_or_path = source.name
     if not placement:
@@ -216,6 +221,9 @@ def load_with_head(
     """The model of `source` in float32, with its own head or a new one, to be trained.
 
     head: "classification", with these labels, or "question-answering".
+
+    Raises:
+        HfkitError: more than the head is missing.
     """
     config = load_config(source)
     is_new = architecture.head_of(config) != head
@@ -239,6 +247,7 @@ def _read_model(source: ModelFiles, kind: Any, config: Any, **arguments: Any) ->
     for folder in {source.folder, source.adapter or source.folder}:
         check_weights(folder)
     with calling_library(source):
+        integrity.check_family(source, config)
         model, report = kind.from_pretrained(
             source.folder,
             config=config,
@@ -250,13 +259,15 @@ def _read_model(source: ModelFiles, kind: Any, config: Any, **arguments: Any) ->
     return model, report
 
 
-def _class_for(config: Any) -> Any:
+def _class_for(source: ModelFiles, config: Any) -> Any:
     if kind := _HEADS.get(architecture.head_of(config)):
         return kind
     if config.model_type == "gpt2":
         return transformers.GPT2LMHeadModel
     if config.is_encoder_decoder:
         return transformers.AutoModelForSeq2SeqLM
+    if type(config) in transformers.MODEL_MAPPING and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise HfkitError(f"{source.name} is a {config.model_type}, which does not write text: choose another model")
     return transformers.AutoModelForCausalLM
 
 

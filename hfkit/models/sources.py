@@ -27,7 +27,8 @@ _WHOLE_WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 def find_model(options: ModelOptions | str | None = None) -> ModelFiles:
     """Find the model that `options` name, download it if it is not here, and check its files.
 
-    HfkitError if there is no such model, if it is damaged or unsafe, or if the Hub cannot be reached.
+    Raises:
+        HfkitError: there is no such model, it is damaged or unsafe, or the Hub cannot be reached.
     """
     options = ModelOptions.make(options)
     name = (os.environ.get("HFKIT_MODEL") or "bundled") if options.model is None else options.model
@@ -38,11 +39,7 @@ def find_model(options: ModelOptions | str | None = None) -> ModelFiles:
     if path and not (path / "config.json").exists() and len(files := [*path.glob("*.gguf")]) == 1:
         path = files[0]
     if path and path.is_file():
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                what = "give a .gguf file or a folder with a model or TensorFlow checkpoint"
-                raise HfkitError(f"not a model ({name}): {what}")
-        return ModelFiles(name, path.parent, {}, gguf=path.name)
+        return _check_gguf(name, path)
     if path is None:
         if options.trust_remote_code and not re.fullmatch("[0-9a-f]{40}", options.revision or ""):
             raise HfkitError(
@@ -60,15 +57,29 @@ def find_model(options: ModelOptions | str | None = None) -> ModelFiles:
 
 def _local(name: str) -> Path | None:
     """The file or folder called `name`, or NAME of a TensorFlow checkpoint's NAME.index; or None."""
-    path = Path(name).expanduser()
-    return path if name and (path.exists() or path.with_name(f"{path.name}.index").exists()) else None
+    try:
+        path = Path(name).expanduser()
+        return path if name and (path.exists() or path.with_name(f"{path.name}.index").exists()) else None
+    except (OSError, RuntimeError):  # too long for a path, a folder we may not read, ~nobody
+        return None
+
+
+def _check_gguf(name: str, path: Path) -> ModelFiles:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise HfkitError(f"{name} cannot be read: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise HfkitError(f"not a model ({name}): give a .gguf file or a folder with a model or TensorFlow checkpoint")
+    return ModelFiles(name, path.parent, {}, gguf=path.name)
 
 
 def _with_base(name: str, path: Path, options: ModelOptions) -> ModelFiles:
     """The LoRA adapter in `path` and its base model."""
     adapter = read_json(path / "adapter_config.json", name)
     base, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
-    if not base:
+    if not isinstance(base, str) or not base:
         raise HfkitError(f"the adapter does not name its base model ({path}): set base_model_name_or_path")
     if not (path / "adapter_model.safetensors").is_file():
         raise HfkitError(f"no adapter_model.safetensors ({path}): only safetensors are loaded, save the adapter again")
@@ -77,6 +88,7 @@ def _with_base(name: str, path: Path, options: ModelOptions) -> ModelFiles:
     if folder and (folder / "adapter_config.json").is_file():
         raise HfkitError(f"the base of the adapter is an adapter too ({path}: {base}): merge that one first")
     # The adapter chose this base, not the user: trust in the code of one is not trust in that of the other.
+    revision = revision if isinstance(revision, str) else None
     try:
         source = find_model(replace(options, model=base, revision=revision, trust_remote_code=False))
     except HfkitError as error:
@@ -139,7 +151,10 @@ def _is_whole(folder: Path) -> bool:
     """Whether a cached snapshot has everything that loading needs. An interrupted download leaves only parts."""
     if (folder / "adapter_config.json").is_file():
         return (folder / "adapter_model.safetensors").is_file()
-    needed = ["config.json", *weight_files(folder, folder.name)]
+    try:
+        needed = ["config.json", *weight_files(folder, folder.name)]
+    except HfkitError:
+        return False
     return has_tokenizer(folder) and all((folder / file).is_file() for file in needed)
 
 
@@ -164,5 +179,7 @@ def _download(name: str, revision: str | None) -> Path:
         for file in [file for file in _WHOLE_WEIGHTS if file in files] or weight_files(folder, name):
             hf_hub_download(name, file, revision=info.sha)
         return Path(hf_hub_download(name, small[0], revision=revision)).parent
+    except HfkitError:
+        raise
     except Exception as error:
         raise HfkitError(explain_hub_error(error, name, revision, started=True)) from error

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from hfkit.console import note
 from hfkit.errors import HfkitError, first_line
-from hfkit.hub import converted_folder
 from hfkit.models.bundle import read_index
 from hfkit.models.folder import INDEX, ModelFiles, check_config, read_json
-from hfkit.storage import lock, publish, temporary, write_text
+from hfkit.storage import lock, make_writable, publish, temporary, write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,7 +61,10 @@ _NAMES = {
 def find_checkpoint(path: Path) -> Path | None:
     """The TensorFlow checkpoint that `path` means: NAME of NAME.index, or tf_model.h5. None for another model.
 
-    path: a folder, NAME, or one of the files. HfkitError for a folder of checkpoints of which no single one is meant.
+    path: a folder, NAME, or one of the files.
+
+    Raises:
+        HfkitError: it is a folder of checkpoints, of which none or no single one is meant.
     """
     if not path.is_dir():
         prefix = path.with_name(re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", path.name))
@@ -89,34 +91,39 @@ def find_checkpoint(path: Path) -> Path | None:
 def convert(checkpoint: Path, name: str) -> Path:
     """The folder of safetensors for a checkpoint of the model called `name`, from the cache or made now.
 
-    HfkitError if a file is missing or damaged, or if the tensors are not those of the model.
+    Raises:
+        HfkitError: a file is missing or damaged, or the tensors are not those of the model.
     """
+    from huggingface_hub import constants
+
     package = "h5py" if checkpoint.name == _H5 else "google_crc32c"
     if not importlib.util.find_spec(package):
         raise HfkitError(f"{name} needs {package.replace('_', '-')}: pip install 'hfkit[tensorflow]'")
     settings = "config.json" if checkpoint.name == _H5 else _find_settings(checkpoint)
-    cache = converted_folder()
+    cache = Path(constants.HF_HOME) / "hfkit"
     place = checkpoint.resolve()
     folder = cache / f"{place.parent.name}-{hashlib.sha256(bytes(place)).hexdigest()[:16]}"
     state = _state_of(checkpoint)
     if _is_made_from(folder, state):
         return folder
-    staging = temporary(folder)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with lock(cache, wait=True):
-            if _is_made_from(folder, state):  # by another process, in the meantime
-                return folder
-            for leftover in cache.glob(".*.hfkit"):  # of a process that was killed
-                shutil.rmtree(leftover, ignore_errors=True)
+        make_writable(cache)
+    except HfkitError as error:
+        raise HfkitError(f"cannot write to the cache ({cache}): set HF_HOME to another folder") from error
+    with lock(cache, wait=True):
+        if _is_made_from(folder, state):  # by another process, in the meantime
+            return folder
+        for leftover in cache.glob(".*.hfkit"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging = temporary(folder)
+        try:
             _write_model(checkpoint, settings, name, staging)
             write_text(staging / _STATE, json.dumps(state))
             publish(staging, folder)
-    except OSError as error:
-        why = f"{first_line(error)}; copy the whole checkpoint, or set HF_HOME to another folder"
-        raise HfkitError(f"cannot convert {name} ({error.filename or cache}): {why}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        except OSError as error:
+            raise HfkitError(f"cannot convert {name} ({cache}): {first_line(error)}; fix that") from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
@@ -138,8 +145,10 @@ def _state_of(checkpoint: Path) -> list[Any]:
 
 
 def _is_made_from(folder: Path, state: list[Any]) -> bool:
-    file = folder / _STATE
-    return file.is_file() and bool(json.loads(file.read_text("utf-8")) == state)
+    try:
+        return bool(json.loads((folder / _STATE).read_text("utf-8")) == state)
+    except (OSError, ValueError):
+        return False
 
 
 def _write_model(checkpoint: Path, settings: str, name: str, folder: Path) -> None:
@@ -228,6 +237,8 @@ def _make_gpt2(checkpoint: Path, hparams: dict[str, Any], _: dict[str, Any]) -> 
     """The model of OpenAI's hparams.json, and its tokenizer."""
     from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
+    if missing := [name for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer") if name not in hparams]:
+        raise HfkitError(f"hparams.json does not say {missing[0]} ({checkpoint.parent}): get the original file")
     tokenizer = GPT2Tokenizer(*(str(checkpoint.with_name(name)) for name in _VOCABULARIES["hparams.json"]))
     end = tokenizer.eos_token_id
     sizes = {"vocab_size": hparams["n_vocab"], "n_positions": hparams["n_ctx"], "n_embd": hparams["n_embd"]}

@@ -1,35 +1,30 @@
 """The model card, and report pages of one run, of several runs and of a search: single files that fetch nothing."""
 
-import base64
 import contextlib
-import hashlib
 import json
 import math
 import os
-import re
 import shlex
-import urllib.parse
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hfkit.console import counted, printable
 from hfkit.errors import HfkitError, first_line
-from hfkit.reporting import summaries
 from hfkit.reporting.pictures import Curve, draw_curves, draw_measure, plot_trials, points, smooth, to_png, to_svg
+from hfkit.reporting.summaries import Summary, compared_by, merit, show_figure, show_value, summarize
+from hfkit.reporting.templates import render
 from hfkit.storage import make_writable, write_text
 
 METRICS, SEARCH = "metrics.json", "tuning.json"  # in the folder of a run, and of a search
 CARD, PAGE, PICTURE = "README.md", "report.html", "loss.png"
 _TAGS = {"classification": "text-classification", "question-answering": "question-answering"}  # of the Hub, by head
-# What Markdown reads as a picture, a link, HTML, a table, ...; inside a word an underscore means nothing.
-_MARKUP = re.compile(r"[\\`*~\[\]<>#|&$]|(?<!\w)_|_(?!\w)")
 # What a run logs, and what a chart of it is called.
 _MEASURES = {
     "eval_loss": "held-out loss",
@@ -42,13 +37,13 @@ _MEASURES = {
 
 def make_files(metrics: dict[str, Any]) -> dict[str, str | bytes]:
     """The card, the page and the picture of a finished run, by file name, from its metrics."""
-    summary = summaries.summarize(metrics)
+    summary = summarize(metrics)
     figure = draw_curves(metrics["history"], summary.unit)
     page = render("report.html.jinja", folder=metrics["folder"], run=summary, curves=to_svg(figure))
     return {CARD: _make_card(metrics, summary), PAGE: page, PICTURE: to_png(figure, dpi=160)}
 
 
-def _make_card(metrics: dict[str, Any], summary: summaries.Summary) -> str:
+def _make_card(metrics: dict[str, Any], summary: Summary) -> str:
     """The model card, as the Hub shows it."""
     model = metrics["model"]
     is_on_hub = not metrics["from_nothing"] and model != "bundled" and not Path(model).exists()
@@ -65,7 +60,8 @@ def _make_card(metrics: dict[str, Any], summary: summaries.Summary) -> str:
 def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
     """Write one page that shows finished runs side by side, or a search.
 
-    HfkitError if a folder holds no finished run or search, or if a search is not alone.
+    Raises:
+        HfkitError: a folder holds no finished run or search, or a search is not alone.
     """
     paths, output = [Path(folder) for folder in folders], Path(output)
     searches = [path for path in paths if (path / SEARCH).is_file() and not (path / METRICS).is_file()]
@@ -77,15 +73,21 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
     return output
 
 
+def _read(folder: Path, name: str, kind: str) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / name).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise HfkitError(f"no finished {kind} ({folder}): it has no readable {name}") from error
+    if not isinstance(values, dict):
+        raise HfkitError(f"{folder}/{name} is not what a {kind} leaves: it is not a JSON object")
+    return values
+
+
 @contextlib.contextmanager
-def _read(path: Path, kind: str) -> Iterator[dict[str, Any]]:
-    """The values in this file; what goes wrong while they are used becomes one line."""
+def _checked(path: Path, kind: str) -> Iterator[None]:
+    """Turn what goes wrong while values of this file are read into one line."""
     try:
-        values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise HfkitError(f"no finished {kind} ({path.parent}): it has no readable {path.name}") from error
-    try:
-        yield values | {"folder": str(path.parent)}
+        yield
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
         raise HfkitError(f"{path} is not what a {kind} leaves: {reason}") from error
@@ -97,23 +99,24 @@ class _Run:
 
     folder: str
     link: str  # from the page to the run's own
-    summary: summaries.Summary
+    summary: Summary
     curves: dict[str, Curve]  # by the names of _MEASURES
     cells: dict[str, str]  # the row of the run
     rank: tuple[float, float]  # see `merit`
 
 
 def _read_run(folder: Path, output: Path) -> _Run:
+    metrics = _read(folder, METRICS, "run") | {"folder": str(folder)}
     target = folder / PAGE if (folder / PAGE).is_file() else folder
-    with _read(folder / METRICS, "run") as metrics:
-        summary, copied = summaries.summarize(metrics), metrics.get("copied")
+    with _checked(folder / METRICS, "run"):
+        summary, copied = summarize(metrics), metrics.get("copied")
         cells: dict[str, str] = {}
         for name, before, after, _ in summary.scores:
             if name in ("held-out accuracy", "held-out perplexity"):
                 name = name.removeprefix("held-out ")
                 cells |= {name: after, f"{name} before": before}
         cells |= {
-            "loss": summaries.show_figure(metrics.get("loss"), "loss"),
+            "loss": show_figure(metrics.get("loss"), "loss"),
             "copied": f"{copied['share']:.1%}" if copied else "",
             "step": f"{metrics['step']:,}",
             "tokens": f"{metrics['tokens']:,}",
@@ -122,11 +125,11 @@ def _read_run(folder: Path, output: Path) -> _Run:
         }
         return _Run(
             folder=str(folder),
-            link=urllib.parse.quote(os.fsencode(os.path.relpath(target, output.parent))),
+            link=quote(os.fsencode(os.path.relpath(target, output.parent))),
             summary=summary,
             curves={name: points(metrics["history"], name) for name in _MEASURES},
             cells=cells,
-            rank=summaries.merit(metrics.get("accuracy"), metrics.get("loss")),
+            rank=merit(metrics.get("accuracy"), metrics.get("loss")),
         )
 
 
@@ -160,34 +163,42 @@ def _group(kind: str, runs: list[_Run]) -> dict[str, Any]:
     if len(runs) > 1:
         is_measured = best.rank[1] < math.inf
         headline = f"Best of {len(runs)} runs: {best.folder}. {headline}" if is_measured else "No run was measured"
-    marked = best if len(runs) > 1 else None
-    return {"title": kind, "headline": headline, "head": head, "runs": runs, "charts": charts, "best": marked}
+    return {
+        "title": kind,
+        "headline": headline,
+        "head": head,
+        "runs": runs,
+        "charts": charts,
+        "best": best if len(runs) > 1 else None,
+    }
 
 
 def _search_page(folder: Path) -> str:
     """A search: what the best trial gained, how to use it, and all trials, the best first."""
-    with _read(folder / SEARCH, "search") as search:
-        trials = summaries.rank_trials(search["trials"])
+    search = _read(folder, SEARCH, "search")
+    with _checked(folder / SEARCH, "search"):
+        trials = sorted(search.get("trials", []), key=lambda trial: merit(trial.get("accuracy"), trial["loss"]))
         if not trials or trials[0]["loss"] is None:
             raise HfkitError(f"no finished search ({folder}): no trial was finished")
-        best, figure = trials[0], summaries.compared_by(trials)
+        best, figure = trials[0], compared_by(trials)
         measures = ("accuracy", "loss") if figure == "accuracy" else ("loss",)
         options = list(dict.fromkeys(name for trial in trials for name in trial["params"]))
-        rows = []
-        for trial in trials:
-            figures = [summaries.show_figure(trial[measure], measure) for measure in measures]
-            values = [summaries.show_value(trial["params"].get(name, "")) for name in options]
-            state = str(trial["state"]) + (", the defaults" if trial.get("default") else "")
-            rows.append([f"{trial['number']}", *figures, *values, state])
-        with _read(folder / best["folder"] / METRICS, "run") as metrics:
-            command = summaries.summarize(metrics).command
-            explanation = summaries.explain_search(trials, metrics[f"{figure}_before"])
+        rows = [
+            (
+                f"{trial['number']}",
+                *(show_figure(trial[measure], measure) for measure in measures),
+                *(show_value(trial["params"].get(name, "")) for name in options),
+                str(trial["state"]) + (", the defaults" if trial.get("default") else ""),
+            )
+            for trial in trials
+        ]
+        metrics = _read(folder / best["folder"], METRICS, "run") | {"folder": str(folder / best["folder"])}
+        command, explanation = summarize(metrics).command, explain_search(trials, metrics[f"{figure}_before"])
         picture = to_svg(plot_trials(search["trials"], search["importances"]))
-    score = summaries.show_figure(best[figure], figure)
     return render(
         "search.html.jinja",
         folder=str(folder),
-        headline=f"Best of {counted(len(rows), 'trial')}: held-out {figure} {score}",
+        headline=f"Best of {counted(len(rows), 'trial')}: held-out {figure} {show_figure(best[figure], figure)}",
         explanation=explanation,
         command=f"{command}\nhfkit finetune --config {shlex.quote(str(folder))}/best.yaml",
         picture=picture,
@@ -197,54 +208,25 @@ def _search_page(folder: Path) -> str:
     )
 
 
-def render(template: str, **values: Any) -> str:
-    """The text of a `.html.jinja` or `.md.jinja` file with these values in it.
-
-    In HTML, control characters are written out and the rest is escaped; in Markdown, all markup is. Values of type
-    Markup stay as they are.
-    """
-    return _environment(template.endswith(".html.jinja")).get_template(template).render(values)
-
-
-@cache
-def _environment(is_html: bool) -> Environment:
-    def show(value: object) -> object:
-        if isinstance(value, Markup):
-            return value
-        return printable(str(value)) if is_html else markdown(str(value))
-
-    environment = Environment(
-        loader=PackageLoader("hfkit.reporting", "."),
-        autoescape=is_html,  # noqa: S701, Markdown is escaped by `show`
-        finalize=show,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+def explain_search(trials: Sequence[dict[str, Any]], before: float | None = None) -> str:
+    """What the best of the trials gained over the defaults, over the others and over `before` the training."""
+    figure = compared_by(trials)
+    scored = sorted(
+        (trial for trial in trials if trial["loss"] is not None),
+        key=lambda trial: merit(trial.get("accuracy"), trial["loss"]),
     )
-    environment.filters |= {"code": code, "quote": quote, "script_hash": script_hash}
-    return environment
-
-
-def script_hash(script: str) -> str:
-    """What a page's Content-Security-Policy calls this script: a browser runs no other."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def markdown(text: str) -> str:
-    """`text` in one line, as Markdown shows it to the letter."""
-    return _MARKUP.sub(r"\\\g<0>", printable(text).replace("\n", " "))
-
-
-def code(text: str) -> Markup:
-    """`text` as Markdown code in a table's cell, so that it can be copied."""
-    text = printable(text).replace("\n", " ").replace("|", "\\|")
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return Markup(f"{ticks} {text} {ticks}")  # noqa: S704, code spans show their content to the letter
-
-
-def quote(text: str) -> Markup:
-    """`text` as a Markdown quotation that keeps its lines."""
-    # A leading sign would start a list or a heading; two spaces at the end keep a line.
-    lines = (re.sub("^[-+=]", r"\\\g<0>", markdown(line.strip())) for line in text.split("\n"))
-    return Markup("  \n".join(f"> {line}" for line in lines))  # noqa: S704, escaped above
+    best, values = scored[0], [trial[figure] for trial in scored]
+    if best.get("default"):
+        return f"The defaults are the best: no other trial has a better held-out {figure}."
+    rivals = {
+        "the defaults": next((trial[figure] for trial in scored if trial.get("default")), None),
+        "the median trial": statistics.median(values) if len(values) > 2 else None,
+        "the model before training": before,
+    }
+    parts = []
+    for what, value in rivals.items():
+        if value is not None:
+            gain = best[figure] - value
+            by = f"{100 * abs(gain):.1f} points" if figure == "accuracy" else f"{abs(gain):.4f}"
+            parts.append((f"{by} {'above' if gain > 0 else 'below'}" if gain else "equal to") + f" that of {what}")
+    return f"The held-out {figure} of trial {best['number']} is {', '.join(parts)}." if parts else ""

@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from hfkit.console import printable
-from hfkit.reporting.summaries import compared_by, rank_trials
+from hfkit.reporting.summaries import compared_by, merit
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +40,12 @@ def points(history: Sequence[dict[str, Any]], name: str) -> Curve:
 def smooth(curve: Curve) -> Curve:
     """A running mean over a thirtieth of the points."""
     window = max(1, len(curve) // 30)
-    values = np.array([value for _, value in curve])
-    return [(step, float(values[max(0, end - window) : end].mean())) for end, (step, _) in enumerate(curve, 1)]
+    sums = np.cumsum([0.0, *(value for _, value in curve)])
+    starts = [max(0, end - window) for end in range(1, len(curve) + 1)]
+    return [
+        (step, float((sums[end] - sums[start]) / (end - start)))
+        for end, (start, (step, _)) in enumerate(zip(starts, curve, strict=True), 1)
+    ]
 
 
 def _plot(axes: "Axes", curve: Curve, **style: Any) -> None:
@@ -49,15 +53,20 @@ def _plot(axes: "Axes", curve: Curve, **style: Any) -> None:
         axes.plot([step for step, _ in curve], [value for _, value in curve], **style)
 
 
+def plot_loss(axes: "Axes", history: Sequence[dict[str, Any]]) -> None:
+    """Both losses of a run; the training loss as it is, faint, and smoothed."""
+    training, held_out = points(history, "loss"), points(history, "eval_loss")
+    _plot(axes, training, color="C0", alpha=0.25, linewidth=0.8)
+    _plot(axes, smooth(training), color="C0", label="training")
+    _plot(axes, held_out, color="C1", marker="o", label="held out")
+    if training or held_out:
+        _add_legend(axes)
+
+
 def draw_curves(history: Sequence[dict[str, Any]], unit: str) -> "Figure":
     """The losses of a run, and below them its learning rate, from Trainer's log."""
     figure, (losses, rates) = _start(2, 1, size=(6.4, 5.2), sharex=True, height_ratios=(3, 1))
-    training, held_out = points(history, "loss"), points(history, "eval_loss")
-    _plot(losses, training, color="C0", alpha=0.25, linewidth=0.8)
-    _plot(losses, smooth(training), color="C0", label="training")
-    _plot(losses, held_out, color="C1", marker="o", label="held out")
-    if training or held_out:
-        _add_legend(losses)
+    plot_loss(losses, history)
     _plot(rates, points(history, "learning_rate"), color="C0")
     losses.set(ylabel=f"loss ({unit})")
     rates.set(xlabel="step", ylabel="learning rate")
@@ -121,7 +130,7 @@ def plot_trials(trials: Sequence[dict[str, Any]], importances: dict[str, float])
     measure = compared_by(trials)
     scored = [trial for trial in trials if trial["loss"] is not None]
     scores = [trial[measure] for trial in scored]
-    best = rank_trials(scored)[0]
+    best = min(scored, key=lambda trial: merit(trial.get("accuracy"), trial["loss"]))
     names = list(dict.fromkeys([*importances, *(name for trial in scored for name in trial["params"])]))
     charts = 1 + bool(importances) + len(names)
     figure, (order, *rest) = _start(-(-charts // 3), 3, size=(10.8, 3.0 * -(-charts // 3)))

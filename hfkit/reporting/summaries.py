@@ -1,11 +1,10 @@
-"""What the metrics of a finished run or search say, as texts: the same on its card, on its page and beside others."""
+"""What the metrics of a finished run say, as texts: the same on its card, on its page and beside other runs."""
 
 import json
 import math
 import re
 import shlex
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,6 @@ _SENTENCE_END = re.compile(r"""[.!?…。！？]["'”’»)]*(?=\s|$)""")
 def merit(accuracy: float | None, loss: float | None) -> tuple[float, float]:
     """Sorts results, the best first: by accuracy where that is measured, and those of equal accuracy by loss."""
     return -(accuracy or 0.0), math.inf if loss is None else loss
-
-
-def rank_trials(trials: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Trials of a search, the best first."""
-    return sorted(trials, key=lambda trial: merit(trial.get("accuracy"), trial["loss"]))
 
 
 def compared_by(trials: Iterable[dict[str, Any]]) -> str:
@@ -52,6 +46,10 @@ class Sample:
     prompt: str
     text: str  # up to the end of a sentence
     rest: str  # of a sentence that was cut off at the limit of tokens
+
+    @property
+    def whole(self) -> str:
+        return self.prompt + self.text + self.rest
 
 
 @dataclass(frozen=True)
@@ -199,24 +197,3 @@ def _settings(metrics: dict[str, Any]) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name, version in metrics["versions"].items()),
         "command": str(metrics["command"]),
     }
-
-
-def explain_search(trials: Sequence[dict[str, Any]], before: float | None = None) -> str:
-    """What the best of the trials gained over the defaults, over the others and over `before` the training."""
-    figure = compared_by(trials)
-    scored = rank_trials(trial for trial in trials if trial["loss"] is not None)
-    best, values = scored[0], [trial[figure] for trial in scored]
-    if best.get("default"):
-        return f"The defaults are the best: no other trial has a better held-out {figure}."
-    rivals = {
-        "the defaults": next((trial[figure] for trial in scored if trial.get("default")), None),
-        "the median trial": statistics.median(values) if len(values) > 2 else None,
-        "the model before training": before,
-    }
-    parts = []
-    for what, value in rivals.items():
-        if value is not None:
-            gain = best[figure] - value
-            by = f"{100 * abs(gain):.1f} points" if figure == "accuracy" else f"{abs(gain):.4f}"
-            parts.append((f"{by} {'above' if gain > 0 else 'below'}" if gain else "equal to") + f" that of {what}")
-    return f"The held-out {figure} of trial {best['number']} is {', '.join(parts)}." if parts else ""

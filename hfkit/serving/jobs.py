@@ -10,7 +10,7 @@ from typing import cast
 from hfkit.corpus.templates import CHAT_TEMPLATE, task_of
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.inference.controls import check_controls, check_options
-from hfkit.inference.remote import draw_seed
+from hfkit.inference.generation import draw_seed
 from hfkit.inference.text import Request, fit_prompt
 from hfkit.models.loading import LanguageModel, vocabulary_size
 from hfkit.options import GenerateOptions

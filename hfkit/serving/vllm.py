@@ -12,10 +12,10 @@ from safetensors import safe_open
 
 from hfkit.console import note, write
 from hfkit.errors import HfkitError, OptionError
-from hfkit.hub import converted_folder
 from hfkit.models.folder import ModelFiles, weight_files
 from hfkit.models.sources import find_model
 from hfkit.options import ModelOptions
+from hfkit.storage import cache_folder
 
 _READ_BY_VLLM = {"F32", "F16", "BF16"}
 _POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx")  # names of the context in config.json
@@ -57,7 +57,7 @@ def _readable_folder(source: ModelFiles, model: ModelOptions) -> Path:
     parts = [source.folder / source.gguf] if source.gguf else [source.folder, source.adapter or source.folder]
     files = [file for part in parts for file in ([part] if part.is_file() else sorted(part.glob("*.*")))]
     stamps = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()]
-    target = converted_folder() / "vllm" / hashlib.sha256(f"{model.dtype}{stamps}".encode()).hexdigest()[:16]
+    target = cache_folder() / "vllm" / hashlib.sha256(f"{model.dtype}{stamps}".encode()).hexdigest()[:16]
     if not target.exists():
         from hfkit.models.exporting import export
 

@@ -1,8 +1,9 @@
 """Train a model.
 
-finetuning, pretraining: the public calls; the latter makes vocabularies, too
+finetuning, pretraining: the public calls
 plan: what a run will be and cost on this machine, and the job that comes of it
 models: what is trained, loaded or new
+vocabulary: new tokenizers for new models
 runs: a job from beginning to end
 loop: the training loop; its docstring lists the events of a step in order
 monitor: what is watched while a model trains

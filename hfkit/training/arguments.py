@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -69,10 +69,17 @@ def training_arguments(job: Job, rows: int, accumulation: int) -> TrainingArgume
         "max_steps": plan.steps,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": accumulation,
+        "report_to": options.report_to or "none",
         "use_cpu": plan.device.type == "cpu",
+        "bf16": plan.precision == "bfloat16",
+        "fp16": plan.precision == "float16",
+        "torch_compile": plan.compile,
+        "dataloader_pin_memory": plan.device.type == "cuda",
         "accelerator_config": {"non_blocking": plan.device.type == "cuda"},
         "remove_unused_columns": False,
-        "ddp_find_unused_parameters": False,
+        "label_names": ["start_positions", "end_positions"]
+        if job.dataset.head == "question-answering"
+        else ["labels"],
         "disable_tqdm": True,
         "save_strategy": "no",  # StepCallback decides when to save, and what to keep
         "save_total_limit": None,
@@ -88,6 +95,8 @@ def training_arguments(job: Job, rows: int, accumulation: int) -> TrainingArgume
             raise OptionError(f"--lr-scheduler-kwargs is not valid JSON: {error}") from error
     if options.fsdp_config:
         values["fsdp"] = True
+    if processes.count > 1:
+        values["ddp_find_unused_parameters"] = False
     arguments = TrainingArguments(**values)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one GPU; several GPUs take several processes
     return arguments
@@ -99,8 +108,7 @@ def make_optimizer(options: TrainOptions) -> tuple[Any, dict[str, Any]] | None:
         return None
     betas = (options.adam_beta1 or 0.9, options.adam_beta2 or 0.95)
     adam = {"betas": betas, "eps": options.adam_epsilon or 1e-8}
-    # Trainer calls what this factory returns with the model, instead of a list of parameters.
-    return lambda: Muon, {"lr": options.learning_rate, "weight_decay": options.weight_decay, **adam}
+    return MuonFactory, {"lr": options.learning_rate, "weight_decay": options.weight_decay, **adam}
 
 
 class Muon(torch.optim.Optimizer):
@@ -109,29 +117,25 @@ class Muon(torch.optim.Optimizer):
     One learning rate serves both: Muon's step is scaled to the size of AdamW's.
     """
 
-    def __init__(self, model: nn.Module, *, lr: float, weight_decay: float, **adam: Any) -> None:
-        """adam: AdamW's other options."""
-        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        if head is not None:
-            embeddings.add(id(head.weight))
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        matrices = [p for p in trained if p.ndim == 2 and id(p) not in embeddings]
-        others = [p for p in trained if p.ndim != 2 or id(p) in embeddings]
-        self._parts = [
-            torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([{"params": others}], lr=lr, weight_decay=0.0, fused=True, **adam),
-        ]
-        super().__init__([group for part in self._parts for group in part.param_groups], {"lr": lr})
+    def __init__(self, matrices: Iterable[nn.Parameter], groups: list[dict[str, Any]], **options: Any) -> None:
+        """matrices: (in, out) or (out, in) weights of hidden layers. groups: AdamW's parameter groups."""
+        lr, decay = options["lr"], options["weight_decay"]
+        muon = torch.optim.Muon(list(matrices), lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        adam = torch.optim.AdamW(groups, lr=lr, betas=options["betas"], eps=options["eps"], fused=True)
+        self._parts = [muon, adam]
+        super().__init__([*muon.param_groups, *adam.param_groups], {"lr": lr})
         self._share_groups()
 
     def _share_groups(self) -> None:
         """Expose the parts' own groups, so that a scheduler sets the learning rate of both."""
         self.param_groups = [group for part in self._parts for group in part.param_groups]
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # Trainer passes no closure
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # overloads
+        loss = None if closure is None else closure()
         for part in self._parts:
             part.step()
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
         return {"parts": [part.state_dict() for part in self._parts]}
@@ -140,3 +144,17 @@ class Muon(torch.optim.Optimizer):
         for part, part_state in zip(self._parts, state["parts"], strict=True):
             part.load_state_dict(part_state)
         self._share_groups()
+
+
+class MuonFactory:
+    """Makes a Muon from a model: Trainer passes it one instead of a list of parameters."""
+
+    def __call__(self, model: nn.Module, **options: Any) -> Muon:
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if head is not None:
+            embeddings.add(id(head.weight))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        matrices = [p for p in trained if p.ndim == 2 and id(p) not in embeddings]
+        others = [p for p in trained if p.ndim != 2 or id(p) in embeddings]
+        return Muon(matrices, [{"params": others, "weight_decay": 0.0}], **options)

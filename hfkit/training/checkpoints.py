@@ -17,7 +17,7 @@ from typing import Any
 
 from hfkit import processes
 from hfkit.console import note
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, first_line
 from hfkit.storage import make_durable, sync_folder, write_text
 
 _MANIFEST = "manifest.json"
@@ -64,7 +64,8 @@ def step_of(checkpoint: Path) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first, damaged ones included."""
-    return sorted(folder.glob("checkpoint-[0-9]*"), key=step_of, reverse=True)
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    return sorted(checkpoints, key=step_of, reverse=True)
 
 
 def find_newest(folder: Path, best: int | None = None) -> Path | None:
@@ -98,10 +99,13 @@ def rotate(folder: Path, keep: int, best: int | None) -> None:
     finished = [path for path in checkpoints if (path / _MANIFEST).is_file()]
     kept = [*finished[:keep], *(path for path in finished if step_of(path) == best)]
     for checkpoint in checkpoints:
-        if checkpoint not in kept:
-            with contextlib.suppress(OSError):  # it is deleted after the next save
-                (checkpoint / _MANIFEST).unlink(missing_ok=True)  # first: half a deletion must not look whole
-                shutil.rmtree(checkpoint)
+        if checkpoint in kept:
+            continue
+        try:
+            (checkpoint / _MANIFEST).unlink(missing_ok=True)  # first: half a deletion must not look whole
+            shutil.rmtree(checkpoint)
+        except OSError as error:
+            raise HfkitError(f"cannot delete {checkpoint}: {first_line(error)}; fix that, then --resume") from error
 
 
 class Stop:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,7 @@ def finetune(
 
 def make_job(corpus: Corpora, options: ModelOptions, data: DataOptions, train: TrainOptions, folder: Path) -> Job:
     """What `finetune` would do in `folder`, decided: the corpus is tokenized, nothing is written there."""
-    source, (first, *others) = find_model(options), run_folder.sources_of(corpus)
-    has_tokens = not others and is_prepared(Path(first).expanduser())
-    files = corpus if has_tokens else find_corpus(corpus, data, folder)
+    files, source = run_folder.find_files(corpus, data, folder), find_model(options)
     if train.overwrite:
         run_folder.check_not_input(folder, [source.folder, source.adapter or source.folder])
     tokenizer, config = load_tokenizer(source), load_config(source)
@@ -117,8 +115,11 @@ def _check_model(source: ModelFiles, config: Any, model: ModelOptions, train: Tr
     check_causal(source.name, config, "choose a causal model, such as gpt2")
     if train.head and (train.lora or data.streaming or source.adapter):
         raise OptionError("--head trains a whole model from files: leave --lora, --streaming and adapters out")
-    if train.lora and (source.adapter or source.gguf or source.checkpoint):
-        raise HfkitError(f"--lora needs a plain model to build on: 'hfkit export' makes one of {source.name}")
+    if train.lora and source.adapter:
+        raise HfkitError(f"{source.name} is an adapter: 'hfkit export' merges it, then train another one on top")
+    if train.lora and (source.gguf or source.checkpoint):
+        why = "is converted first, an adapter would not find it: 'hfkit export' makes a folder of it"
+        raise HfkitError(f"{source.name} {why}")
     if model.quantize and not (train.lora and torch.cuda.is_available()):
         raise OptionError("--quantize trains with --lora and on a GPU only: leave it out")
     if data.streaming and not train.max_steps:
@@ -133,7 +134,7 @@ class Preparation:
     plan: Plan  # of training on all of it with the default options
     blocks: int
     block_size: int
-    examples: list[str]  # as the model sees them
+    examples: list[str] = field(default_factory=list)  # as the model sees them
 
     @property
     def folder(self) -> str:

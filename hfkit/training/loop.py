@@ -10,7 +10,7 @@ A step, by Trainer, with the places where hfkit steps in:
     1. Forward and backward pass of each batch       _Trainer.compute_loss: stop where the loss is not finite
     2. Clip the gradient; step optimizer and learning rate
     3. End of the step                               StepCallback.on_step_end: measure the last step; decide whether to
-                                                     save and stop; check the weights
+                                                     save and stop; check the weights and the space on disk
     4. Log the loss
     5. If due: write a checkpoint                    StepCallback.on_save: commit it, delete old ones, measure
 A checkpoint is safe before its step is measured: a run that was interrupted in between measures first. Only the last
@@ -36,8 +36,9 @@ from hfkit import console, processes
 from hfkit.console import counted
 from hfkit.errors import DivergedError, HfkitError, OptionError, first_line
 from hfkit.options import TrainOptions
+from hfkit.storage import check_space
 from hfkit.training.arguments import freed_memory_kept, make_optimizer, private_environment, training_arguments
-from hfkit.training.checkpoints import Stop, commit, find_newest, rotate
+from hfkit.training.checkpoints import Stop, commit, find_newest, list_checkpoints, rotate
 from hfkit.training.monitor import HeldOutMonitor, ProgressCallback, best_step, is_stale
 from hfkit.training.plan import Job, Plan
 
@@ -126,11 +127,12 @@ class _Trainer(Trainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer would log a loss that is not finite as 0, and train on."""
-        loss: Any = super().compute_loss(*args, **kwargs)
+        result = super().compute_loss(*args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
         # To look at a GPU's loss is to wait for it: `log` does, every few steps.
-        if loss.device.type == "cpu" and not loss.isfinite():
+        if loss.device.type == "cpu" and not torch.isfinite(loss).all():
             raise _diverged(f"the loss is {loss.item()}", self.state.global_step + 1, self.args.learning_rate)
-        return loss
+        return result
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if not math.isfinite(loss := logs.get("loss", 0.0)):
@@ -138,11 +140,18 @@ class _Trainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def measure(self) -> None:
-        """Measure the model at this step, once, and log it. A stop meanwhile is a KeyboardInterrupt."""
+        """Measure the model at this step, once, and log it.
+
+        Raises:
+            KeyboardInterrupt: the run was asked to stop meanwhile; when it is resumed it measures first.
+        """
         history, step = self.state.log_history, self.state.global_step
         if any(entry.get("measured") == step for entry in history):
             return
-        figures, entry = self._monitor.measure(self.model, self.processing_class, history, step)
+        measurement = self._monitor.measure(self.model, self.processing_class, history, step)
+        if measurement is None:
+            raise KeyboardInterrupt
+        figures, entry = measurement
         if figures:
             self.log(figures)
         history.append(entry)
@@ -183,11 +192,20 @@ class StepCallback(TrainerCallback):
         control.should_training_stop |= asked
         control.should_save = bool(last or asked or extra or self._is_due(state))
         if control.should_save:
-            trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-            # One pass over the memory: a sum is not finite where a term is not.
-            if not all(parameter.detach().sum().isfinite() for parameter in trained):
-                raise _diverged("the weights are not finite", state.global_step, args.learning_rate)
-            self._unfinished = self._folder / f"checkpoint-{state.global_step}"
+            self._check_before_save(model, state, args.learning_rate)
+
+    def _check_before_save(self, model: Any, state: Any, learning_rate: float) -> None:
+        """See that the weights are finite and that the disk has room for them."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # One pass over the memory: a sum is not finite where a term is not.
+        if not all(parameter.detach().sum().isfinite() for parameter in trained):
+            raise _diverged("the weights are not finite", state.global_step, learning_rate)
+        self._unfinished = self._folder / f"checkpoint-{state.global_step}"
+        if processes.rank == 0:
+            earlier = next(iter(list_checkpoints(self._folder)), None)
+            files = [path for path in earlier.rglob("*") if path.is_file()] if earlier else []
+            size = sum(path.stat().st_size for path in files) or sum(4 * parameter.numel() for parameter in trained)
+            check_space(self._folder, int(1.1 * size))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         processes.gather([])  # Trainer does not wait for what the other processes write

@@ -16,10 +16,10 @@ from transformers import (
 
 from hfkit.corpus.training_data import TrainingData
 from hfkit.declaration import set_fields
-from hfkit.errors import HfkitError, OptionError
+from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.models.folder import ModelFiles
 from hfkit.models.integrity import LOADING
-from hfkit.models.layers import fuse_activations, prepare_training
+from hfkit.models.kernels import fuse_activations, prepare_training
 from hfkit.models.loading import load_weights, load_with_head
 from hfkit.options import ModelOptions, SizeOptions, TrainOptions
 from hfkit.training.plan import Plan
@@ -43,6 +43,7 @@ def make_trainable(
         model = load_with_head(source, options, tokenizer, dataset.head, dataset.labels)
     else:
         model = load_weights(source, replace(options, dtype="float32"), tokenizer).model
+    model.name_or_path = source.name if source.name == "bundled" else str(source.folder)
     model.requires_grad_(not plan.options.lora)  # merging an adapter has frozen the weights
     _set_training_mode(model, plan)
     return _add_adapter(model, source, options.revision, plan.options) if plan.options.lora else model
@@ -89,7 +90,7 @@ def _add_adapter(model: Any, source: ModelFiles, revision: str | None, options: 
     except ImportError as error:
         raise HfkitError("--lora needs peft: pip install 'hfkit[lora]'") from error
     # Record the base so that peft and transformers find it from any folder.
-    is_on_hub = source.folder.parent.name == "snapshots"
+    is_on_hub = not source.folder.is_dir() or source.folder.parent.name == "snapshots"
     model.name_or_path = source.name if is_on_hub else str(source.folder.resolve())
     config = LoraConfig(
         revision=revision,
@@ -102,7 +103,10 @@ def _add_adapter(model: Any, source: ModelFiles, revision: str | None, options: 
     )
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model)  # type: ignore[no-untyped-call]
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise OptionError(f"--lora-target-modules: {first_line(error)}") from error
 
 
 def shape_of(size: SizeOptions) -> dict[str, Any]:

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hfkit import console, processes
 from hfkit.corpus.encoding import IGNORED, encode_answers
 from hfkit.corpus.sequences import group
 from hfkit.corpus.templates import task_of
+from hfkit.corpus.training_data import TrainingData
 from hfkit.errors import HfkitError
 from hfkit.inference.classification import label_ids, label_scores
 from hfkit.inference.generation import generate
@@ -82,35 +83,39 @@ class Answers:
 
     def count_right(self, lm: LanguageModel, share: slice) -> int:
         """How many prompts in a share of them the model answers right."""
-        prompts = ({"input_ids": np.array(ids)} for ids in self.prompts[share])
-        right, count, labels = iter(self.right[share]), 0, list(self.labels)
-        for batch in group(prompts, _BATCH_TOKENS // len(labels)):
+        count, labels = 0, list(self.labels)
+        right = iter(self.right[share])
+        for batch in group(
+            ({"input_ids": np.array(ids)} for ids in self.prompts[share]), _BATCH_TOKENS // len(labels)
+        ):
             chosen = label_scores(lm, [item["input_ids"].tolist() for item in batch], labels).argmax(-1)
             count += sum(label == next(right) for label in chosen.tolist())
         return count
 
 
-def find_answers(job: Job, held_out: Any) -> Answers | None:
+def find_answers(
+    dataset: TrainingData, held_out: Any, tokenizer: PreTrainedTokenizerBase, length: int
+) -> Answers | None:
     """The answers to `held_out`; None where nothing is held out, or any text may be an answer.
 
-    Prompts that do not fit into a block with every label are left out.
+    length: tokens that the model takes: prompts that do not fit with every label are left out.
     """
-    dataset, task = job.dataset, task_of(job.tokenizer)
+    task = task_of(tokenizer)
     if not len(held_out) or not (dataset.head == "classification" or (task and task.labels)):
         return None
     items = [held_out[number] for number in range(len(held_out))]
     if dataset.head or not task:
         return Answers(dataset.labels, [item["labels"] for item in items])
     whole = [task.complete(label) for label in task.labels]
-    endings = encode_answers(whole, job.tokenizer)
-    prompts, right, room = [], [], job.block_size - max(map(len, endings))
+    endings = encode_answers(whole, tokenizer)
+    prompts, right, room = [], [], length - max(map(len, endings))
     for item in items:
         ids, start = item["input_ids"].tolist(), int((item["labels"] != IGNORED).argmax())
         matches = [number for number, ending in enumerate(endings) if ids[start : start + len(ending)] == ending]
         if matches and 0 < start <= room:
             prompts.append(ids[:start])
             right.append(matches[0])
-    return Answers(task.labels, right, prompts, label_ids(task, job.tokenizer)) if right else None
+    return Answers(task.labels, right, prompts, label_ids(task, tokenizer)) if right else None
 
 
 class HeldOutMonitor:
@@ -120,24 +125,28 @@ class HeldOutMonitor:
         """tell: shows a line to the user."""
         self._job, self._stop, self._tell, self._clock = job, stop, tell, time.monotonic()
         self._collate, self._held_out = job.collator(), _sample(job.dataset.held_out, job.plan)
-        self._answers = find_answers(job, self._held_out)
+        self._answers = find_answers(job.dataset, self._held_out, job.tokenizer, job.block_size)
         self._baseline = self._answers.baseline if self._answers else None
 
     def measure(
         self, model: Any, tokenizer: Any, history: History, step: int
-    ) -> tuple[dict[str, float], dict[str, Any]]:
-        """The scores of `model` as Trainer logs them, empty if nothing is held out, and the other entry of its log.
+    ) -> tuple[dict[str, float], dict[str, Any]] | None:
+        """Measure `model`.
 
-        Raises:
-            KeyboardInterrupt: the run was asked to stop meanwhile; when it is resumed it measures first.
+        Returns:
+            The scores as Trainer logs them, empty if nothing is held out, and the other entry of its log; None if the
+            run was asked to stop meanwhile.
         """
-        plan, lm = self._job.plan, LanguageModel(model, tokenizer)
-        model.eval()  # Trainer sets the mode anew at each step
-        with torch.autocast(plan.device.type, getattr(torch, plan.precision), enabled=plan.precision != "float32"):
-            scores = self._score(model)
-            if self._stop.asked():
-                raise KeyboardInterrupt
-            accuracy, sample = self._accuracy(scores, lm), self._continue_prompt(lm)
+        was_training, plan, lm = model.training, self._job.plan, LanguageModel(model, tokenizer)
+        model.eval()
+        try:
+            with torch.autocast(plan.device.type, getattr(torch, plan.precision), enabled=plan.precision != "float32"):
+                scores = self._score(model)
+                if self._stop.asked():
+                    return None
+                accuracy, sample = self._accuracy(scores, lm), self._continue_prompt(lm)
+        finally:
+            model.train(was_training)
         now = time.monotonic()
         seconds, self._clock = seconds_of(history) + now - self._clock, now
         figures = self._figures(scores, accuracy, history)
@@ -156,8 +165,8 @@ class HeldOutMonitor:
         is_head = self._job.dataset.head is not None
         scores = score_items(model, self._batches()) if is_head else score_batches(model, self._targets())
         total = Scores()
-        for part in processes.gather([scores]):
-            total.join(part)
+        for part in processes.gather([vars(scores)]):
+            total.join(Scores(**part))
         return total
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -227,7 +236,7 @@ class HeldOutMonitor:
 def _sample(held_out: Any, plan: Plan) -> Any:
     """As many of the held-out items, evenly spaced, as make measuring cost about a tenth of the training."""
     per_step = plan.rows * plan.options.gradient_accumulation_steps
-    limit, count = max(32, int(0.3 * per_step * (plan.options.eval_steps or 0))), len(held_out)
+    limit, count = max(32, int(0.3 * per_step * plan.eval_steps)), len(held_out)
     return held_out if count <= limit else Subset(held_out, [number * count // limit for number in range(limit)])
 
 
@@ -237,21 +246,24 @@ class ProgressCallback(TrainerCallback):
     def __init__(self, plan: Plan) -> None:
         self._plan, self._loss = plan, math.nan
         self.begun = False  # Trainer has accepted its options
-        self._bar: Any = None
+        self._bar: tqdm[Any] | None = None
 
     def tell(self, text: str) -> None:
         """Show a line above the bar."""
-        if not console.state.quiet:
+        if processes.rank == 0 and not console.state.quiet:
             tqdm.write(f"hfkit: {text}", file=sys.stderr)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begun = True
-        self._bar = console.progress(state.max_steps, "step", "training", initial=state.global_step)
+        if processes.rank == 0:
+            self._bar = console.progress(state.max_steps, "step", "training", initial=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self._loss = (logs or {}).get("loss", self._loss)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is None:
+            return
         self._bar.update(state.global_step - self._bar.n)
         rate = self._bar.format_dict["rate"] or 0.0
         per_step = self._plan.tokens / max(1, self._plan.steps)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from hfkit import processes
+from hfkit import console, processes
 from hfkit.console import counted, duration, note
+from hfkit.corpus.cache import Report, corpus_lines
 from hfkit.corpus.files import Corpora, Corpus
 from hfkit.corpus.labelled import gather_labelled_data
 from hfkit.corpus.sequences import Collator
@@ -54,6 +55,10 @@ class Plan:
         """Sequences at a time, in each process."""
         return self.options.per_device_train_batch_size or 1
 
+    @property
+    def eval_steps(self) -> int:
+        return self.options.eval_steps or self.steps
+
     def lines(self) -> list[str]:
         """What the training will be and cost, a line each."""
         times = self.options.gradient_accumulation_steps
@@ -64,6 +69,14 @@ class Plan:
             f"about {duration(self.seconds)} and {self.memory / 1e9:.1f} GB on this {self.device.type}, "
             f"in {self.precision}{', compiled' if self.compile else ''}",
         ]
+
+    def describe(self, report: Report | None) -> None:
+        """Say on stderr what is about to be trained on what."""
+        if processes.rank == 0:
+            for line in (corpus_lines(report) if report else []) + self.lines():
+                console.note(line)
+            for line in self.why:
+                console.detail(line)
 
 
 @dataclass(frozen=True, kw_only=True)

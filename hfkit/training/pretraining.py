@@ -1,24 +1,14 @@
-"""Pretraining: a tokenizer and a model from nothing, trained as `finetune` trains.
+"""Pretraining: a tokenizer and a model from nothing, trained as `finetune` trains."""
 
-The vocabulary is GPT-2's byte-level BPE, with whole characters where that matters, or BERT's WordPiece.
-"""
-
-import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer
-from tokenizers.models import BPE, WordPiece
-from tokenizers.pre_tokenizers import Split
-from tokenizers.trainers import BpeTrainer, WordPieceTrainer
-from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, TrainerCallback
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 
 from hfkit import console, processes
 from hfkit.corpus.documents import Piece, read_records
@@ -34,11 +24,9 @@ from hfkit.training import run_folder
 from hfkit.training.models import SIZES, make_bert, make_gpt2, make_new, new_model, shape_of
 from hfkit.training.plan import Job, gather, make_plan
 from hfkit.training.runs import Run, run_job
+from hfkit.training.vocabulary import train_bytes, train_characters, train_wordpiece
 
 _TOKENIZER = f"{run_folder.CHECKPOINTS}/tokenizer"  # kept for when the run is resumed
-_END = "<|endoftext|>"
-# How GPT-2 divides a text before it merges bytes.
-_WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
 def pretrain(
@@ -78,11 +66,8 @@ def _make_job(
     corpus: Corpora, size: SizeOptions, data: DataOptions, train: TrainOptions, placement: ModelOptions, folder: Path
 ) -> Job:
     files = find_corpus(corpus, data, folder)
-    if train.resume and not train.overwrite and run_folder.is_begun(folder):
-        kept = folder / _TOKENIZER  # a finished run has it beside the model
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(kept if kept.is_dir() else folder)
-    else:
-        tokenizer = _train_tokenizer_once(files, size, data, train)
+    resumed = train.resume and not train.overwrite and run_folder.is_begun(folder)
+    tokenizer = _load_tokenizer(folder) if resumed else _train_tokenizer_once(files, size, data, train)
     shape = shape_of(size)
     block_size = data.block_size or shape["n_positions"]
     if block_size > shape["n_positions"]:
@@ -110,20 +95,25 @@ def _make_job(
     )
 
 
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run; a finished run has it beside the model."""
+    kept = folder / _TOKENIZER
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(kept if kept.is_dir() else folder)
+    return tokenizer
+
+
 def _train_tokenizer_once(
     corpus: Corpus, size: SizeOptions, data: DataOptions, train: TrainOptions
 ) -> PreTrainedTokenizerBase:
     """A new tokenizer, trained in the first process and sent to the others."""
     tokenizer = None
     if processes.rank == 0 and train.head:
-        if train.head == "classification":
-            texts = [text for text, _ in classification_rows(corpus, data)]
-        else:
-            texts = [text for row in question_rows(corpus, data) for text in (row.question, row.context)]
+        texts = _row_texts(corpus, data, train.head)
         tokenizer = train_wordpiece(texts, size.vocab_size or _vocabulary(size, sum(map(len, texts))))
     elif processes.rank == 0:
         tokenizer = train_tokenizer(corpus, size, data, train.seed)
-    return cast(PreTrainedTokenizerBase, processes.gather([tokenizer])[0])
+    trained: PreTrainedTokenizerBase = processes.gather([tokenizer])[0]
+    return trained
 
 
 def _vocabulary(size: SizeOptions, characters: int) -> int:
@@ -158,10 +148,7 @@ def train_tokenizer(
         for share, (*_, piece) in zip(held, _pieces(files, data), strict=True)
     )
     # In a script of three bytes a character, such as Chinese, bytes alone would leave most characters in pieces.
-    if sizes.sum() > 2 * lengths.sum():
-        return train_characters(texts, vocabulary)
-    blank: Any = GPT2Tokenizer()
-    return cast(PreTrainedTokenizerBase, blank.train_new_from_iterator(texts, vocabulary, show_progress=False))
+    return (train_characters if sizes.sum() > 2 * lengths.sum() else train_bytes)(texts, vocabulary)
 
 
 def _pieces(files: Corpus, data: DataOptions) -> Iterator[tuple[int, bool, Piece]]:
@@ -172,52 +159,8 @@ def _pieces(files: Corpus, data: DataOptions) -> Iterator[tuple[int, bool, Piece
     yield from number_documents(chain([first], records))  # type: ignore[arg-type]  # all records are of one kind
 
 
-def train_characters(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
-    """Byte-level BPE that first merges the bytes of each character, and then the most frequent pairs of characters.
-
-    A model that learns from such tokens hardly ever writes a part of a character. Characters take three quarters of
-    the vocabulary at most; what is rarer is spelled byte by byte.
-    """
-    counts: Counter[str] = Counter()
-
-    def counted() -> Iterator[str]:
-        for text in texts:
-            counts.update(text)
-            yield text
-
-    trained = Tokenizer(BPE())
-    trained.pre_tokenizer = Split(_WORDS, "isolated")
-    trainer = BpeTrainer(vocab_size=vocabulary, limit_alphabet=3 * vocabulary // 4, show_progress=False)
-    trained.train_from_iterator(counted(), trainer)
-    model = json.loads(trained.to_str())["model"]
-    signs: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
-
-    def spell(text: str) -> str:
-        return "".join(signs[byte] for byte in text.encode())
-
-    words = [spell(character) for character, _ in counts.most_common() if character in model["vocab"]]
-    pairs = [(word[:end], word[end]) for word in words for end in range(1, len(word))]
-    pairs += [(spell(left), spell(right)) for left, right in model["merges"]]
-    tokens, merges = dict.fromkeys([_END, *sorted(signs.values())]), []
-    for left, right in pairs:
-        if left + right not in tokens and len(tokens) < vocabulary:
-            tokens[left + right] = None
-            merges.append((left, right))
-    vocab = {token: index for index, token in enumerate(tokens)}
-    return cast(PreTrainedTokenizerBase, GPT2Tokenizer(vocab=vocab, merges=cast(Any, merges)))
-
-
-def train_wordpiece(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
-    """A lower-casing WordPiece tokenizer as BERT has it: [CLS] text [SEP], or [CLS] question [SEP] text [SEP]."""
-    backend = BertTokenizer().backend_tokenizer
-    texts = [backend.normalizer.normalize_str(text) for text in texts]
-    words = {word for text in texts for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)}
-    # The trainer numbers the letters inside of words in the order of a hash table, which differs from process to
-    # process. Numbered beforehand, they always give the same vocabulary.
-    letters = [f"##{letter}" for letter in sorted({letter for word in words for letter in word[1:]})]
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # in the order of their ids
-    trainer = WordPieceTrainer(vocab_size=vocabulary, special_tokens=[*special, *letters], show_progress=False)
-    trained = Tokenizer(WordPiece())
-    trained.pre_tokenizer = backend.pre_tokenizer
-    trained.train_from_iterator(texts, trainer)
-    return cast(PreTrainedTokenizerBase, BertTokenizer(vocab=trained.get_vocab()))
+def _row_texts(corpus: Corpora | Corpus, data: DataOptions, head: str) -> list[str]:
+    """All texts of the rows that a head is trained on."""
+    if head == "classification":
+        return [text for text, _ in classification_rows(corpus, data)]
+    return [text for row in question_rows(corpus, data) for text in (row.question, row.context)]

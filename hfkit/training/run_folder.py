@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from hfkit import console, processes, storage
-from hfkit.corpus.files import Corpora, name_of
+from hfkit.corpus.files import Corpora, Corpus, find_corpus, is_prepared, name_of
 from hfkit.declaration import Options, set_fields
-from hfkit.errors import HfkitError, OptionError
-from hfkit.options import TrainOptions
+from hfkit.errors import HfkitError, OptionError, first_line
+from hfkit.options import DataOptions, TrainOptions
 from hfkit.reporting.pages import METRICS
 
 RECIPE, FACTS, CHECKPOINTS = "recipe.yaml", "run.json", "checkpoints"
@@ -55,18 +55,26 @@ def reserve(
     inputs: what the run reads in addition to the corpus, which overwriting the folder must not delete.
     """
     check_trackers(train.report_to or [])
-    name = name_of(corpus) + ("-pretrained" if command == "pretrain" else "")
-    folder = Path(train.output_dir or Path("runs") / name)
+    folder = folder_for(command, corpus, train)
     with contextlib.ExitStack() as stack:
         if not dry_run and processes.rank == 0:
-            check_run_folder(folder, train, [*sources_of(corpus), *inputs])
+            check_run_folder(
+                folder, resume=train.resume, overwrite=train.overwrite, inputs=[*sources_of(corpus), *inputs]
+            )
             stack.enter_context(storage.lock(folder))
         processes.gather([])
-        if train.resume and not train.overwrite and is_begun(folder):
-            decided = json.loads((folder / FACTS).read_text("utf-8"))["recipe"]
-            left_open = [name for name in train.names() if getattr(train, name) is None]
-            train = replace(train, **{name: decided[name] for name in left_open if name in decided})
-        yield folder, train
+        yield folder, _settle(folder, train)
+
+
+def find_files(corpus: Corpora, data: DataOptions, folder: Path) -> Corpora | Corpus:
+    """The files of a corpus, but for the run's own folder; the name of a folder that `prepare` made stays a name."""
+    first, *others = sources_of(corpus)
+    return corpus if not others and is_prepared(Path(first).expanduser()) else find_corpus(corpus, data, folder)
+
+
+def folder_for(command: str, corpus: Corpora, train: TrainOptions) -> Path:
+    """The run's folder. Training a model from nothing has another default than training one further."""
+    return Path(train.output_dir or Path("runs") / (name_of(corpus) + "-pretrained" * (command == "pretrain")))
 
 
 def check_trackers(names: Iterable[str]) -> None:
@@ -79,19 +87,19 @@ def check_trackers(names: Iterable[str]) -> None:
             raise OptionError(f"--report-to {name} needs a package: pip install {package}")
 
 
-def check_run_folder(folder: Path, train: TrainOptions, inputs: Iterable[str | Path] = ()) -> None:
+def check_run_folder(folder: Path, *, resume: bool, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
     """Raise HfkitError if a run can neither begin nor go on in `folder`.
 
     inputs: what the run reads, a corpus or a model: overwriting the folder must not delete it.
     """
     storage.make_writable(folder)
     begun = is_begun(folder)
-    if begun and train.resume and not train.overwrite:
+    if begun and resume and not overwrite:
         return
     if begun:
         check_not_input(folder, inputs)
     storage.check_owned(folder)
-    if begun and not train.overwrite:
+    if begun and not overwrite:
         raise HfkitError(f"{folder} holds a run: --resume continues it, --overwrite starts over")
 
 
@@ -110,9 +118,18 @@ def is_begun(folder: Path) -> bool:
     try:
         facts = json.loads((folder / FACTS).read_text("utf-8"))
         is_run = isinstance(facts["recipe"], dict) and "hfkit" in facts["versions"]
-    except (OSError, ValueError, LookupError, TypeError):  # it is missing, or of another program
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         is_run = False
     return is_run and ((folder / METRICS).is_file() or any((folder / CHECKPOINTS).glob("checkpoint-*")))
+
+
+def _settle(folder: Path, train: TrainOptions) -> TrainOptions:
+    """`train` with what the run to be resumed decided when it began."""
+    if train.overwrite or not (train.resume and is_begun(folder)):
+        return train
+    decided = _read_json(folder / FACTS)["recipe"]
+    left_open = [name for name in train.names() if getattr(train, name) is None]
+    return replace(train, **{name: decided[name] for name in left_open if name in decided})
 
 
 def make_recipe(corpus: Corpora, *groups: Any) -> dict[str, Any]:
@@ -183,11 +200,11 @@ def check_same_settings(folder: Path, command: str, recipe: dict[str, Any], fact
 
     A schedule that only falls at its end may get another length: nothing that was trained so far depends on it.
     """
-    record = json.loads((folder / FACTS).read_text("utf-8"))
+    record = _read_json(folder / FACTS)
     facts = {name: value for name, value in facts.items() if name in record}  # old versions recorded fewer
     begun, asked = record["recipe"] | record, recipe | facts
-    others = ("command", "versions", "recipe")
-    names = [name for name in {**asked, **begun} if name not in others and begun.get(name) != asked.get(name)]
+    names = [name for name in {**asked, **begun} if name not in ("command", "versions", "recipe")]
+    names = [name for name in names if begun.get(name) != asked.get(name)]
     if {"model_bytes", "model_sha256"} & {*names} and begun.get("model") == asked.get("model"):
         raise HfkitError(
             f"{asked['model']} has changed since {folder} was begun on it: --overwrite starts over on the new one"
@@ -204,10 +221,19 @@ def check_same_settings(folder: Path, command: str, recipe: dict[str, Any], fact
         _write_recipe(folder, command, recipe)
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if not content or not isinstance(content, dict):
+            raise ValueError("hfkit did not write it so")
+        return content
+    except (OSError, ValueError, RecursionError) as error:
+        raise HfkitError(f"{path} cannot be read: {first_line(error)}; --overwrite starts over") from error
+
+
 def read_metrics(folder: Path) -> dict[str, Any] | None:
     """`metrics.json`; None unless the run is finished."""
-    path = folder / METRICS
-    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else None
+    return _read_json(folder / METRICS) if (folder / METRICS).is_file() else None
 
 
 def finish(folder: Path, checkpoint: Path, extra: dict[str, str | bytes], metrics: dict[str, Any]) -> None:
@@ -215,9 +241,14 @@ def finish(folder: Path, checkpoint: Path, extra: dict[str, str | bytes], metric
     staging = folder / _STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
-    for path in checkpoint.iterdir():
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _MODEL_FILES):
-            shutil.copy(path, staging)
+    model = [
+        path
+        for path in checkpoint.iterdir()
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _MODEL_FILES)
+    ]
+    storage.check_space(folder, sum(path.stat().st_size for path in model))
+    for path in model:
+        shutil.copy(path, staging)
     for name, content in extra.items():
         (staging / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     storage.make_durable(staging)

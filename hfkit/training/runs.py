@@ -1,5 +1,6 @@
 """A run from beginning to end: its job is trained, its result is written down."""
 
+import contextlib
 import json
 import signal
 from collections.abc import Callable, Sequence
@@ -11,7 +12,6 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from hfkit import console, processes
-from hfkit.corpus.cache import corpus_lines
 from hfkit.corpus.files import Corpus
 from hfkit.corpus.overlap import MOST, WORDS, index_corpus
 from hfkit.corpus.templates import task_of
@@ -51,13 +51,11 @@ def run_job(job: Job, command: str, callbacks: Sequence[TrainerCallback], *, dry
     Raises:
         StoppedError: the run was stopped; what it had done is saved.
     """
-    report, job = job.dataset.report, replace(job, callbacks=callbacks, facts=job.facts | {"command": command})
-    for line in (corpus_lines(report) if report else []) + job.plan.lines():
-        console.note(line)
-    for line in job.plan.why:
-        console.detail(line)
-    if dry_run:
-        return None
+    job.plan.describe(job.dataset.report)
+    return None if dry_run else _execute(replace(job, callbacks=callbacks, facts=job.facts | {"command": command}))
+
+
+def _execute(job: Job) -> Run:
     if processes.rank == 0:
         if run_folder.is_begun(job.folder) and not job.plan.options.overwrite:
             run_folder.check_same_settings(job.folder, job.command, job.recipe, job.facts)
@@ -197,19 +195,21 @@ def advise(metrics: dict[str, Any], plan: Plan) -> list[str]:
 
 
 def _draw_samples(job: Job, kept: Path) -> list[str]:
-    """Samples of the result that continue the run's prompt; none for a head."""
+    """Samples of the result that continue the run's prompt; none for a head, or where the prompt does not fit."""
     if not job.prompt:
         return []
-    samples = generate(
-        job.prompt,
-        model=str(kept),
-        seed=job.plan.options.seed,
-        num_return_sequences=_SAMPLES,
-        temperature=1.0,
-        max_new_tokens=min(_TOKENS, max(1, job.block_size // 2)),
-        raw=True,
-    )
-    return [job.prompt + sample.completion for sample in samples]
+    with contextlib.suppress(HfkitError):
+        samples = generate(
+            job.prompt,
+            model=str(kept),
+            seed=job.plan.options.seed,
+            num_return_sequences=_SAMPLES,
+            temperature=1.0,
+            max_new_tokens=min(_TOKENS, max(1, job.block_size // 2)),
+            raw=True,
+        )
+        return [job.prompt + sample.completion for sample in samples]
+    return []
 
 
 def _find_copied(job: Job, samples: list[str]) -> dict[str, Any] | None:

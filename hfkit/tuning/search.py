@@ -19,29 +19,20 @@ from transformers import TrainerCallback
 from hfkit import console
 from hfkit.corpus.files import Corpora, name_of
 from hfkit.declaration import divide
-from hfkit.errors import DivergedError, HfkitError, StoppedError
+from hfkit.errors import DivergedError, HfkitError, OptionError, StoppedError
 from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions, TuneOptions
 from hfkit.reporting.pages import METRICS, make_files
 from hfkit.reporting.pictures import plot_trials, to_png
-from hfkit.reporting.summaries import merit, show_figure, show_value
+from hfkit.reporting.summaries import show_figure, show_value
 from hfkit.storage import lock, make_writable, owned, publish, write_bytes, write_text
 from hfkit.training import run_folder
 from hfkit.training.finetuning import finetune, make_job
 from hfkit.training.monitor import find_answers
 from hfkit.training.plan import Job
 from hfkit.training.runs import Run
-from hfkit.tuning.study import (
-    BEST,
-    BEST_RUN,
-    PICTURE,
-    RESULT,
-    SharedStudy,
-    claim,
-    default_space,
-    open_study,
-    read_space,
-)
+from hfkit.tuning.space import default_space, read_space
+from hfkit.tuning.study import BEST, BEST_RUN, PICTURE, RESULT, SharedStudy, best_of, claim, open_study
 
 
 @dataclass(frozen=True)
@@ -91,6 +82,8 @@ def tune(
     chosen, data, train, options = divide(overrides, *groups)
     run_folder.check_trackers(train.report_to or [])
     space = read_space(options.search or [], train)
+    if not data.eval_file and (data.streaming or not data.eval_fraction):
+        raise OptionError("nothing would be held out, so trials could not be compared: add --eval-file")
     source = find_model(chosen)
     chosen = replace(chosen, model=source.name)  # so that the search continues with it when the default changes
     folder = Path(train.output_dir or Path("runs") / f"{name_of(corpus)}-tune")
@@ -119,14 +112,15 @@ def tune(
 
 def _figure_of(job: Job) -> str:
     """By what the states of a run are compared, and so the trials of a search: accuracy or loss."""
-    if not len(job.dataset.held_out):
+    dataset = job.dataset
+    if not len(dataset.held_out):
         way_out = "raise --eval-fraction, or name another text with --eval-file"
         raise HfkitError(f"nothing is held out, so trials cannot be compared: {way_out}")
-    has_answers = job.dataset.head or find_answers(job, job.dataset.held_out)
+    has_answers = dataset.head or find_answers(dataset, dataset.held_out, job.tokenizer, job.block_size)
     return "accuracy" if has_answers else "loss"
 
 
-def _run_trials(study: SharedStudy, options: TuneOptions, train: TrainOptions, run: Callable[..., Any]) -> None:
+def _run_trials(study: SharedStudy, options: TuneOptions, train: TrainOptions, run: Callable[..., Run | None]) -> None:
     """Run trials until there are enough. run: `finetune` with all but its training options and callbacks."""
     started = time.monotonic()
     with console.progress(options.n_trials, "trial", "searching", initial=len(study.finished())) as bar:
@@ -144,33 +138,37 @@ def _run_trials(study: SharedStudy, options: TuneOptions, train: TrainOptions, r
 
 
 class _Watch(TrainerCallback):
-    """Reports each held-out score to Optuna, which may prune the trial."""
+    """Reports each held-out score to Optuna, and stops the trial if Optuna prunes it."""
 
     def __init__(self, trial: Any, figure: str) -> None:
         self._trial, self._name = trial, f"eval_{figure}"
         self._reported: set[int] = set()
 
-    def report(self, entry: dict[str, Any], step: int, steps: int) -> None:
-        """Report a measurement. Raises optuna.TrialPruned if the trial is to end here."""
-        import optuna
-
+    def report(self, entry: dict[str, Any], step: int, steps: int) -> bool:
+        """Report a measurement; True if the trial is to be pruned."""
         # Trials differ in their number of steps: compare them where they have done the same share of these.
         tenths = round(10 * step / steps)
-        if 0 < tenths < 10 and tenths not in self._reported and self._name in entry:
-            self._reported.add(tenths)
-            self._trial.report(entry[self._name], tenths)
-            if self._trial.should_prune():
-                raise optuna.TrialPruned
+        if not 0 < tenths < 10 or tenths in self._reported or self._name not in entry:
+            return False
+        self._reported.add(tenths)
+        self._trial.report(entry[self._name], tenths)
+        return bool(self._trial.should_prune())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for entry in state.log_history:  # of a trial that is resumed
-            self.report(entry, entry["step"], state.max_steps)
+            self._report_or_end(entry, entry["step"], state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        self.report(logs, state.global_step, state.max_steps)
+        self._report_or_end(logs or {}, state.global_step, state)
+
+    def _report_or_end(self, entry: dict[str, Any], step: int, state: Any) -> None:
+        if self.report(entry, step, state.max_steps):
+            import optuna
+
+            raise optuna.TrialPruned
 
 
-def _run_trial(study: SharedStudy, trial: Any, train: TrainOptions, run: Callable[..., Any], limit: int) -> str:
+def _run_trial(study: SharedStudy, trial: Any, train: TrainOptions, run: Callable[..., Run | None], limit: int) -> str:
     """Train with the values of a trial and tell the study; returns a line about it."""
     import optuna
 
@@ -181,7 +179,8 @@ def _run_trial(study: SharedStudy, trial: Any, train: TrainOptions, run: Callabl
     score = "pruned"
     try:
         train = replace(train, **trial.params, output_dir=str(folder), resume=begun)
-        metrics = run(train=train, callbacks=[watch]).metrics
+        result = run(train=train, callbacks=[watch])
+        metrics = result.metrics if result else {}
         if metrics["loss"] is None or metrics[study.figure] is None:
             raise DivergedError("the held-out loss is not finite")
         for entry in metrics["history"]:  # a resumed trial that was already trained has reported nothing yet
@@ -209,18 +208,16 @@ def _run_trial(study: SharedStudy, trial: Any, train: TrainOptions, run: Callabl
     return f"trial {trial.number}{kind}: {', '.join([score, *values])}"
 
 
-def _clear(study: SharedStudy) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """Keep the weights of the best trial only: those of all would fill the disk. Returns all trials, and the best."""
+def _clear(study: SharedStudy) -> None:
+    """Keep the weights of the best trial only: those of all would fill the disk."""
     trials = study.finished()
-    scored = [trial for trial in trials if trial["loss"] is not None]
-    best = min(scored, key=lambda trial: merit(trial["accuracy"], trial["loss"]), default=None)
+    best = best_of(trials)
     for trial in trials:
         folder = study.folder / trial["folder"]
         if trial is not best:
             _drop_weights(folder)
         if trial["loss"] is None:
             shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
-    return trials, best
 
 
 def _drop_weights(folder: Path) -> None:
@@ -242,7 +239,9 @@ def _finish(study: SharedStudy, options: TuneOptions) -> Search:
     """Write the table, the picture and the best recipe; copy the best run, if that was asked for."""
     folder, run = study.folder, None
     with lock(folder, wait=True):
-        trials, best = _clear(study)
+        _clear(study)
+        trials = study.finished()
+        best = best_of(trials)
         if not best:
             raise HfkitError(f"no trial was finished ({folder}): a longer --timeout or --overwrite with other ranges")
         importances = _importances(study)
@@ -261,7 +260,8 @@ def _finish(study: SharedStudy, options: TuneOptions) -> Search:
 def _copy_run(trial: Path, target: Path) -> Run:
     """The run of a trial as a run of its own. Training it again would give the same, bit by bit."""
     facts = target / run_folder.FACTS
-    if not facts.is_file() or facts.read_bytes() != (trial / run_folder.FACTS).read_bytes():
+    is_there = facts.is_file() and facts.read_bytes() == (trial / run_folder.FACTS).read_bytes()
+    if not (is_there and (target / METRICS).is_file()):
         staging = target.with_name(f".{target.name}")
         shutil.rmtree(staging, ignore_errors=True)
         shutil.copytree(trial, staging)

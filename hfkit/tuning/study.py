@@ -1,4 +1,4 @@
-"""A search on disk: what is searched for, in which ranges, and the Optuna study that its processes share.
+"""A search on disk: what is searched for, and the Optuna study that its processes share.
 
 A process holds a lock for the trial that it runs. A running trial that nobody holds was interrupted: the next process
 that asks for a trial gets it, and goes on with its run.
@@ -6,95 +6,19 @@ that asks for a trial gets it, and goes on with its run.
 
 import contextlib
 import json
-import re
 import sqlite3
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from hfkit.errors import HfkitError, LockedError, OptionError
-from hfkit.options import TrainOptions
+from hfkit.errors import HfkitError, LockedError
+from hfkit.reporting.summaries import merit
 from hfkit.storage import add_owned, check_owned, lock, owned, remove_owned, write_text
+from hfkit.tuning.space import Space, contains, suggest
 
 RESULT, BEST, PICTURE, BEST_RUN = "tuning.json", "best.yaml", "tuning.png", "best"
 _STUDY, _RUNNING = "study.db", ".running"
-# They say nothing about how good a training is; the seed also chooses what is held out.
-_NOT_SEARCHED = {"output_dir", "resume", "overwrite", "seed"}
-
-Space = dict[str, Any]  # option -> (low, high), or the list of its values
-
-
-def read_space(search: Sequence[str], train: TrainOptions) -> Space:
-    """What the `search` options say to search.
-
-    Raises:
-        OptionError: there is no such training option, or it does not take such values.
-    """
-    space: Space = {}
-    for text in search:
-        name, _, values = text.partition("=")
-        name = name.strip().lstrip("-").replace("-", "_")
-        space[name] = _read_values(text, name, values, train)
-    for name in space:
-        if name.startswith("lora_") and not (train.lora or "lora" in space):
-            raise OptionError(f"--search has {name}, which has no effect without LoRA: add --lora")
-    return space
-
-
-def _read_values(text: str, name: str, values: str, train: TrainOptions) -> Any:
-    if name not in {*TrainOptions.names()} - _NOT_SEARCHED:
-        raise OptionError(f"--search is {text!r}: {name!r} is not a training option that can be searched")
-    low, dots, high = values.partition("..")
-    if not dots and re.fullmatch(r"[^,]*\d-[\d.][^,]*", values):
-        raise OptionError(f"--search is {text!r}: a range is written with two dots, such as {name}=1e-5..1e-3")
-    parts = (low, high) if dots else values.split(",") if values else []
-    parsed = [TrainOptions.read_value(name, part.strip()) for part in parts]
-    for value in parsed:  # report a bad value before the first trial
-        replace(train, **{name: value})
-    if not parsed or (dots and not (all(type(value) in (int, float) for value in parsed) and parsed[0] < parsed[1])):
-        raise OptionError(f"--search is {text!r}: write NAME=LOW..HIGH or NAME=A,B,C")
-    if not dots:
-        return parsed
-    # 0..1 of a weight decay means all numbers in between; 1..5 epochs and 0..100 steps are whole numbers.
-    counts = get_type_hints(TrainOptions)[name] in (int, int | None)
-    whole = type(parsed[0]) is type(parsed[1]) is int and (counts or parsed[1] > 1)
-    return tuple(parsed) if whole else tuple(map(float, parsed))
-
-
-def default_space(train: TrainOptions, plan: TrainOptions) -> Space:
-    """What to search without a `search` option: values around those that `finetune` would take.
-
-    train: the user's options; one that is set stays as it is, but for the learning rate.
-    plan: the same options, with everything decided that they leave open.
-    """
-    rate, batch, epochs = plan.learning_rate or 0.0, plan.per_device_train_batch_size, plan.num_train_epochs
-    space: Space = {
-        "learning_rate": (rate / 10, rate * 10),
-        "weight_decay": (0.0, 0.2),
-        "warmup_steps": (0.0, 0.2),
-        "per_device_train_batch_size": sorted({2, 4, 8, 16, batch}),
-        "num_train_epochs": sorted({max(1.0, float(round((epochs or 3) * share / 3))) for share in (1, 2, 3, 5)}),
-        "dropout": (0.0, 0.3),
-    }
-    space |= {"lora_r": [4, 8, 16, 32], "lora_dropout": (0.0, 0.2)} if train.lora else {}
-    chosen = {f.name for f in fields(train) if getattr(train, f.name) != f.default} - {"learning_rate"}
-    chosen |= {"num_train_epochs"} if train.max_steps else set()
-    return {name: values for name, values in space.items() if name not in chosen}
-
-
-def _suggest(trial: Any, name: str, values: Any) -> Any:
-    """Have an Optuna trial choose a value."""
-    if isinstance(values, list):
-        return trial.suggest_categorical(name, values)
-    low, high = values
-    choose = trial.suggest_int if isinstance(low, int) else trial.suggest_float
-    return choose(name, low, high, log=low > 0 and high / low >= 20)
-
-
-def _contains(values: Any, value: Any) -> bool:
-    """Whether a trial may choose `value` among these values."""
-    return value in values if isinstance(values, list) else value is not None and values[0] <= value <= values[1]
 
 
 def claim(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
@@ -103,9 +27,8 @@ def claim(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
     Raises:
         HfkitError: it holds another search, or files that hfkit did not write.
     """
-    path, settings, known = folder / RESULT, json.loads(json.dumps(settings)), None
-    if path.is_file() and RESULT in owned(folder):
-        known = json.loads(path.read_text("utf-8")).get("settings", {})
+    path, settings = folder / RESULT, json.loads(json.dumps(settings))
+    known = _read_settings(path)
     if known is not None and not overwrite:
         if names := [name for name in {**known, **settings} if known.get(name) != settings.get(name)]:
             what = f"{folder} holds a search with other settings ({', '.join(names)})"
@@ -121,6 +44,16 @@ def claim(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
         write_text(path, "{}")  # from here on the folder is that of an empty search, however much is left in it
         remove_owned(folder, keep=[RESULT])
     write_text(path, json.dumps({"settings": settings}, indent=1))
+
+
+def _read_settings(path: Path) -> dict[str, Any] | None:
+    """The settings of a search, none if its file is damaged; None where there is no search."""
+    if not path.is_file() or path.name not in owned(path.parent):
+        return None
+    try:
+        return {**json.loads(path.read_text("utf-8"))["settings"]}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
 
 
 def open_study(folder: Path, *, figure: str, prune: bool) -> Any:
@@ -194,7 +127,7 @@ class SharedStudy:
         import optuna
 
         known = {name: self.defaults.get(name) for name in self.space}
-        known = {name: value for name, value in known.items() if _contains(self.space[name], value)}
+        known = {name: value for name, value in known.items() if contains(self.space[name], value)}
         live = [trial for trial in self.optuna.get_trials(deepcopy=False) if trial.state.name != "FAIL"]
         if not any("default" in trial.user_attrs for trial in live):
             self.optuna.enqueue_trial(known, user_attrs={"default": self.defaults})
@@ -202,7 +135,7 @@ class SharedStudy:
         self.optuna.sampler = optuna.samplers.TPESampler(seed=(self.seed + begun) % 2**32)
         trial = self.optuna.ask()
         for name in known if "default" in trial.user_attrs else self.space:
-            _suggest(trial, name, self.space[name])
+            suggest(trial, name, self.space[name])
         if "folder" not in trial.user_attrs:
             add_owned(self.folder, [f"trial-{trial.number}"])
             trial.set_user_attr("folder", f"trial-{trial.number}")
@@ -239,3 +172,9 @@ class SharedStudy:
 
 def _is_finished(trial: Any) -> bool:
     return trial.state.name in ("COMPLETE", "PRUNED")
+
+
+def best_of(trials: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The best of the trials that have a score."""
+    scored = [trial for trial in trials if trial["loss"] is not None]
+    return min(scored, key=lambda trial: merit(trial["accuracy"], trial["loss"]), default=None)

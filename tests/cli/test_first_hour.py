@@ -12,7 +12,7 @@ from hfkit.cli.prompts import read_prompts
 from hfkit.errors import OptionError
 from hfkit.options import TrainOptions
 from hfkit.recipes import copy_recipe
-from hfkit.tuning.study import read_space
+from hfkit.tuning.space import read_space
 
 
 @pytest.fixture

@@ -194,8 +194,8 @@ def die(*arguments, **keywords):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-STEPS = ["pyarrow.ipc.new_stream", "datasets.DatasetInfo.write_to_directory", "os.replace",
-         "hfkit.corpus.cache.make_durable", "hfkit.corpus.cache.write_text", "done"]  # fmt: skip
+STEPS = ["hfkit.corpus.cache._make_column", "datasets.DatasetInfo.write_to_directory", "os.replace",
+         "hfkit.corpus.cache.make_names_durable", "hfkit.corpus.cache.write_text", "done"]  # fmt: skip
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -259,16 +259,16 @@ def test_encode_corpus_on_a_full_disk(tmp_path, datasets_cache, bundled):
 
 def test_encode_corpus_in_two_processes(tmp_path, datasets_cache, bundled, monkeypatch, capsys):
     """Of two processes one prepares, and the other waits for it."""
-    source, add_owned = write(tmp_path / "a.txt"), cache.add_owned
+    source, column = write(tmp_path / "a.txt"), cache._make_column
     began = tmp_path / "began"
 
     def slowly(*arguments):
         began.touch()
         time.sleep(0.3)
-        return add_owned(*arguments)
+        return column(*arguments)
 
     def first():
-        monkeypatch.setattr(cache, "add_owned", slowly)
+        monkeypatch.setattr(cache, "_make_column", slowly)
         assert not prepare(source, bundled).cached
 
     child = start(first)

@@ -287,6 +287,7 @@ def test_encode_records_of_tables(tmp_path, bundled):
         ({"messages": [ASK, {"content": "x"}]}, "a message has no role (FILE, line 2, message 2)"),
         ({"messages": [ASK, 7]}, "messages must be a list of objects with role and content (FILE, line 2)"),
         ({"messages": [ASK, message("assistant", 7)]}, "'content' is not text (FILE, line 2, message 2)"),
+        ({"messages": [ASK, message("assistant", None, audio={"id": "x"})]}, "'audio' is not learned (FILE, line 2"),
         ({"messages": [ASK, message("function_call", "rain()")]}, "'tool_calls' must be a list of"),
         ({"conversations": [said("human", "a"), said("gpt", "b")]}, "a row without 'messages' (FILE, line 2)"),
         ({"instruction": "a", "output": "b"}, "a row without 'messages' (FILE, line 2): all rows of a file must have"),

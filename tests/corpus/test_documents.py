@@ -347,6 +347,7 @@ DAMAGED = {
     "list.jsonl": (f"{GOOD}[1]\n".encode(), "not an object", "list.jsonl, line 2"),
     "half.jsonl": (f'{GOOD}{{"text": "\\ud83d"}}\n'.encode(), "surrogate", "half.jsonl, line 2"),
     "HALF.jsonl": (b'{"text": "\\uDC00"}', "surrogate", "HALF.jsonl, line 1"),
+    "deep.jsonl": (GOOD.encode() + b"[" * 100_000, "not valid JSON", "deep.jsonl, line 2"),
     "bad.json": (b'[{"text": "a"},\n {"text" "b"}]', "not valid JSON", "bad.json, line 2, column 10"),
     "cut.json": (b'[{"text": "a"},\n', "not valid JSON", "cut.json, line 2"),
     "flat.json": (b"[1, 2]", "not an object", "flat.json, row 1"),

@@ -113,8 +113,8 @@ def test_find_corpus_of_a_file_in_a_run(folder):
 # links
 
 
-def test_list_folder_follows_links_once(folder, tmp_path):
-    """Links to folders are read once, wherever they lead."""
+def test_list_folder_follows_links_once(folder, tmp_path, capfd):
+    """Links to folders are read once, wherever they lead, and a note names what lies outside."""
     (tmp_path / "outside" / "deep").mkdir(parents=True)
     (tmp_path / "outside" / "deep" / "a.txt").write_text("outside")
     for name, target in {
@@ -125,6 +125,7 @@ def test_list_folder_follows_links_once(folder, tmp_path):
     }.items():
         (folder / name).symlink_to(target)
     assert names(folder) == ["link/deep/a.txt", "plain.txt"]
+    assert f"links that lead out of it, which are read ({folder}/link to {tmp_path}/outside)" in capfd.readouterr().err
     (folder / "self").mkdir()
     (folder / "self" / "again").symlink_to(folder / "self")
     (folder / "link").unlink()

@@ -31,7 +31,7 @@ from hfkit.inference.likelihood import score_items
 from hfkit.models.loading import load_config
 from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, ModelOptions
-from hfkit.training.pretraining import train_wordpiece
+from hfkit.training.vocabulary import train_wordpiece
 
 pytestmark = pytest.mark.usefixtures("brisk")
 # 120 steps at 3e-3 were not enough: from three of five initial weights the labeller left one label unlearned.

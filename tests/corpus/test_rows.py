@@ -7,7 +7,7 @@ import lzma
 
 import pytest
 
-from hfkit.corpus import formats
+from hfkit.corpus import formats, rows
 from hfkit.corpus.documents import read_records
 from hfkit.corpus.files import find_corpus
 from hfkit.corpus.labelled import question_rows
@@ -140,6 +140,36 @@ def test_question_rows_of_squads_own_json(tmp_path):
     path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "the rain"}]}]}))
     with pytest.raises(HfkitError, match="not as in SQuAD .*row 1"):
         question_rows(path, CorpusOptions())
+
+
+# size
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b'{"text": "' + b"x" * 3000 + b'"}', "a line of more than"),
+        ("b.jsonl", b'{"text": "a"}\n{"text": "' + b"x" * 3000, "b.jsonl.gz, line 2)"),
+        ("a.csv", b'text\n"' + b"one line\n" * 3000, "field larger than field limit"),
+        ("b.csv", b"text\n" + b"x" * 3000, "a line of more than"),
+        ("a.json", b'[{"text": "a"},\n {"text": "' + b"x" * 3000 + b'"}]', "a JSON value of more than"),
+        ("c.json", b'{"data": [' + b'{"text": "b"},' * 1000 + b'{"text": "c"}]}', "write each row on a line"),
+        ("a.ipynb", b'{"cells": [{"source": "' + b"x" * 3000 + b'"}]}', "a JSON value of more than"),
+    ],
+)
+def test_read_rows_of_unlimited_size(tmp_path, monkeypatch, name, content, words):
+    """A small compressed file may hold gigabytes in one line, field or array: the error comes before they are read."""
+    for module in (formats, rows):
+        monkeypatch.setattr(module, "LONGEST", 2000)
+    monkeypatch.setattr(formats, "_CHUNK", 500)
+    before = rows.csv.field_size_limit(2000)
+    path = tmp_path / f"{name}.gz"
+    path.write_bytes(gzip.compress(content))
+    try:
+        with pytest.raises(HfkitError, match=words.replace(")", r"\)")):
+            list(read_records(find_corpus(path), CorpusOptions()))
+    finally:
+        rows.csv.field_size_limit(before)
 
 
 # formats

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -234,12 +235,14 @@ def test_generate_several_fields_take_rows_only(tiny, tmp_path, capfdbinary):
     assert generation.completion == plain.completion and generation.prompt == row
 
 
-def test_task_of_another_program(learned, copy, capfdbinary):
-    """What another program keeps under the same name is no task: Whisper's tokenizer has a text there."""
-    folder = copy(learned)
-    edit_json(folder / "tokenizer_config.json", task="transcribe")
-    result = call(capfdbinary, "generate", "-m", folder, "rain", "-n", 1)
-    assert result.returncode == 0, result.stderr
+def test_task_of_a_damaged_folder(learned, copy, capfdbinary):
+    """The error names tokenizer_config.json."""
+    for broken in ({"labels": []}, "text", {"template": "no field"}):
+        folder = copy(learned)
+        edit_json(folder / "tokenizer_config.json", task=broken)
+        result = call(capfdbinary, "generate", "-m", folder, "rain")
+        assert_fails(result, 1, "the model's task cannot be read (tokenizer_config.json)")
+        shutil.rmtree(folder)
 
 
 # rows that do not fit

@@ -252,9 +252,10 @@ def test_metric_of_nothing_and_of_one_row(metric):
     assert figures and np.isnan(list(figures.values())).all()
     single = metric(GUESSES[:1], ANSWERS[:1])
     assert {name: np.isnan(single[name]) for name in figures} == {name: "stderr" in name for name in figures}
-    for predictions, references in ((["a"], []), (["a", "b"], ["a"])):
-        with pytest.raises(ValueError, match="argument 2 is shorter than argument 1"):
-            metric(predictions, references)
+    with pytest.raises(ValueError, match="1 predictions, but 0 references"):
+        metric(["a"], [])
+    with pytest.raises(ValueError):
+        metric(["a", "b"], ["a"])
 
 
 @pytest.mark.parametrize("metric", ALL)

@@ -24,7 +24,7 @@ from hfkit.corpus.documents import END, Piece
 from hfkit.corpus.encoding import IGNORED, encode_examples
 from hfkit.errors import HfkitError
 from hfkit.evaluation import perplexity
-from hfkit.evaluation.figures import WindowReader
+from hfkit.evaluation.windows import slide
 from hfkit.inference import likelihood
 from hfkit.models import architecture
 from hfkit.models.loading import LanguageModel
@@ -134,7 +134,7 @@ def test_slide_predicts_every_token_once(seed):
     expected = windows_of(text.shape[1] + len(begin), window, stride)
     whole = np.array([*begin, *text[0]])
     seen = []
-    for item in WindowReader(window, stride, None).slide(iter(parts), begin):
+    for item in slide(iter(parts), begin, window, stride):
         ids, targets, units = item["input_ids"], item["targets"], item["units"]
         assert 1 <= len(ids) == len(targets) == len(units) <= window and (targets != IGNORED).any()
         for place, (target, unit) in enumerate(zip(targets.tolist(), units.tolist(), strict=True)):
@@ -157,7 +157,7 @@ def test_slide_reads_only_what_it_needs():
             read.append(len(read))
             yield part
 
-    items = WindowReader(16, 8, None).slide(source(), [1])
+    items = slide(source(), [1], 16, 8)
     for _ in range(10):
         next(items)
     assert len(read) <= 3  # 16 + 9 * 8 tokens are of two passages

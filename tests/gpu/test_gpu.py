@@ -18,7 +18,7 @@ import hfkit
 from hfkit.errors import StoppedError
 from hfkit.inference import batches, graphs
 from hfkit.inference.text import fit_prompt
-from hfkit.models.layers import bits_of
+from hfkit.models.quantization import bits_of
 from hfkit.options import GenerateOptions
 
 pytestmark = pytest.mark.gpu

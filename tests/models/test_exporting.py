@@ -178,7 +178,7 @@ def test_export_unwritable_place(tiny, tmp_path, capfdbinary):
     """A place that cannot be written is one line."""
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
-    for place in ("file", "file/out", "loop", "loop/out"):
+    for place in ("file", "file/out", "loop", "loop/out", "x" * 256, "a\0b"):
         assert_fails(call(capfdbinary, "export", tiny, "-o", f"{tmp_path}/{place}"), 1, "name another")
     for place in ("/proc/out", "/dev/null"):
         assert_fails(call(capfdbinary, "export", tiny, "-o", place), 1, "name another")

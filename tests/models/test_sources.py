@@ -81,6 +81,8 @@ BAD_NAMES = [
     *("C:\\x", "a\\b", "\\\\server\\share", "file:///etc/passwd", "https://huggingface.co/gpt2", "hf://gpt2", "gpt2/"),
     *(
         "a" * 97,
+        "a/" + "b" * 300,
+        "x" * 5000,
         "two\nlines",
         "two\r\nlines",
         "\x1b[31mred",
@@ -194,11 +196,16 @@ def test_find_model_without_tokenizer(copy, tiny):
     ("text", "words"),
     [
         ("{", "config.json cannot be read"),
+        ("[1]", "not a JSON object"),
         ("", "config.json cannot be read"),
         ("\xff\xfe", "config.json cannot be read"),
+        ('{"a":' * 100_000, "config.json cannot be read"),
         (json.dumps({"_attn_implementation_internal": "owner/kernel"}), "asks for code"),
         (json.dumps({"attn_implementation": {"": "owner/kernel"}}), "asks for code"),
         (json.dumps({"text_config": {"attn_implementation": "owner/kernel"}}), "asks for code"),
+        (json.dumps({"architectures": 3}), "architectures is 3"),
+        (json.dumps({"architectures": "GPT2LMHeadModel"}), "architectures is"),
+        (json.dumps({"architectures": ["GPT2LMHeadModel", 3]}), "architectures is"),
         (json.dumps({"transformers_weights": "other.safetensors.index.json"}), "transformers_weights"),
         (json.dumps({"auto_map": {"AutoConfig": "code.Config"}}), "its own Python code"),
     ],
@@ -306,7 +313,9 @@ def test_load_shards(copy, tiny):
     assert "a part of the weights is missing" in fails(model=str(folder))
 
 
-@pytest.mark.parametrize("where", ["../outside.safetensors", "absolute", "link", "sub/inside.safetensors", ".."])
+@pytest.mark.parametrize(
+    "where", ["../outside.safetensors", "absolute", "link", "sub/inside.safetensors", "..", "a\0b", "\ud800"]
+)
 def test_find_shard_outside(copy, tiny, tmp_path, where):
     """A shard outside of the folder is refused."""
     folder, outside = copy(tiny), tmp_path / "outside.safetensors"
@@ -365,8 +374,8 @@ def test_check_header_unreadable(copy, tiny, monkeypatch):
         return plain(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(PermissionError, match="model.safetensors"):
-        find(str(folder))
+    line = fails(model=str(folder))
+    assert f"the weights cannot be read ({folder}/model.safetensors): Permission denied" in line
 
 
 @pytest.mark.parametrize("base", ["folder", "owner/name"])
@@ -396,6 +405,15 @@ def test_find_adapter_trusts_no_base(copy, tiny, tmp_path, monkeypatch, base):
     assert not find(ModelOptions(model=str(adapter), trust_remote_code=True)).trust_remote_code
 
 
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, []])
+def test_find_index_without_map(copy, tiny, index):
+    """An index without a map is one sentence."""
+    folder = copy(tiny)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model.safetensors.index.json" in fails(model=str(folder))
+
+
 # adapters
 
 
@@ -403,8 +421,9 @@ def test_find_adapter_trusts_no_base(copy, tiny, tmp_path, monkeypatch, base):
     ("config", "words"),
     [
         ({}, "does not name its base model"),
-        ({"base_model_name_or_path": None}, "does not name its base model"),
+        ({"base_model_name_or_path": 7}, "does not name its base model"),
         ({"base_model_name_or_path": "/no/such/base"}, "no base model for the adapter"),
+        ({"base_model_name_or_path": "owner/base", "revision": 7}, "no base model for the adapter"),
         ({"base_model_name_or_path": "itself"}, "is an adapter too"),
     ],
 )

@@ -188,7 +188,7 @@ def test_prepare_interrupted(rows, tmp_path, capfdbinary, monkeypatch, tiny):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyarrow.ipc.new_stream", interrupt)
+    monkeypatch.setattr("hfkit.corpus.cache._make_column", interrupt)
     result = call(capfdbinary, "prepare", rows, "-m", tiny, "-o", tmp_path / "out")
     note = f"hfkit: {rows}: the text is column 'text'\n"
     assert (result.returncode, result.stdout, result.stderr.decode()) == (130, b"", note)

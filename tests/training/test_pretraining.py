@@ -24,7 +24,7 @@ from transformers import (
 import hfkit
 from hfkit.errors import OptionError, StoppedError
 from hfkit.options import DataOptions, SizeOptions
-from hfkit.training.arguments import Muon
+from hfkit.training.arguments import Muon, MuonFactory
 from hfkit.training.models import make_gpt2, shape_of
 from hfkit.training.pretraining import train_tokenizer
 
@@ -186,7 +186,7 @@ def test_muon_parameters():
     """Muon gets the matrices of the layers, AdamW everything else."""
     gpt2 = model()
     names = {id(parameter): name for name, parameter in gpt2.named_parameters()}
-    optimizer = Muon(gpt2, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = MuonFactory()(gpt2, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
     muon, adam = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)
     assert sorted(muon + adam) == sorted(names.values())
     parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -204,7 +204,7 @@ def test_muon_state(tmp_path):
             optimizer.step(), schedule.step(), optimizer.zero_grad()
 
     def make(gpt2):
-        optimizer = Muon(gpt2.eval(), lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+        optimizer = MuonFactory()(gpt2.eval(), lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
 
     whole = model()

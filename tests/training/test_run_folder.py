@@ -295,7 +295,7 @@ def test_begin_killed(tmp_path):
     count = 0
     for _ in trials.killed_at_each(lambda: begin(folder), folder, tmp_path / "backup"):
         count += 1
-        run_folder.check_run_folder(folder, TrainOptions())
+        run_folder.check_run_folder(folder, resume=False, overwrite=False)
         assert not run_folder.is_begun(folder)
     assert count > 10
     begin(folder)
@@ -315,7 +315,7 @@ def test_begin_killed_while_overwriting(finished, tmp_path):
     old, count = trials.outcome(folder), 0
     for _ in trials.killed_at_each(lambda: begin(folder), folder, tmp_path / "backup"):
         count += 1
-        run_folder.check_run_folder(folder, TrainOptions(overwrite=True))
+        run_folder.check_run_folder(folder, resume=False, overwrite=True)
         if run_folder.read_metrics(folder):
             assert trials.outcome(folder) == old
     assert count > 10 and not run_folder.is_begun(folder)

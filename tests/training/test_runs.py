@@ -3,6 +3,7 @@
 import json
 import random
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from support.shell import assert_fails, call
 from transformers import TrainerCallback
 
 import hfkit
-from hfkit.errors import OptionError
+from hfkit.errors import HfkitError, OptionError
 from hfkit.reporting.pages import make_files
 from hfkit.training import run_folder
 from hfkit.training.checkpoints import commit, find_newest
@@ -310,6 +311,25 @@ def test_report_to_what_is_not_there(tiny, corpus, tmp_path, monkeypatch, capfdb
 # files of another shape
 
 SHAPES = ["[]", "{}", "null", '"text"', "[" * 100_000, "{", '{"recipe": 3}', "\xff"]
+
+
+@pytest.fixture(scope="module")
+def short_run(tiny, corpus, tmp_path_factory) -> str:
+    """A run of one step."""
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    return train(corpus, tiny, folder, max_steps=1, eval_steps=1).output_dir
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=range(len(SHAPES)))
+@pytest.mark.parametrize("name", ["run.json", "metrics.json"])
+def test_finetune_where_a_file_has_another_shape(tiny, corpus, short_run, tmp_path, name, shape):
+    folder = Path(shutil.copytree(short_run, tmp_path / "run"))
+    options = {"max_steps": 1, "eval_steps": 1}
+    (folder / name).write_text(shape, encoding="latin-1")
+    if name == "metrics.json" and shape != '{"recipe": 3}':
+        with pytest.raises(HfkitError, match=r"metrics.json cannot be read: .*; --overwrite starts over"):
+            train(corpus, tiny, folder, resume=True, **options)
+    assert train(corpus, tiny, folder, overwrite=True, **options).metrics["loss"]
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, '{"files": 3}', '{"files": [1]}', '{"files": {"a": []}}'], ids=range(11))

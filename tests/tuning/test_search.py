@@ -27,7 +27,7 @@ from hfkit.storage import lock
 from hfkit.training.monitor import HeldOutMonitor
 from hfkit.tuning import search as search_module
 from hfkit.tuning import study as study_module
-from hfkit.tuning.study import default_space, read_space
+from hfkit.tuning.space import default_space, read_space
 
 pytestmark = pytest.mark.usefixtures("brisk")
 SMALL = {**trials.SMALL, "max_steps": 4, "eval_steps": 2, "learning_rate": None}
@@ -578,8 +578,8 @@ def test_read_space_values(given, name, values):
         ("lr=1..2", "is not a training option"),
         ("=1..2", "is not a training option"),
         ("block_size=16,32", "is not a training option"),
-        ("seed=1,2", "is not a training option that can be searched"),
-        ("output_dir=a,b", "is not a training option that can be searched"),
+        ("seed=1,2", "cannot be searched"),
+        ("output_dir=a,b", "cannot be searched"),
         ("learning_rate=fast,slow", "--learning-rate is 'fast'"),
         ("learning_rate=-1..1", "it must be more than 0"),
         ("lora_r=4..8", "add --lora"),
@@ -662,8 +662,8 @@ def test_tune_with_an_edited_corpus(tiny, tmp_path):
 def test_tune_bad_requests(tiny, corpus, tmp_path, capfdbinary, monkeypatch, searched):
     """Bad requests are one line before anything is trained."""
     monkeypatch.setattr(search_module, "finetune", lambda *_, **__: pytest.fail("it trains"))
-    place, unheld = tmp_path / "run", typed(corpus, tiny, tmp_path / "unheld", "--eval-fraction", 0, "-q")
-    assert_fails(call(capfdbinary, *unheld), 1, "raise --eval-fraction, or name another text with --eval-file")
+    place = tmp_path / "run"
+    assert_fails(call(capfdbinary, *typed(corpus, tiny, place, "--eval-fraction", 0)), 2, "add --eval-file")
     assert_fails(call(capfdbinary, *typed(corpus, tiny, place, "-n", 0)), 2, "n-trials")
     assert_fails(call(capfdbinary, *typed(corpus, tiny, place, "--timeout", 0)), 2, "--timeout is 0")
     assert_fails(call(capfdbinary, *typed(corpus, "/no/such/model", place)), 1, "/no/such/model")
@@ -714,3 +714,15 @@ def test_card_of_a_trial_without_weights(tiny, corpus, tmp_path, monkeypatch):
         assert metrics.get("has_weights", True) == has_weights
         assert (f"hfkit generate -m {folder} " in card) == has_weights
         assert (f"hfkit finetune --config {folder}/recipe.yaml" in card) != has_weights
+
+
+@pytest.mark.parametrize("shape", ["[]", "null", "[" * 100_000, "{", '{"settings": 3}', '{"settings": []}', "\xff"])
+def test_claim_where_the_file_has_another_shape(tmp_path, shape):
+    """A damaged search is refused, not searched on with other settings; it can be overwritten."""
+    asked = {"a": [1]}
+    study_module.claim(tmp_path, asked, overwrite=False)
+    (tmp_path / "tuning.json").write_text(shape, encoding="latin-1")
+    with pytest.raises(HfkitError, match="holds a search with other settings .*: --overwrite"):
+        study_module.claim(tmp_path, asked, overwrite=False)
+    study_module.claim(tmp_path, asked, overwrite=True)
+    study_module.claim(tmp_path, asked, overwrite=False)

@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import hfkit
 from hfkit.cli import info
 from hfkit.errors import HfkitError
-from hfkit.models import architecture, layers, loading
-from hfkit.models.layers import bitsandbytes_config
+from hfkit.models import architecture, kernels, loading
+from hfkit.models.quantization import bitsandbytes_config
 from hfkit.models.sources import find_model
 from hfkit.options import ModelOptions
 
@@ -86,8 +86,8 @@ def test_prepare_training(vocabulary):
     shape |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
     plain = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **shape)).train()
     ready, ids = copy.deepcopy(plain), torch.randint(vocabulary, (2, 16))
-    layers.fuse_activations(ready)
-    layers.prepare_training(ready)
+    kernels.fuse_activations(ready)
+    kernels.prepare_training(ready)
     outputs = [model(input_ids=ids, labels=ids) for model in (plain, ready)]
     assert set(outputs[1]) == {"loss"}
     for output in outputs:

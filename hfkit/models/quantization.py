@@ -1,18 +1,14 @@
-"""Layers in a form that computes faster: weights in 8 or 4 bits, and on a GPU fewer and better aligned kernels.
+"""Weights in 8 or 4 bits on a CPU: `nn.Linear` and GPT-2's `Conv1D` become integer matrices.
 
-On a CPU `nn.Linear` and GPT-2's `Conv1D` become integer matrices. torch's own integer kernels do the arithmetic. They
-are several times faster with bfloat16 activations than with float32, even on a processor without bfloat16 units. On a
-GPU bitsandbytes does this.
+torch's own integer kernels do the arithmetic. They are several times faster with bfloat16 activations than with
+float32, even on a processor without bfloat16 units. On a GPU bitsandbytes does this (`loading`).
 """
 
-import functools
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from hfkit.errors import HfkitError
@@ -20,7 +16,6 @@ from hfkit.errors import HfkitError
 _GROUP = 32  # input features that share a scale in 4 bits
 _STEP = 32  # the 8-bit kernel reads past the end of a row unless its input features are a multiple of this
 _MANY_ROWS = 48  # for this many rows or more, a dequantised matrix product is faster than the integer kernel
-_MULTIPLE = 64  # tensor cores are several times slower at matrices whose rows do not begin at a multiple of 16 bytes
 
 
 class Int8Linear(nn.Module):
@@ -126,42 +121,3 @@ def bitsandbytes_config(bits: str) -> Any:
         # NormalFloat: its 16 levels lie where weights do.
         settings = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16, "bnb_4bit_quant_type": "nf4"}
     return BitsAndBytesConfig(**settings)  # type: ignore[no-untyped-call]
-
-
-def fuse_activations(model: nn.Module) -> None:
-    """Let one kernel compute GPT-2's activation, for which transformers starts eight."""
-    for layer in list(model.modules()):
-        for name, child in layer.named_children():
-            if type(child) is NewGELUActivation:
-                setattr(layer, name, nn.GELU(approximate="tanh"))
-
-
-class _PaddedHead(nn.Linear):
-    """A head without a bias, computed for a vocabulary of a multiple of 64 tokens while it is trained."""
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return super().forward(hidden)
-        count = len(self.weight)
-        padded = functional.pad(self.weight, (0, 0, 0, -count % _MULTIPLE))
-        return functional.linear(hidden, padded)[..., :count]
-
-
-def prepare_training(model: Any) -> None:
-    """Pad the vocabulary inside the computation, and return the loss alone where labels are given.
-
-    The logits of a batch are larger than all weights. Where nobody asks for them, what is compiled never writes them
-    in float32.
-    """
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear and head.bias is None:
-        head.__class__ = _PaddedHead
-    kind = type(model)
-
-    @functools.wraps(kind.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = kind.forward(self, *args, **kwargs)
-        return type(output)(loss=output.loss) if self.training and output.loss is not None else output
-
-    # A class rather than an attribute, since a copy of the model must call its own layers; a hook is not compiled.
-    model.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
