@@ -182,12 +182,34 @@ def progress(total: int | None, unit: str, label: str = "", **options: Any) -> A
     return tqdm(total=total, desc=label or None, unit=unit, disable=hidden, file=sys.stderr, **{**scale, **options})
 
 
+_silence_lock, _silence, _silent_blocks = threading.Lock(), contextlib.ExitStack(), 0
+
+
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep progress bars and warnings of transformers off stderr, except under `--verbose`."""
+    """Keep progress bars and warnings of transformers off stderr, except under `--verbose`.
+
+    The settings belong to the process. Blocks of several threads may overlap: the last one to end restores them.
+    """
+    global _silent_blocks
     if state.verbose:
         yield
         return
+    with _silence_lock:
+        if not _silent_blocks:
+            _silence.enter_context(_silenced())
+        _silent_blocks += 1
+    try:
+        yield
+    finally:
+        with _silence_lock:
+            _silent_blocks -= 1
+            if not _silent_blocks:
+                _silence.close()
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
     from transformers.utils import logging as library
 
     level, has_bars = library.get_verbosity(), library.is_progress_bar_enabled()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from hfkit import console
 from hfkit.cli.flags import flags
@@ -45,14 +45,13 @@ def chat(model: ModelOptions, server: ServerOptions, sampling: GenerateOptions) 
         remote, sampling = reach_server(server, model, sampling)
         # Other servers do not know how to truncate.
         talk: Conversation = RemoteConversation(remote, replace(sampling, truncate=remote.is_hfkit))
-        name = remote.model
     else:
         lm, _, sampling = load_for(None, model, sampling)
-        talk, name = Conversation(lm, replace(sampling, truncate=True)), lm.name
+        talk = Conversation(lm, replace(sampling, truncate=True))
     manner = "through its chat template" if talk.has_template else "as raw text that it continues"
-    console.note(f"{name} gets your turns {manner}; /help lists the commands")
+    console.note(f"{talk.name} gets your turns {manner}; /help lists the commands")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # a bad byte must not end the chat
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # a bad byte must not end the chat
     while (text := _read_turn()) is not None:
         if text.strip().lower() in ("exit", "quit"):
             return
@@ -64,7 +63,7 @@ def chat(model: ModelOptions, server: ServerOptions, sampling: GenerateOptions) 
             talk.add("user", text)
             talk.add("assistant", _print_reply(talk))
         except HfkitError as error:
-            talk.messages.pop()  # the turn that got no reply
+            talk.undo()
             console.fail(str(error))
         # Every reply draws other numbers, yet the first seed determines the whole chat.
         talk.options = replace(talk.options, seed=(talk.options.seed or 0) + 1)
@@ -78,16 +77,25 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
 
     @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.lm.name
+
+    @property
     def has_template(self) -> bool:
         """Whether the turns go through the model's chat template."""
         return bool(self.lm.tokenizer.chat_template) and not self.options.raw
 
     @property
     def text(self) -> str:
+        """The turns as one raw text."""
         return "".join(message["content"] for message in self.messages)
 
     def add(self, role: str, text: str) -> None:
-        """Add a turn of the "user" or the "assistant"."""
+        """Add a turn of the "user" or the "assistant"; HfkitError if it is not UTF-8."""
+        if bad := re.search("[\ud800-\udfff]", text):  # what bytes that are not UTF-8 became
+            place = len(text[: bad.start()].encode()) + 1
+            raise HfkitError(f"this turn is not UTF-8 text (byte {place}) and is left out: convert it")
         self.messages.append({"role": role, "content": text})
 
     def reply(self) -> Generator[str, None, Generation]:
@@ -97,32 +105,62 @@ class Conversation:
         return generation.stream(self.prompt(), model=self.lm, options=self.options)
 
     def prompt(self) -> str | list[int]:
-        """The prompt of the reply, without the oldest turns if it would not fit. HfkitError if the template fails."""
+        """The prompt of the reply; the oldest turns are left out if it would not fit the model.
+
+        Raises:
+            HfkitError: the chat template cannot be used.
+        """
         if not self.has_template:
             return self.text
         ids: list[int] = []
-        apply_template: Any = self.lm.tokenizer.apply_chat_template
+        for first in range(0, len(self.messages), 2):
+            ids = self._apply_template(self.messages[first:])
+            if len(ids) + (self.options.max_new_tokens or 100) <= (self.lm.context or sys.maxsize):
+                break
+        return ids
+
+    def _apply_template(self, messages: list[dict[str, str]]) -> list[int]:
         try:
-            for first in range(0, len(self.messages), 2):
-                ids = apply_template(self.messages[first:], add_generation_prompt=True, return_dict=False)
-                if len(ids) + (self.options.max_new_tokens or 100) <= (self.lm.context or sys.maxsize):
-                    break
-            return ids
+            prompt = self.lm.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            return cast(list[int], prompt)  # of one conversation, tokenized
         except Exception as error:  # a template is a program: it can fail in every way
             reason = f"the chat template of {self.lm.name} fails: {first_line(error)}"
             raise HfkitError(f"{reason}; /set raw true leaves it out") from error
 
+    def undo(self) -> None:
+        """Remove the user's last turn, which got no reply."""
+        if self.messages and self.messages[-1]["role"] == "user":
+            self.messages.pop()
+
+    def set_option(self, name: str, value: str) -> None:
+        """Change one option; OptionError if there is no such option or value."""
+        name = name.lstrip("-").replace("-", "_")
+        if name not in GenerateOptions.names():
+            raise OptionError(f"no option {name!r}: see hfkit chat --help")
+        self.options = replace(self.options, **{name: GenerateOptions.read_value(name, value)})
+
     def save(self, path: str) -> None:
         """Write the messages as JSON Lines, or the raw text."""
         content = "".join(map(console.to_json, self.messages)) if self.has_template else self.text
-        Path(path).write_text(content, "utf-8")
+        try:
+            with open(path, "w", encoding="utf-8", errors="replace") as file:
+                file.write(content)
+        except OSError as error:
+            raise HfkitError(f"cannot save ({path}): {error.strerror}") from error
 
 
 class RemoteConversation(Conversation):
     """The turns of a chat with a model on a server, which has the chat template and cuts what is too long."""
 
     def __init__(self, server: Server, options: GenerateOptions) -> None:
-        self._server, self.options, self.messages = server, options, []
+        self._server, self.options = server, options
+        self.messages = []
+
+    @property
+    def name(self) -> str:
+        return self._server.model
 
     @property
     def has_template(self) -> bool:
@@ -167,10 +205,7 @@ def _obey(talk: Conversation, line: str) -> bool:
             case (("exit" | "quit" | "bye"), _):
                 return False
             case "set", [name, value]:
-                name = name.lstrip("-").replace("-", "_")
-                if name not in GenerateOptions.names():
-                    raise OptionError(f"no option {name!r}: see hfkit chat --help")
-                talk.options = replace(talk.options, **{name: GenerateOptions.read_value(name, value)})
+                talk.set_option(name, value)
             case "set", []:
                 values = {name: getattr(talk.options, name) for name in talk.options.names()}
                 console.note(", ".join(f"{name} {value}" for name, value in values.items() if value is not None))
@@ -181,7 +216,7 @@ def _obey(talk: Conversation, line: str) -> bool:
                 talk.save(rest)
             case _:
                 print(_HELP, file=sys.stderr)
-    except (HfkitError, OSError) as error:
+    except HfkitError as error:
         console.fail(str(error))
     return True
 

@@ -46,12 +46,15 @@ def classify(
     make_task(task)  # report a wrong template before a model is loaded
     if input:
         check_input(input)
+    elif text is not None:
+        text = read_prompt(text, wanted="text to label")
     if not server.server:
         _check_labels(find_model(model), task)
     if input:
         _label_file(input, _labeller(server, model, task), json=json)
         return
-    text = read_prompt(text, wanted="text to label")
+    if text is None:
+        text = read_prompt(None, wanted="text to label")
     result = next(_labeller(server, model, task)([text]))
     if isinstance(result, HfkitError):
         raise result

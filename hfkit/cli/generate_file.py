@@ -55,7 +55,10 @@ def write_results(
 ) -> None:
     """Continue every prompt of the file `path`. Several processes share the prompts; the first one writes.
 
-    A server gets `batch_size` requests at a time. In the end, HfkitError if some prompts could not be run.
+    A server gets `batch_size` requests at a time.
+
+    Raises:
+        HfkitError: the run cannot begin or be resumed; or, in the end, some prompts could not be run.
     """
     check_input(path)
     output, resume = files.output, files.resume and not files.overwrite
@@ -175,7 +178,11 @@ class Results:
     """
 
     def __init__(self, path: Path, *, overwrite: bool, resume: bool = False) -> None:
-        """HfkitError if the file exists, or another process writes it."""
+        """Open the file.
+
+        Raises:
+            HfkitError: the file exists, belongs to a running process, or cannot be written.
+        """
         self.path, self.partial = path, path.with_name(f"{path.name}.partial")
         self._settings_path = path.with_name(f"{path.name}.partial.json")
         self.done: dict[int, str] = {}  # line -> prompt, of the prompts whose records are all there
@@ -183,8 +190,12 @@ class Results:
         check_regular(path)
         check_regular(self.partial, links=False)
         check_free(path, overwrite=overwrite, flag="--output")
-        self._file = self.partial.open("a+b")
-        if not lock_file(self._file):
+        try:
+            self._file = self.partial.open("a+b")
+            is_locked = lock_file(self._file)
+        except OSError as error:
+            raise HfkitError(f"cannot write the output ({self.partial}): {error.strerror}") from error
+        if not is_locked:
             raise HfkitError(f"{self.partial} is being written by another process: name another --output")
         if self._file.tell() and not (resume or overwrite):
             raise HfkitError(f"{self.partial} is an unfinished run: --resume continues it, --overwrite begins anew")
@@ -195,8 +206,11 @@ class Results:
         self._file.seek(0)
         if not self._file.read(1):
             return 0
-        settings = self.settings = dict(json.loads(self._settings_path.read_text("utf-8")))
-        samples = settings.get("num_return_sequences") or 1
+        try:
+            self.settings = dict(json.loads(self._settings_path.read_text("utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise HfkitError(f"cannot read {self._settings_path}: {error}; --overwrite begins anew") from error
+        samples = self.settings.get("num_return_sequences") or 1
         self._file.seek(0)
         end = position = count = 0
         current = None
@@ -217,12 +231,14 @@ class Results:
         write_text(self._settings_path, json.dumps(settings))
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
+        """Append the records of whole prompts."""
         with self._named_errors():
             self._file.write("".join(map(console.to_json, records)).encode())
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def finish(self) -> None:
+        """Give the complete file its name."""
         with self._named_errors():
             self._file.close()
             os.replace(self.partial, self.path)

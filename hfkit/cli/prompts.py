@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from hfkit import console, processes
 from hfkit.errors import HfkitError, OptionError
@@ -30,10 +30,10 @@ STDIN = Path("-")
 def read_prompts(path: Path) -> Iterator[str | dict[str, Any] | HfkitError]:
     """Yield one prompt for each line of a text file; for each object of a JSON Lines file its `prompt`, or the object.
 
-    A line that holds no prompt yields an HfkitError in its place.
+    A line that holds no prompt yields an HfkitError in its place. Raises HfkitError if the file cannot be read.
     """
     is_json = path.suffix.lower() in (".jsonl", ".json", ".ndjson")
-    with contextlib.nullcontext(sys.stdin.buffer) if path == STDIN else path.open("rb") as file:
+    with open_input(path) as file:
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
@@ -47,14 +47,24 @@ def read_prompts(path: Path) -> Iterator[str | dict[str, Any] | HfkitError]:
 
 
 def check_input(path: Path) -> None:
-    """OSError if the file cannot be read. What can be read only once is left alone."""
+    """HfkitError if the file cannot be read. What can be read only once is left alone."""
     if can_be_read_twice(path):
-        path.open("rb").close()
+        open_input(path).__exit__(None, None, None)
 
 
 def can_be_read_twice(path: Path) -> bool:
     """Whether `path` is neither stdin nor a named pipe."""
     return path != STDIN and not path.is_fifo()
+
+
+def open_input(path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """Open a file, or stdin for "-", for reading; HfkitError if that fails."""
+    if path == STDIN:
+        return contextlib.nullcontext(sys.stdin.buffer)
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise HfkitError(f"cannot read the input ({path}): {error.strerror}") from error
 
 
 def _parse_prompt(line: bytes, is_json: bool) -> str | dict[str, Any]:
@@ -80,15 +90,14 @@ def _parse_prompt(line: bytes, is_json: bool) -> str | dict[str, Any]:
 def read_prompt(prompt: str | None, *, wanted: str | None = None) -> str:
     """Return `prompt`, or stdin's text for "-" and for None. A person at a terminal is asked for it.
 
-    wanted: what the text is, if an empty one is an OptionError.
+    wanted: what the text is, if an empty one is an error.
+
+    Raises:
+        OptionError: there is no text, or it is not UTF-8.
     """
     try:
         if prompt is None and sys.stdin.isatty():
-            # On stderr, because stdout carries results only.
-            print(f"{wanted or 'prompt'}: ", end="", file=sys.stderr, flush=True)
-            if not (prompt := sys.stdin.readline()):  # Ctrl-D
-                raise OptionError(f"give a {wanted or 'prompt'}, as an argument or on stdin")
-            prompt = prompt.removesuffix("\n")
+            prompt = _ask(wanted or "prompt")
         elif prompt is None or prompt == "-":
             prompt = sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
@@ -96,6 +105,14 @@ def read_prompt(prompt: str | None, *, wanted: str | None = None) -> str:
     if wanted and not prompt.strip():
         raise OptionError(f"give a {wanted}, as an argument or on stdin")
     return prompt
+
+
+def _ask(what: str) -> str:
+    """Ask on stderr, because stdout carries results only, for one line of text."""
+    print(f"{what}: ", end="", file=sys.stderr, flush=True)
+    if not (line := sys.stdin.readline()):  # Ctrl-D
+        raise OptionError(f"give a {what}, as an argument or on stdin")
+    return line.removesuffix("\n")
 
 
 @contextlib.contextmanager
@@ -114,7 +131,11 @@ def load_for(
 ) -> tuple[LanguageModel, Request | None, GenerateOptions]:
     """Load a model for `prompt`, or for prompts that come later (None), after every check that needs no weights.
 
-    Returns the model, the encoded prompt, and `sampling` with a seed. A random one is printed where it matters.
+    Returns the model, the encoded prompt, and `sampling` with a seed. A random seed is printed if the text depends on
+    it.
+
+    Raises:
+        HfkitError: the model cannot generate text, or `prompt` does not fit it.
     """
     with loading(model) as source:
         from hfkit.inference import controls, generation

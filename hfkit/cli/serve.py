@@ -40,6 +40,8 @@ def serve(
         hfkit serve -m gpt2 --port 8080
     """
     sources = [find_model(each) for each in model.each()]  # a wrong name is an error before torch is imported
+    if len({source.name for source in sources}) < len(sources):
+        raise OptionError("--model names one model twice: leave one of them out")
     check_address(host, api_key)
     if engine == "vllm":
         from hfkit.serving.vllm import serve_with_vllm

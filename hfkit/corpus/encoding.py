@@ -27,7 +27,8 @@ BATCH = 512  # records that are encoded together
 # The threads of `tokenizers` do not survive a fork. A forked process that expects them, such as a DataLoader worker,
 # would wait for ever.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

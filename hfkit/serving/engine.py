@@ -7,6 +7,7 @@ the texts that are being written, then gives each of these its next token.
 import collections
 import contextlib
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -29,7 +30,7 @@ _GATHER = 0.1  # seconds that an idle engine waits for rows that are being made
 _PATIENCE = 10.0  # seconds until the thread ends: beams cannot be interrupted
 
 
-class Engine:
+class Engine(ABC):
     """Generates the texts of rows, first come, first served. `_round` says how."""
 
     def __init__(self, lm: LanguageModel) -> None:
@@ -100,8 +101,9 @@ class Engine:
         for row in [*self._drop_all(), *self._waiting]:
             _end(row)
 
+    @abstractmethod
     def _round(self) -> None:
-        raise NotImplementedError
+        """Do one round of work."""
 
     def _drop_all(self) -> list[Row]:
         """Remove all rows in progress and return them."""

@@ -131,10 +131,14 @@ class CompletionBody(Sampling):
             raise OptionError("prompt is empty: write a text, token ids, or a list of either")
         if len(self.prompts) * self.samples > _MOST_TEXTS:
             raise OptionError(f"one request may have at most {_MOST_TEXTS} texts: send several")
+        if self.best_of is not None and self.best_of < self.n:
+            raise OptionError(f"best_of is {self.best_of}: it must be at least n, which is {self.n}")
         if self.stream and self.samples > self.n:
             raise OptionError("best_of is not known before the end: leave it out, or stream")
         if self.stream and self.echo and self.logprobs is not None:
             raise OptionError("log-probabilities of the prompt come whole: leave stream, echo or logprobs out")
+        if self.max_tokens == 0 and not self.echo:
+            raise OptionError("max_tokens is 0: that needs echo")
 
 
 class Part(BaseModel):

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import socket
+from typing import Any
 
 import uvicorn
 
@@ -16,16 +17,20 @@ _LAST_SECONDS = 5.0  # to send what is done, after the grace
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that is bound and does not listen yet; HfkitError if the address is taken, or not of this machine."""
+    """A socket bound to the address; it does not listen yet.
+
+    Raises:
+        HfkitError: the address is taken, or not of this machine.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         return listener
-    except OSError as error:
-        reason = f"cannot listen at {host}, port {port}: {error.strerror}"
-        raise HfkitError(f"{reason}: choose another --port or --host") from error
+    except (OSError, UnicodeError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise HfkitError(f"cannot listen at {host}, port {port}: {reason}: choose another --port or --host") from error
 
 
 class _Uvicorn(uvicorn.Server):
@@ -41,10 +46,13 @@ class _Uvicorn(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._served.is_stopping = True
-        loop = asyncio.get_running_loop()
-        end = loop.call_later(self._grace, loop.run_in_executor, None, self._served.stop)
+        waiting = asyncio.create_task(self._end_texts())
         await super().shutdown(sockets)
-        end.cancel()
+        waiting.cancel()
+
+    async def _end_texts(self) -> None:
+        await asyncio.sleep(self._grace)
+        await asyncio.to_thread(self._served.stop)
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self._served.failure is not None
@@ -53,7 +61,8 @@ class _Uvicorn(uvicorn.Server):
 def serve(models: list[LanguageModel], listener: socket.socket, settings: Settings, grace: float = 30.0) -> None:
     """Serve these models until SIGINT or SIGTERM, then `grace` seconds more for what has been begun.
 
-    HfkitError if the device failed: only a new process can use it again.
+    Raises:
+        HfkitError: the device failed; only a new process can use it again.
     """
     server = Server(models, settings)
     config = uvicorn.Config(
@@ -65,9 +74,14 @@ def serve(models: list[LanguageModel], listener: socket.socket, settings: Settin
     names = ", ".join(lm.name for lm in models)
     greeting = f"serving {names} at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C ends it"
     # uvicorn raises the signal again once it has stopped; it has been handled by then.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    _Uvicorn(config, server, greeting, grace).run(sockets=[listener])
-    server.stop()
+    before: dict[signal.Signals, Any] = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        _Uvicorn(config, server, greeting, grace).run(sockets=[listener])
+    finally:
+        server.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if server.failure:
         raise HfkitError(f"{server.failure}: start the server again")

@@ -265,8 +265,8 @@ def test_answer_errors_at_a_shell(random_bert, tiny, tmp_path, shell):
     (tmp_path / "latin").write_bytes(b"the rain \xff falls")
     (tmp_path / "empty").touch()
     for context, code, words in (
-        ("nowhere", 1, ["(nowhere)", "No such file"]),
-        (tmp_path, 1, ["directory"]),
+        ("nowhere", 1, ["cannot read the input (nowhere)", "No such file"]),
+        (tmp_path, 1, ["cannot read the input", "directory"]),
         (tmp_path / "latin", 1, ["UTF-8"]),
         (tmp_path / "empty", 1, ["give a question, and a text"]),
     ):

@@ -415,7 +415,7 @@ def test_classify_file_of_rows(headed, tiny, tmp_path, capfdbinary):
         (["rain", "--labels", "a", "--labels", "a"], 2, ["give each once"]),
         (["  ", "--labels", "a", "--labels", "b"], 2, ["give a text"]),
         (["rain", "--input", "x.txt"], 2, ["leave the TEXT out"]),
-        (["--input", "nowhere.txt"], 1, ["No such file", "(nowhere.txt)"]),
+        (["--input", "nowhere.txt"], 1, ["cannot read the input (nowhere.txt)"]),
         (["rain", "--template", "no field"], 2, ["--template is"]),
         (["w" * 70, "--labels", "a", "--labels", "b"], 1, ["do not fit", "takes 64"]),
     ],

@@ -151,6 +151,7 @@ def test_models(client, lm):
         ({"prompt": [[4, 4096]]}, openai.BadRequestError, "token id"),
         ({"prompt": []}, openai.BadRequestError, "empty"),
         ({"stream": True, "echo": True, "logprobs": 1}, openai.BadRequestError, "whole"),
+        ({"n": 3, "best_of": 2}, openai.BadRequestError, "best_of"),
         ({"n": 100, "prompt": ["a", "b"]}, openai.BadRequestError, "128"),
         ({"extra_body": {"assistant_model": "/etc"}}, openai.BadRequestError, "assistant_model"),
         ({"extra_body": {"novel": ["/etc/passwd"]}}, openai.BadRequestError, "novel"),

@@ -379,6 +379,10 @@ def test_port_in_use(capfdbinary, tiny):
         )
 
 
+def test_model_named_twice(capfdbinary, tiny):
+    assert_fails(call(capfdbinary, "serve", "-m", tiny, "-m", tiny), 2, "twice")
+
+
 @pytest.fixture(scope="module")
 def process():
     """Starts `hfkit serve` with these arguments; its address and its process."""
