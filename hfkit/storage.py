@@ -273,7 +273,7 @@ def lock(folder: Path, *, wait: bool = False, tell: bool = True) -> Iterator[Non
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
         raise HfkitError(f"cannot lock {folder}: {first_line(error)} ({LOCK}); name another --output-dir") from error
-    with os.fdopen(descriptor, "r+b") as file:
+    with os.fdopen(descriptor, "r+b") as file, contextlib.ExitStack() as end:
         if not lock_file(file):
             message = f"{folder} is in use by {_holder(path)}"
             if not wait:
@@ -285,11 +285,8 @@ def lock(folder: Path, *, wait: bool = False, tell: bool = True) -> Iterator[Non
         # Windows keeps others from reading the locked byte, the first one.
         file.write(f" process {os.getpid()} on {socket.gethostname()}".encode())
         file.flush()
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                file.truncate(0)  # or the next holder would pass for this process until it has written its own name
+        end.callback(file.truncate, 0)  # or the next holder passes for this process until it has written its own name
+        yield
 
 
 def _holder(path: Path) -> str:
