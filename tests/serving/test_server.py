@@ -423,6 +423,34 @@ def test_address_is_printed_when_it_answers(lm, monkeypatch):
     assert printed == ["serving"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP")
+def test_compute_threads_of_loading_end():
+    """Beside them, each operation of an engine would wait for its threads to wake up."""
+    script = """
+import psutil, torch
+from hfkit.serving import server
+
+class Stop(Exception):
+    pass
+
+def count(*arguments):
+    counts.append(psutil.Process().num_threads())
+    raise Stop
+
+counts, server.Server = [], count
+torch.set_num_threads(3)
+torch.ones(1_000_000).add_(1)
+counts.append(psutil.Process().num_threads())
+try:
+    server.serve([], None, None)
+except Stop:
+    print(counts[0] - counts[1], torch.ones(1_000_000).add_(1).sum().item())
+"""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=env)
+    assert done.stdout.split() == ["2", "2000000.0"], done.stderr
+
+
 def test_sigterm_under_load(process):
     """Every request that was let in is answered: with its text, or what there is of it, or that it was too late."""
     address, running = process("--grace", "1")
