@@ -45,8 +45,8 @@ def configure(*, quiet: bool, verbose: bool, debug: bool) -> None:
         logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it reports building its font cache
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        if "huggingface_hub" in sys.modules:
-            sys.modules["huggingface_hub"].utils.disable_progress_bars()
+        if "huggingface_hub.utils" in sys.modules:
+            sys.modules["huggingface_hub.utils"].disable_progress_bars()
 
 
 def printable(text: str) -> str:

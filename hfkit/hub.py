@@ -1,6 +1,9 @@
-"""Reach the Hugging Face Hub within seconds, and explain its errors in one line."""
+"""Reach the Hugging Face Hub within seconds, and explain its errors in one line; what is kept beside its downloads."""
+
+from pathlib import Path
 
 from hfkit.errors import HfkitError, first_line, hide_passwords
+from hfkit.storage import check_home
 
 PROBE_SECONDS = 2
 
@@ -20,6 +23,14 @@ def endpoint() -> str:
     from huggingface_hub import constants
 
     return hide_passwords(constants.ENDPOINT)
+
+
+def cache_folder() -> Path:
+    """Where hfkit keeps what it can make again. Raises HfkitError without a home directory."""
+    from huggingface_hub import constants
+
+    check_home(folder := Path(constants.HF_HOME) / "hfkit")
+    return folder
 
 
 def explain_hub_error(error: Exception, name: str, revision: str | None, *, started: bool = False) -> str:

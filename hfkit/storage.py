@@ -239,11 +239,6 @@ def make_writable(folder: Path) -> None:
             probe.unlink()
 
 
-def cache_folder() -> Path:
-    """Where hfkit keeps what it can make again. Raises RuntimeError without a home directory."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hfkit"
-
-
 def check_space(folder: Path, needed: int) -> None:
     """Raise HfkitError if fewer than `needed` bytes are free in `folder`."""
     free = shutil.disk_usage(folder).free

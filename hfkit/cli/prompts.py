@@ -13,10 +13,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 from hfkit import console, processes
 from hfkit.errors import HfkitError, OptionError
+from hfkit.hub import cache_folder
 from hfkit.imports import import_lean
 from hfkit.models.sources import BUNDLED, find_model
 from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
-from hfkit.storage import cache_folder
 
 if TYPE_CHECKING:
     from hfkit.inference.remote import Server
@@ -162,7 +162,7 @@ def load_for(
 
 def _introduce_bundled_model() -> None:
     """Say once to each user what the bundled model can do; a file in the user's cache remembers it."""
-    with contextlib.suppress(OSError, RuntimeError):  # it was said before; no home directory
+    with contextlib.suppress(OSError, HfkitError):  # it was said before; no home directory
         mark = cache_folder() / "introduced"
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch(exist_ok=False)

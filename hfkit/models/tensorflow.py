@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfkit.console import note
 from hfkit.errors import HfkitError, first_line
+from hfkit.hub import cache_folder
 from hfkit.models.bundle import read_index
 from hfkit.models.folder import INDEX, ModelFiles, check_config, read_json
 from hfkit.storage import lock, make_writable, publish, temporary, write_text
@@ -94,13 +95,11 @@ def convert(checkpoint: Path, name: str) -> Path:
     Raises:
         HfkitError: a file is missing or damaged, or the tensors are not those of the model.
     """
-    from huggingface_hub import constants
-
     package = "h5py" if checkpoint.name == _H5 else "google_crc32c"
     if not importlib.util.find_spec(package):
         raise HfkitError(f"{name} needs {package.replace('_', '-')}: pip install 'hfkit[tensorflow]'")
     settings = "config.json" if checkpoint.name == _H5 else _find_settings(checkpoint)
-    cache = Path(constants.HF_HOME) / "hfkit"
+    cache = cache_folder()
     place = checkpoint.resolve()
     folder = cache / f"{place.parent.name}-{hashlib.sha256(bytes(place)).hexdigest()[:16]}"
     state = _state_of(checkpoint)

@@ -12,10 +12,10 @@ from safetensors import safe_open
 
 from hfkit.console import note, write
 from hfkit.errors import HfkitError, OptionError
+from hfkit.hub import cache_folder
 from hfkit.models.folder import ModelFiles, weight_files
 from hfkit.models.sources import find_model
 from hfkit.options import ModelOptions
-from hfkit.storage import cache_folder
 
 _READ_BY_VLLM = {"F32", "F16", "BF16"}
 _POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx")  # names of the context in config.json

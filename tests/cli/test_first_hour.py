@@ -155,3 +155,15 @@ def test_next_line_is_printed(capfdbinary, desk, tiny):
     assert (result.stdout, result.returncode) == (b"tiny-export\n", 0)
     assert result.stderr == b"hfkit: next: hfkit generate -m tiny-export\n"
     assert call(capfdbinary, "prepare", "c.txt", "-q").stderr == b""
+
+
+def test_bundled_model_is_introduced_once(capfdbinary, monkeypatch, tmp_path):
+    """At a terminal, and where no file can remember it, never: the text matters more."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.chdir(tmp_path)
+    for home, times in (("cache", 1), ("~", 0)):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HOME", home)
+        results = [call(capfdbinary, "generate", "A", "-n", "2", "-s", "1") for _ in range(2)]
+        assert [result.returncode for result in results] == [0, 0]
+        assert [b"knows no facts" in result.stderr for result in results] == [times == 1, False]
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]

@@ -14,7 +14,7 @@ import hfkit
 def place(tmp_path, monkeypatch):
     """A PATH with nothing on it, and a cache of its own."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
     (tmp_path / "bin").mkdir()
     return tmp_path
 
