@@ -19,7 +19,7 @@ from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.models.folder import ModelFiles
 from hfkit.models.integrity import LOADING
-from hfkit.models.kernels import fuse_activations, prepare_training
+from hfkit.models.kernels import attend_in_blocks, fuse_activations, prepare_training
 from hfkit.models.loading import load_weights, load_with_head
 from hfkit.options import ModelOptions, SizeOptions, TrainOptions
 from hfkit.training.plan import Plan
@@ -74,8 +74,10 @@ def _set_training_mode(model: Any, plan: Plan) -> None:
         fuse_activations(model)
         if not (plan.options.head or plan.options.label_smoothing_factor):  # which Trainer computes from the logits
             prepare_training(model)
-    if plan.plain_attention:
+    if plan.plain_attention and plan.options.head:  # each length of its texts would be compiled anew
         model.set_attn_implementation("eager")
+    elif plan.plain_attention:
+        attend_in_blocks(model)
     for module in model.modules():
         if plan.options.dropout is not None and isinstance(module, torch.nn.Dropout):
             module.p = plan.options.dropout

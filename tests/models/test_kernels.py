@@ -3,11 +3,20 @@
 import copy
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from support.gpus import pretend
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import hfkit
 from hfkit.cli import info
@@ -98,3 +107,52 @@ def test_prepare_training(vocabulary):
     twin = copy.deepcopy(ready).eval()
     assert twin.lm_head.weight is not ready.lm_head.weight
     torch.testing.assert_close(twin(ids).logits, plain.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+def test_attend_in_blocks(kind, monkeypatch):
+    """Padded rows have the loss and gradients of plain attention; a causal model does not compute what is masked."""
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 40,
+    }
+    match kind:
+        case "gpt2":
+            model: Any = GPT2LMHeadModel(
+                GPT2Config(**shape, **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0))
+            )
+        case "llama":
+            model = LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=32, num_key_value_heads=2))
+        case _:
+            config = BertConfig(**shape, intermediate_size=32, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+            model = BertForSequenceClassification(config)
+    ids, mask = torch.randint(50, (3, 40)), torch.ones(3, 40, dtype=torch.long)
+    mask[1, 30:] = 0
+    labels = torch.tensor([0, 1, 1]) if kind == "bert" else ids.masked_fill(mask == 0, -100)
+    module, scores = sys.modules[type(model).__module__], []
+    plain = module.eager_attention_forward
+
+    def watch(layer, query, key, *arguments, **options):
+        scores.append((query.shape[2], key.shape[2]))
+        return plain(layer, query, key, *arguments, **options)
+
+    monkeypatch.setattr(module, "eager_attention_forward", watch)
+    monkeypatch.setattr(kernels, "_BLOCK", 16)
+    results = []
+    for change in (lambda model: model.set_attn_implementation("eager"), kernels.attend_in_blocks):
+        scores.clear()
+        twin = copy.deepcopy(model).train()
+        change(twin)
+        loss = twin(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        results.append((loss, {name: part.grad for name, part in twin.named_parameters()}))
+    torch.testing.assert_close(results[1], results[0])
+    assert scores == 2 * ([(40, 40)] if kind == "bert" else [(16, 16), (16, 32), (8, 40)])
+    if kind != "bert":  # new queries, all of which see all keys before them
+        cache = DynamicCache(config=twin.eval().config)
+        parts = [twin(part, cache=cache, use_cache=True).logits for part in (ids[:, :20], ids[:, 20:24])]
+        torch.testing.assert_close(torch.cat(parts, 1), twin(ids[:, :24]).logits)

@@ -61,10 +61,12 @@ def test_plan_attention(machine):
     chosen = plan(torch_compile=True)
     assert chosen.plain_attention and any("plain attention" in line for line in chosen.why)
     model, ids = make_new(CONFIG, chosen).eval(), torch.arange(40)[None]
-    assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "transformers.models.gpt2.modeling_gpt2.blocks"
     plain = model(ids).logits
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(model(ids).logits, plain)
+    with_head = make_new(CONFIG, dataclasses.replace(chosen, options=TrainOptions(head="classification")))
+    assert with_head.config._attn_implementation == "eager"
 
 
 def test_plan_float32(still, corpus, tmp_path, monkeypatch, machine):
