@@ -25,6 +25,15 @@ os.environ["HF_DATASETS_CACHE"] = CACHE  # what is tokenized here is for nobody 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+os.fsync = lambda descriptor: None  # no test cuts the power
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports():
+    """What is there by now stays: Trainer collects garbage in each run, and would look through all of torch."""
+    gc.freeze()
+
+
 def pytest_sessionfinish() -> None:
     shutil.rmtree(CACHE, ignore_errors=True)
 
