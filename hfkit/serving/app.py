@@ -19,6 +19,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, S
 import hfkit
 from hfkit.corpus.templates import CHAT_TEMPLATE, task_of
 from hfkit.errors import HfkitError, OptionError
+from hfkit.inference.batches import end_compute_threads
 from hfkit.inference.scores import jsonable
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel, vocabulary_size
@@ -161,13 +162,21 @@ async def _respond(request: fastapi.Request, body: protocol.ResponseBody) -> Any
     return await _send(request, Response(engine.lm, job))
 
 
+def _compute(call: Callable[[], Any]) -> Any:
+    """What `call` returns, in a thread that leaves the compute threads to the engines."""
+    try:
+        return call()
+    finally:
+        end_compute_threads()
+
+
 @router.post("/v1/classify")
 async def _classify(request: fastapi.Request, body: protocol.ClassifyBody) -> Any:
     server = _server(request)
     lm = server.find(body.model)
     body.extras()
     async with server.one_at_a_time:
-        results = await asyncio.to_thread(hfkit.classify, body.texts, model=lm, labels=body.labels)
+        results = await asyncio.to_thread(_compute, partial(hfkit.classify, body.texts, model=lm, labels=body.labels))
     data = [{"index": index, **result.to_dict()} for index, result in enumerate(results)]
     return JSONResponse({"object": "list", "model": lm.name, "data": jsonable(data)})
 
@@ -177,9 +186,10 @@ async def _answer(request: fastapi.Request, body: protocol.AnswerBody) -> Any:
     server = _server(request)
     lm = server.find(body.model)
     body.extras()
-    call = partial(hfkit.answer, body.question, body.context, no_answer_threshold=body.no_answer_threshold)
+    threshold = body.no_answer_threshold
+    call = partial(hfkit.answer, body.question, body.context, model=lm, no_answer_threshold=threshold)
     async with server.one_at_a_time:
-        result = await asyncio.to_thread(call, model=lm)
+        result = await asyncio.to_thread(_compute, call)
     return JSONResponse({"object": "answer", **jsonable(result.to_dict())})
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from transformers.cache_utils import DynamicCache
 
-from hfkit.inference.batches import default_size
+from hfkit.inference.batches import default_size, end_compute_threads
 from hfkit.inference.decoding import Completion
 from hfkit.inference.generation import stream
 from hfkit.inference.results import Generation
@@ -269,6 +269,7 @@ class SoloEngine(Engine):
             _end(row)
         elif not row.is_cancelled:
             self._write(row)
+            end_compute_threads()
         self._rows = []
 
     def _write(self, row: Row) -> None:

@@ -1,18 +1,15 @@
 """Runs the server: binds the port, serves, and stops gracefully."""
 
 import asyncio
-import contextlib
-import ctypes
 import signal
 import socket
-import sys
 from typing import Any
 
-import torch
 import uvicorn
 
 from hfkit.console import note
 from hfkit.errors import HfkitError
+from hfkit.inference.batches import end_compute_threads
 from hfkit.models.loading import LanguageModel
 from hfkit.serving.app import Server
 from hfkit.serving.guard import Settings
@@ -62,24 +59,13 @@ class _Uvicorn(uvicorn.Server):
         return await super().on_tick(counter) or self._served.failure is not None
 
 
-def end_compute_threads() -> None:
-    """End this thread's OpenMP threads, which loaded the models: from now on, the engines' threads compute.
-
-    Each thread that computes has OpenMP threads of its own. While the process has more of them than cores, idle ones
-    included, GNU's library lets them sleep between any two operations, which costs some 70 microseconds each time.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # a torch without OpenMP
-            ctypes.CDLL(torch._C.__file__).omp_pause_resource_all(1)  # 1: omp_pause_soft, of OpenMP 5.0
-
-
 def serve(models: list[LanguageModel], listener: socket.socket, settings: Settings, grace: float = 30.0) -> None:
     """Serve these models until SIGINT or SIGTERM, then `grace` seconds more for what has been begun.
 
     Raises:
         HfkitError: the device failed; only a new process can use it again.
     """
-    end_compute_threads()
+    end_compute_threads()  # those that loaded the models
     server = Server(models, settings)
     config = uvicorn.Config(
         server.guard,

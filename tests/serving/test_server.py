@@ -326,6 +326,21 @@ def test_classify_and_answer(http, story):
     assert http.post("/v1/answer", json=asked).json()["answer"] == expected.answer
 
 
+def test_compute_threads_are_left_to_the_steps(http, monkeypatch):
+    """What computes in a thread of its own ends its compute threads: see `test_compute_threads_of_loading_end`."""
+    ended = []
+    for module in ("app", "engine"):
+        monkeypatch.setattr(
+            f"hfkit.serving.{module}.end_compute_threads", lambda: ended.append(threading.current_thread().name)
+        )
+    assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).is_success and not ended
+    assert http.post("/v1/classify", json={"input": "a", "labels": ["b", "c"]}).is_success
+    assert http.post("/v1/answer", json={"question": "Who?", "context": "A dog."}).is_success
+    assert len(ended) == 2 and all(name.startswith("asyncio") for name in ended)
+    assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2, "num_beams": 2}).is_success
+    wait_until(lambda: ended[2:] == ["engine of bundled"])
+
+
 def test_translators(tiny_t5):
     """A model with an encoder: the last turn is its text, and it streams as well."""
     lm = hfkit.load(tiny_t5)
