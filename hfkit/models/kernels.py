@@ -36,13 +36,12 @@ def attend_in_blocks(model: Any) -> None:
 
     def attend(layer: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> tuple[torch.Tensor, None]:
         """query, key, value: (batch, heads, tokens, width). Returns (batch, tokens, heads, width)."""
-        is_causal = getattr(layer, "is_causal", False) and mask is not None and query.shape[2] == key.shape[2]
-        size = _BLOCK if is_causal else query.shape[2]
+        if not getattr(layer, "is_causal", False) or mask is None or query.shape[2] != key.shape[2]:
+            return plain(layer, query, key, value, mask, **options)[0], None
         blocks = []
-        for start in range(0, query.shape[2], size):
-            stop = min(start + size, query.shape[2]) if is_causal else key.shape[2]
-            seen = None if mask is None else mask[..., start : start + size, :stop]
-            block = query[:, :, start : start + size], key[:, :, :stop], value[:, :, :stop], seen
+        for start in range(0, query.shape[2], _BLOCK):
+            rows, seen = slice(start, start + _BLOCK), slice(start + _BLOCK)
+            block = query[:, :, rows], key[:, :, seen], value[:, :, seen], mask[..., rows, seen]
             blocks.append(plain(layer, *block, **options)[0])
         return torch.cat(blocks, 1), None
 
