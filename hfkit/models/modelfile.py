@@ -1,5 +1,6 @@
 """What ollama needs beside a GGUF file: a Modelfile, with the chat template in ollama's words."""
 
+import string
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def _translate_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str | None,
     variables, rendered, is such a template if all its turns look alike.
     """
     task = tokenizer.init_kwargs.get("task")
-    ends = [task["template"].rpartition("}")[2] or "\n"] if task else []
+    ends = [_text_after_fields(task["template"]) or "\n"] if task else []
     if not tokenizer.chat_template:
         return _PROMPT, ends
 
@@ -76,3 +77,11 @@ def _translate_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str | None,
     if opening.count(_SYSTEM) == opening.count("{{") == 1:
         question = f"{{{{ if .System }}}}{opening}{{{{ end }}}}{question}"
     return question + answer, stops
+
+
+def _text_after_fields(template: str) -> str:
+    """What a task's template has after its last field. A doubled brace is a brace."""
+    end = ""
+    for text, field, *_ in string.Formatter().parse(template):
+        end = end + text if field is None else ""
+    return end

@@ -483,3 +483,6 @@ def test_modelfile_of_task_and_plain_model(tiny, tmp_path):
     give_task(lm.tokenizer, Task("{question} in {text}: {answer}\n\n"))
     write_modelfile(lm, tmp_path / "Modelfile", "my.gguf")
     assert (tmp_path / "Modelfile").read_text().endswith('"""\n\n"""\nTEMPLATE """{{ .Prompt }}"""\n')
+    give_task(lm.tokenizer, Task("{question} in {text}: {{{answer}}}!"))
+    write_modelfile(lm, tmp_path / "Modelfile", "my.gguf")
+    assert 'PARAMETER stop """}!"""\n' in (tmp_path / "Modelfile").read_text()
