@@ -40,6 +40,11 @@ class TrainingData:
     labels: tuple[str, ...] = ()
 
     @property
+    def is_joined(self) -> bool:
+        """Whether sequences are cut from joined texts, all at one length. Examples have lengths of their own."""
+        return not self.head and getattr(self.train_set, "is_joined", True)  # a stream's are
+
+    @property
     def fingerprint(self) -> dict[str, str]:
         if not self.report:
             return {}

@@ -98,7 +98,7 @@ def _train(job: Job, stop: Stop, rows: int, accumulation: int, checkpoint: Path 
         arguments = training_arguments(job, rows, accumulation)
         set_seed(job.plan.options.seed)  # a new model or adapter begins with random numbers
         # A compiled model is compiled anew for each shape of a batch.
-        is_static = job.plan.compile and getattr(job.dataset.train_set, "is_joined", True)
+        is_static = job.plan.compile and job.dataset.is_joined
         trainer = _Trainer(
             job,
             stop,

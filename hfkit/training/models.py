@@ -45,14 +45,14 @@ def make_trainable(
         model = load_weights(source, replace(options, dtype="float32"), tokenizer).model
     model.name_or_path = source.name if source.name == "bundled" else str(source.folder)
     model.requires_grad_(not plan.options.lora)  # merging an adapter has frozen the weights
-    _set_training_mode(model, plan)
+    _set_training_mode(model, plan, is_joined=dataset.is_joined)
     return _add_adapter(model, source, options.revision, plan.options) if plan.options.lora else model
 
 
 def make_new(config: Any, plan: Plan) -> Any:
     """A model with random weights, on the device of the plan."""
     model = new_model(config, plan.options.head).to(plan.device)
-    _set_training_mode(model, plan)
+    _set_training_mode(model, plan, is_joined=not plan.options.head)
     return model
 
 
@@ -65,8 +65,11 @@ def new_model(config: Any, head: str | None) -> Any:
         return kind.from_config(config)  # type: ignore[no-untyped-call]
 
 
-def _set_training_mode(model: Any, plan: Plan) -> None:
-    """Set what is not in a model's weights: how its loss is counted, its attention, its dropout."""
+def _set_training_mode(model: Any, plan: Plan, *, is_joined: bool) -> None:
+    """Set what is not in a model's weights: how its loss is counted, its attention, its dropout.
+
+    is_joined: all sequences have one length.
+    """
     if not plan.options.head:
         # Without this, Trainer counts the labels unshifted: loss and gradients come out too small.
         model.loss_type = "ForCausalLM"
@@ -74,10 +77,10 @@ def _set_training_mode(model: Any, plan: Plan) -> None:
         fuse_activations(model)
         if not (plan.options.head or plan.options.label_smoothing_factor):  # which Trainer computes from the logits
             prepare_training(model)
-    if plan.plain_attention and plan.options.head:  # each length of its texts would be compiled anew
-        model.set_attn_implementation("eager")
-    elif plan.plain_attention:
+    if plan.plain_attention and is_joined:
         attend_in_blocks(model)
+    elif plan.plain_attention:  # the number of blocks depends on the length: each one would be compiled anew
+        model.set_attn_implementation("eager")
     for module in model.modules():
         if plan.options.dropout is not None and isinstance(module, torch.nn.Dropout):
             module.p = plan.options.dropout

@@ -431,6 +431,18 @@ def test_finetune_compiled(still, corpus, tmp_path):
     assert loaded.state_dict().keys() == AutoModelForCausalLM.from_pretrained(still).state_dict().keys()
 
 
+@pytest.mark.slow
+def test_finetune_compiled_examples(still, answers, tmp_path):
+    """Examples of many lengths are compiled twice: for the first length, and for any."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    torch.compiler.reset()
+    options = {"per_device_train_batch_size": 1, "max_steps": 20, "eval_fraction": 0}
+    assert train(answers, still, tmp_path / "run", torch_compile=True, **options).metrics["compiled"]
+    assert counters["stats"]["unique_graphs"] == 2
+
+
 FAULTS = """
 import resource, torch
 from types import SimpleNamespace

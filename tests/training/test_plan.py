@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from support.shell import call
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 import hfkit
+from hfkit.corpus.training_data import TrainingData
 from hfkit.errors import OptionError
+from hfkit.models.loading import load_tokenizer
+from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.training import plan as plan_module
-from hfkit.training.models import make_new
+from hfkit.training.models import make_new, make_trainable
 from hfkit.training.plan import make_plan
 
 pytestmark = pytest.mark.usefixtures("brisk")
@@ -67,6 +71,18 @@ def test_plan_attention(machine):
     torch.testing.assert_close(model(ids).logits, plain)
     with_head = make_new(CONFIG, dataclasses.replace(chosen, options=TrainOptions(head="classification")))
     assert with_head.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("is_joined", "name"), [(True, "transformers.models.gpt2.modeling_gpt2.blocks"), (False, "eager")]
+)
+def test_plan_attention_of_examples(machine, tiny, is_joined, name):
+    """Examples have lengths of their own, each of which would be compiled anew for attention in blocks."""
+    machine()
+    data = TrainingData(SimpleNamespace(is_joined=is_joined), [], 9, 9.0, None)
+    source = find_model(tiny)
+    model = make_trainable(source, ModelOptions(), plan(torch_compile=True), load_tokenizer(source), data)
+    assert model.config._attn_implementation == name
 
 
 def test_plan_float32(still, corpus, tmp_path, monkeypatch, machine):
