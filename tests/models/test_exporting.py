@@ -112,8 +112,18 @@ def test_export_float8(model, corpus, tmp_path, request):
 
 
 def test_export_float8_bundled(corpus, tmp_path):
-    """Half of bfloat16's size, and nearly the same probabilities."""
-    half, quarter = (hfkit.export("bundled", output_dir=tmp_path / dtype, dtype=dtype)
+    """Half of bfloat16's size, and nearly the same probabilities; the model's own weights stay what they are."""
+    assert hfkit.evaluate(corpus, model="bundled").bits_per_byte == hfkit.evaluate(
+        corpus, model=hfkit.export("bundled", output_dir=tmp_path / "same", dtype="float8_e4m3fn")
+    ).bits_per_byte  # fmt: skip
+    lm = hfkit.load("bundled", device="cpu", dtype="float32")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weights in lm.model.parameters():
+            weights *= 1 + 0.06 * (2 * torch.rand_like(weights) - 1)  # float8 has only one number in 6 to 12 per cent
+    lm.model.save_pretrained(tmp_path / "varied")
+    lm.tokenizer.save_pretrained(tmp_path / "varied")
+    half, quarter = (hfkit.export(tmp_path / "varied", output_dir=tmp_path / dtype, dtype=dtype)
                      for dtype in ("bfloat16", "float8_e4m3fn"))  # fmt: skip
     sizes = [(Path(folder) / "model.safetensors").stat().st_size for folder in (half, quarter)]
     assert sizes[1] < 0.51 * sizes[0]

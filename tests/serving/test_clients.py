@@ -135,7 +135,7 @@ def test_responses(client, story):
 
 def test_models(client, lm):
     assert [model.id for model in client.models.list()] == ["bundled", lm.name]
-    assert client.models.retrieve("bundled").max_model_len == 512
+    assert client.models.retrieve("bundled").max_model_len == 1024
     assert client.completions.create(model=lm.name, prompt="a", max_tokens=2).model == lm.name
 
 
@@ -144,11 +144,11 @@ def test_models(client, lm):
     [
         ({"model": "../bundled"}, openai.NotFoundError, "not served"),
         ({"max_tokens": -1}, openai.BadRequestError, "max_tokens"),
-        ({"max_tokens": 600}, openai.BadRequestError, "do not fit"),
+        ({"max_tokens": 1100}, openai.BadRequestError, "do not fit"),
         ({"temperature": 3000}, openai.BadRequestError, "temperature"),
-        ({"logit_bias": {"4096": 1}}, openai.BadRequestError, "logit_bias"),
+        ({"logit_bias": {"6144": 1}}, openai.BadRequestError, "logit_bias"),
         ({"suffix": "the end"}, openai.BadRequestError, "suffix"),
-        ({"prompt": [[4, 4096]]}, openai.BadRequestError, "token id"),
+        ({"prompt": [[4, 6144]]}, openai.BadRequestError, "token id"),
         ({"prompt": []}, openai.BadRequestError, "empty"),
         ({"stream": True, "echo": True, "logprobs": 1}, openai.BadRequestError, "whole"),
         ({"n": 3, "best_of": 2}, openai.BadRequestError, "best_of"),
@@ -166,7 +166,7 @@ def test_errors_are_the_clients_exceptions(client, asked, error, words):
 
 def test_context_length_has_its_code(client):
     with pytest.raises(openai.BadRequestError) as error:
-        client.completions.create(model="bundled", prompt=PROMPT * 200)
+        client.completions.create(model="bundled", prompt=PROMPT * 400)
     assert error.value.code == "context_length_exceeded"
 
 

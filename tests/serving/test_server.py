@@ -308,7 +308,11 @@ def test_request_id(http):
 def test_tokenize_and_back(http, story):
     text = "The house, and “so” on."
     reply = http.post("/tokenize", json={"prompt": text}).json()
-    assert reply == {"tokens": story.tokenizer(text)["input_ids"], "count": len(reply["tokens"]), "max_model_len": 512}
+    assert reply == {
+        "tokens": story.tokenizer(text)["input_ids"],
+        "count": len(reply["tokens"]),
+        "max_model_len": 1024,
+    }
     assert http.post("/detokenize", json={"tokens": reply["tokens"]}).json() == {"prompt": text}
     assert http.post("/detokenize", json={"tokens": [9999999]}).status_code == 400
 
