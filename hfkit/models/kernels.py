@@ -1,6 +1,7 @@
 """Layers in the form that suits the kernels of a device. Weights, names and configuration stay what they are."""
 
 import functools
+import math
 import sys
 from typing import Any
 
@@ -9,9 +10,11 @@ from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import NewGELUActivation
-from transformers.masking_utils import eager_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 _BLOCK = 256  # queries; smaller blocks save fewer scores than they cost in calls
+_CAUSAL = "sdpa_causal"
 _MULTIPLE = 64  # tensor cores are several times slower at matrices whose rows do not begin at a multiple of 16 bytes
 
 
@@ -49,6 +52,29 @@ def attend_in_blocks(model: Any) -> None:
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, eager_mask)
     model.set_attn_implementation(name)
+
+
+def attend_without_mask(model: Any) -> None:
+    """Tell torch's fused attention that it is causal instead of giving it a mask, in compiled code, too.
+
+    Its fastest kernels take no mask. transformers leaves a causal mask out by itself, but not while compiling: there
+    it cannot see that each row is one text. It is for batches of such rows, padded on the right at most.
+    """
+    if model.config._attn_implementation == "sdpa" and not model.config.is_encoder_decoder:
+        AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
+        AttentionMaskInterface.register(_CAUSAL, _mask_where_needed)
+        model.set_attn_implementation(_CAUSAL)
+
+
+def _mask_where_needed(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, **options: Any
+) -> torch.Tensor | None:
+    """transformers' own mask; None where each token sees all that come before it, and nothing else."""
+    reach = options.get("local_size") or math.inf
+    if options.get("attention_mask") is None and q_length == kv_length < reach and not options.get("use_vmap"):
+        return None
+    mask: torch.Tensor | None = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
+    return mask
 
 
 class _PaddedHead(nn.Linear):

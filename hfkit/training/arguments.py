@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import TrainingArguments
 
 from hfkit import processes
@@ -39,6 +40,16 @@ def freed_memory_kept(plan: Plan) -> Iterator[None]:
         libc.mallopt(trim_threshold, 128 * 1024)  # glibc's defaults
         libc.mallopt(mmap_max, 65536)
         libc.malloc_trim(0)
+
+
+def attention_kernels(plan: Plan) -> contextlib.AbstractContextManager[Any]:
+    """Leave out cuDNN's attention, which is torch's first choice on new GPUs: its gradients can be NaN.
+
+    See pytorch/pytorch#196678 and NVIDIA/cudnn-frontend#160.
+    """
+    if plan.device.type != "cuda":
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 @contextlib.contextmanager

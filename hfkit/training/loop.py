@@ -37,7 +37,13 @@ from hfkit.console import counted
 from hfkit.errors import DivergedError, HfkitError, OptionError, first_line
 from hfkit.options import TrainOptions
 from hfkit.storage import check_space
-from hfkit.training.arguments import freed_memory_kept, make_optimizer, private_environment, training_arguments
+from hfkit.training.arguments import (
+    attention_kernels,
+    freed_memory_kept,
+    make_optimizer,
+    private_environment,
+    training_arguments,
+)
 from hfkit.training.checkpoints import Stop, commit, find_newest, list_checkpoints, rotate
 from hfkit.training.monitor import HeldOutMonitor, ProgressCallback, best_step, is_stale
 from hfkit.training.plan import Job, Plan
@@ -91,6 +97,7 @@ def _train(job: Job, stop: Stop, rows: int, accumulation: int, checkpoint: Path 
         contextlib.closing(progress),
         private_environment(job),
         freed_memory_kept(job.plan),
+        attention_kernels(job.plan),
         console.quiet_libraries(),
         _option_errors(progress),
     ):

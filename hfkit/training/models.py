@@ -19,7 +19,7 @@ from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.models.folder import ModelFiles
 from hfkit.models.integrity import LOADING
-from hfkit.models.kernels import attend_in_blocks, fuse_activations, prepare_training
+from hfkit.models.kernels import attend_in_blocks, attend_without_mask, fuse_activations, prepare_training
 from hfkit.models.loading import load_weights, load_with_head
 from hfkit.options import ModelOptions, SizeOptions, TrainOptions
 from hfkit.training.plan import Plan
@@ -81,6 +81,8 @@ def _set_training_mode(model: Any, plan: Plan, *, is_joined: bool) -> None:
         attend_in_blocks(model)
     elif plan.plain_attention:  # the number of blocks depends on the length: each one would be compiled anew
         model.set_attn_implementation("eager")
+    elif plan.compile:
+        attend_without_mask(model)
     for module in model.modules():
         if plan.options.dropout is not None and isinstance(module, torch.nn.Dropout):
             module.p = plan.options.dropout

@@ -16,6 +16,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
 )
 
 import hfkit
@@ -156,3 +158,43 @@ def test_attend_in_blocks(kind, monkeypatch):
         cache = DynamicCache(config=twin.eval().config)
         parts = [twin(part, cache=cache, use_cache=True).logits for part in (ids[:, :20], ids[:, 20:24])]
         torch.testing.assert_close(torch.cat(parts, 1), twin(ids[:, :24]).logits)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "window"])
+def test_attend_without_mask(kind, monkeypatch):
+    """Compiled, too, a causal model's attention gets no mask, unless a window needs one; losses stay as they are."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "gpt2":
+        model: Any = GPT2LMHeadModel(
+            GPT2Config(**shape, **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0))
+        )
+    else:
+        config = MistralConfig(**shape, intermediate_size=32, num_key_value_heads=2, sliding_window=8)
+        model = MistralForCausalLM(config)
+    ids = torch.randint(50, (3, 40))
+    labels = ids.clone()
+    labels[1, 30:] = -100  # padding
+    masks = []
+
+    def compiled(graph, inputs):
+        """A compiler that looks at what it gets, and compiles nothing."""
+        calls = [node for node in graph.graph.nodes if node.target is torch.nn.functional.scaled_dot_product_attention]
+        masks.extend((node.kwargs["attn_mask"] is not None, node.kwargs["is_causal"]) for node in calls)
+        return graph.forward
+
+    plain = model(input_ids=ids, labels=labels)
+    for change, found in ((lambda model: None, (True, False)), (kernels.attend_without_mask, (False, True))):
+        masks.clear()
+        twin = copy.deepcopy(model)
+        change(twin)
+        loss = torch.compile(twin, backend=compiled)(input_ids=ids, labels=labels, use_cache=False).loss
+        assert masks == 2 * [found if kind == "gpt2" else (True, False)]
+        torch.testing.assert_close(loss, plain.loss)
+        torch._dynamo.reset()
+    assert twin.config._attn_implementation != "sdpa"
+    padding = (labels != -100).long()  # a model that is sampled from gets a mask, and uses it
+    padding[2, :5] = 0
+    torch.testing.assert_close(
+        *(each(input_ids=ids, attention_mask=padding).logits[2, 5:] for each in (twin.eval(), model.eval()))
+    )

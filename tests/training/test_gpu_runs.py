@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import trials
 from support.gpus import pretend
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
 
 import hfkit
 from hfkit.errors import DivergedError, OptionError
@@ -47,6 +47,20 @@ def test_losses_of_a_gpu_run(still, corpus, tmp_path, brisk, request):
     assert made[0].dataloader_pin_memory and made[0].accelerator_config.non_blocking and not made[0].use_cpu
     saved = hfkit.load(run.output_dir).model
     assert type(saved) is GPT2LMHeadModel and saved.config.activation_function == "gelu_new"
+
+
+def test_attention_of_a_gpu_run(still, corpus, tmp_path, gpu):
+    """Not cuDNN's, whose gradients can be NaN; only while it trains."""
+    allowed = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs) -> None:
+            cuda = torch.backends.cuda
+            allowed.append((cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.math_sdp_enabled()))
+
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    hfkit.finetune(corpus, model=still, output_dir=tmp_path / "run", callbacks=[Watch()], **OPTIONS)
+    assert set(allowed) == {(False, True, True)} and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_diverged_on_a_gpu(still, corpus, tmp_path, gpu, monkeypatch):
