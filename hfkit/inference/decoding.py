@@ -92,10 +92,11 @@ class Rows(StoppingCriteria):
         self.reads_text = bool(ends.strings or on_text)  # at each step
         self._tokenizer, self._contexts, self._ends = tokenizer, contexts, ends
         self._seeds, self._on_text = seeds, on_text
-        self._generators: list[torch.Generator] = []
+        self._drawing: list[torch.Generator] = []
         self._raw = torch.empty(0)  # this step's log-probabilities, (rows, vocabulary)
         self._chosen: list[torch.Tensor] = []  # a (rows,) tensor a step
         self._logprobs: list[torch.Tensor] = []
+        self._seen = 0  # steps whose tokens were looked at
         self._detokenizers = [Detokenizer(tokenizer, context) for context in contexts]
         self._texts = ["" for _ in contexts]
         self._shown = 0
@@ -111,10 +112,7 @@ class Rows(StoppingCriteria):
         if self._seeds is None:
             chosen = scores.argmax(-1, keepdim=True)
         else:
-            self._generators = self._generators or [
-                torch.Generator(scores.device).manual_seed(seed) for seed in self._seeds
-            ]
-            chosen = draw(scores.softmax(-1), self._generators)
+            chosen = draw(scores.softmax(-1), self._generators(scores.device))
         self._logprobs.append(self._raw.gather(1, chosen).squeeze(1))
         self._chosen.append(chosen.squeeze(1))
         return scores.scatter(1, chosen, torch.inf)
@@ -122,16 +120,50 @@ class Rows(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Which rows end here, (rows,). Token ids leave the device only where the text matters."""
         if self.reads_text:
-            for row, token in enumerate(self._chosen[-1].tolist()):
-                if row not in self._stopped:
-                    self._texts[row] += self._detokenizers[row].push(token)
-                    if token in self._ends.tokens or cut_at_stop(self._texts[row], self._ends.strings)[1]:
-                        self._stopped.add(row)
-            self._show(final=False)
+            self._read()
         count, device = len(input_ids), input_ids.device
         if not self._stopped or self.cancelled.is_set():
             return torch.full((count,), self.cancelled.is_set(), device=device)  # unlike a copy, it does not wait
         return torch.tensor([row in self._stopped for row in range(count)], device=device)
+
+    # What a graph's loop takes instead of these three.
+
+    def room_for_noise(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """A tensor for the random numbers of a step, (rows, vocabulary); None if nothing is drawn."""
+        return None if self._seeds is None else torch.empty_like(logits[:, -1], dtype=torch.float32)
+
+    def fill(self, noise: torch.Tensor | None) -> None:
+        """Draw the random numbers of a step."""
+        if noise is not None:
+            _draw_noise(noise, self._generators(noise.device))
+
+    def keep(self, tokens: torch.Tensor, nats: torch.Tensor) -> None:
+        """Each row's token and its log-probability, (rows, 1) each, which are overwritten by the next step."""
+        self._chosen.append(tokens.squeeze(1).clone())
+        self._logprobs.append(nats.squeeze(1).clone())
+
+    def have_ended(self) -> bool:
+        """Whether no row needs another token. It waits for the device."""
+        self._read()
+        return self.cancelled.is_set() or len(self._stopped) == len(self._contexts)
+
+    def _generators(self, device: torch.device) -> list[torch.Generator]:
+        """One for each row; they go on where they are."""
+        self._drawing = self._drawing or [torch.Generator(device).manual_seed(seed) for seed in self._seeds or ()]
+        return self._drawing
+
+    def _read(self) -> None:
+        """Look at the tokens since the last look: which rows end, and what a stream shows."""
+        for tokens in torch.stack(self._chosen[self._seen :]).tolist():
+            for row, token in enumerate(tokens):
+                if row in self._stopped:
+                    continue
+                if self.reads_text:
+                    self._texts[row] += self._detokenizers[row].push(token)
+                if token in self._ends.tokens or cut_at_stop(self._texts[row], self._ends.strings)[1]:
+                    self._stopped.add(row)
+        self._seen = len(self._chosen)
+        self._show(final=False)
 
     def _show(self, final: bool) -> None:
         if self._on_text:
@@ -165,10 +197,14 @@ def draw(probabilities: torch.Tensor, generators: Sequence[torch.Generator]) -> 
 
 def _draw_without_waiting(probabilities: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
     """What torch.multinomial computes for each row, without its check of each row, which waits for the GPU."""
-    noise = torch.empty_like(probabilities)
+    return (probabilities / _draw_noise(torch.empty_like(probabilities), generators)).argmax(-1, keepdim=True)
+
+
+def _draw_noise(noise: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Fill `noise`, (rows, vocabulary), with random numbers, each row from its own generator."""
     for row, generator in zip(noise, generators, strict=True):
         row.exponential_(generator=generator)
-    return (probabilities / noise).argmax(-1, keepdim=True)
+    return noise
 
 
 class _Processors(LogitsProcessorList):
@@ -191,11 +227,10 @@ def decode(
 ) -> torch.Tensor:
     """`model.generate(custom_generate=decode, rows=Rows(...))`: transformers' loop around `rows`, or a graph's."""
     generation_config.do_sample = False  # generate() works on a copy of its own, and rows.pick samples
+    if isinstance(kwargs.get("cache"), graphs.FixedCache):
+        return graphs.sample(model, input_ids, logits_processor, generation_config, rows, **kwargs)
     processors = _Processors([rows.record, *logits_processor, rows.pick])
     criteria = StoppingCriteriaList([*stopping_criteria, rows])
-    if isinstance(kwargs.get("cache"), graphs.FixedCache):
-        kwargs["check_each"] = rows.reads_text
-        return graphs.sample(model, input_ids, processors, criteria, generation_config, **kwargs)
     # The loop that generate() would have run. It is private, but generate() calls a custom_generate function in its
     # place and with its arguments; a loop of our own would be a copy of it.
     return cast(torch.Tensor, model._sample(input_ids, processors, criteria, generation_config, **kwargs))

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HFKIT_CUDA_GRAPHS"] = "1"
 
 import generation
 import torch

@@ -143,7 +143,7 @@ def test_steps_do_not_wait(half, way, monkeypatch):
 
         return call
 
-    for owner, name in ((Rows, "record"), (Rows, "pick"), (Rows, "__call__"), (graphs.Step, "forward")):
+    for owner, name in ((Rows, "fill"), (Rows, "keep"), (graphs.Step, "forward")):
         monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
     assert hfkit.generate(PROMPTS[0], model=half, max_new_tokens=TOKENS, **way).tokens
 

@@ -46,6 +46,7 @@ CONTROLS = {"seed": 2, "top_p": 0.9, "repetition_penalty": 1.3}
         ("gpt2", {"temperature": 0}),
         ("gpt2", {"seed": 1}),
         ("gpt2", {"seed": 3, "stop_strings": ["e"]}),
+        ("gpt2", {"seed": 4, "top_k": 20, "top_p": 0.8, "min_p": 0.01, "temperature": 1.4}),
         ("llama", CONTROLS),
     ],
 )
@@ -72,6 +73,22 @@ def test_sample_ends(lms, gpu, monkeypatch):
     (ended,) = batches.run_batch(lm, [request], options)
     assert ended.finish_reason == "stop" and ended.tokens == whole.tokens[: whole.tokens.index(whole.tokens[20]) + 1]
     assert len(gpu) < 36  # recorded once, and replayed until the next look at whether it has ended
+
+
+@pytest.mark.parametrize("more", [{}, {"repetition_penalty": 1.2}], ids=["recorded", "beside it"])
+def test_sample_in_time(lms, gpu, more):
+    text = hfkit.generate("the cat", model=lms["gpt2"], max_new_tokens=50, max_time=1e-9, **more)
+    assert (text.tokens, text.finish_reason) == (1, "length") and not gpu
+
+
+def test_what_is_recorded(lms, gpu, monkeypatch):
+    """The choice of a token with the step, unless it depends on the tokens before."""
+    finished = []
+    step = graphs.Step.__init__
+    monkeypatch.setattr(graphs.Step, "__init__", lambda *all: (finished.append(all[-1]), step(*all))[1])
+    for more in ({"temperature": 0}, {"top_k": 5, "top_p": 0.9, "min_p": 0.01}, {"no_repeat_ngram_size": 2}):
+        hfkit.generate("the cat", model=lms["gpt2"], max_new_tokens=12, **more)
+    assert [bool(each) for each in finished] == [True, True, False]
 
 
 def test_stream_and_short_texts(lms, gpu):
@@ -162,7 +179,6 @@ def test_suits(lms, tiny_t5, monkeypatch):
     lm = lms["gpt2"]
     assert not graphs.suits(lm, 50)  # on a CPU
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setenv("HFKIT_CUDA_GRAPHS", "1")
 
     def suits(model, tokens=50, **more):
         return graphs.suits(lm._replace(model=OnGPU(model, **more)), tokens)
@@ -176,8 +192,6 @@ def test_suits(lms, tiny_t5, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(lm.model.config, "_attn_implementation", "flash_attention_2")
         assert not suits(lm.model)
-    monkeypatch.delenv("HFKIT_CUDA_GRAPHS")
-    assert not suits(lm.model)  # unless it is asked for
 
 
 def test_draw():

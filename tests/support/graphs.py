@@ -2,6 +2,9 @@
 
 import contextlib
 
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
 from hfkit.inference.graphs import Step
 
 
@@ -10,9 +13,10 @@ class FakeGraph:
         self._events, self._step = events, None
 
     def replay(self) -> None:
-        """Do what was recorded, into the tensor that recording returned."""
+        """Do what was recorded, into the tensors that recording returned."""
         self._events.append("replayed")
-        self._step._logits.copy_(self._forward())
+        for target, result in zip(tree_leaves(self._step._result), tree_leaves(self._forward()), strict=True):
+            target.copy_(result)
 
     @staticmethod
     @contextlib.contextmanager
@@ -24,7 +28,7 @@ class FakeGraph:
         def record(step):
             graph._step, graph._forward = step, lambda: forward(step)
             graph._events.append("recorded")
-            return step._logits.clone()
+            return tree_map(torch.clone, step._result)
 
         Step.forward = record
         try:
