@@ -85,6 +85,7 @@ def export(options: ExportOptions, model: str = argument(help="A run of finetune
     if options.output_dir:
         console.note(f"next: hfkit generate -m {shlex.quote(place)}")
     if place.endswith(".gguf"):
-        path = Path(place)
-        modelfile = path.with_suffix(".Modelfile") if place == options.output_dir else path.with_name("Modelfile")
-        console.note(f"or: ollama create {shlex.quote(path.stem.lower())} -f {shlex.quote(str(modelfile))}")
+        from hfkit.models.modelfile import modelfile_of
+
+        name, modelfile = Path(place).stem.lower(), modelfile_of(Path(place))
+        console.note(f"or: ollama create {shlex.quote(name)} -f {shlex.quote(str(modelfile))}")

@@ -23,6 +23,12 @@ def sampling_of(lm: LanguageModel) -> dict[str, float]:
     return {name: value for name in names if (value := getattr(settings, name)) is not None}
 
 
+def modelfile_of(weights: Path) -> Path:
+    """The Modelfile of an exported .gguf file: named after it where that is a file by itself, not a folder's."""
+    named = weights.with_suffix(".Modelfile")
+    return named if named.is_file() else weights.with_name("Modelfile")
+
+
 def write_modelfile(lm: LanguageModel, path: Path, weights: str) -> None:
     """Write what `ollama create NAME -f PATH` reads. weights: name of the .gguf file in the same folder."""
     settings: Any = lm.model.generation_config

@@ -365,7 +365,7 @@ def test_refuse_options(tiny, tmp_path, monkeypatch, capfdbinary):
 # files
 
 
-def test_files(tiny, tmp_path, capfdbinary):
+def test_files(tiny, tmp_path, monkeypatch, capfdbinary):
     """A folder, or a file by its name, with a Modelfile. Neither is replaced unasked, nor the model itself ever."""
     folder, file = tmp_path / "My model", tmp_path / "my.gguf"
     result = call(capfdbinary, "export", tiny, "--format", "gguf", "-o", folder)
@@ -374,6 +374,13 @@ def test_files(tiny, tmp_path, capfdbinary):
     assert {path.name for path in folder.iterdir()} == {"My model.gguf", "Modelfile", ".hfkit.json"}
     result = call(capfdbinary, "export", tiny, "-o", file)
     assert (result.stdout.decode(), result.returncode) == (f"{file}\n", 0)
+    assert f"or: ollama create my -f {tmp_path / 'my.Modelfile'}\n" in result.stderr.decode()
+    file.unlink()
+    monkeypatch.chdir(tmp_path)  # the same file, by a name with a dot
+    assert (
+        "or: ollama create my -f my.Modelfile\n"
+        in call(capfdbinary, "export", tiny, "-o", "./my.gguf").stderr.decode()
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"My model", "my.gguf", "my.Modelfile"}
     assert (tmp_path / "my.Modelfile").read_text().startswith("FROM ./my.gguf\n")
     for target in (folder, file):
