@@ -18,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    masking_utils,
 )
 
 import hfkit
@@ -161,37 +162,52 @@ def test_attend_in_blocks(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "window"])
-def test_attend_without_mask(kind, monkeypatch):
-    """Compiled, too, a causal model's attention gets no mask, unless a window needs one; losses stay as they are."""
+@pytest.mark.parametrize("is_real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["traced", "compiled"])
+def test_attend_without_mask(kind, is_real, monkeypatch):
+    """Compiled, too, a causal model's attention gets no mask, unless a window needs one; losses stay as they are.
+
+    traced: as transformers computes a mask while it is compiled. The compiler itself takes seconds to import.
+    """
     torch.manual_seed(0)
     shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
     if kind == "gpt2":
-        model: Any = GPT2LMHeadModel(
-            GPT2Config(**shape, **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0))
-        )
+        dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0)
+        model: Any = GPT2LMHeadModel(GPT2Config(**shape, **dropout))
     else:
         config = MistralConfig(**shape, intermediate_size=32, num_key_value_heads=2, sliding_window=8)
         model = MistralForCausalLM(config)
     ids = torch.randint(50, (3, 40))
     labels = ids.clone()
     labels[1, 30:] = -100  # padding
-    masks = []
+    masks, attend = [], torch.nn.functional.scaled_dot_product_attention
 
     def compiled(graph, inputs):
         """A compiler that looks at what it gets, and compiles nothing."""
-        calls = [node for node in graph.graph.nodes if node.target is torch.nn.functional.scaled_dot_product_attention]
+        calls = [node for node in graph.graph.nodes if node.target is attend]
         masks.extend((node.kwargs["attn_mask"] is not None, node.kwargs["is_causal"]) for node in calls)
         return graph.forward
+
+    def watched(*tensors, attn_mask, is_causal, **options):
+        masks.append((attn_mask is not None, is_causal))
+        return attend(*tensors, attn_mask=attn_mask, is_causal=is_causal, **options)
 
     plain = model(input_ids=ids, labels=labels)
     for change, found in ((lambda model: None, (True, False)), (kernels.attend_without_mask, (False, True))):
         masks.clear()
         twin = copy.deepcopy(model)
         change(twin)
-        loss = torch.compile(twin, backend=compiled)(input_ids=ids, labels=labels, use_cache=False).loss
+        with monkeypatch.context() as patch:
+            if is_real:
+                run = torch.compile(twin, backend=compiled)
+            else:
+                patch.setattr(masking_utils, "is_tracing", lambda *_: True)
+                patch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+                run = twin
+            loss = run(input_ids=ids, labels=labels, use_cache=False).loss
         assert masks == 2 * [found if kind == "gpt2" else (True, False)]
         torch.testing.assert_close(loss, plain.loss)
-        torch._dynamo.reset()
+        if is_real:
+            torch._dynamo.reset()
     assert twin.config._attn_implementation != "sdpa"
     padding = (labels != -100).long()  # a model that is sampled from gets a mask, and uses it
     padding[2, :5] = 0
