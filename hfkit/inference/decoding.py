@@ -135,7 +135,7 @@ class Rows(StoppingCriteria):
     def fill(self, noise: torch.Tensor | None) -> None:
         """Draw the random numbers of a step."""
         if noise is not None:
-            _draw_noise(noise, self._generators(noise.device))
+            graphs.fill(noise, self._generators(noise.device))
 
     def keep(self, tokens: torch.Tensor, nats: torch.Tensor) -> None:
         """Each row's token and its log-probability, (rows, 1) each, which are overwritten by the next step."""
@@ -197,14 +197,7 @@ def draw(probabilities: torch.Tensor, generators: Sequence[torch.Generator]) -> 
 
 def _draw_without_waiting(probabilities: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
     """What torch.multinomial computes for each row, without its check of each row, which waits for the GPU."""
-    return (probabilities / _draw_noise(torch.empty_like(probabilities), generators)).argmax(-1, keepdim=True)
-
-
-def _draw_noise(noise: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Fill `noise`, (rows, vocabulary), with random numbers, each row from its own generator."""
-    for row, generator in zip(noise, generators, strict=True):
-        row.exponential_(generator=generator)
-    return noise
+    return graphs.draw_with(probabilities, graphs.fill(torch.empty_like(probabilities), generators))
 
 
 class _Processors(LogitsProcessorList):

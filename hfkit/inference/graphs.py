@@ -78,7 +78,7 @@ class _Layer(StaticLayer):  # type: ignore[no-untyped-call]
 
     def __init__(self, columns: int, column: torch.Tensor) -> None:
         super().__init__(columns)
-        self._column = column
+        self.cumulative_length = column
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         rows, heads, _, width = key_states.shape
@@ -96,8 +96,8 @@ class _Layer(StaticLayer):  # type: ignore[no-untyped-call]
             width = key_states.shape[2]
             self.keys[:, :, :width], self.values[:, :, :width] = key_states, value_states
         else:
-            self.keys.index_copy_(2, self._column, key_states)
-            self.values.index_copy_(2, self._column, value_states)
+            self.keys.index_copy_(2, self.cumulative_length, key_states)
+            self.values.index_copy_(2, self.cumulative_length, value_states)
         return self.keys, self.values
 
 
@@ -113,6 +113,7 @@ def sample(
 
     processors: of the scores, before `rows` chooses from them. rows: a `decoding.Rows`.
     """
+    end = time.monotonic() + (config.max_time or math.inf)
     logits = model._prefill(input_ids, config, inputs).logits
     noise = rows.room_for_noise(logits)
 
@@ -123,15 +124,13 @@ def sample(
         nats = scores.log_softmax(-1)
         for process in processors:
             scores = process(input_ids, scores)
-        # With noise, it is what `rows.pick` draws: see decoding.draw.
-        tokens = (scores if noise is None else scores.softmax(-1) / noise).argmax(-1, keepdim=True)
+        tokens = scores.argmax(-1, keepdim=True) if noise is None else draw_with(scores.softmax(-1), noise)
         return tokens, nats.gather(1, tokens)
 
     is_recordable = all(type(each) in _RECORDABLE for each in processors)
     mask = inputs.get("attention_mask")  # None if no row is padded
     mask = torch.ones_like(input_ids) if mask is None else mask
     step = Step(model, inputs["cache"], mask, choose if is_recordable else None)
-    end = time.monotonic() + (config.max_time or math.inf)
     rows.fill(noise)
     tokens, nats = choose(logits)
     for count in range(1, config.max_new_tokens + 1):
@@ -147,6 +146,18 @@ def sample(
             input_ids = torch.cat([input_ids, tokens], 1)
             tokens, nats = choose(step(tokens))
     return input_ids
+
+
+def fill(noise: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Fill `noise`, (rows, vocabulary), with the random numbers of a step, each row from its own generator."""
+    for row, generator in zip(noise, generators, strict=True):
+        row.exponential_(generator=generator)
+    return noise
+
+
+def draw_with(probabilities: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The tokens that torch.multinomial draws with these random numbers, (rows, 1)."""
+    return (probabilities / noise).argmax(-1, keepdim=True)
 
 
 class Step:
