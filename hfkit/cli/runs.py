@@ -87,5 +87,6 @@ def export(options: ExportOptions, model: str = argument(help="A run of finetune
     if place.endswith(".gguf"):
         from hfkit.models.modelfile import modelfile_of
 
-        name, modelfile = Path(place).stem.lower(), modelfile_of(Path(place))
-        console.note(f"or: ollama create {shlex.quote(name)} -f {shlex.quote(str(modelfile))}")
+        path = Path(place)
+        modelfile = modelfile_of(path, is_alone=path == Path(options.output_dir or ""))
+        console.note(f"or: ollama create {shlex.quote(path.stem.lower())} -f {shlex.quote(str(modelfile))}")

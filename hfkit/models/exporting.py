@@ -18,7 +18,7 @@ from hfkit.hub import reach_hub
 from hfkit.models.folder import check_target
 from hfkit.models.gguf_export import check_gguf, write_gguf
 from hfkit.models.loading import LanguageModel, load_config, load_tokenizer, load_weights
-from hfkit.models.modelfile import write_modelfile
+from hfkit.models.modelfile import modelfile_of, write_modelfile
 from hfkit.models.sources import find_model
 from hfkit.options import ExportOptions, ModelOptions
 from hfkit.storage import add_owned, check_space, make_durable, publish, sync_folder, temporary
@@ -76,7 +76,7 @@ def export(
         if is_gguf:
             staging.mkdir()
             write_gguf(lm, staging / file, options.quantize or _GGUF_NAMES[dtype])
-            write_modelfile(lm, staging / "Modelfile", file)
+            write_modelfile(lm, modelfile_of(staging / file, is_alone=False), file)
             _copy_card(source.adapter or source.folder, staging, name)
         else:
             _write(lm, source.adapter or source.folder, staging, name, dtype)
@@ -111,7 +111,7 @@ def _publish_files(staging: Path, target: Path) -> None:
     """Rename a finished GGUF file to `target`, and its Modelfile after it."""
     make_durable(staging)
     os.replace(staging / target.name, target)
-    os.replace(staging / "Modelfile", target.with_suffix(".Modelfile"))
+    os.replace(modelfile_of(staging / target.name, is_alone=False), modelfile_of(target, is_alone=True))
     sync_folder(target.parent)
 
 

@@ -23,10 +23,9 @@ def sampling_of(lm: LanguageModel) -> dict[str, float]:
     return {name: value for name in names if (value := getattr(settings, name)) is not None}
 
 
-def modelfile_of(weights: Path) -> Path:
-    """The Modelfile of an exported .gguf file: named after it where that is a file by itself, not a folder's."""
-    named = weights.with_suffix(".Modelfile")
-    return named if named.is_file() else weights.with_name("Modelfile")
+def modelfile_of(weights: Path, *, is_alone: bool) -> Path:
+    """The Modelfile beside a .gguf file. is_alone: the file is not in a folder of its own, so both have one name."""
+    return weights.with_suffix(".Modelfile") if is_alone else weights.with_name("Modelfile")
 
 
 def write_modelfile(lm: LanguageModel, path: Path, weights: str) -> None:
