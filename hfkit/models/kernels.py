@@ -66,14 +66,12 @@ def attend_without_mask(model: Any) -> None:
         model.set_attn_implementation(_CAUSAL)
 
 
-def _mask_where_needed(
-    batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, **options: Any
-) -> torch.Tensor | None:
+def _mask_where_needed(*, q_length: int, kv_length: int, **options: Any) -> torch.Tensor | None:
     """transformers' own mask; None where each token sees all that come before it, and nothing else."""
     reach = options.get("local_size") or math.inf
     if options.get("attention_mask") is None and q_length == kv_length < reach and not options.get("use_vmap"):
         return None
-    mask: torch.Tensor | None = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
+    mask: torch.Tensor | None = sdpa_mask(q_length=q_length, kv_length=kv_length, **options)
     return mask
 
 
