@@ -15,7 +15,9 @@ from hfkit.errors import HfkitError
 
 _GROUP = 32  # input features that share a scale in 4 bits
 _STEP = 32  # the 8-bit kernel reads past the end of a row unless its input features are a multiple of this
-_MANY_ROWS = 48  # for this many rows or more, a dequantised matrix product is faster than the integer kernel
+_HAS_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))  # the processor multiplies matrices of bfloat16
+_MANY_ROWS = 16 if _HAS_AMX else 48  # from here on the product with dequantized weights is faster than the kernel
+_AT_ONCE = 1 << 22  # weights that are dequantized together: memory for many more would be taken anew at each call
 
 
 class Int8Linear(nn.Module):
@@ -23,10 +25,17 @@ class Int8Linear(nn.Module):
 
     weight: torch.Tensor  # (out_features, in_features), int8
     scale: torch.Tensor  # (out_features,), bfloat16
+    center: torch.Tensor | None  # (in_features,), what `weight` leaves out of each of its rows
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """weight: (out_features, in_features), floating point; bias: (out_features,)."""
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, is_head: bool = False) -> None:
+        """weight: (out_features, in_features), floating point; bias: (out_features,).
+
+        is_head: multiply by the mean of the rows in float32, and by the difference from it in 8 bits. A mean logit
+        that is far from 0 would be rounded with the logits: to steps of 0.5 for GPT-2, whose logits are near -100.
+        """
         super().__init__()
+        self.register_buffer("center", weight.float().mean(0) if is_head else None)
+        weight = weight.float() - self.center if self.center is not None else weight
         # The kernel multiplies with the scale in bfloat16, so divide by the same number.
         scale = (weight.float().abs().amax(1).clamp(min=1e-12) / 127).bfloat16()
         levels = (weight.float() / scale.float()[:, None]).round().clamp(-128, 127)
@@ -36,11 +45,15 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
+        dtype = torch.bfloat16 if _HAS_AMX else x.dtype
         if len(rows) < _MANY_ROWS and rows.shape[1] % _STEP == 0:
             # A private operator, but torch has no other 8-bit kernel for a CPU.
             y = torch._weight_int8pack_mm(rows.bfloat16().contiguous(), self.weight, self.scale)
         else:
-            y = (rows @ self.weight.to(x.dtype).T) * self.scale.to(x.dtype)
+            parts = torch.split(self.weight, max(1, _AT_ONCE // rows.shape[1]))
+            y = torch.cat([rows.to(dtype) @ part.to(dtype).T for part in parts], 1) * self.scale.to(dtype)
+        if self.center is not None:
+            y = y + rows.float() @ self.center[:, None]
         return _finish(y, self.bias, x)
 
 
@@ -105,7 +118,9 @@ def quantize(model: PreTrainedModel, bits: str) -> None:
                 continue
             weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # Conv1D keeps (in, out)
             small = bits == "int4" and layer is not head and Int4Linear.fits(weight)
-            setattr(parent, name, (Int4Linear if small else Int8Linear)(weight.contiguous(), layer.bias))
+            weight = weight.contiguous()
+            module = Int4Linear(weight, layer.bias) if small else Int8Linear(weight, layer.bias, is_head=layer is head)
+            setattr(parent, name, module)
 
 
 def bitsandbytes_config(bits: str) -> Any:

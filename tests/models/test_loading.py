@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 import hfkit
 from hfkit import storage
 from hfkit.errors import HfkitError, OptionError
+from hfkit.models import quantization
 from hfkit.models.architecture import choose_dtype
 from hfkit.models.loading import load_weights
 from hfkit.models.quantization import Int4Linear, Int8Linear, bits_of
@@ -571,10 +572,13 @@ def test_quantize_perplexity(bits, change):
     assert abs(math.exp(losses[1] - losses[0]) - 1) < change
 
 
+@pytest.mark.parametrize("has_amx", [False, True])
 @pytest.mark.parametrize("rows", [1, 47, 48, 100])
 @pytest.mark.parametrize("shape", [(64, 32), (17, 32), (64, 33), (3, 40)])
-def test_quantize_layer(rows, shape):
-    """An integer layer is close to the layer that it replaces."""
+def test_quantize_layer(monkeypatch, rows, shape, has_amx):
+    """An integer layer is close to the layer that it replaces, with and without the units for bfloat16."""
+    monkeypatch.setattr(quantization, "_HAS_AMX", has_amx)
+    monkeypatch.setattr(quantization, "_AT_ONCE", 400)  # several parts
     set_seed(0)
     weight, bias, x = torch.randn(shape), torch.randn(shape[0]), torch.randn(2, rows, shape[1])
     layers = [Int8Linear, Int4Linear] if Int4Linear.fits(weight) else [Int8Linear]
@@ -583,6 +587,18 @@ def test_quantize_layer(rows, shape):
         expected = nn.functional.linear(x, weight, bias)
         assert found.shape == expected.shape and found.dtype == x.dtype
         assert (found - expected).norm() / expected.norm() < (0.02 if layer is Int8Linear else 0.15)
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+def test_quantize_head_far_from_zero(rows):
+    """Logits near -100, as GPT-2 has them, are as exact as those near 0."""
+    set_seed(0)
+    weight, x = torch.randn(64, 32), torch.randn(rows, 32)
+    x[:, 0] = 1
+    near = Int8Linear(weight, None, is_head=True)(x)
+    weight[:, 0] -= 100
+    far = Int8Linear(weight, None, is_head=True)(x)
+    torch.testing.assert_close(far, near - 100, rtol=0, atol=1e-3)
 
 
 def test_choose_dtype(tiny):
