@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hfkit import console
 from hfkit.declaration import divide
 from hfkit.errors import HfkitError, OptionError, first_line
-from hfkit.hub import reach_hub
+from hfkit.hub import endpoint, reach_hub
 from hfkit.models.folder import check_target
 from hfkit.models.gguf_export import check_gguf, write_gguf
 from hfkit.models.loading import LanguageModel, load_config, load_tokenizer, load_weights
@@ -95,7 +95,7 @@ def export(
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return f"https://huggingface.co/{options.push_to_hub}"
+    return f"{endpoint()}/{options.push_to_hub}"
 
 
 def _check_precision(options: ExportOptions, is_gguf: bool) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from support import trials
 from support.shell import assert_fails, call, edit_json
@@ -277,6 +278,13 @@ def hub(monkeypatch):
     monkeypatch.setattr("hfkit.models.exporting.reach_hub", lambda name: None)
     monkeypatch.setattr(Api, "calls", [])
     return Api
+
+
+def test_push_to_mirror(tiny, hub, tmp_path, monkeypatch):
+    """The address is that of the Hub that the model was pushed to."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://mirror.example")
+    assert hfkit.export(tiny, push_to_hub="owner/name") == "https://mirror.example/owner/name"
 
 
 def test_push(tiny, hub, tmp_path, monkeypatch, capfdbinary):
