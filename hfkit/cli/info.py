@@ -63,6 +63,8 @@ def describe_machine() -> dict[str, dict[str, Any]]:
     import torch
     from huggingface_hub import constants, scan_cache_dir
 
+    from hfkit.models.architecture import find_compiler
+
     features = torch.cpu.get_capabilities()
     memory = psutil.virtual_memory()
     cache = Path(constants.HF_HUB_CACHE)
@@ -84,7 +86,7 @@ def describe_machine() -> dict[str, dict[str, Any]]:
             "matrix_units": [name for name in _UNITS if features.get(name)],
             "memory": memory.total,
             "memory_free": memory.available,
-            "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
+            "compiler": find_compiler(),
         },
         "devices": {"gpus": gpus, "cuda": torch.version.cuda, "mps": torch.backends.mps.is_available()},
         "hub": {

@@ -1,6 +1,7 @@
 """What a configuration says about a model, and which device and precision suit it."""
 
 import os
+import shutil
 from typing import Any
 
 import psutil
@@ -11,7 +12,7 @@ from hfkit.errors import HfkitError
 from hfkit.models.folder import ModelFiles, count_parameters
 from hfkit.options import ModelOptions
 
-# These number the positions of a text from the padding token's id on.
+# Model types whose position ids begin after the padding token's id, which leaves fewer for a text.
 _SHIFTED = ("roberta xlm-roberta xlm-roberta-xl roberta-prelayernorm camembert data2vec-text mpnet longformer").split()
 # The purpose of a transformers class, by a part of its name. All others write text.
 _HEADS = {
@@ -100,6 +101,12 @@ def has_bfloat16_units() -> bool:
     return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16"))
 
 
+def find_compiler() -> str | None:
+    """The C++ compiler that torch would use: $CXX, c++, g++ or clang++; None if there is none."""
+    names = os.environ.get("CXX", "c++"), "g++", "clang++"
+    return next(filter(None, map(shutil.which, names)), None)
+
+
 def choose_bits(options: ModelOptions, source: ModelFiles, device: torch.device, dtype: torch.dtype) -> str | None:
     """ "int8" or "int4", or None for whole weights. "auto" is int8 if these fill over half of the free memory."""
     if options.quantize != "auto":
@@ -118,7 +125,7 @@ def choose_bits(options: ModelOptions, source: ModelFiles, device: torch.device,
 
 
 def spread_over_devices(device: torch.device, source: ModelFiles) -> str | None:
-    """accelerate's "auto" for a model that one GPU cannot hold. Spread layers run one after another, so only then."""
+    """device_map "auto" if a model does not fit one GPU, else None. Layers on several GPUs run one after another."""
     if device.type != "cuda" or torch.cuda.device_count() < 2 or "LOCAL_RANK" in os.environ:
         return None
     free, _ = torch.cuda.mem_get_info(device)

@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from hfkit.corpus.labelled import gather_labelled_data
 from hfkit.corpus.sequences import Collator
 from hfkit.corpus.training_data import TrainingData, gather_training_data
 from hfkit.errors import OptionError
-from hfkit.models.architecture import has_bfloat16_units
+from hfkit.models.architecture import computes_faster_in_bfloat16, find_compiler
 from hfkit.options import DataOptions, TrainOptions
 from hfkit.training.run_folder import CHECKPOINTS
 
@@ -239,10 +238,10 @@ def _choose_precision(options: TrainOptions, device: torch.device) -> tuple[str,
     if asked or False in (options.bf16, options.fp16):
         precision = asked[0] if asked else "float32"
         return precision, f"{precision}: asked for"
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return "float16", "float16: this GPU has no units for bfloat16"
-    if device.type == "cuda" or (device.type == "cpu" and has_bfloat16_units()):
+    if computes_faster_in_bfloat16(device.type):
         return "bfloat16", f"bfloat16: this {'processor' if device.type == 'cpu' else 'GPU'} has units for it"
+    if device.type == "cuda":
+        return "float16", "float16: this GPU has no units for bfloat16"
     return "float32", f"float32: this {device.type} has no units for less"
 
 
@@ -251,7 +250,7 @@ def _choose_compilation(options: TrainOptions, device: torch.device, seconds: fl
     asked = options.torch_compile
     if asked is False:
         return False, "not compiled: asked for"
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+    if not find_compiler():
         reason = f"not compiled{', though asked for' if asked else ''}: no C++ compiler"
         if asked:
             note(reason)

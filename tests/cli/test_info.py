@@ -41,6 +41,14 @@ def test_info_prints_problems(tiny, capfdbinary, monkeypatch):
     assert any(line.startswith("problem: no C++ compiler") for line in lines)
 
 
+def test_describe_machine_compiler(monkeypatch):
+    """$CXX counts as a compiler, as it does for torch."""
+    monkeypatch.setattr(info.shutil, "which", lambda name: f"/opt/{name}" if name == "icpx" else None)
+    assert info.describe_machine()["machine"]["compiler"] is None
+    monkeypatch.setenv("CXX", "icpx")
+    assert info.describe_machine()["machine"]["compiler"] == "/opt/icpx"
+
+
 def test_find_problems_versions():
     """A package outside its bounds is a problem."""
     report = {

@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 import hfkit
 from hfkit.corpus.training_data import TrainingData
 from hfkit.errors import OptionError
+from hfkit.models import architecture
 from hfkit.models.loading import load_tokenizer
 from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions
@@ -39,7 +40,7 @@ def machine(monkeypatch):
 
     def make(units=True, compiler=True, speed=1e9):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": units})
-        monkeypatch.setattr(plan_module.shutil, "which", lambda name: f"/usr/bin/{name}" if compiler else None)
+        monkeypatch.setattr(architecture.shutil, "which", lambda name: f"/usr/bin/{name}" if compiler else None)
         monkeypatch.setattr(plan_module, "_speed", lambda *_: speed)
 
     return make
@@ -115,7 +116,7 @@ def test_plan_compilation(machine):
 
 def test_plan_without_a_compiler(still, corpus, tmp_path, capfdbinary, monkeypatch):
     """A run that asks to be compiled where there is no compiler says so and works."""
-    monkeypatch.setattr(plan_module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(architecture.shutil, "which", lambda name: None)
     typed = ["--torch-compile", "--max-steps", 1, "--no-bf16"]
     result = call(capfdbinary, "finetune", corpus, "-m", still, "-o", tmp_path / "run", *typed)
     assert result.returncode == 0 and b"not compiled, though asked for: no C++ compiler" in result.stderr

@@ -255,10 +255,10 @@ def test_resume_with_another_tokenizer(tiny, corpus, tmp_path):
 def test_settle_keeps_decisions(tiny, corpus, tmp_path, monkeypatch):
     """Where the machine has become another one, or a new version decides otherwise."""
     options = {"max_steps": 6, "eval_steps": 2}
-    monkeypatch.setattr("hfkit.training.plan.has_bfloat16_units", lambda: True)
+    monkeypatch.setattr("hfkit.models.architecture.has_bfloat16_units", lambda: True)
     with pytest.raises(RuntimeError, match="power"):
         hfkit.finetune(corpus, model=tiny, output_dir=tmp_path, **options, callbacks=[PowerCut()])
-    monkeypatch.setattr("hfkit.training.plan.has_bfloat16_units", lambda: False)
+    monkeypatch.setattr("hfkit.models.architecture.has_bfloat16_units", lambda: False)
     monkeypatch.setattr("hfkit.training.plan._learning_rate", lambda *_: 1.0)
     run = hfkit.finetune(corpus, model=tiny, output_dir=tmp_path, **options, resume=True)
     assert run.metrics["precision"] == "bfloat16"
