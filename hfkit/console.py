@@ -95,7 +95,7 @@ def columns() -> int:
 def write_table(
     head: Sequence[str], rows: Sequence[Sequence[str]], width: int = 120, *, wraps: bool = True, **options: Any
 ) -> None:
-    """Write a table to stdout. Where it is too wide, its cells wrap, or it is turned: each cell on a line of its own.
+    """Write a table to stdout. One that is too wide wraps its cells or, without `wraps`, puts each on its own line.
 
     width: columns where stdout is not a terminal. options: those of `rich.table.Table`.
     """

@@ -104,7 +104,7 @@ _hints = functools.cache(get_type_hints)
 
 
 def kinds_of(group: type["Options"]) -> dict[str, Any]:
-    """The type of each field, without None, which is a value where it is the default."""
+    """The type of each field. Where None is the default, the type without None."""
     hints = _hints(group)  # type: ignore[arg-type]  # mypy takes its __hash__ for that of an instance
     return {f.name: hints[f.name] if f.default is not None else get_args(hints[f.name])[0] for f in fields(group)}
 
@@ -143,7 +143,7 @@ def _find_fault(value: Any, above: float | None, min: float | None, max: float |
     """What is wrong with a text or a number, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "it is not UTF-8 text" if _HALF_PAIR.search(str(value)) else None
-    # Not infinite, and no whole number that has no place in 64 bits.
+    # Finite; a whole number also within 64 bits.
     is_finite = abs(value) < 2**63 if isinstance(value, int) else abs(value) <= sys.float_info.max
     is_inside = is_finite and (min is None or value >= min) and (max is None or value <= max)
     if is_inside and (above is None or value > above):

@@ -29,7 +29,7 @@ class ModelOptions(Options):
     dtype: _Dtype = option("auto", "Precision of the weights.")
     device_map: str | None = option(None, "Spread the model over devices: auto, balanced, sequential ...")
     quantize: Literal["auto", "int8", "int4"] | None = option(
-        None, "Weights in 8 or 4 bits: less memory, faster. auto: int8 if the whole ones fill most of the memory."
+        None, "Weights in 8 or 4 bits: less memory, faster. auto: int8 if whole ones fill half of the free memory."
     )
     trust_remote_code: bool = option(False, "Run code that comes with a local model, or one with --revision COMMIT.")
 
@@ -155,7 +155,7 @@ class TrainOptions(Options):
     """How a model is trained. Names are those of `TrainingArguments` and, for LoRA, of TRL, where these have one."""
 
     output_dir: str | None = option(None, "Folder of the run. [default: runs/ and the corpus's name]", short="-o")
-    num_train_epochs: float | None = option(None, "Passes over the corpus. [default: 3, a small one 30]", above=0)
+    num_train_epochs: float | None = option(None, "Passes over the corpus. [default: 3, if small up to 30]", above=0)
     max_steps: int | None = option(None, "Optimizer steps, instead of epochs.", min=1)
     per_device_train_batch_size: int | None = option(None, "Sequences at a time. [default: 8, fewer if short]", min=1)
     per_device_eval_batch_size: int | None = option(None, "Sequences at a time when evaluating. [default: 8]", min=1)
@@ -179,11 +179,13 @@ class TrainOptions(Options):
     fp16: bool | None = option(None, "float16 arithmetic, on a GPU.")
     torch_compile: bool | None = option(None, "Compile the model. [default: if the run is long enough]")
     eval_steps: int | None = option(None, "Steps between evaluations. [default: a tenth of the run]", min=1)
-    save_steps: int | None = option(None, "Steps between checkpoints. [default: as --eval-steps]", min=1)
+    save_steps: int | None = option(None, "Steps between checkpoints, besides one at each evaluation.", min=1)
     save_total_limit: int = option(2, "Newest checkpoints to keep while training, in addition to the best.", min=1)
     logging_steps: int | None = option(None, "Steps between losses of the curve. [default: 1; GPU: up to 10]", min=1)
     load_best_model_at_end: bool = option(True, "Keep the state with the best held-out score, not the last one.")
-    early_stopping_patience: int | None = option(None, "Stop after this many evaluations without progress.", min=1)
+    early_stopping_patience: int | None = option(
+        None, "Evaluations without gain to stop after. [small corpus: 3]", min=1
+    )
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] | None = option(
         None, "Order of the sequences. [default: random]"
     )

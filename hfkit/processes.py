@@ -43,7 +43,7 @@ def _state() -> Any:
 
 
 def leave() -> None:
-    """End the connections to the other processes. Torch's threads for them abort a process that ends with them."""
+    """Close the connections to the other processes. If they are open at exit, torch's threads abort the process."""
     if count > 1 and "torch" in sys.modules:
         from torch import distributed
 

@@ -84,7 +84,7 @@ def connect() -> socket.socket | None:
     connection.settimeout(_SECONDS)
     try:
         connection.connect(f"{folder}/socket")
-        # Without its hello it may be stopped, and would keep the files that it is sent open.
+        # A process that does not say hello may be stopped: it would keep the files that are sent to it open.
         if is_peer_ours(connection) and connection.recv(len(HELLO)) == HELLO:
             return connection
     except OSError:  # it has ended, or has too many clients

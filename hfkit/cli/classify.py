@@ -111,7 +111,7 @@ def answer(
     model: ModelOptions,
     question: str = argument(help="What to find out."),
     context: Path = option(STDIN, "File with the text that has the answer; - is stdin."),
-    no_answer_threshold: float = option(0.0, "How much likelier than the best span 'no answer' must be to be given."),
+    no_answer_threshold: float = option(0.0, "How much likelier 'no answer' must be than the best span, in logits."),
     json: bool = JSON,
 ) -> None:
     """Answer a question from a text. If the text has no answer, print nothing and exit with code 1.

@@ -21,13 +21,13 @@ _LONGEST_START = 120  # seconds
 @flags
 def serve(
     model: ModelsOptions,
-    host: str = option("127.0.0.1", "Address to listen at; others than this machine need a key."),
+    host: str = option("127.0.0.1", "Address to listen on; one that other machines can reach needs --api-key."),
     port: int = option(8000, "Port; 0: any free one.", short="-p", min=0, max=65535),
     api_key: str | None = option(
         None, "Key that clients must send. [default: $HFKIT_API_KEY]", secret=True, envvar="HFKIT_API_KEY"
     ),
     allowed_host: list[str] | None = option(None, "Name by which clients call the server; may be repeated."),
-    max_requests: int = option(256, "Requests at a time; more are told to come again.", min=1),
+    max_requests: int = option(256, "Requests at a time; further ones are refused with HTTP status 429.", min=1),
     request_timeout: float = option(600.0, "Most seconds for one request.", min=1),
     grace: float = option(30.0, "Seconds to finish what has begun, after Ctrl-C.", min=0),
     log_prompts: bool = option(False, "Print each request with its prompts."),

@@ -213,7 +213,8 @@ def corpus_lines(report: Report) -> list[str]:
     sizes = [(report.documents, noun), (report.characters, "character"), (report.tokens, "token")]
     ratio = report.characters / max(1, report.tokens)
     lines = [f"{', '.join(counted(*size) for size in sizes)} ({ratio:.2f} characters a token)"]
-    # Short answers have many tokens of the chat template: only what takes several bytes a character can be spelled so.
+    # Compare with bytes, too: short answers have many tokens of the chat template, but only characters of several
+    # bytes can be spelled byte by byte.
     if min(report.tokens, report.bytes) > 1.5 * report.characters:
         recipe = ", as the recipe pretrain-chinese does" if "Han" in report.scripts else ""
         lines.append(

@@ -76,7 +76,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _read_message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """A message whose content is a text, which may be empty beside calls of tools."""
+    """A message whose content is a text, which may be empty beside tool calls."""
     if message.get("audio"):  # what an assistant does instead of writing
         raise row_error("'audio' is not learned", where)
     if not isinstance(name := message.get("role"), str):
@@ -123,7 +123,7 @@ def _wrap(function: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Calls of tools, as OpenAI has them, but that arguments are an object, as chat templates expect."""
+    """Tool calls in OpenAI's form, except that arguments are an object, as chat templates expect."""
     try:
         wrapped = [_wrap(call) for call in (calls if isinstance(calls, list) else [calls])]
         for function in [call["function"] for call in wrapped]:

@@ -116,7 +116,7 @@ def encode_examples(examples: Iterable[Example], tokenizer: PreTrainedTokenizerB
 
 
 def _origin(document: int, texts: list[str], parts: int = 1) -> dict[str, int]:
-    """Which document a row is of, its content, and its bytes where these are shared by as many rows as `parts`."""
+    """A row's document, the hash of its content, and its bytes: those of the texts, divided among `parts` rows."""
     size = sum(len(text.encode()) for text in texts) // parts
     return {"document": document, "content": content_of("\0".join(texts)), "bytes": size}
 
@@ -133,7 +133,7 @@ def encode_answers(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
         return _encode_plain(texts, tokenizer)
     if tokenizer.is_fast and (backend := _backend_within_text(tokenizer, len(tokenizer))):
         return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-    # The space that the tokenizer writes stands for the one that a text begins with; without one it must go.
+    # Where a text begins with a space, the tokenizer's own space replaces it. Elsewhere its token is removed.
     space = tokenizer.convert_tokens_to_ids("▁")
     rows = _encode_plain([text.removeprefix(" ") for text in texts], tokenizer)
     return [

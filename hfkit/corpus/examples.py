@@ -170,6 +170,6 @@ _FORMS: tuple[Form, ...] = (
     (("prompt", "completion"), _read_pair, "the rows have prompt and completion"),
     (("conversations",), _read_messages("conversations"), "the rows are conversations (ShareGPT)"),
     (("conversation",), _read_messages("conversation"), "the rows are conversations"),
-    (("query", "tools", "answers"), _read_calls, "the rows are questions ('query') and calls of tools ('answers')"),
+    (("query", "tools", "answers"), _read_calls, "the rows are questions ('query') and tool calls ('answers')"),
     _question_form("instruction", "output"),  # Alpaca, whatever else it has
 )

@@ -76,7 +76,7 @@ def _split(text: str) -> list[str]:
 
 
 def _word_hashes(words: list[str]) -> np.ndarray:
-    """(words,)"""
+    """A 64-bit hash of each word, (words,)."""
     return np.array([hash(word) for word in words], np.int64).astype(np.uint64)
 
 

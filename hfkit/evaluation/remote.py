@@ -81,7 +81,8 @@ class RemoteScorer:
         with self.server.connection.named_errors():
             (choice,) = self.server.connection.post("completions", body)["choices"]
             if not (scores := choice.get("logprobs")) or len(scores["token_logprobs"]) != len(ids):
-                raise HfkitError(f"{self.server.model} tells no log-probabilities of a prompt: hfkit and vLLM do")
+                what = f"the server returns no log-probabilities of a prompt for {self.server.model}"
+                raise HfkitError(f"{what}: use hfkit's own, or vLLM")
             values, likeliest = scores["token_logprobs"][1:], scores["top_logprobs"][1:]
             ranks = [
                 sum(other > value for other in top.values()) for value, top in zip(values, likeliest, strict=True)

@@ -3,6 +3,7 @@
 text: a prompt as token ids that fit the model, and what tokens write
 controls: sampling options as transformers takes them
 decoding: what happens at each step while texts are generated
+graphs: decoding on a GPU with a recorded CUDA graph
 batches: requests run together
 generation: generate and stream
 likelihood: log-probabilities of given tokens

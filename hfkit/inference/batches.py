@@ -59,7 +59,7 @@ def end_compute_threads() -> None:
 def pad(rows: Sequence[Sequence[int]], *, left: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask of rows of tokens, (rows, longest) each.
 
-    A row is padded with its own first token, so that no penalty hits another one.
+    A row is padded with its own first token, so that no penalty counts a token that the row does not have.
     """
     options: dict[str, Any] = {"batch_first": True, "padding_side": "left" if left else "right"}
     mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], **options)
@@ -237,7 +237,7 @@ def logits_processors(lm: LanguageModel, request: Request, options: GenerateOpti
 
 
 def forward(lm: LanguageModel, **inputs: Any) -> Any:
-    """The model's outputs. Not all models take positions, or compute only the logits that are wanted."""
+    """Call the model, with inputs on its device and without `position_ids` or `logits_to_keep` where it takes none."""
     known, device = inspect.signature(lm.model.forward).parameters, lm.model.device
     for name in {"position_ids", "logits_to_keep"} - set(known):
         inputs.pop(name, None)

@@ -60,7 +60,9 @@ class Connection:
 
         Args:
             route: below /v1; with a slash in front, beside it.
-            returned: status codes of refusals that are no error. A stream is returned before its end, too.
+            returned: status codes whose response is returned instead of raised.
+
+        A streamed response is returned before it ends.
         """
         url = self.url.removesuffix("/v1") + route if route.startswith("/") else f"{self.url}/{route}"
         content = None if body is None else json.dumps(body)

@@ -91,7 +91,7 @@ def beams(lm: LanguageModel, options: GenerateOptions) -> int:
 
 
 def is_plain(lm: LanguageModel, options: GenerateOptions) -> bool:
-    """Whether the plain loop does it, token by token. Beams and speculation run in loops of their own."""
+    """Whether the plain loop, token by token, can run these options. Beams and speculation have loops of their own."""
     return beams(lm, options) == 1 and not options.prompt_lookup_num_tokens and not options.assistant_model
 
 

@@ -75,7 +75,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, context: Sequence[int], chunks: 
 class Rows(StoppingCriteria):
     """The rows of one batch while they grow.
 
-    Once a step transformers calls `record` and `pick` as logits processors, then the object as a stopping criterion.
+    At each step transformers calls `record` and `pick` as logits processors, then the object as a stopping criterion.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Rows(StoppingCriteria):
             return torch.full((count,), self.cancelled.is_set(), device=device)  # unlike a copy, it does not wait
         return torch.tensor([row in self._stopped for row in range(count)], device=device)
 
-    # What a graph's loop takes instead of these three.
+    # The loop of a CUDA graph calls the next four methods instead of the three above.
 
     def room_for_noise(self, logits: torch.Tensor) -> torch.Tensor | None:
         """A tensor for the random numbers of a step, (rows, vocabulary); None if nothing is drawn."""

@@ -63,7 +63,7 @@ def generate(
         model: what `load` returned or takes. A model given by name stays loaded for the next call.
         options: how to generate. Every field of `GenerateOptions`, `ModelOptions` and `ServerOptions` is a
             keyword, too: `top_p=0.9`, `server="http://localhost:8000"`.
-        batch_size: most rows at a time; by default as many as the device is good for.
+        batch_size: most rows at a time, by default what suits the device; for a server, requests at a time (16).
 
     Returns:
         A `Generation` for a text, a list of them for a list. With `num_return_sequences` each prompt gives a list.
@@ -155,7 +155,11 @@ def _run_alone(lm: LanguageModel, options: GenerateOptions, request: Request) ->
 
 
 def _redraw(lm: LanguageModel, options: GenerateOptions, request: Request, generation: Generation) -> Generation:
-    """`generation`, or where it copies more than `novel` allows the first of other seeds that does not."""
+    """`generation`, or, if it copies more than `novel` allows, the first sample from other seeds that does not.
+
+    Raises:
+        HfkitError: all samples copy too much.
+    """
     if (index := novel_index(options)) is None:
         return generation
     for _ in range(_ATTEMPTS):

@@ -26,9 +26,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLa
 from hfkit.console import detail
 from hfkit.models.loading import LanguageModel
 
-# Their attention takes a finished mask, and no step of theirs reads a result back.
+# Model types whose attention takes a finished mask and whose forward pass reads nothing back from the GPU.
 _FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
-# They look at the scores alone, and read nothing back: they are recorded with the step.
+# Processors that read the scores alone, and nothing back from the GPU: they are recorded with the step.
 _RECORDABLE = (
     EpsilonLogitsWarper,
     MinPLogitsWarper,
@@ -68,9 +68,9 @@ class FixedCache(Cache):
 
 
 class _Layer(StaticLayer):  # type: ignore[no-untyped-call]
-    """transformers' own counts its tokens for itself, which takes as many kernels as it saves.
+    """A StaticLayer without a count of its own, which costs as many kernels as a static layer saves.
 
-    It would also import torch's compiler, to mark its tensors for it. That takes longer than a text.
+    transformers' initialization also imports torch's compiler, to mark the tensors: that takes longer than a text.
     """
 
     keys: torch.Tensor

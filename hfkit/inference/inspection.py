@@ -221,7 +221,7 @@ def readable(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def to_page(inspection: Inspection, layer: int | None = None) -> str:
-    """A page on its own, which fetches nothing. Its attention, if there is any, can be explored; of one layer, or all.
+    """A self-contained page. If there is attention, it can be explored there: that of one layer, or of all.
 
     Raises:
         HfkitError: the weights are more than a page can hold.

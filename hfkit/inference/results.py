@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Generation:
-    """One generated text; `str()` gives prompt and continuation, of a translator or a task the output alone."""
+    """One generated text. `str()` is prompt and continuation; for a translator or a learned task, the output alone."""
 
     prompt: str | Mapping[str, Any]
     completion: str

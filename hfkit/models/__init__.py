@@ -9,6 +9,7 @@ loading: models with their tokenizers
 wordpiece: GPT-2 with the vocabulary of BERT, as Chinese models have it
 integrity: what a library loads is what was saved; errors in one line
 quantization: int8 and int4 on a CPU
+kernels: activations, attention and heads in the form that suits a device
 exporting: write a model to one folder or file, or push it to the Hub
 gguf_export, gguf_tokenizer, modelfile: a model for llama.cpp and ollama
 gguf_import: what transformers leaves out when it reads one

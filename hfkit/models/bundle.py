@@ -103,7 +103,7 @@ def _read_table(content: bytes) -> Iterator[tuple[bytes, bytes]]:
     if int.from_bytes(footer[-8:], "little") != _MAGIC:
         raise ValueError("no table")
     position = 0
-    for _ in range(2):  # the block of metadata, which is empty
+    for _ in range(2):  # skip the offset and the size of the metaindex block, which is empty
         _, position = _read_varint(footer, position)
     for _, handle in _read_block(content, footer[position:]):
         yield from _read_block(content, handle)
@@ -156,7 +156,7 @@ def _parse(message: bytes) -> dict[int, list[Any]]:
 
 
 def _checksum(data: bytes) -> int:
-    """The CRC-32C of `data` as TensorFlow stores it: rotated and shifted, as that of a CRC would be weak."""
+    """The CRC-32C of `data`, masked as TensorFlow stores it: a CRC of data that contains its own CRC is weak."""
     import google_crc32c
 
     crc: int = google_crc32c.value(data)

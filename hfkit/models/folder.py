@@ -126,7 +126,10 @@ def check_config(source: ModelFiles) -> None:
 
 
 def _check_code(source: ModelFiles) -> None:
-    """Refuse code, or with trust code outside the folder: `owner/name--module.Class` is whatever is there today."""
+    """Refuse a model that only its own code can load; if code is trusted, only code of another repository.
+
+    Code of another repository, `owner/name--module.Class`, is whatever is there today.
+    """
     auto_map = source.config.get("auto_map")
     if not source.trust_remote_code:
         if auto_map and "model_type" not in source.config:

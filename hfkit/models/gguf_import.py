@@ -31,7 +31,7 @@ def unpack_tokenizer(source: ModelFiles, folder: Path) -> ModelFiles | None:
     if (whole := entries.get("tokenizer.huggingface.json")) is None:
         return None
     architecture, _, settings = get_gguf_tokenizer(str(source.folder / str(source.gguf)))
-    settings = {name: value for name, value in settings.items() if not name.startswith("add_")}  # `whole` says it
+    settings = {name: value for name, value in settings.items() if not name.startswith("add_")}  # in `whole`
     if architecture != "gpt2":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if task := entries.get("hfkit.task"):
@@ -42,7 +42,7 @@ def unpack_tokenizer(source: ModelFiles, folder: Path) -> ModelFiles | None:
 
 
 def complete_config(source: ModelFiles, config: Any) -> None:
-    """Set what transformers reads from a .gguf file into names that its model ignores, or not at all.
+    """Set the fields that transformers does not read from a .gguf file, or reads into names that the model ignores.
 
     Raises:
         HfkitError: the file has more blocks than it says. transformers would leave the last ones out.
@@ -66,7 +66,7 @@ def complete_config(source: ModelFiles, config: Any) -> None:
 
 
 def complete_settings(source: ModelFiles, settings: Any) -> None:
-    """Set how a .gguf file says that its model is to be sampled, in its generation config."""
+    """Copy the sampling options of a .gguf file into the model's generation config, `settings`."""
     entries, _ = _metadata(source)
     prefix = "general.sampling."
     sampling = {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}

@@ -21,8 +21,8 @@ from hfkit.models.gguf_import import unpack_tokenizer
 from hfkit.models.wordpiece import make_causal
 from hfkit.options import GenerateOptions
 
-# Hold it while transformers makes a model. It replaces methods of its classes and torch's default precision for that
-# time, in the whole process: two threads at once would leave the replacements in place for good.
+# A lock to hold while transformers makes a model. Meanwhile transformers replaces methods of its classes and torch's
+# default precision in the whole process: two threads at once would leave the replacements in place for good.
 LOADING = threading.RLock()
 # A text on which kinds of tokenizers differ: case, spaces, digits, accents, unknown signs.
 _PROBE = "Hello, World! It's 2024:  the CAT's\n\n\tdéjà-vu 你好 <|endoftext|>"
@@ -58,7 +58,7 @@ def _short(error: Exception) -> str:
 def read_tokenizer(source: ModelFiles) -> PreTrainedTokenizerBase:
     """The tokenizer as it was saved. transformers would pick its class by the type of the model instead.
 
-    GPT-2's is a `GPT2Tokenizer`, where tokenizer.json, config.json and tokenizer_config.json say nothing else.
+    GPT-2's is a `GPT2Tokenizer`, unless tokenizer.json, config.json or tokenizer_config.json says otherwise.
     """
     folder, options = source.tokenizer_folder, {"trust_remote_code": source.trust_remote_code}
     if source.gguf and folder == source.folder:
@@ -90,7 +90,7 @@ def read_tokenizer(source: ModelFiles) -> PreTrainedTokenizerBase:
 
 
 def _clear_limits(backend: Tokenizer) -> None:
-    """Turn off truncation and padding, as the first call does: there the change fails while another thread encodes."""
+    """Turn off truncation and padding now: the first call would, and would fail if another thread encodes."""
     backend.no_truncation()
     backend.no_padding()
 

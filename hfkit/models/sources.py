@@ -92,7 +92,9 @@ def _with_base(name: str, path: Path, options: ModelOptions) -> ModelFiles:
     try:
         source = find_model(replace(options, model=base, revision=revision, trust_remote_code=False))
     except HfkitError as error:
-        hint = ", which runs for a model that is named itself" if options.trust_remote_code else ""
+        hint = (
+            " (which covers the model that -m names, not the base of an adapter)" if options.trust_remote_code else ""
+        )
         raise HfkitError(f"no base model for the adapter ({path}): {error}{hint}") from error
     if folder:
         _check_base(path, source)

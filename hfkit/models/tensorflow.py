@@ -65,7 +65,7 @@ def find_checkpoint(path: Path) -> Path | None:
     path: a folder, NAME, or one of the files.
 
     Raises:
-        HfkitError: it is a folder of checkpoints, of which none or no single one is meant.
+        HfkitError: a folder lacks its checkpoint, or has several and does not say which is the newest.
     """
     if not path.is_dir():
         prefix = path.with_name(re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", path.name))
@@ -151,7 +151,7 @@ def _is_made_from(folder: Path, state: list[Any]) -> bool:
 
 
 def _write_model(checkpoint: Path, settings: str, name: str, folder: Path) -> None:
-    """Write config.json, weights and tokenizer to a new `folder`, and a note of what is not as it was."""
+    """Write config.json, weights and tokenizer to a new `folder`; note what was assumed or left out."""
     import torch
 
     from hfkit.models.integrity import calling_library, check_names
@@ -249,7 +249,8 @@ def _make_bert(checkpoint: Path, values: dict[str, Any], tensors: dict[str, Any]
     """The model of Google's bert_config.json with the head that the checkpoint has, and its tokenizer."""
     import transformers
 
-    if values.get("hidden_act") == "gelu":  # which stands for another function there since February 2019
+    # Since February 2019 Google's code computes "gelu" by the formula that transformers calls gelu_new.
+    if values.get("hidden_act") == "gelu":
         values = values | {"hidden_act": "gelu_new"}
     heads = {
         "output_bias": transformers.BertForSequenceClassification,

@@ -28,9 +28,9 @@ def make_causal(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def correct_ends(model: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    """Set the tokens that begin and end a text where the settings of a model have those of a larger vocabulary.
+    """Take BOS and EOS from the tokenizer where a model's settings name an EOS outside of its vocabulary.
 
-    They do where config.json names none: transformers then takes OpenAI's. size: of the model's vocabulary.
+    transformers fills in GPT-2's 50256 where config.json names none. size: of the model's vocabulary.
     """
     for settings in filter(None, (model.config, getattr(model, "generation_config", None))):
         if isinstance(settings.eos_token_id, int) and settings.eos_token_id >= size:

@@ -71,7 +71,7 @@ class Window:
         return min(self.starts, default=self.end)
 
     def add(self, source: Any, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        """Add rows: of each of these rows of `source`, a cache, the last columns, as many as its length."""
+        """Copy rows of another cache, `source`, into the window: of each, its last `length` columns."""
         count, longest = len(self.starts) + len(rows), max(lengths)
         keys = self.cache.layers[0].keys
         if keys is None or count > len(keys) or self.end >= keys.shape[2] or longest > self.end:

@@ -57,7 +57,7 @@ class Engine(ABC):
 
     @contextlib.contextmanager
     def expecting(self) -> Iterator[None]:
-        """Rows are being made, to be submitted in this context: prompts that come together are prefilled together."""
+        """Announce rows that the block will submit. An idle engine waits for them, to prefill them together."""
         with self._changed:
             self._expected += 1
         try:
@@ -112,7 +112,7 @@ class Engine(ABC):
 
 
 def _end(row: Row) -> None:
-    """End a row that has run out of time."""
+    """End a row before its text is complete: with what it has so far, or an error if that is nothing."""
     if row.tokens:
         row.finish()
     else:

@@ -31,7 +31,7 @@ class Plan:
     strip: bool = False  # the space with which a base model begins its turn
 
 
-AS_GENERATE = -1
+AS_GENERATE = -1  # for make_plan's new_tokens
 
 
 def make_plan(
@@ -44,7 +44,8 @@ def make_plan(
 ) -> Plan:
     """Encode the prompts and check all that can be checked. It takes a while, so call it in a thread.
 
-    new_tokens: most of them where `options` says nothing; None: as many as fit; AS_GENERATE: as `hfkit generate` has.
+    new_tokens: most of them where `options` says nothing; None: as many as fit; AS_GENERATE: as many as
+        `hfkit generate` writes.
     """
     check_options(options)
     check_controls(lm, options)
@@ -93,8 +94,8 @@ class Job:
         self.rows = await asyncio.to_thread(self._make_rows, engine.lm, seconds)
         if self.plan.wishes != Wishes(streams=self.plan.wishes.streams) and any(row.is_special for row in self.rows):
             raise OptionError(
-                "models with an encoder and beams know no log-probabilities, penalties and biases of tokens: "
-                "leave these out"
+                "beam search, and a model with an encoder or a state, take no penalties or logit_bias and give no "
+                "log-probabilities: leave these out"
             )
         engine.submit(self.rows)
 

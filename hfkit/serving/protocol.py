@@ -1,6 +1,6 @@
 """The bodies of requests, as OpenAI defines them, their limits, and the options that they mean.
 
-A field that is missing or null is not set, so the text is the one that `hfkit generate` gives.
+A field that is missing or null is not set. Sampling is then that of `hfkit generate`; lengths have OpenAI's defaults.
 """
 
 from collections.abc import Mapping
@@ -130,11 +130,11 @@ class CompletionBody(Sampling):
         if not self.prompts or [] in self.prompts:
             raise OptionError("prompt is empty: write a text, token ids, or a list of either")
         if len(self.prompts) * self.samples > _MOST_TEXTS:
-            raise OptionError(f"one request may have at most {_MOST_TEXTS} texts: send several")
+            raise OptionError(f"one request may have at most {_MOST_TEXTS} texts: send several requests")
         if self.best_of is not None and self.best_of < self.n:
             raise OptionError(f"best_of is {self.best_of}: it must be at least n, which is {self.n}")
         if self.stream and self.samples > self.n:
-            raise OptionError("best_of is not known before the end: leave it out, or stream")
+            raise OptionError("best_of is not known before the end of a stream: leave best_of or stream out")
         if self.stream and self.echo and self.logprobs is not None:
             raise OptionError("log-probabilities of the prompt come whole: leave stream, echo or logprobs out")
         if self.max_tokens == 0 and not self.echo:

@@ -71,7 +71,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def find_newest(folder: Path, best: int | None = None) -> Path | None:
     """The checkpoint of step `best` if it verifies, else the newest one that does; None if none was finished yet.
 
-    Those that were tried before and do not verify lose their manifest: `rotate` deletes them after the next save.
+    Damaged checkpoints that were tried first lose their manifest, so that `rotate` deletes them after the next save.
 
     Raises:
         HfkitError: there are checkpoints, and all of them are damaged.

@@ -118,7 +118,7 @@ def _check_model(source: ModelFiles, config: Any, model: ModelOptions, train: Tr
     if train.lora and source.adapter:
         raise HfkitError(f"{source.name} is an adapter: 'hfkit export' merges it, then train another one on top")
     if train.lora and (source.gguf or source.checkpoint):
-        why = "is converted first, an adapter would not find it: 'hfkit export' makes a folder of it"
+        why = "is converted first, so an adapter would not find it: 'hfkit export' makes a folder of it"
         raise HfkitError(f"{source.name} {why}")
     if model.quantize and not (train.lora and torch.cuda.is_available()):
         raise OptionError("--quantize trains with --lora and on a GPU only: leave it out")

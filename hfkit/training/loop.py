@@ -7,11 +7,11 @@ A run, `fit`:
     4. Out of memory: go back to 1 with half as many sequences at a time and twice as many batches a step.
 
 A step, by Trainer, with the places where hfkit steps in:
-    1. Forward and backward pass of each batch       _Trainer.compute_loss: stop where the loss is not finite
+    1. Forward and backward pass of each batch       _Trainer.compute_loss: on a CPU, stop where the loss is not finite
     2. Clip the gradient; step optimizer and learning rate
     3. End of the step                               StepCallback.on_step_end: measure the last step; decide whether to
                                                      save and stop; check the weights and the space on disk
-    4. Log the loss
+    4. Log the loss                                  _Trainer.log: on other devices, stop where it is not finite
     5. If due: write a checkpoint                    StepCallback.on_save: commit it, delete old ones, measure
 A checkpoint is safe before its step is measured: a run that was interrupted in between measures first. Only the last
 step is measured before it is saved, so that the last checkpoint has all scores.
@@ -195,9 +195,9 @@ class StepCallback(TrainerCallback):
             self._measure()
             control.should_log = True  # logging the measurement cleared this flag
         asked = self._stop.asked()
-        extra = self._options.save_steps and state.global_step % self._options.save_steps == 0
+        is_save_step = self._options.save_steps and state.global_step % self._options.save_steps == 0
         control.should_training_stop |= asked
-        control.should_save = bool(last or asked or extra or self._is_due(state))
+        control.should_save = bool(last or asked or is_save_step or self._is_due(state))
         if control.should_save:
             self._check_before_save(model, state, args.learning_rate)
 

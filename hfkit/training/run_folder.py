@@ -3,7 +3,8 @@
 runs/NAME/recipe.yaml     the options in effect; `--config` takes it
           run.json        what a resumed run must share: options, the corpus's fingerprint, versions, the command
           checkpoints/    while the run lasts
-          ...             the model as transformers saves it, its card, loss.png; metrics.json is written last
+          ...             the model as transformers saves it, its card, report.html, loss.png; metrics.json is
+                          written last
 """
 
 import contextlib
@@ -28,14 +29,17 @@ from hfkit.options import DataOptions, TrainOptions
 from hfkit.reporting.pages import METRICS
 
 RECIPE, FACTS, CHECKPOINTS = "recipe.yaml", "run.json", "checkpoints"
-# They do not change what is trained, and trust is not given by a file.
+# Options that do not change what is trained; and trust_remote_code, which a file must not set.
 _NOT_IN_RECIPE = ("output_dir", "resume", "overwrite", "trust_remote_code")
 # What transformers reports to, and the module that it needs for that.
 _TRACKERS = {"azure_ml": "azureml", "flyte": "flytekit"} | {
     name: name
     for name in "clearml codecarbon comet_ml dagshub dvclive mlflow neptune swanlab tensorboard trackio wandb".split()
 }
-_LENGTH = ("max_steps", "lr_scheduler_kwargs")  # of a run; the latter has the number of its last, falling steps
+_LENGTH = (
+    "max_steps",
+    "lr_scheduler_kwargs",
+)  # options that set a run's length; the second has the number of its last, falling steps
 _STAGING = ".staging"
 # The files of a checkpoint that make up the model; everything else in it is for the training alone.
 _MODEL_FILES = (
@@ -225,7 +229,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
         if not content or not isinstance(content, dict):
-            raise ValueError("hfkit did not write it so")
+            raise ValueError("it is not what hfkit writes")
         return content
     except (OSError, ValueError, RecursionError) as error:
         raise HfkitError(f"{path} cannot be read: {first_line(error)}; --overwrite starts over") from error

@@ -22,7 +22,7 @@ _STUDY, _RUNNING = "study.db", ".running"
 
 
 def claim(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
-    """Make `folder` that of a search with these settings, unless it is already; call it under the folder's lock.
+    """Claim `folder` for a search with these settings, or continue the one that it holds; call it under its lock.
 
     Raises:
         HfkitError: it holds another search, or files that hfkit did not write.
@@ -47,7 +47,7 @@ def claim(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
 
 
 def _read_settings(path: Path) -> dict[str, Any] | None:
-    """The settings of a search, none if its file is damaged; None where there is no search."""
+    """The settings of the search at `path`: None if there is no search, an empty dict if the file is damaged."""
     if not path.is_file() or path.name not in owned(path.parent):
         return None
     try:

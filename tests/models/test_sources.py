@@ -400,7 +400,8 @@ def test_find_adapter_trusts_no_base(copy, tiny, tmp_path, monkeypatch, base):
     config.pop("model_type")
     (folder / "config.json").write_text(json.dumps(config))
     line = fails(model=str(adapter), trust_remote_code=True)
-    assert "no base model for the adapter" in line and "which runs for a model that is named itself" in line
+    assert "no base model for the adapter" in line
+    assert "(which covers the model that -m names, not the base of an adapter)" in line
     edit_json(folder / "config.json", auto_map=None, model_type="gpt2")  # a base without code is as good as ever
     assert not find(ModelOptions(model=str(adapter), trust_remote_code=True)).trust_remote_code
 
