@@ -53,10 +53,20 @@ _ALSO_CALLED = {
 }
 
 
+def flag_of(name: str) -> str:
+    """The flag of the option `name`: "--top-p" of "top_p"."""
+    return "--" + name.replace("_", "-")
+
+
+def field_of(flag: str) -> str:
+    """The name of an option in Python, however a person spells it: "top_p" of "--top-p"."""
+    return flag.strip().lstrip("-").replace("-", "_")
+
+
 def find_known_name(name: str, known: Iterable[str]) -> str | None:
     """Return the one of the `known` names that means what other programs call `name`, or None."""
     known = set(known)
-    name = name.strip("-").replace("-", "_")
+    name = field_of(name)
     return next((ours for ours, theirs in _ALSO_CALLED.items() if ours in known and name in theirs.split()), None)
 
 
@@ -186,7 +196,7 @@ class Options:
 
     def _refuse(self, name: str, why: str) -> NoReturn:
         f = next(f for f in fields(self) if f.name == name)
-        label = name.upper() if f.metadata["is_argument"] else f"--{name.replace('_', '-')}"
+        label = name.upper() if f.metadata["is_argument"] else flag_of(name)
         raise OptionError(f"{label} is {repr(getattr(self, name)) if f.repr else 'secret'}: {why}")
 
     @classmethod

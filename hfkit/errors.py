@@ -9,8 +9,10 @@ HfkitError                    exit code 1
 └── StoppedError              128 + the signal: 130 after Ctrl-C, 143 after SIGTERM
 """
 
+import contextlib
 import re
 import signal as signals
+from collections.abc import Iterator
 
 
 class HfkitError(Exception):
@@ -51,6 +53,15 @@ class StoppedError(HfkitError):
     def __init__(self, message: str, signal: int = signals.SIGTERM) -> None:  # pickle passes the message alone
         super().__init__(message)
         self.exit_code = 128 + signal
+
+
+@contextlib.contextmanager
+def needing(what: str, extra: str) -> Iterator[None]:
+    """Import the packages of an extra. what: what needs which package, for the error if it is missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise HfkitError(f"{what}: pip install 'hfkit[{extra}]'") from error
 
 
 def first_line(error: Exception) -> str:

@@ -183,9 +183,7 @@ class TrainOptions(Options):
     save_total_limit: int = option(2, "Newest checkpoints to keep while training, in addition to the best.", min=1)
     logging_steps: int | None = option(None, "Steps between losses of the curve. [default: 1; GPU: up to 10]", min=1)
     load_best_model_at_end: bool = option(True, "Keep the state with the best held-out score, not the last one.")
-    early_stopping_patience: int | None = option(
-        None, "Evaluations without gain to stop after. [small corpus: 3]", min=1
-    )
+    early_stopping_patience: int | None = option(None, "Evaluations without gain to allow. [small corpus: 3]", min=1)
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] | None = option(
         None, "Order of the sequences. [default: random]"
     )

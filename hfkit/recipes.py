@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from hfkit.console import note
-from hfkit.declaration import explain_unknown_name
+from hfkit.declaration import explain_unknown_name, flag_of
 from hfkit.errors import HfkitError, OptionError
 from hfkit.storage import write_bytes
 
@@ -68,7 +68,7 @@ def read_values(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
     values = {key: value for key, value in recipe.items() if value is not None}
     for name in _BY_FLAG:  # a recipe may be somebody else's: it neither runs code nor replaces files
         if str(values.pop(name, "false")).lower() != "false":
-            note(f"{path} sets {name}, which only a flag may: it is ignored, add --{name.replace('_', '-')}")
+            note(f"{path} sets {name}, which only a flag may: it is ignored, add {flag_of(name)}")
     return values | {key: _find_data(values[key], path) for key in ("corpus", "eval_file") if key in values}
 
 

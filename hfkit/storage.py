@@ -53,7 +53,7 @@ def add_owned(folder: Path, names: Iterable[str], weights: Path | None = None) -
     """
     listed = _read_list(folder)
     files = listed | {name: listed.get(name) for name in names}
-    files |= {path.name: _digest(path) for path in weights.iterdir() if path.suffix in _WEIGHTS} if weights else {}
+    files |= {path.name: sha256_of(path) for path in weights.iterdir() if path.suffix in _WEIGHTS} if weights else {}
     if files != listed:
         write_text(folder / LIST, json.dumps({"files": dict(sorted(files.items()))}))
 
@@ -62,12 +62,13 @@ def check_weights(folder: Path) -> None:
     """Raise HfkitError if weights in `folder` differ from what hfkit wrote there. Others' folders are not checked."""
     for name, digest in _read_list(folder).items():
         path = folder / name
-        if digest and path.is_file() and _digest(path) != digest:
+        if digest and path.is_file() and sha256_of(path) != digest:
             advice = f"make them again, or, if you changed them on purpose, delete {folder / LIST}"
             raise HfkitError(f"the weights are not those that hfkit wrote ({path}): {advice}")
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of the content of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

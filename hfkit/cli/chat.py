@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 from hfkit import console
 from hfkit.cli.flags import flags
 from hfkit.cli.prompts import load_for, reach_server
+from hfkit.declaration import field_of
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
 
@@ -136,7 +137,7 @@ class Conversation:
 
     def set_option(self, name: str, value: str) -> None:
         """Change one option; OptionError if there is no such option or value."""
-        name = name.lstrip("-").replace("-", "_")
+        name = field_of(name)
         if name not in GenerateOptions.names():
             raise OptionError(f"no option {name!r}: see hfkit chat --help")
         self.options = replace(self.options, **{name: GenerateOptions.read_value(name, value)})

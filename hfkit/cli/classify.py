@@ -76,10 +76,9 @@ def _labeller(server: ServerOptions, model: ModelOptions, task: TaskOptions) -> 
 
 def _check_labels(source: ModelFiles, task: TaskOptions) -> None:
     """OptionError if a language model clearly has no labels to choose from; before torch is imported."""
-    heads = " ".join(source.config.get("architectures") or [])
     files = [folder / "tokenizer_config.json" for folder in (source.adapter, source.folder) if folder]
     has_task = any('"task"' in file.read_text("utf-8", "replace") for file in files if file.is_file())
-    if ("CausalLM" in heads or "LMHead" in heads) and not task.labels and not has_task:
+    if source.is_causal and not task.labels and not has_task:
         example = "--labels positive --labels negative"
         raise OptionError(f"{source.name} has no labels of its own: give each with --labels, such as {example}")
 

@@ -13,7 +13,7 @@ from hfkit import console
 from hfkit.cli import prompts
 from hfkit.cli.flags import JSON, flags
 from hfkit.cli.generate_file import FileOptions, Results, write_results
-from hfkit.declaration import argument, option
+from hfkit.declaration import argument, field_of, option
 from hfkit.errors import OptionError
 from hfkit.models.sources import find_model
 from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
@@ -67,7 +67,6 @@ def generate(
     else:
         lm, request, sampling = prompts.load_for(prompt, model, sampling)
         assert request  # noqa: S101, there is a prompt
-        from hfkit.corpus.templates import task_of
         from hfkit.inference import controls, generation
 
         stream = partial(generation.stream, request, model=lm)
@@ -76,8 +75,7 @@ def generate(
         run = partial(generation.generate, request, model=lm, num_return_sequences=count)  # type: ignore[assignment]
         # Several greedy samples come from one beam search, all at once.
         can_stream = count == 1 or controls.draws(lm, sampling)
-        # Translators and models that learned a task answer the prompt.
-        continues = not lm.model.config.is_encoder_decoder and (sampling.raw or not task_of(lm.tokenizer))
+        continues = controls.continues(lm, sampling)
     if not (json or file) and sys.stdout.isatty() and can_stream:
         _print_streams(stream, sampling, prompt if prompt_shown else "", continues)
     else:
@@ -132,7 +130,7 @@ def _describe(samples: Sequence[Generation], seconds: float, first_token: float 
 def _print_sweep(model: ModelOptions, sampling: GenerateOptions, prompt: str, sweep: str, *, json: bool) -> None:
     """Print the texts for one prompt and seed under several values of one option, side by side."""
     name, _, listed = sweep.partition("=")
-    name = name.strip().lstrip("-").replace("-", "_")
+    name = field_of(name)
     if name not in GenerateOptions.names() or not listed:
         raise OptionError(f"--sweep is {sweep!r}: write an option and its values, such as temperature=0.3,0.7,1.0")
     values = [GenerateOptions.read_value(name, text) for text in listed.split(",")]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfkit import console, processes
 from hfkit.cli.prompts import can_be_read_twice, check_input, load_for, reach_server, read_prompts
-from hfkit.declaration import Options, option, set_fields
+from hfkit.declaration import Options, flag_of, option, set_fields
 from hfkit.errors import HfkitError, OptionError, hide_passwords
 from hfkit.models.sources import find_model
 from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
@@ -133,7 +133,7 @@ def _check_same(
     for field in [*settings, *previous]:
         before, now = previous.get(field), settings.get(field)
         if before != now and (field, now) != ("seed", None):
-            made = f"{name} was made with --{field.replace('_', '-')} {before}, not {now}"
+            made = f"{name} was made with {flag_of(field)} {before}, not {now}"
             raise HfkitError(f"{made}: give the same options, or --overwrite begins anew")
     same = {line for line, prompt in enumerate(read_prompts(path), 1) if done.get(line) == prompt}
     if missing := done.keys() - same:

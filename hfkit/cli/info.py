@@ -103,7 +103,7 @@ def describe_machine() -> dict[str, dict[str, Any]]:
 def describe_model(source: ModelFiles) -> dict[str, Any]:
     """Return size and limits of a model from its files alone. `memory` is that of the weights, in bytes."""
     if source.gguf:
-        return {"name": source.name, "file": str(source.folder / source.gguf), "file_bytes": source.size}
+        return {"name": source.name, "file": str(source.path), "file_bytes": source.size}
     parameters = count_parameters(source)
     config = source.config
 

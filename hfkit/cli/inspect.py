@@ -89,8 +89,7 @@ def _write_tokens(inspection: Inspection) -> None:
         Console(highlight=False).print(line)
     else:
         console.write("".join(f"{line}\n" for line in inspection.lines()))
-    model = console.printable(inspection.model)
-    console.write(f"{inspection.bits:.1f} bits in {console.counted(len(inspection.tokens), 'token')} under {model}\n")
+    console.write(f"{inspection.sentence} under {console.printable(inspection.model)}\n")
 
 
 def _style(bits: float) -> str:

@@ -7,7 +7,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -139,6 +138,7 @@ def load_for(
     """
     with loading(model) as source:
         from hfkit.inference import controls, generation
+        from hfkit.inference.remote import with_seed
         from hfkit.inference.text import ends_in_space, fit_prompt
         from hfkit.models import architecture
         from hfkit.models.loading import load_config, load_tokenizer, load_weights
@@ -153,11 +153,10 @@ def load_for(
         if request and ends_in_space(request, tokenizer):
             console.note("the prompt ends in a space, but words of this model begin with theirs: leave it out")
         lm = load_weights(source, model, tokenizer, config)
-    if sampling.seed is None:
-        sampling = replace(sampling, seed=generation.draw_seed())
-        if controls.draws(lm, sampling):
-            console.note(f"seed {sampling.seed}")
-    return lm, request, sampling
+    seeded = with_seed(sampling)
+    if sampling.seed is None and controls.draws(lm, sampling):
+        console.note(f"seed {seeded.seed}")
+    return lm, request, seeded
 
 
 def _introduce_bundled_model() -> None:

@@ -11,7 +11,7 @@ from hfkit import console
 from hfkit import warm as client
 from hfkit.cli.flags import JSON, flags
 from hfkit.declaration import option
-from hfkit.errors import HfkitError, OptionError
+from hfkit.errors import HfkitError, OptionError, needing
 from hfkit.models.sources import find_model
 from hfkit.options import ModelsOptions
 
@@ -49,11 +49,9 @@ def serve(
         if len(sources) > 1 or (allowed_host, max_requests, request_timeout, log_prompts) != (None, 256, 600, False):
             raise OptionError("vLLM takes one model, --host, --port and --api-key: leave the other flags out")
         serve_with_vllm(model.each()[0], host, port, api_key)
-    try:
+    with needing("'hfkit serve' needs fastapi and uvicorn", "serve"):
         from hfkit.serving import server
         from hfkit.serving.guard import Settings
-    except ImportError as error:
-        raise HfkitError("'hfkit serve' needs fastapi and uvicorn: pip install 'hfkit[serve]'") from error
     from hfkit.models.loading import load
 
     # Behind a key, a server that others reach may have any name unless some are given.

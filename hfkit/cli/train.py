@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import hfkit
 from hfkit import console, processes
 from hfkit.cli.flags import CORPUS, JSON, flags
-from hfkit.corpus.files import find_corpus, is_prepared
+from hfkit.corpus.files import find_corpus, prepared_folder
 from hfkit.declaration import option
 from hfkit.errors import HfkitError, OptionError
 from hfkit.models.sources import find_model
@@ -77,7 +77,7 @@ def _check_inputs(corpus: list[str], data: DataOptions, model: ModelOptions | No
     if processes.count > 1:
         return  # the launcher has checked them
     for paths, options in ((corpus, data), (data.eval_file, None)):
-        if paths and not is_prepared(Path(paths[0])):
+        if paths and not prepared_folder(paths):
             find_corpus(paths, options)
     if model:
         find_model(model)
@@ -161,13 +161,13 @@ def tune(
 
 def _print_trials(search: Search) -> None:
     """Print a table of the trials, the best one first. A column's head gives the importance of its option."""
-    from hfkit.reporting.summaries import merit, show_figure, show_value
+    from hfkit.reporting.summaries import ranked, show_figure, show_value
 
     names = list(dict.fromkeys(name for trial in search.trials for name in trial["params"]))
     heads = [f"{name}\n{search.importances[name]:.0%}" if name in search.importances else name for name in names]
     measures = ("loss",) if search.accuracy is None else ("accuracy", "loss")
     rows = []
-    for trial in sorted(search.trials, key=lambda trial: merit(trial["accuracy"], trial["loss"])):
+    for trial in ranked(search.trials):
         number = f"{trial['number']}{' (defaults)' if trial['default'] else ''}"
         scores = [show_figure(trial[measure], measure) for measure in measures]
         if trial["loss"] is None:

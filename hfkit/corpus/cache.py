@@ -229,6 +229,6 @@ def corpus_lines(report: Report) -> list[str]:
     if report.empty:
         lines.append(f"empty and left out: {counted(report.empty, noun)}")
     if report.odd:
-        odd = sorted(report.odd.items(), key=lambda item: -item[1])[:6]
+        odd = list(report.odd.items())[:6]  # the most frequent ones
         lines.append("odd characters: " + ", ".join(f"{name} {counted(count, 'time')}" for name, count in odd))
     return lines

@@ -146,7 +146,7 @@ def find_corpus(sources: Corpora | Corpus, options: CorpusOptions | None = None,
     """
     if isinstance(sources, Corpus):
         return sources
-    names = [str(name) for name in ([sources] if isinstance(sources, str | Path) else sources)]
+    names = sources_of(sources)
     patterns = dict.fromkeys((options and options.exclude) or (), False)  # whether each matches a file
     found: dict[str, Source] = {}
     for name in names:
@@ -269,6 +269,18 @@ def is_prepared(folder: Path) -> bool:
     return "fingerprint" in _read_object(folder / PREPARED)
 
 
+def prepared_folder(corpus: Corpora | Corpus) -> Path | None:
+    """The folder that `hfkit prepare` made, if the corpus is that alone."""
+    names = [] if isinstance(corpus, Corpus) else sources_of(corpus)
+    folder = Path(names[0]).expanduser() if len(names) == 1 else None
+    return folder if folder and is_prepared(folder) else None
+
+
+def sources_of(corpus: Corpora) -> list[str]:
+    """The names that a corpus was given by."""
+    return [str(name) for name in ([corpus] if isinstance(corpus, str | Path) else corpus)]
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one if it has none."""
     try:
@@ -280,5 +292,5 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def name_of(sources: Corpora) -> str:
     """A short name for a corpus, from its first source: `runs/NAME`."""
-    first = str(sources if isinstance(sources, str | Path) else next(iter(sources), ""))
+    first = next(iter(sources_of(sources)), "")
     return re.sub(r"[^\w.-]+", "-", _SUFFIX.sub("", Path(first).name)).strip("-.") or "corpus"

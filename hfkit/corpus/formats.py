@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, first_line
 
 LONGEST = 1 << 28  # characters of a line, a field or a JSON value: a small compressed file may hold gigabytes of zeros
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what reading a damaged file raises, compressed or not
@@ -119,7 +119,7 @@ def _encoding(head: bytes) -> str:
 
 
 def _read_error(path: Path, error: Exception) -> HfkitError:
-    return HfkitError(f"cannot read the corpus ({path}): {getattr(error, 'strerror', None) or error}")
+    return HfkitError(f"cannot read the corpus ({path}): {first_line(error)}")
 
 
 def read_text(path: Path, errors: str) -> Iterator[str]:

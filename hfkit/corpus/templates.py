@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hfkit.console import note_once
-from hfkit.corpus.rows import row_error
+from hfkit.corpus.rows import column_names, row_error
 from hfkit.declaration import unescape
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.options import TaskOptions
@@ -138,7 +138,7 @@ def _parse(template: str) -> tuple[list[tuple[str, str]], str]:
 def _value_of(row: Mapping[str, Any], name: str, where: str) -> str:
     place = f" ({where})" if where else ""
     if name not in row:
-        raise HfkitError(f"no column {name!r}{place}: there are {', '.join(map(repr, row))}")
+        raise HfkitError(f"no column {name!r}{place}: there are {column_names(row)}")
     value = row[name]
     if value is None or isinstance(value, list | dict | bytes) or value != value:  # noqa: PLR0124, NaN alone differs
         raise HfkitError(f"column {name!r} is not text{place}: fix or delete the row")

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +11,7 @@ from hfkit.console import note
 from hfkit.corpus.cache import Prepared, Report, encode_corpus, load_prepared
 from hfkit.corpus.documents import Example, read_records
 from hfkit.corpus.encoding import IGNORED, fingerprint
-from hfkit.corpus.files import Corpora, Corpus, find_corpus, is_prepared
+from hfkit.corpus.files import Corpora, Corpus, find_corpus, prepared_folder
 from hfkit.corpus.sequences import Stream, TokenDataset, cell, cut_sequences, lengths, rows_that_fit
 from hfkit.corpus.templates import set_template
 from hfkit.errors import HfkitError
@@ -81,8 +80,7 @@ def gather_training_data(
 
 def _encode(corpus: Corpora | Corpus, tokenizer: PreTrainedTokenizerBase, data: DataOptions) -> Prepared:
     """`corpus` as tokens. A tokenizer that encodes conversations gets a chat template, if it has none."""
-    sources = [] if isinstance(corpus, Corpus) else [corpus] if isinstance(corpus, str | Path) else corpus
-    if len(sources) == 1 and is_prepared(folder := Path(sources[0]).expanduser()):
+    if folder := prepared_folder(corpus):
         prepared = load_prepared(folder)
         if prepared.report.tokenizer != fingerprint(tokenizer):
             raise HfkitError(f"{folder} was prepared for another tokenizer: prepare it with this -m")

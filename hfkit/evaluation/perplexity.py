@@ -22,7 +22,7 @@ from hfkit.evaluation.windows import Item, WindowReader
 from hfkit.inference.likelihood import precise_head, score_batches
 from hfkit.inference.remote import Server
 from hfkit.inference.scores import Scores
-from hfkit.models.architecture import check_causal, computes_faster_in_bfloat16, head_of
+from hfkit.models.architecture import check_causal, computes_faster_in_bfloat16, for_device, head_of
 from hfkit.models.loading import LanguageModel, loaded, split_options
 from hfkit.models.quantization import bits_of
 from hfkit.options import CorpusOptions, EvaluateOptions, ModelOptions, ServerOptions
@@ -78,7 +78,7 @@ def evaluate(
 def _score_windows(lm: LanguageModel, windows: Iterator[Item], wants_float32: bool) -> tuple[Scores, str]:
     """Scores, and the precision used: bfloat16 where that is faster and does not change the first batch."""
     model, device = precise_head(lm.model), lm.model.device.type
-    batches = batch_windows(windows, _BATCH.get(device, _BATCH["cpu"]))
+    batches = batch_windows(windows, for_device(_BATCH, device))
     dtype = str(model.dtype).removeprefix("torch.")
     first = list(islice(batches, 2))
     batches = chain(first[1:], batches)

@@ -11,7 +11,7 @@ from hfkit.console import counted, progress, with_error
 from hfkit.corpus.documents import read_table
 from hfkit.corpus.files import Corpus
 from hfkit.corpus.labelled import classification_rows, question_rows
-from hfkit.corpus.rows import Row
+from hfkit.corpus.rows import Row, column_names
 from hfkit.corpus.templates import Task, make_task, task_of
 from hfkit.errors import HfkitError
 from hfkit.evaluation.metrics import METRICS, find_metric, mean_figures
@@ -102,7 +102,7 @@ def find_task(lm: LanguageModel, corpus: Corpus, options: CorpusOptions) -> Task
         return replace(_PAIRS, metric=tuple(options.metric))
     if options.template or options.metric:
         wanted = "the template's columns" if options.template else "prompt and completion, which a metric compares,"
-        raise HfkitError(f"{wanted} are not there: the rows have {', '.join(map(repr, row))}")
+        raise HfkitError(f"{wanted} are not there: the rows have {column_names(row)}")
     return None
 
 

@@ -13,6 +13,7 @@ from hfkit.corpus.labelled import windows
 from hfkit.corpus.sequences import Collator
 from hfkit.corpus.templates import Task, task_of
 from hfkit.errors import HfkitError, NotFiniteError
+from hfkit.inference.batches import forward
 from hfkit.inference.generation import generate
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel, Model, loaded, split_options
@@ -92,7 +93,7 @@ def find_answers(lm: LanguageModel, pairs: Iterable[tuple[str, str]], threshold:
         for first in range(0, len(parts), _BATCH):
             group = parts[first : first + _BATCH]
             inputs = collate([part["inputs"] for _, part in group])
-            output = lm.model(**{name: tensor.to(lm.model.device) for name, tensor in inputs.items()})
+            output = forward(lm, **inputs)
             logits = torch.stack([output.start_logits, output.end_logits], 1).double().cpu().numpy()
             if np.isnan(logits).any():
                 raise NotFiniteError.of(lm.name)

@@ -17,16 +17,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from hfkit.console import note
-from hfkit.errors import HfkitError, NotFiniteError
+from hfkit.errors import HfkitError, NotFiniteError, first_line
 from hfkit.inference import graphs
 from hfkit.inference.controls import draws, endings, generate_arguments, generation_config, needs_equal_lengths
 from hfkit.inference.decoding import Completion, Rows, StopTexts, complete, decode
 from hfkit.inference.text import Request
+from hfkit.models.architecture import for_device
 from hfkit.models.loading import LanguageModel, load
 from hfkit.options import GenerateOptions
 
 _ROWS_AT_ONCE = {"cpu": 64, "cuda": 256}
-_TOKENS_AT_ONCE = {"cpu": 32_768, "cuda": 262_144}  # prompt and new tokens of all rows
+TOKENS_AT_ONCE = {"cpu": 32_768, "cuda": 262_144}  # prompt and new tokens of all rows
 # transformers samples with torch's global generator in its loops for beams and speculation, so one of them runs at a
 # time. Assistants are changed by it, too: they are loaded here and belong to nobody else.
 _special_loops = threading.Lock()
@@ -42,7 +43,7 @@ class _NoMemory(HfkitError):
 
 def default_size(lm: LanguageModel) -> int:
     """Rows that the model's device is good for at a time."""
-    return _ROWS_AT_ONCE.get(lm.model.device.type, 64)
+    return for_device(_ROWS_AT_ONCE, lm.model.device.type)
 
 
 def end_compute_threads() -> None:
@@ -89,7 +90,7 @@ def run_all(
     for number, request in enumerate(requests):
         shape = request.new_tokens, len(request.ids) if exact else 0
         lengths.setdefault(shape, {})[number] = len(request.ids) + request.new_tokens
-    tokens = _TOKENS_AT_ONCE.get(lm.model.device.type, _TOKENS_AT_ONCE["cpu"])
+    tokens = for_device(TOKENS_AT_ONCE, lm.model.device.type)
     results: dict[int, Completion] = {}
     for batch in chain.from_iterable(group_by_length(alike, size, tokens) for alike in lengths.values()):
         completions = _run_smaller(lm, [requests[number] for number in batch], options)
@@ -218,7 +219,7 @@ def _call(
         if isinstance(error, IndexError) and options.assistant_model:
             raise _too_long_for(options.assistant_model) from error
         if isinstance(error, ValueError):
-            raise HfkitError(f"these options cannot be used together: {str(error).splitlines()[0]}") from error
+            raise HfkitError(f"these options cannot be used together: {first_line(error)}") from error
         raise
 
 

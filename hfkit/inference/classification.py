@@ -21,7 +21,7 @@ from hfkit.inference.likelihood import score
 from hfkit.inference.remote import Server
 from hfkit.inference.results import Classification
 from hfkit.inference.text import Text, check_text, list_texts
-from hfkit.models.architecture import check_causal, head_of
+from hfkit.models.architecture import check_causal, for_device, head_of
 from hfkit.models.loading import LanguageModel, Model, loaded, split_options
 from hfkit.options import ServerOptions, TaskOptions
 
@@ -117,9 +117,9 @@ def classify_each(
 def _batch_size(lm: LanguageModel, labels: list[list[int]]) -> tuple[int, int]:
     """Most texts, and most tokens of texts, at a time."""
     device = lm.model.device.type
-    tokens = _TOKENS.get(device, _TOKENS["cpu"])
+    tokens = for_device(_TOKENS, device)
     if labels:
-        return max(1, _SCORED.get(device, _SCORED["cpu"]) // sum(map(len, labels))), tokens // len(labels)
+        return max(1, for_device(_SCORED, device) // sum(map(len, labels))), tokens // len(labels)
     # Without a padding token a head does not see where a text ends: one text at a time.
     return 1 if lm.model.config.pad_token_id is None else _WINDOW, tokens
 
@@ -165,7 +165,7 @@ def label_names(model: Any) -> list[str]:
 def _head_probabilities(lm: LanguageModel, rows: list[list[int]]) -> torch.Tensor:
     """Probabilities by a classification head, (texts, labels); where several labels may hold, of each by itself."""
     inputs = Collator(lm.model.config.pad_token_id or 0, has_mask=True)([{"input_ids": row} for row in rows])
-    output = lm.model(**{name: tensor.to(lm.model.device) for name, tensor in inputs.items()})
+    output = forward(lm, **inputs)
     logits: torch.Tensor = output.logits.float().cpu()
     several = lm.model.config.problem_type == "multi_label_classification"
     return logits.sigmoid() if several else logits.softmax(-1)

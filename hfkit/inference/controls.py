@@ -8,11 +8,11 @@ from transformers import GenerationConfig, LogitsProcessorList, WatermarkingConf
 
 from hfkit.console import note_once
 from hfkit.corpus.encoding import language_token
-from hfkit.declaration import set_fields, unescape
+from hfkit.declaration import flag_of, set_fields, unescape
 from hfkit.errors import OptionError
 from hfkit.inference.decoding import BannedTexts, Endings
 from hfkit.inference.text import chosen_task, special_tokens
-from hfkit.models.loading import LanguageModel
+from hfkit.models.loading import LanguageModel, vocabulary_size
 from hfkit.options import SAMPLING, GenerateOptions
 
 # Options that GenerationConfig has by another name, in another form, or not at all.
@@ -114,6 +114,11 @@ def needs_equal_lengths(lm: LanguageModel, options: GenerateOptions) -> bool:
     )
 
 
+def continues(lm: LanguageModel, options: GenerateOptions) -> bool:
+    """Whether the text goes on from its prompt; translators and models that learned a task answer it instead."""
+    return not lm.model.config.is_encoder_decoder and not chosen_task(options, lm.tokenizer)
+
+
 def draws(lm: LanguageModel, options: GenerateOptions) -> bool:
     """Whether tokens are chosen at random.
 
@@ -150,16 +155,12 @@ def check_options(options: GenerateOptions) -> None:
     """OptionError for options that have no effect without another one, or beside it. Needs no model."""
     for name, needed in (("num_assistant_tokens", "assistant_model"), ("novel_words", "novel")):
         if getattr(options, name) is not None and not getattr(options, needed):
-            raise OptionError(f"{_flag(name)} has no effect alone: add {_flag(needed)}")
+            raise OptionError(f"{flag_of(name)} has no effect alone: add {flag_of(needed)}")
     for name, rival in (("assistant_model", "prompt_lookup_num_tokens"), ("tgt_lang", "forced_bos_token_id")):
         if getattr(options, name) is not None and getattr(options, rival) is not None:
-            raise OptionError(f"{_flag(name)} and {_flag(rival)} exclude each other: leave one of both out")
+            raise OptionError(f"{flag_of(name)} and {flag_of(rival)} exclude each other: leave one of both out")
     if options.temperature == 0 and options.do_sample:
         raise OptionError("--temperature 0 is greedy, --do-sample is not: leave one of both out")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def check_controls(lm: LanguageModel, options: GenerateOptions) -> None:
@@ -176,11 +177,11 @@ def check_controls(lm: LanguageModel, options: GenerateOptions) -> None:
     for name in ("length_penalty", "early_stopping"):
         value = getattr(options, name)
         if value is not None and value is not False and beam_count == 1:
-            raise OptionError(f"{_flag(name)} has no effect without beams: add --num-beams, such as 4")
-    if not is_random and (ignored := [_flag(name) for name in SAMPLING if getattr(options, name)]):
+            raise OptionError(f"{flag_of(name)} has no effect without beams: add --num-beams, such as 4")
+    if not is_random and (ignored := [flag_of(name) for name in SAMPLING if getattr(options, name)]):
         note_once(f"greedy decoding ignores {', '.join(ignored)}")
-    size = lm.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    size = vocabulary_size(lm.model)
     for name in ("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"):
         value = getattr(options, name)
         if any(not 0 <= token < size for token in ([value] if isinstance(value, int) else value or [])):
-            raise OptionError(f"{_flag(name)} takes token ids from 0 to {size - 1}")
+            raise OptionError(f"{flag_of(name)} takes token ids from 0 to {size - 1}")

@@ -4,7 +4,6 @@ import atexit
 import functools
 import math
 import queue
-import secrets
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -15,11 +14,11 @@ from hfkit.corpus.files import find_corpus
 from hfkit.corpus.overlap import WORDS, Index, index_corpus
 from hfkit.errors import HfkitError, NotFiniteError, OptionError
 from hfkit.inference import batches
-from hfkit.inference.controls import check_controls, check_options, draws, is_plain
+from hfkit.inference.controls import check_controls, check_options, continues, draws, is_plain
 from hfkit.inference.decoding import Completion
-from hfkit.inference.remote import CONCURRENT, Server
+from hfkit.inference.remote import CONCURRENT, Server, seed_of
 from hfkit.inference.results import Generation
-from hfkit.inference.text import Prompt, Request, Text, chosen_task, fit_prompt, list_texts, repeats
+from hfkit.inference.text import Prompt, Request, Text, fit_prompt, list_texts, repeats
 from hfkit.models.loading import LanguageModel, Model, loaded, split_options
 from hfkit.options import GenerateOptions, ServerOptions
 
@@ -114,7 +113,7 @@ def generate_each(
     `on_done` is called with the number of texts that were just finished.
     """
     lm, options = loaded(model), options or GenerateOptions()
-    first_seed = draw_seed() if options.seed is None else options.seed
+    first_seed = seed_of(options)
     check_controls(lm, options)
     samples, size = options.num_return_sequences or 1, batch_size or batches.default_size(lm)
     plain, prompts = is_plain(lm, options), iter(prompts)
@@ -211,7 +210,7 @@ def stream(
     lm = loaded(model)
     check_controls(lm, options)
     request = _prepare(lm, prompt, options)
-    request = replace(request, seed=draw_seed() if options.seed is None else options.seed)
+    request = replace(request, seed=seed_of(options))
     return _stream(lm, request, options)
 
 
@@ -249,11 +248,6 @@ def _stream(lm: LanguageModel, request: Request, options: GenerateOptions) -> Ge
     return _generation(lm, options, request, piece)
 
 
-def draw_seed() -> int:
-    """A random seed, for callers that gave none; small enough to type again."""
-    return secrets.randbelow(2**31)
-
-
 def _prepare(lm: LanguageModel, prompt: Prompt, options: GenerateOptions) -> Request:
     return fit_prompt(prompt, options, lm.tokenizer, lm.model.config, lm.name)
 
@@ -269,6 +263,6 @@ def _generation(lm: LanguageModel, options: GenerateOptions, request: Request, c
         logprob=completion.logprob,
         seed=request.seed if draws(lm, options) else None,
         model=lm.name,
-        echo=not lm.model.config.is_encoder_decoder and not chosen_task(options, lm.tokenizer),
+        echo=continues(lm, options),
         loops=repeats(completion.tokens),
     )

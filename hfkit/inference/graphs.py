@@ -24,6 +24,7 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 from hfkit.console import detail
+from hfkit.errors import first_line
 from hfkit.models.loading import LanguageModel
 
 # Model types whose attention takes a finished mask and whose forward pass reads nothing back from the GPU.
@@ -218,4 +219,4 @@ class Step:
             self._graph = graph
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # torch goes on with the one that it records on
-            detail(f"this model's steps cannot be recorded, so they take longer: {str(error).splitlines()[0]}")
+            detail(f"this model's steps cannot be recorded, so they take longer: {first_line(error)}")

@@ -1,16 +1,14 @@
 """How likely a model finds the tokens of a text: negative log-likelihood and rank of each."""
 
 from collections.abc import Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from hfkit.corpus.encoding import IGNORED
 from hfkit.inference.scores import Scores
-from hfkit.models.loading import share_weights
-
-Module = TypeVar("Module", bound=torch.nn.Module)
+from hfkit.models.loading import Module, share_weights
 
 _LOGITS_AT_ONCE = {False: 1 << 22, True: 1 << 28}  # by is_cuda; on a CPU, about what its caches hold
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx2
 
-from hfkit.declaration import set_fields, unescape
+from hfkit.declaration import flag_of, set_fields, unescape
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inference.connection import MISSING, OPENAI, Connection, RefusedError, events_of, message_of
 from hfkit.inference.results import Classification, Generation
@@ -171,7 +171,7 @@ class Server:
         for name in fields:
             if name in _LOCAL or not (self.is_hfkit or name in _COMMON):
                 where = "on this machine" if name in _LOCAL else "with hfkit's own server"
-                raise OptionError(f"--{name.replace('_', '-')} works only {where}: leave it out")
+                raise OptionError(f"{flag_of(name)} works only {where}: leave it out")
         fields = {_OPENAI_NAMES.get(name, name): value for name, value in fields.items()}
         if "stop" in fields:
             fields["stop"] = [unescape(text) for text in fields["stop"]]
@@ -238,9 +238,14 @@ def draws(options: GenerateOptions) -> bool:
     return (options.num_beams or 1) == 1 or bool(options.do_sample)
 
 
+def seed_of(options: GenerateOptions) -> int:
+    """The seed; a random one if there is none, small enough to type again."""
+    return secrets.randbelow(2**31) if options.seed is None else options.seed
+
+
 def with_seed(options: GenerateOptions) -> GenerateOptions:
-    """`options` with a seed: a random one if they have none."""
-    return replace(options, seed=secrets.randbelow(2**31)) if options.seed is None else options
+    """`options` with the seed of `seed_of`."""
+    return replace(options, seed=seed_of(options))
 
 
 def run_ahead(function: Callable[[Any], Any], items: Iterable[Any], concurrent: int = CONCURRENT) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -12,6 +12,7 @@ from hfkit.errors import HfkitError
 from hfkit.models.folder import ModelFiles, count_parameters
 from hfkit.options import ModelOptions
 
+Size = TypeVar("Size")
 # Model types whose position ids begin after the padding token's id, which leaves fewer for a text.
 _SHIFTED = ("roberta xlm-roberta xlm-roberta-xl roberta-prelayernorm camembert data2vec-text mpnet longformer").split()
 # The purpose of a transformers class, by a part of its name. All others write text.
@@ -99,6 +100,11 @@ def has_bfloat16_units() -> bool:
     """Whether this processor multiplies faster in bfloat16 than in float32."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16"))
+
+
+def for_device(table: dict[str, Size], device: str) -> Size:
+    """The entry of `table` for a device type; that of the CPU where it has none."""
+    return table.get(device, table["cpu"])
 
 
 def find_compiler() -> str | None:

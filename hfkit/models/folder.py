@@ -31,6 +31,11 @@ class ModelFiles:
     trust_remote_code: bool = False
 
     @property
+    def path(self) -> Path:
+        """The .gguf file, or the folder."""
+        return self.folder / (self.gguf or "")
+
+    @property
     def size(self) -> int:
         """Bytes of the weight files."""
         return sum(path.stat().st_size for path in self._weights)
@@ -52,7 +57,13 @@ class ModelFiles:
 
     @property
     def _weights(self) -> list[Path]:
-        return [self.folder / self.gguf] if self.gguf else sorted(self.folder.glob("*.safetensors"))
+        return [self.path] if self.gguf else sorted(self.folder.glob("*.safetensors"))
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether config.json names a class that continues texts."""
+        architectures = self.config.get("architectures") or []
+        return any(part in name for name in architectures for part in ("CausalLM", "LMHead"))
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -174,7 +185,7 @@ def count_parameters(source: ModelFiles) -> int:
     if source.gguf:
         from gguf import GGUFReader
 
-        return sum(int(tensor.n_elements) for tensor in GGUFReader(source.folder / source.gguf).tensors)
+        return sum(int(tensor.n_elements) for tensor in GGUFReader(source.path).tensors)
     from safetensors import safe_open
 
     total = 0
@@ -190,7 +201,7 @@ def check_target(target: Path, source: ModelFiles, *, overwrite: bool) -> None:
     if target.suffix == ".gguf":
         check_regular(target)
         check_free(target, overwrite=overwrite, flag="--output-dir")
-        if source.gguf and target.exists() and target.samefile(source.folder / source.gguf):
+        if source.gguf and target.exists() and target.samefile(source.path):
             raise HfkitError(f"{target} is the model itself: name another --output-dir")
         return
     try:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkit.console import note
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, needing
 from hfkit.models.architecture import check_head, context_length
 from hfkit.models.gguf_tokenizer import add_tokenizer, tokenizer_kind
 from hfkit.models.loading import LanguageModel
@@ -37,10 +37,8 @@ _BLOCK = 32  # numbers that share a scale in q8_0 and q4_0
 
 def check_gguf(name: str, config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise HfkitError unless a model of this configuration, called `name`, can be written as a GGUF file."""
-    try:
+    with needing("GGUF files need gguf", "gguf"):
         import gguf  # noqa: F401
-    except ImportError as error:
-        raise HfkitError("GGUF files need gguf: pip install 'hfkit[gguf]'") from error
     check_head(name, config, "text")
     if config.model_type not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)

@@ -16,7 +16,7 @@ def _metadata(source: ModelFiles) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The entries of a .gguf file, arrays of texts without their items, and the names of its tensors."""
     from transformers.integrations.gguf.reader import read_gguf_metadata
 
-    entries, names = read_gguf_metadata(str(source.folder / str(source.gguf)))
+    entries, names = read_gguf_metadata(str(source.path))
     return entries, names
 
 
@@ -30,7 +30,7 @@ def unpack_tokenizer(source: ModelFiles, folder: Path) -> ModelFiles | None:
     entries, _ = _metadata(source)
     if (whole := entries.get("tokenizer.huggingface.json")) is None:
         return None
-    architecture, _, settings = get_gguf_tokenizer(str(source.folder / str(source.gguf)))
+    architecture, _, settings = get_gguf_tokenizer(str(source.path))
     settings = {name: value for name, value in settings.items() if not name.startswith("add_")}  # in `whole`
     if architecture != "gpt2":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -52,8 +52,7 @@ def complete_config(source: ModelFiles, config: Any) -> None:
     blocks = 1 + max((int(match[1]) for match in matches if match), default=-1)
     if blocks > (said := config.num_hidden_layers):
         what = f"{blocks} blocks, but block_count is {said}"
-        where = source.folder / str(source.gguf)
-        raise HfkitError(f"the weights do not fit the model ({where}): {what}; get the model again")
+        raise HfkitError(f"the weights do not fit the model ({source.path}): {what}; get the model again")
     if config.model_type == "gpt2":
         config.n_positions = getattr(config, "n_ctx", None) or config.n_positions
         config.n_inner = getattr(config, "feed_forward_length", None)

@@ -47,7 +47,7 @@ def calling_library(source: ModelFiles) -> Iterator[None]:
     except Exception as error:  # everything from KeyError to a bare Exception
         if source.config.get("auto_map") and not source.trust_remote_code:
             raise needs_code(source) from error
-        where = source.folder / source.gguf if source.gguf else source.adapter or source.folder
+        where = source.path if source.gguf else source.adapter or source.folder
         raise HfkitError(f"{source.name} cannot be loaded ({where}): {_short(error)}") from error
 
 

@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 
 from hfkit.console import detail
 from hfkit.declaration import Options, divide
-from hfkit.errors import HfkitError, OptionError
+from hfkit.errors import HfkitError, OptionError, needing
 from hfkit.models import architecture, gguf_import, integrity
 from hfkit.models.folder import ModelFiles
 from hfkit.models.integrity import LOADING, calling_library
@@ -29,7 +29,7 @@ from hfkit.storage import check_weights
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 # The class of a model that does not write text, by what it is for: see `head_of`.
-_HEADS: dict[str, Any] = {
+HEADS: dict[str, Any] = {
     "classification": transformers.AutoModelForSequenceClassification,
     "question-answering": transformers.AutoModelForQuestionAnswering,
     "masked": transformers.AutoModel,
@@ -138,7 +138,7 @@ def share_weights(model: Module) -> Module:
 
 
 def _state_of(source: ModelFiles) -> list[tuple[str, int]]:
-    files = [source.folder / source.gguf] if source.gguf else [*source.folder.iterdir()]
+    files = [source.path] if source.gguf else [*source.folder.iterdir()]
     files += source.adapter.iterdir() if source.adapter else []
     return sorted((str(file), file.stat().st_mtime_ns) for file in files)
 
@@ -233,7 +233,7 @@ def load_with_head(
     elif is_new:
         config.num_labels = 2  # where an answer begins, and where it ends
     config.pad_token_id = tokenizer.pad_token_id
-    model, report = _read_model(source, _HEADS[head], config, dtype=torch.float32, ignore_mismatched_sizes=is_new)
+    model, report = _read_model(source, HEADS[head], config, dtype=torch.float32, ignore_mismatched_sizes=is_new)
     body = f"{model.base_model_prefix}."
     # A pooler belongs to the head: a masked language model has none.
     missing = [key for key in report["missing_keys"] if key.startswith(body) and ".pooler." not in key]
@@ -260,7 +260,7 @@ def _read_model(source: ModelFiles, kind: Any, config: Any, **arguments: Any) ->
 
 
 def _class_for(source: ModelFiles, config: Any) -> Any:
-    if kind := _HEADS.get(architecture.head_of(config)):
+    if kind := HEADS.get(architecture.head_of(config)):
         return kind
     if config.model_type == "gpt2":
         return transformers.GPT2LMHeadModel
@@ -272,10 +272,8 @@ def _class_for(source: ModelFiles, config: Any) -> Any:
 
 
 def _merge_adapter(model: PreTrainedModel, source: ModelFiles, folder: Path) -> PreTrainedModel:
-    try:
+    with needing("LoRA adapters need peft", "lora"):
         from peft import PeftModel, get_peft_model_state_dict
-    except ImportError as error:
-        raise HfkitError("LoRA adapters need peft: pip install 'hfkit[lora]'") from error
     with calling_library(source), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft only warns of what is an error below
         with safe_open(folder / "adapter_model.safetensors", framework="np") as file:

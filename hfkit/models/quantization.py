@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hfkit.errors import HfkitError
+from hfkit.errors import needing
 
 _GROUP = 32  # input features that share a scale in 4 bits
 _STEP = 32  # the 8-bit kernel reads past the end of a row unless its input features are a multiple of this
@@ -125,10 +125,8 @@ def quantize(model: PreTrainedModel, bits: str) -> None:
 
 def bitsandbytes_config(bits: str) -> Any:
     """What makes transformers load a model in "int8" or "int4" on a GPU."""
-    try:
+    with needing("--quantize on a GPU needs bitsandbytes", "bitsandbytes"):
         import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise HfkitError("--quantize on a GPU needs bitsandbytes: pip install 'hfkit[bitsandbytes]'") from error
     from transformers import BitsAndBytesConfig
 
     settings: dict[str, Any] = {"load_in_8bit": True}

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from hfkit.console import counted, printable
 from hfkit.errors import HfkitError, first_line
 from hfkit.reporting.pictures import Curve, draw_curves, draw_measure, plot_trials, points, smooth, to_png, to_svg
-from hfkit.reporting.summaries import Summary, compared_by, merit, show_figure, show_value, summarize
+from hfkit.reporting.summaries import Summary, compared_by, merit, ranked, show_figure, show_value, summarize
 from hfkit.reporting.templates import render
 from hfkit.storage import make_writable, write_text
 
@@ -177,7 +177,7 @@ def _search_page(folder: Path) -> str:
     """A search: what the best trial gained, how to use it, and all trials, the best first."""
     search = _read(folder, SEARCH, "search")
     with _checked(folder / SEARCH, "search"):
-        trials = sorted(search.get("trials", []), key=lambda trial: merit(trial.get("accuracy"), trial["loss"]))
+        trials = ranked(search.get("trials", []))
         if not trials or trials[0]["loss"] is None:
             raise HfkitError(f"no finished search ({folder}): no trial was finished")
         best, figure = trials[0], compared_by(trials)
@@ -211,10 +211,7 @@ def _search_page(folder: Path) -> str:
 def explain_search(trials: Sequence[dict[str, Any]], before: float | None = None) -> str:
     """What the best of the trials gained over the defaults, over the others and over `before` the training."""
     figure = compared_by(trials)
-    scored = sorted(
-        (trial for trial in trials if trial["loss"] is not None),
-        key=lambda trial: merit(trial.get("accuracy"), trial["loss"]),
-    )
+    scored = [trial for trial in ranked(trials) if trial["loss"] is not None]
     best, values = scored[0], [trial[figure] for trial in scored]
     if best.get("default"):
         return f"The defaults are the best: no other trial has a better held-out {figure}."

@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from hfkit.console import printable
-from hfkit.reporting.summaries import compared_by, merit
+from hfkit.reporting.summaries import compared_by, ranked
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +130,7 @@ def plot_trials(trials: Sequence[dict[str, Any]], importances: dict[str, float])
     measure = compared_by(trials)
     scored = [trial for trial in trials if trial["loss"] is not None]
     scores = [trial[measure] for trial in scored]
-    best = min(scored, key=lambda trial: merit(trial.get("accuracy"), trial["loss"]))
+    best = ranked(scored)[0]
     names = list(dict.fromkeys([*importances, *(name for trial in scored for name in trial["params"])]))
     charts = 1 + bool(importances) + len(names)
     figure, (order, *rest) = _start(-(-charts // 3), 3, size=(10.8, 3.0 * -(-charts // 3)))

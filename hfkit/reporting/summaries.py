@@ -18,6 +18,11 @@ _COMMANDS = {
 _SENTENCE_END = re.compile(r"""[.!?…。！？]["'”’»)]*(?=\s|$)""")
 
 
+def ranked(trials: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The trials of a search, the best one first; those without a score last."""
+    return sorted(trials, key=lambda trial: merit(trial.get("accuracy"), trial["loss"]))
+
+
 def merit(accuracy: float | None, loss: float | None) -> tuple[float, float]:
     """Sorts results, the best first: by accuracy where that is measured, and those of equal accuracy by loss."""
     return -(accuracy or 0.0), math.inf if loss is None else loss

@@ -3,11 +3,9 @@
 import asyncio
 import re
 import time
-from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from hashlib import sha256
 from importlib.resources import files
 from typing import Any
 
@@ -17,12 +15,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 
 import hfkit
-from hfkit.corpus.templates import CHAT_TEMPLATE, task_of
+from hfkit.corpus.templates import CHAT_TEMPLATE
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inference.batches import end_compute_threads
+from hfkit.inference.controls import continues
 from hfkit.inference.scores import jsonable
 from hfkit.models.architecture import head_of
 from hfkit.models.loading import LanguageModel, vocabulary_size
+from hfkit.options import GenerateOptions
+from hfkit.reporting.templates import script_hash
 from hfkit.serving import protocol
 from hfkit.serving.engine import Engine, make_engine
 from hfkit.serving.guard import Counts, Guard, Settings, error_reply, explain
@@ -220,10 +221,10 @@ async def _tokenizer_info(request: fastapi.Request, model: str | None = None) ->
 
 
 def _model(server: Server, lm: LanguageModel) -> dict[str, Any]:
-    has_encoder = lm.model.config.is_encoder_decoder
     return {"id": lm.name, "object": "model", "created": server.started, "owned_by": "hfkit",
-            "max_model_len": lm.context, "task": head_of(lm.model.config), "has_encoder": has_encoder,
-            "continues": not has_encoder and not task_of(lm.tokenizer)}  # fmt: skip
+            "max_model_len": lm.context, "task": head_of(lm.model.config),
+            "has_encoder": lm.model.config.is_encoder_decoder,
+            "continues": continues(lm, GenerateOptions())}  # fmt: skip
 
 
 @router.get("/v1/models")
@@ -277,7 +278,7 @@ def _read_page() -> tuple[str, dict[str, str]]:
 
     def hashes(tag: str) -> str:
         texts = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        return " ".join(f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for text in texts)
+        return " ".join(f"'{script_hash(text)}'" for text in texts)
 
     policy = (
         f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "

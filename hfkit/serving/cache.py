@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from hfkit.inference.batches import forward
+from hfkit.models.architecture import for_device
 from hfkit.models.loading import LanguageModel
 
 _ROOM = 64  # columns beyond those in use: the window is copied once in this many steps
@@ -139,7 +140,7 @@ class Prefixes:
 
     def __init__(self, device: str) -> None:
         self._kept: list[tuple[tuple[int, ...], DynamicCache]] = []  # oldest first
-        self._room = _BYTES_KEPT.get(device, 1 << 28)
+        self._room = for_device(_BYTES_KEPT, device)
 
     def length(self, ids: Sequence[int]) -> int:
         """How many tokens at the beginning of a prompt have keys and values here."""

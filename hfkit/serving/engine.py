@@ -14,10 +14,11 @@ from dataclasses import replace
 import torch
 from transformers.cache_utils import DynamicCache
 
-from hfkit.inference.batches import default_size, end_compute_threads
+from hfkit.inference.batches import TOKENS_AT_ONCE, default_size, end_compute_threads
 from hfkit.inference.decoding import Completion
 from hfkit.inference.generation import stream
 from hfkit.inference.results import Generation
+from hfkit.models.architecture import for_device
 from hfkit.models.loading import LanguageModel
 from hfkit.serving.cache import Prefixes, Window, can_share_steps
 from hfkit.serving.reading import Prompts, top_tokens
@@ -25,7 +26,6 @@ from hfkit.serving.rows import Piece, Result, Row, Token, UnavailableError
 
 # Prompt tokens that a round prefills, while texts are in progress and while none is.
 _PROMPT_TOKENS = {"cpu": (64, 512), "cuda": (1024, 8192)}
-_TOKENS_AT_ONCE = {"cpu": 32_768, "cuda": 262_144}  # columns of all rows
 _GATHER = 0.1  # seconds that an idle engine waits for rows that are being made
 _PATIENCE = 10.0  # seconds until the thread ends: beams cannot be interrupted
 
@@ -127,8 +127,8 @@ class StepEngine(Engine):
         self._window = Window(len(DynamicCache(config=lm.model.config).layers))
         self._prefixes = Prefixes(device)
         self._reading: Prompts | None = None
-        self._most, self._columns = default_size(lm), _TOKENS_AT_ONCE.get(device, 32_768)
-        self._busy_tokens, self._idle_tokens = _PROMPT_TOKENS.get(device, (64, 512))
+        self._most, self._columns = default_size(lm), for_device(TOKENS_AT_ONCE, device)
+        self._busy_tokens, self._idle_tokens = for_device(_PROMPT_TOKENS, device)
         self._solo = SoloEngine(lm)  # for beams
         super().__init__(lm)
 

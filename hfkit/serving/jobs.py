@@ -10,7 +10,7 @@ from typing import cast
 from hfkit.corpus.templates import CHAT_TEMPLATE, task_of
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.inference.controls import check_controls, check_options
-from hfkit.inference.generation import draw_seed
+from hfkit.inference.remote import seed_of
 from hfkit.inference.text import Request, fit_prompt
 from hfkit.models.loading import LanguageModel, vocabulary_size
 from hfkit.options import GenerateOptions
@@ -49,7 +49,7 @@ def make_plan(
     """
     check_options(options)
     check_controls(lm, options)
-    seed = draw_seed() if options.seed is None else options.seed
+    seed = seed_of(options)
     requests, vocabulary = [], vocabulary_size(lm.model)
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, list) and not all(0 <= token < vocabulary for token in prompt):

@@ -109,7 +109,7 @@ class Row:
     @property
     def seed(self) -> int | None:
         """What gives the same text again; None where nothing is random."""
-        return self.request.seed if draws(self._lm, self.options) else None
+        return None if self._generator is None else self.request.seed
 
     @property
     def ids(self) -> list[int]:

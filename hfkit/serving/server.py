@@ -8,7 +8,7 @@ from typing import Any
 import uvicorn
 
 from hfkit.console import note
-from hfkit.errors import HfkitError
+from hfkit.errors import HfkitError, first_line
 from hfkit.inference.batches import end_compute_threads
 from hfkit.models.loading import LanguageModel
 from hfkit.serving.app import Server
@@ -30,8 +30,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind(address)
         return listener
     except (OSError, UnicodeError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise HfkitError(f"cannot listen at {host}, port {port}: {reason}: choose another --port or --host") from error
+        where = f"{host}, port {port}"
+        raise HfkitError(f"cannot listen at {where}: {first_line(error)}: choose another --port or --host") from error
 
 
 class _Uvicorn(uvicorn.Server):

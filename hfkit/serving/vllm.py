@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 import shlex
 import shutil
 from pathlib import Path
@@ -27,8 +26,7 @@ def serve_with_vllm(model: ModelOptions, host: str, port: int, api_key: str | No
     HfkitError if there is no vLLM; then the line to run is printed.
     """
     source = find_model(model)
-    heads = " ".join(source.config.get("architectures") or [])
-    if not source.gguf and not re.search("CausalLM|LMHead", heads):
+    if not source.gguf and not source.is_causal:
         raise OptionError(f"{source.name} does not continue texts: leave --engine vllm out")
     if model.quantize or model.trust_remote_code or model.device_map:
         raise OptionError(
@@ -54,7 +52,7 @@ def _readable_folder(source: ModelFiles, model: ModelOptions) -> Path:
     """The model's own folder; if vLLM cannot read that, a copy with the adapter merged and a usual precision."""
     if not (source.adapter or source.gguf) and _precisions(source) <= _READ_BY_VLLM:
         return source.folder.absolute()
-    parts = [source.folder / source.gguf] if source.gguf else [source.folder, source.adapter or source.folder]
+    parts = [source.path] if source.gguf else [source.folder, source.adapter or source.folder]
     files = [file for part in parts for file in ([part] if part.is_file() else sorted(part.glob("*.*")))]
     stamps = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()]
     target = cache_folder() / "vllm" / hashlib.sha256(f"{model.dtype}{stamps}".encode()).hexdigest()[:16]

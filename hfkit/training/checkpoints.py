@@ -6,7 +6,6 @@ matches is not a checkpoint.
 """
 
 import contextlib
-import hashlib
 import json
 import shutil
 import signal
@@ -18,7 +17,7 @@ from typing import Any
 from hfkit import processes
 from hfkit.console import note
 from hfkit.errors import HfkitError, first_line
-from hfkit.storage import make_durable, sync_folder, write_text
+from hfkit.storage import make_durable, sha256_of, sync_folder, write_text
 
 _MANIFEST = "manifest.json"
 _UNFINISHED = "it was not finished"
@@ -37,9 +36,8 @@ def _digests(checkpoint: Path) -> dict[str, dict[str, Any]]:
     digests = {}
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.name != _MANIFEST:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            digests[str(path.relative_to(checkpoint))] = {"size": path.stat().st_size, "sha256": digest}
+            name = str(path.relative_to(checkpoint))
+            digests[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     return digests
 
 

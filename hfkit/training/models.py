@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
     BertConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -16,11 +14,11 @@ from transformers import (
 
 from hfkit.corpus.training_data import TrainingData
 from hfkit.declaration import set_fields
-from hfkit.errors import HfkitError, OptionError, first_line
+from hfkit.errors import OptionError, first_line, needing
 from hfkit.models.folder import ModelFiles
 from hfkit.models.integrity import LOADING
 from hfkit.models.kernels import attend_in_blocks, attend_without_mask, fuse_activations, prepare_training
-from hfkit.models.loading import load_weights, load_with_head
+from hfkit.models.loading import HEADS, load_weights, load_with_head
 from hfkit.options import ModelOptions, SizeOptions, TrainOptions
 from hfkit.training.plan import Plan
 
@@ -61,8 +59,7 @@ def new_model(config: Any, head: str | None) -> Any:
     with LOADING:
         if not head:
             return GPT2LMHeadModel(config)
-        kind = AutoModelForSequenceClassification if head == "classification" else AutoModelForQuestionAnswering
-        return kind.from_config(config)  # type: ignore[no-untyped-call]
+        return HEADS[head].from_config(config)
 
 
 def _set_training_mode(model: Any, plan: Plan, *, is_joined: bool) -> None:
@@ -92,10 +89,8 @@ def _set_training_mode(model: Any, plan: Plan, *, is_joined: bool) -> None:
 
 def _add_adapter(model: Any, source: ModelFiles, revision: str | None, options: TrainOptions) -> Any:
     """`model` with a new adapter around it; only the adapter is trained."""
-    try:
+    with needing("--lora needs peft", "lora"):
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    except ImportError as error:
-        raise HfkitError("--lora needs peft: pip install 'hfkit[lora]'") from error
     # Record the base so that peft and transformers find it from any folder.
     is_on_hub = not source.folder.is_dir() or source.folder.parent.name == "snapshots"
     model.name_or_path = source.name if is_on_hub else str(source.folder.resolve())

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hfkit import console, processes, storage
-from hfkit.corpus.files import Corpora, Corpus, find_corpus, is_prepared, name_of
+from hfkit.corpus.files import Corpora, Corpus, find_corpus, name_of, prepared_folder, sources_of
 from hfkit.declaration import Options, set_fields
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.options import DataOptions, TrainOptions
@@ -72,13 +72,13 @@ def reserve(
 
 def find_files(corpus: Corpora, data: DataOptions, folder: Path) -> Corpora | Corpus:
     """The files of a corpus, but for the run's own folder; the name of a folder that `prepare` made stays a name."""
-    first, *others = sources_of(corpus)
-    return corpus if not others and is_prepared(Path(first).expanduser()) else find_corpus(corpus, data, folder)
+    return corpus if prepared_folder(corpus) else find_corpus(corpus, data, folder)
 
 
 def folder_for(command: str, corpus: Corpora, train: TrainOptions) -> Path:
-    """The run's folder. Training a model from nothing has another default than training one further."""
-    return Path(train.output_dir or Path("runs") / (name_of(corpus) + "-pretrained" * (command == "pretrain")))
+    """The folder of a run or a search: as it was named, or after the corpus, with an ending for all but finetune."""
+    ending = {"pretrain": "-pretrained", "tune": "-tune"}.get(command, "")
+    return Path(train.output_dir or Path("runs") / f"{name_of(corpus)}{ending}")
 
 
 def check_trackers(names: Iterable[str]) -> None:
@@ -147,11 +147,6 @@ def make_recipe(corpus: Corpora, *groups: Any) -> dict[str, Any]:
         elif name in ("model", "fsdp_config", "deepspeed") and value != "bundled" and os.path.exists(value):
             recipe[name] = os.path.abspath(value)
     return recipe
-
-
-def sources_of(corpus: Corpora) -> list[str]:
-    """The names that a corpus was given by."""
-    return [str(source) for source in ([corpus] if isinstance(corpus, str | Path) else corpus)]
 
 
 def _absolute(corpus: Corpora) -> list[str]:

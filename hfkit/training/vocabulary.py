@@ -12,7 +12,8 @@ from tokenizers.trainers import BpeTrainer, WordPieceTrainer
 from transformers import BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-_END = "<|endoftext|>"
+from hfkit.corpus.documents import END
+
 # How GPT-2 divides a text before it merges bytes.
 _WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
@@ -50,7 +51,7 @@ def train_characters(texts: Iterable[str], vocabulary: int) -> PreTrainedTokeniz
     words = [spell(character) for character, _ in counts.most_common() if character in model["vocab"]]
     pairs = [(word[:end], word[end]) for word in words for end in range(1, len(word))]
     pairs += [(spell(left), spell(right)) for left, right in model["merges"]]
-    tokens, merges = dict.fromkeys([_END, *sorted(signs.values())]), []
+    tokens, merges = dict.fromkeys([END, *sorted(signs.values())]), []
     for left, right in pairs:
         if left + right not in tokens and len(tokens) < vocabulary:
             tokens[left + right] = None

@@ -17,9 +17,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hfkit import console
-from hfkit.corpus.files import Corpora, name_of
+from hfkit.corpus.files import Corpora, sources_of
 from hfkit.declaration import divide
-from hfkit.errors import DivergedError, HfkitError, OptionError, StoppedError
+from hfkit.errors import DivergedError, HfkitError, OptionError, StoppedError, needing
 from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions, TuneOptions
 from hfkit.reporting.pages import METRICS, make_files
@@ -73,10 +73,8 @@ def tune(
     Raises:
         HfkitError: as `finetune` does, or Optuna is missing, or the folder holds another search.
     """
-    try:
+    with needing("tune needs optuna", "tune"):
         import optuna  # noqa: F401
-    except ImportError as error:
-        raise HfkitError("tune needs optuna: pip install 'hfkit[tune]'") from error
     chosen: ModelOptions
     groups = ((ModelOptions, model), (DataOptions, data), (TrainOptions, train), (TuneOptions, options))
     chosen, data, train, options = divide(overrides, *groups)
@@ -86,9 +84,9 @@ def tune(
         raise OptionError("nothing would be held out, so trials could not be compared: add --eval-file")
     source = find_model(chosen)
     chosen = replace(chosen, model=source.name)  # so that the search continues with it when the default changes
-    folder = Path(train.output_dir or Path("runs") / f"{name_of(corpus)}-tune")
+    folder = run_folder.folder_for("tune", corpus, train)
     make_writable(folder)
-    inputs = [*run_folder.sources_of(corpus), *(data.eval_file or []), source.folder, source.adapter or source.folder]
+    inputs = [*sources_of(corpus), *(data.eval_file or []), source.folder, source.adapter or source.folder]
     run_folder.check_not_input(folder, inputs)
     overwrite, train = train.overwrite, replace(train, output_dir=None, resume=False, overwrite=False)
     job = make_job(corpus, chosen, data, train, folder)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
+from hfkit.declaration import field_of
 from hfkit.errors import OptionError
 from hfkit.options import TrainOptions
 
@@ -23,7 +24,7 @@ def read_space(search: Sequence[str], train: TrainOptions) -> Space:
     space: Space = {}
     for text in search:
         name, _, values = text.partition("=")
-        name = name.strip().lstrip("-").replace("-", "_")
+        name = field_of(name)
         space[name] = _read_values(text, name, values, train)
     for name in space:
         if name.startswith("lora_") and not (train.lora or "lora" in space):

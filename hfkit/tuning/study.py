@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hfkit.errors import HfkitError, LockedError
-from hfkit.reporting.summaries import merit
+from hfkit.reporting.summaries import ranked
 from hfkit.storage import add_owned, check_owned, lock, owned, remove_owned, write_text
 from hfkit.tuning.space import Space, contains, suggest
 
@@ -176,5 +176,4 @@ def _is_finished(trial: Any) -> bool:
 
 def best_of(trials: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The best of the trials that have a score."""
-    scored = [trial for trial in trials if trial["loss"] is not None]
-    return min(scored, key=lambda trial: merit(trial["accuracy"], trial["loss"]), default=None)
+    return next((trial for trial in ranked(trials) if trial["loss"] is not None), None)

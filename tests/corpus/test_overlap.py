@@ -18,7 +18,7 @@ from hfkit.corpus import overlap
 from hfkit.corpus.documents import END, Piece
 from hfkit.corpus.overlap import Index, index_corpus
 from hfkit.errors import HfkitError, OptionError
-from hfkit.inference import generation
+from hfkit.inference import generation, remote
 
 
 def pieces(documents: list[list[str]], draw: random.Random) -> list[Piece]:
@@ -192,7 +192,8 @@ def test_generate_novel_resumes_seeds(tiny, tmp_path, capfdbinary, monkeypatch):
 
     monkeypatch.setattr(Results, "begin", begin)
     monkeypatch.setattr(Index, "look_up", look_up)
-    monkeypatch.setattr(generation, "draw_seed", itertools.count(12, 100).__next__)
+    seeds = itertools.count(12, 100)
+    monkeypatch.setattr(remote, "seed_of", lambda options: next(seeds) if options.seed is None else options.seed)
     line = ["generate", "-i", tmp_path / "prompts.txt", "-m", tiny, "-n", 8, "--novel", corpus]
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     for seed in (["-s", 5], ["-s", 2**41 + 7], []):

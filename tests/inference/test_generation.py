@@ -268,7 +268,7 @@ def test_run_all_groups_by_length(lms, monkeypatch):
     monkeypatch.setattr(
         batches, "run_batch", lambda lm, requests, options: seen.append(requests) or run(lm, requests, options)
     )
-    monkeypatch.setitem(batches._TOKENS_AT_ONCE, "cpu", 60)
+    monkeypatch.setitem(batches.TOKENS_AT_ONCE, "cpu", 60)
     hfkit.generate([word * n for n in (1, 9, 3, 30, 2, 8) for word in "ab"], model=lms["gpt2"], max_new_tokens=4)
     assert [sorted(len(r.ids) for r in rows) for rows in seen] == [[30], [30], [8, 8, 9, 9], [1, 1, 2, 2, 3, 3]]
 

@@ -469,3 +469,11 @@ def test_freed_memory_kept():
     told = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
     kept, after = map(int, told.split())
     assert 10 * kept < after
+
+
+@pytest.mark.parametrize("call", [hfkit.finetune, hfkit.pretrain, hfkit.tune, hfkit.prepare, hfkit.evaluate])
+def test_no_corpus(tmp_path, monkeypatch, call):
+    """An empty list of files is one sentence."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(HfkitError, match=r"^no corpus: name a file, a folder or hf://NAME$"):
+        call([])
