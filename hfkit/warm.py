@@ -216,16 +216,16 @@ def _end(answer: bytes) -> NoReturn:
     os._exit(code)
 
 
-def seconds(time: str) -> float:
+def parse_duration(text: str) -> float:
     """ "90", "30s", "10m" or "2h" in seconds.
 
     Raises:
         ValueError: the text is not such a duration.
     """
-    factor = {"s": 1, "m": 60, "h": 3600}.get(time[-1:])
-    value = float(time[:-1] if factor else time) * (factor or 1)
+    factor = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    value = float(text[:-1] if factor else text) * (factor or 1)
     if not 0 < value < 10**7:
-        raise ValueError(time)
+        raise ValueError(text)
     return value
 
 
@@ -255,7 +255,7 @@ def keep_alive() -> None:
     if not time or sys.platform != "linux" or "torch" not in sys.modules or sys.argv[1] in COLD:
         return
     try:
-        idle = seconds(time)
+        idle = parse_duration(time)
     except ValueError:
         print(f"hfkit: HFKIT_KEEP_ALIVE is {time!r}: write a time such as 10m, 90s or 2h", file=sys.stderr)
         return

@@ -132,10 +132,10 @@ def test_generate_options_upstream():
     """An option with transformers' name exists there."""
     from transformers import GenerationConfig
 
-    from hfkit.inference.controls import OWN
+    from hfkit.inference.controls import NOT_IN_CONFIG
 
-    assert set(OWN) <= set(GenerateOptions.names()) and set(SAMPLING) <= set(GenerateOptions.names())
-    assert set(GenerateOptions.names()) - set(OWN) <= set(vars(GenerationConfig()))
+    assert set(NOT_IN_CONFIG) <= set(GenerateOptions.names()) and set(SAMPLING) <= set(GenerateOptions.names())
+    assert set(GenerateOptions.names()) - set(NOT_IN_CONFIG) <= set(vars(GenerationConfig()))
 
 
 def test_options_help_and_defaults():

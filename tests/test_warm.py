@@ -304,10 +304,10 @@ def test_keep_alive(tmp_path, tiny):
 @pytest.mark.parametrize(("time", "seconds"), [("90", 90), ("1.5s", 1.5), ("10m", 600), ("2h", 7200)])
 def test_seconds(time, seconds):
     """A time with its unit."""
-    assert warm.seconds(time) == seconds
+    assert warm.parse_duration(time) == seconds
     for wrong in ("", "m", "ten", "-1", "nan", "inf", "0"):
         with pytest.raises(ValueError):
-            warm.seconds(wrong)
+            warm.parse_duration(wrong)
 
 
 # slow: all commands, many calls, kills

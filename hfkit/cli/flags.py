@@ -70,8 +70,8 @@ def flags(command: Callable[..., Any]) -> Callable[..., Any]:
     groups = {p.name: p.annotation for p in parameters if p.default is p.empty}
     # A dataclass writes into its fields, and commands share some.
     own_fields = [(p.name, p.annotation, copy.copy(p.default)) for p in parameters if p.name not in groups]
-    own = make_dataclass(command.__name__, own_fields, bases=(Options,), frozen=True, kw_only=True)
-    classes: list[type[Options]] = [own, *groups.values(), CommonFlags]
+    own_class = make_dataclass(command.__name__, own_fields, bases=(Options,), frozen=True, kw_only=True)
+    classes: list[type[Options]] = [own_class, *groups.values(), CommonFlags]
 
     @functools.wraps(command)
     def call(ctx: Any, **typed: Any) -> Any:
@@ -79,7 +79,7 @@ def flags(command: Callable[..., Any]) -> Callable[..., Any]:
         if "config" in texts:
             recipe = CommonFlags.read_value("config", texts["config"])
             texts = read_values(recipe, [name for name in typed if name != "config"]) | texts
-        if missing := [f.name for f in fields(own) if f.default is MISSING and f.name not in texts]:
+        if missing := [f.name for f in fields(own_class) if f.default is MISSING and f.name not in texts]:
             raise OptionError(f"{ctx.command_path} needs a {missing[0]}, such as {ctx.command.examples[0]}")
         read: list[Any] = [cls.read({name: texts[name] for name in cls.names() if name in texts}) for cls in classes]
         own_options, *options, common = read

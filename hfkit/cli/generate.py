@@ -74,7 +74,7 @@ def generate(
         # partial() does not know which overload this is.
         run = partial(generation.generate, request, model=lm, num_return_sequences=count)  # type: ignore[assignment]
         # Several greedy samples come from one beam search, all at once.
-        can_stream = count == 1 or controls.draws(lm, sampling)
+        can_stream = count == 1 or controls.is_sampled(lm, sampling)
         continues = controls.continues(lm, sampling)
     if not (json or file) and sys.stdout.isatty() and can_stream:
         _print_streams(stream, sampling, prompt if prompt_shown else "", continues)

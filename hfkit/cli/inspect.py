@@ -100,9 +100,9 @@ def _style(bits: float) -> str:
 
 
 def _write_next(inspection: Inspection) -> None:
-    from hfkit.inference.inspection import cell
+    from hfkit.inference.inspection import percent
 
     names = ("text", "probability", *inspection.left)
-    rows = [[cell(row[name]) for name in names] for row in inspection.following]
+    rows = [[percent(row[name]) for name in names] for row in inspection.following]
     head = ("next", "alone", *(f"{name}\n{count:,} left" for name, count in inspection.left.items()))
     console.write_table(head, rows, wraps=False)

@@ -154,7 +154,7 @@ def load_for(
             console.note("the prompt ends in a space, but words of this model begin with theirs: leave it out")
         lm = load_weights(source, model, tokenizer, config)
     seeded = with_seed(sampling)
-    if sampling.seed is None and controls.draws(lm, sampling):
+    if sampling.seed is None and controls.is_sampled(lm, sampling):
         console.note(f"seed {seeded.seed}")
     return lm, request, seeded
 
@@ -175,9 +175,9 @@ def reach_server(
     options: ServerOptions, model: ModelOptions, sampling: GenerateOptions
 ) -> tuple[Server, GenerateOptions]:
     """`load_for` where the model is on a server."""
-    from hfkit.inference.remote import Server, draws, with_seed
+    from hfkit.inference.remote import Server, may_sample, with_seed
 
     server, seeded = Server(options, model), with_seed(sampling)
-    if sampling.seed is None and draws(sampling):
+    if sampling.seed is None and may_sample(sampling):
         console.note(f"seed {seeded.seed}")
     return server, seeded

@@ -39,7 +39,7 @@ def serve(
         hfkit serve
         hfkit serve -m gpt2 --port 8080
     """
-    sources = [find_model(each) for each in model.each()]  # a wrong name is an error before torch is imported
+    sources = [find_model(options) for options in model.each()]  # a wrong name is an error before torch is imported
     if len({source.name for source in sources}) < len(sources):
         raise OptionError("--model names one model twice: leave one of them out")
     check_address(host, api_key)
@@ -59,7 +59,7 @@ def serve(
     hosts = (*own_names, *(allowed_host or [])) if is_loopback(host) or allowed_host else ()
     settings = Settings(api_key, hosts, max_requests, request_timeout, logs_prompts=log_prompts)
     listener = server.bind(host, port)
-    server.serve([load(each) for each in model.each()], listener, settings, grace)
+    server.serve([load(options) for options in model.each()], listener, settings, grace)
 
 
 def is_loopback(host: str) -> bool:
@@ -93,14 +93,14 @@ def warm(
         hfkit warm --stop
     """
     try:
-        seconds = client.seconds(idle)
+        seconds = client.parse_duration(idle)
     except ValueError as error:
         raise OptionError(f"--idle is {idle!r}: write a time such as 10m, 90s or 2h") from error
     if sys.platform != "linux":
         raise HfkitError("a warm process needs Linux: commands on this system start cold")
     if stop:
-        found = client.ask("stop")
-        console.note(f"process {found['pid']} has ended" if found else "no process is warm")
+        report = client.ask("stop")
+        console.note(f"process {report['pid']} has ended" if report else "no process is warm")
     elif status:
         report = client.ask("status")
         if not report:

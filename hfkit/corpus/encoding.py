@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from hfkit.corpus.documents import Example, Piece
 from hfkit.corpus.rows import row_error
-from hfkit.corpus.templates import CHAT_TEMPLATE, RenderedChat, render_chat, special_tokens
+from hfkit.corpus.templates import CHAT_TEMPLATE, RenderedChat, enclosing_tokens, render_chat
 from hfkit.errors import HfkitError, OptionError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def encode_documents(
 
     A document begins as the tokenizer begins a text, and ends with EOS if `close`.
     """
-    (begin, _), end = special_tokens(tokenizer), _end_tokens(tokenizer)
+    (begin, _), end = enclosing_tokens(tokenizer), _end_tokens(tokenizer)
     numbered = number_documents(pieces)
     while batch := list(islice(numbered, BATCH)):
         firsts = iter(_encode_plain([piece.text for _, first, piece in batch if first], tokenizer))
@@ -96,7 +96,7 @@ def encode_examples(examples: Iterable[Example], tokenizer: PreTrainedTokenizerB
 
     A conversation has several rows if its template needs a text for each answer: see `render_chat`.
     """
-    (begin, _), end = special_tokens(tokenizer), _end_tokens(tokenizer)
+    (begin, _), end = enclosing_tokens(tokenizer), _end_tokens(tokenizer)
     for document, example in enumerate(examples):
         row, where = example
         if "messages" in row:

@@ -148,20 +148,20 @@ def find_corpus(sources: Corpora | Corpus, options: CorpusOptions | None = None,
         return sources
     names = sources_of(sources)
     patterns = dict.fromkeys((options and options.exclude) or (), False)  # whether each matches a file
-    found: dict[str, Source] = {}
+    by_name: dict[str, Source] = {}
     for name in names:
         for source in _find_sources(name, patterns, output):
-            if not source.in_folder or str(source) not in found:
-                found[str(source)] = source
+            if not source.in_folder or str(source) not in by_name:
+                by_name[str(source)] = source
     for pattern, has_match in patterns.items():
         if not has_match:
             note_once(f"--exclude {pattern!r} matches no file of the corpus")
     if not names:
         raise HfkitError("no corpus: name a file, a folder or hf://NAME")
-    if not found:
+    if not by_name:
         raise HfkitError(f"--exclude leaves no file of the corpus ({names[0]}): {', '.join(patterns)}")
-    read = list(found.values())
-    return Corpus(tuple(_without_held_out(read, options) if isinstance(options, DataOptions) else read))
+    all_sources = list(by_name.values())
+    return Corpus(tuple(_without_held_out(all_sources, options) if isinstance(options, DataOptions) else all_sources))
 
 
 def _without_held_out(sources: list[Source], options: DataOptions) -> list[Source]:

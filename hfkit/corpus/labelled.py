@@ -17,7 +17,7 @@ from hfkit.corpus.examples import choose_text_column, text_of
 from hfkit.corpus.files import Corpora, Corpus
 from hfkit.corpus.rows import column_names, row_error
 from hfkit.corpus.sequences import LabelledItem
-from hfkit.corpus.templates import special_tokens
+from hfkit.corpus.templates import enclosing_tokens
 from hfkit.corpus.training_data import TrainingData, hold_out
 from hfkit.errors import HfkitError
 from hfkit.options import CorpusOptions, DataOptions
@@ -167,7 +167,7 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> l
     ids = encode(text, tokenizer, "the model")
     if len(ids) <= length:
         return ids
-    _, end = special_tokens(tokenizer)
+    _, end = enclosing_tokens(tokenizer)
     return ids[: length - len(end)] + end
 
 

@@ -64,14 +64,14 @@ class TokenDataset(Dataset[Item]):
         spans = [array[first : last + 1] for array in (self._rows, self._starts, self._stops)]
 
         def join(column: str) -> np.ndarray:
-            parts = [cell(self._dataset, column, row)[a:b] for row, a, b in zip(*spans, strict=True)]
+            parts = [read_cell(self._dataset, column, row)[a:b] for row, a, b in zip(*spans, strict=True)]
             return np.concatenate(parts)[skipped : skipped + stop - start].astype(np.int64)
 
         ids = join("input_ids")
         return {"input_ids": ids, "labels": ids if self.is_joined else join("labels")}
 
 
-def cell(dataset: datasets.Dataset, column: str, row: np.integer) -> np.ndarray:
+def read_cell(dataset: datasets.Dataset, column: str, row: np.integer) -> np.ndarray:
     """A list of a column as an array. `dataset[row]` takes ten times as long."""
     return cast(np.ndarray, dataset.data.column(column)[int(row)].values.to_numpy())
 

@@ -163,13 +163,13 @@ def task_of(tokenizer: PreTrainedTokenizerBase) -> Task | None:
 
 def give_task(tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
     """Make `tokenizer` carry `task`; saving the tokenizer saves it, too."""
-    begin, _ = special_tokens(tokenizer)
+    begin, _ = enclosing_tokens(tokenizer)
     tokenizer.init_kwargs[_KEY] = asdict(task)
     template = task.chat_template("".join(tokenizer.convert_ids_to_tokens(begin)))
     tokenizer.chat_template = template or tokenizer.chat_template
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def enclosing_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The tokens that the tokenizer writes before and after a text."""
     whole, bare = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
     start = whole.index(bare[0]) if bare else 0

@@ -12,7 +12,7 @@ from hfkit.corpus.cache import Prepared, Report, encode_corpus, load_prepared
 from hfkit.corpus.documents import Example, read_records
 from hfkit.corpus.encoding import IGNORED, fingerprint
 from hfkit.corpus.files import Corpora, Corpus, find_corpus, prepared_folder
-from hfkit.corpus.sequences import Stream, TokenDataset, cell, cut_sequences, lengths, rows_that_fit
+from hfkit.corpus.sequences import Stream, TokenDataset, cut_sequences, lengths, read_cell, rows_that_fit
 from hfkit.corpus.templates import set_template
 from hfkit.errors import HfkitError
 from hfkit.options import DataOptions
@@ -104,7 +104,7 @@ def _split(
     shares = hold_out_texts(documents, contents, sizes, fraction, seed)
     stops = np.round(lengths(dataset) * (1 - shares)).astype(np.int64)  # of what is trained on
     for row in np.flatnonzero((shares > 0) & (shares < 1)):
-        stops[row] = _next_word(cell(dataset, "input_ids", row), int(stops[row]), tokenizer)
+        stops[row] = _next_word(read_cell(dataset, "input_ids", row), int(stops[row]), tokenizer)
     kept, held = np.flatnonzero(shares < 1), np.flatnonzero(shares > 0)
     train_set = TokenDataset(dataset, kept, block_size, stops=stops[kept])
     return train_set, TokenDataset(dataset, held, block_size, starts=stops[held])

@@ -70,7 +70,9 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints; None where a figure is not known."""
-        values: dict[str, Any] = jsonable({each.name: getattr(self, each.name) for each in fields(self) if each.repr})
+        values: dict[str, Any] = jsonable(
+            {field.name: getattr(self, field.name) for field in fields(self) if field.repr}
+        )
         return values
 
     def gain_over(self, other: "Evaluation") -> tuple[float, float]:

@@ -129,17 +129,17 @@ def assess(lm: LanguageModel, corpus: Corpus, options: CorpusOptions, task: Task
         texts, labels = [text for text, _ in pairs], [label for _, label in pairs]
         return _measure_labels(lm, texts, labels, TaskOptions(), metrics)
     assert task is not None  # noqa: S101, a model that writes text comes here with a task only
-    table = list(read_table(corpus, options, task.columns))
-    for row, where in table:
+    rows = list(read_table(corpus, options, task.columns))
+    for row, where in rows:
         task.example(row, where)  # raises where a field is missing
-    right = [str(row[task.answer]).strip() for row, _ in table]
+    right = [str(row[task.answer]).strip() for row, _ in rows]
     if task.labels:
         labelling = TaskOptions(template=task.template, labels=list(task.labels))
-        return _measure_labels(lm, [row for row, _ in table], right, labelling, task.metric)
-    guesses = list(_with_progress(_write_answers(lm, table, task), len(table)))
+        return _measure_labels(lm, [row for row, _ in rows], right, labelling, task.metric)
+    guesses = list(_with_progress(_write_answers(lm, rows, task), len(rows)))
     baselines = {}
     if len(task.inputs) == 1:  # of several inputs there is none to copy
-        baselines["copying"] = [str(row[task.inputs[0]]).strip() for row, _ in table]
+        baselines["copying"] = [str(row[task.inputs[0]]).strip() for row, _ in rows]
     return _measure(lm, guesses, right, task.metric or ("squad",), baselines)
 
 

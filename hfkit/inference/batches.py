@@ -19,7 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from hfkit.console import note
 from hfkit.errors import HfkitError, NotFiniteError, first_line
 from hfkit.inference import graphs
-from hfkit.inference.controls import draws, endings, generate_arguments, generation_config, needs_equal_lengths
+from hfkit.inference.controls import endings, generate_arguments, generation_config, is_sampled, needs_equal_lengths
 from hfkit.inference.decoding import Completion, Rows, StopTexts, complete, decode
 from hfkit.inference.text import Request
 from hfkit.models.architecture import for_device
@@ -133,7 +133,7 @@ def new_rows(
     on_text: Callable[[str], None] | None = None,
 ) -> Rows:
     """The state of a batch. on_text: called with the text of a single row as it comes."""
-    seeds = [request.seed or 0 for request in requests] if draws(lm, options) else None
+    seeds = [request.seed or 0 for request in requests] if is_sampled(lm, options) else None
     contexts = [_context(lm, request) for request in requests]
     return Rows(lm.tokenizer, contexts, endings(lm, options), seeds=seeds, on_text=on_text)
 

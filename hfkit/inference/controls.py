@@ -11,12 +11,12 @@ from hfkit.corpus.encoding import language_token
 from hfkit.declaration import flag_of, set_fields, unescape
 from hfkit.errors import OptionError
 from hfkit.inference.decoding import BannedTexts, Endings
-from hfkit.inference.text import chosen_task, special_tokens
+from hfkit.inference.text import chosen_task, special_token_ids
 from hfkit.models.loading import LanguageModel, vocabulary_size
 from hfkit.options import SAMPLING, GenerateOptions
 
 # Options that GenerationConfig has by another name, in another form, or not at all.
-OWN = (
+NOT_IN_CONFIG = (
     "stop_strings bad_words sequence_bias negative_prompt watermark assistant_model "
     "novel novel_words src_lang tgt_lang raw truncate seed num_return_sequences"
 ).split()
@@ -40,10 +40,10 @@ def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: i
     for name in _UNSET:
         setattr(config, name, None)
     for name, value in set_fields(options).items():
-        if name not in OWN:
+        if name not in NOT_IN_CONFIG:
             setattr(config, name, value)
     config.max_new_tokens = new_tokens
-    config.do_sample = draws(lm, options)
+    config.do_sample = is_sampled(lm, options)
     if not config.do_sample:
         for name in SAMPLING:  # transformers warns about each of them
             setattr(config, name, None)
@@ -119,7 +119,7 @@ def continues(lm: LanguageModel, options: GenerateOptions) -> bool:
     return not lm.model.config.is_encoder_decoder and not chosen_task(options, lm.tokenizer)
 
 
-def draws(lm: LanguageModel, options: GenerateOptions) -> bool:
+def is_sampled(lm: LanguageModel, options: GenerateOptions) -> bool:
     """Whether tokens are chosen at random.
 
     By default they are. A model with an encoder follows its own config, one that learned a task is greedy, and so is
@@ -146,7 +146,7 @@ def endings(lm: LanguageModel, options: GenerateOptions) -> Endings:
         return Endings(tokens, [task.end])
     strings = [unescape(text) for text in ([wanted] if isinstance(wanted, str) else wanted)]
     # A special token is left out of the text, so a string that has one in it ends the text at that token.
-    special = special_tokens(lm.tokenizer) if strings else {}
+    special = special_token_ids(lm.tokenizer) if strings else {}
     tokens |= {token for name, token in special.items() if any(name in text for text in strings)}
     return Endings(tokens, [text for text in strings if not any(name in text for name in special)])
 
@@ -165,7 +165,7 @@ def check_options(options: GenerateOptions) -> None:
 
 def check_controls(lm: LanguageModel, options: GenerateOptions) -> None:
     """OptionError for what transformers would notice late, or never; a note about options that change nothing."""
-    count, beam_count, is_random = options.num_return_sequences or 1, beams(lm, options), draws(lm, options)
+    count, beam_count, is_random = options.num_return_sequences or 1, beams(lm, options), is_sampled(lm, options)
     if count > beam_count and not is_random:
         limit = f"it must be at most --num-beams ({beam_count})"
         way_out = limit if beam_count > 1 else "greedy decoding has one result, so sample"

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hfkit.inference import graphs
-from hfkit.inference.text import Detokenizer, cut_at_stop, held_back, special_tokens, token_writer
+from hfkit.inference.text import Detokenizer, cut_at_stop, held_back, special_token_ids, token_writer
 
 
 class Endings(NamedTuple):
@@ -274,7 +274,7 @@ class BannedTexts(LogitsProcessor):
 @functools.lru_cache(maxsize=1)
 def _written(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     """What each token writes, by id; nothing for special tokens."""
-    write, special = token_writer(tokenizer), set(special_tokens(tokenizer).values())
+    write, special = token_writer(tokenizer), set(special_token_ids(tokenizer).values())
     words = cast(list[str | None], tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
     return [b"" if word is None or index in special else write(word) for index, word in enumerate(words)]
 
@@ -284,7 +284,7 @@ def _completing(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[bytes, to
     """Tokens that complete `text`, by the part of it that must come directly before them; ids: (tokens,)."""
     whole, written = text.encode(errors="replace"), _written(tokenizer)
     completing = {b"": [index for index, part in enumerate(written) if whole in part]}
-    completing[b""] += [index for name, index in special_tokens(tokenizer).items() if name == text]
+    completing[b""] += [index for name, index in special_token_ids(tokenizer).items() if name == text]
     likely = [(index, part) for index, part in enumerate(written) if part and part[0] in whole[1:]]
     for length in range(1, len(whole)):
         rest = whole[length:]

@@ -14,7 +14,7 @@ from hfkit.corpus.files import find_corpus
 from hfkit.corpus.overlap import WORDS, Index, index_corpus
 from hfkit.errors import HfkitError, NotFiniteError, OptionError
 from hfkit.inference import batches
-from hfkit.inference.controls import check_controls, check_options, continues, draws, is_plain
+from hfkit.inference.controls import check_controls, check_options, continues, is_plain, is_sampled
 from hfkit.inference.decoding import Completion
 from hfkit.inference.remote import CONCURRENT, Server, seed_of
 from hfkit.inference.results import Generation
@@ -261,7 +261,7 @@ def _generation(lm: LanguageModel, options: GenerateOptions, request: Request, c
         finish_reason=completion.finish_reason,
         tokens=len(completion.tokens),
         logprob=completion.logprob,
-        seed=request.seed if draws(lm, options) else None,
+        seed=request.seed if is_sampled(lm, options) else None,
         model=lm.name,
         echo=continues(lm, options),
         loops=repeats(completion.tokens),

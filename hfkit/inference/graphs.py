@@ -128,7 +128,7 @@ def sample(
         tokens = scores.argmax(-1, keepdim=True) if noise is None else draw_with(scores.softmax(-1), noise)
         return tokens, nats.gather(1, tokens)
 
-    is_recordable = all(type(each) in _RECORDABLE for each in processors)
+    is_recordable = all(type(process) in _RECORDABLE for process in processors)
     mask = inputs.get("attention_mask")  # None if no row is padded
     mask = torch.ones_like(input_ids) if mask is None else mask
     step = Step(model, inputs["cache"], mask, choose if is_recordable else None)

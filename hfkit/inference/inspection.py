@@ -127,13 +127,13 @@ class Inspection:
 
     def __str__(self) -> str:
         lines = [*self.lines(), f"{self.sentence} under {self.model}", "next:"]
-        return "\n".join([*lines, *(f"{cell(row['probability']):>7} {row['text']:>9}" for row in self.following)])
+        return "\n".join([*lines, *(f"{percent(row['probability']):>7} {row['text']:>9}" for row in self.following)])
 
     def _repr_html_(self) -> str:
         return render("inspection.html.jinja", inspection=self, is_page=False, attention=None)
 
 
-def cell(value: str | float) -> str:
+def percent(value: str | float) -> str:
     """A text, or a share in percent; empty for a share of 0."""
     return value if isinstance(value, str) else f"{value:.2%}" if value else ""
 

@@ -89,7 +89,7 @@ class Server:
             finish_reason=answer.finish_reason,
             tokens=answer.tokens or len(answer.logprobs),
             logprob=sum(answer.logprobs) if answer.logprobs else math.nan,
-            seed=options.seed if draws(options) and self._route != "responses" else None,
+            seed=options.seed if may_sample(options) and self._route != "responses" else None,
             model=self.model,
             echo=self.continues(options),
         )
@@ -106,7 +106,7 @@ class Server:
     ) -> Iterator[tuple[int, list[Generation] | HfkitError]]:
         """As `generation.generate_each`, with this many requests at a time."""
         options, samples = with_seed(options), options.num_return_sequences or 1
-        if samples > 1 and not draws(options):
+        if samples > 1 and not may_sample(options):
             raise OptionError(f"--num-return-sequences is {samples}: greedy decoding has one result, so sample")
 
         def run(row: tuple[int, Any, int]) -> tuple[int, Generation | HfkitError]:
@@ -231,7 +231,7 @@ def _result_of(answer: Generator[str, None, Generation]) -> Generation:
             return result
 
 
-def draws(options: GenerateOptions) -> bool:
+def may_sample(options: GenerateOptions) -> bool:
     """Whether tokens are chosen at random, as far as the options tell."""
     if options.temperature == 0 or options.do_sample is False:
         return False

@@ -131,7 +131,7 @@ def _decoder_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", ""))
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Tokens that are left out of a text, by name."""
     added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))

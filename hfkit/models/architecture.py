@@ -35,8 +35,9 @@ _COMMANDS = {
 
 def context_length(config: Any) -> int | None:
     """Most tokens that a model with this transformers `config` can take; None without a limit."""
-    text = getattr(config, "text_config", None) or config  # of a model that reads pictures as well
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # the latter is MPT's
+    text_config = getattr(config, "text_config", None) or config  # of a model that reads pictures as well
+    # The second is MPT's name.
+    limit = getattr(text_config, "max_position_embeddings", None) or getattr(text_config, "max_seq_len", None)
     if not isinstance(limit, int) or limit < 1:  # XLNet says -1
         return None
     return limit - (config.pad_token_id or 0) - 1 if config.model_type in _SHIFTED else limit

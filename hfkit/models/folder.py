@@ -144,7 +144,7 @@ def _check_code(source: ModelFiles) -> None:
     auto_map = source.config.get("auto_map")
     if not source.trust_remote_code:
         if auto_map and "model_type" not in source.config:
-            raise needs_code(source)
+            raise code_error(source)
         return
     if (source.folder / "tokenizer_config.json").is_file():
         auto_map = [auto_map, read_json(source.folder / "tokenizer_config.json", source.name).get("auto_map")]
@@ -152,7 +152,7 @@ def _check_code(source: ModelFiles) -> None:
         raise HfkitError(f"auto_map names code of another repository ({source.folder}): copy it here and read it")
 
 
-def needs_code(source: ModelFiles) -> HfkitError:
+def code_error(source: ModelFiles) -> HfkitError:
     """The error for a model that only its own code can load."""
     name = source.folder if source.adapter else source.name
     return HfkitError(f"{name} needs its own Python code ({source.folder}): read it, then --trust-remote-code")

@@ -16,14 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkit.console import note, quiet_libraries
 from hfkit.errors import HfkitError, first_line
-from hfkit.models.folder import ModelFiles, needs_code, read_json
+from hfkit.models.folder import ModelFiles, code_error, read_json
 from hfkit.models.gguf_import import unpack_tokenizer
 from hfkit.models.wordpiece import make_causal
 from hfkit.options import GenerateOptions
 
 # A lock to hold while transformers makes a model. Meanwhile transformers replaces methods of its classes and torch's
 # default precision in the whole process: two threads at once would leave the replacements in place for good.
-LOADING = threading.RLock()
+LOADING_LOCK = threading.RLock()
 # A text on which kinds of tokenizers differ: case, spaces, digits, accents, unknown signs.
 _PROBE = "Hello, World! It's 2024:  the CAT's\n\n\tdéjà-vu 你好 <|endoftext|>"
 # Settings of generation_config.json by their type. One of another type would fail only when a text is generated.
@@ -36,7 +36,7 @@ _LISTS = "suppress_tokens begin_suppress_tokens sequence_bias bad_words_ids expo
 def calling_library(source: ModelFiles) -> Iterator[None]:
     """Load something of a model: one thread at a time, quietly, each error as one line that names the folder."""
     try:
-        with LOADING, quiet_libraries():
+        with LOADING_LOCK, quiet_libraries():
             _check_type(source)
             yield
     except (HfkitError, MemoryError, torch.OutOfMemoryError):
@@ -46,7 +46,7 @@ def calling_library(source: ModelFiles) -> Iterator[None]:
         raise HfkitError(f"{source.name} needs a package that is missing: {_short(error)}: {hint}") from error
     except Exception as error:  # everything from KeyError to a bare Exception
         if source.config.get("auto_map") and not source.trust_remote_code:
-            raise needs_code(source) from error
+            raise code_error(source) from error
         where = source.path if source.gguf else source.adapter or source.folder
         raise HfkitError(f"{source.name} cannot be loaded ({where}): {_short(error)}") from error
 

@@ -19,7 +19,7 @@ from hfkit.declaration import Options, divide
 from hfkit.errors import HfkitError, OptionError, needing
 from hfkit.models import architecture, gguf_import, integrity
 from hfkit.models.folder import ModelFiles
-from hfkit.models.integrity import LOADING, calling_library
+from hfkit.models.integrity import LOADING_LOCK, calling_library
 from hfkit.models.kernels import fuse_activations
 from hfkit.models.quantization import bitsandbytes_config, quantize
 from hfkit.models.sources import find_model
@@ -115,7 +115,7 @@ def loaded(model: Model, *heads: str) -> LanguageModel:
         architecture.check_head(lm.name, lm.model.config, *heads)
         return LanguageModel(share_weights(lm.model).train(False), lm.tokenizer) if lm.model.training else lm
     options = ModelOptions.make(model)
-    with LOADING:
+    with LOADING_LOCK:
         source = find_model(options)
         key = options, _state_of(source)
         if _kept and _kept[0] == key:

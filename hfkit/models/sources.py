@@ -127,17 +127,17 @@ def from_hub(name: str, revision: str | None) -> Path:
         cached = try_to_load_from_cache(name, file, revision=revision)
         if isinstance(cached, str) and _is_whole(Path(cached).parent):
             return Path(cached).parent
-    missing = f"no folder {name!r} here{_suggestion(name)}, and"
+    reason = f"no folder {name!r} here{_suggestion(name)}, and"
     if constants.is_offline_mode():
         raise HfkitError(
-            f"{missing} of the Hub's models it is not cached and HF_HUB_OFFLINE is set: "
+            f"{reason} of the Hub's models it is not cached and HF_HUB_OFFLINE is set: "
             "check the name, unset it, or use -m bundled or a local folder"
         )
     check_home(Path(constants.HF_HUB_CACHE))
     try:
         reach_hub(name)
     except HfkitError as error:
-        raise HfkitError(f"{missing} {error}") from error
+        raise HfkitError(f"{reason} {error}") from error
     return _download(name, revision)
 
 

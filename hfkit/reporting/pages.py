@@ -22,7 +22,7 @@ from hfkit.reporting.summaries import Summary, compared_by, merit, ranked, show_
 from hfkit.reporting.templates import render
 from hfkit.storage import make_writable, write_text
 
-METRICS, SEARCH = "metrics.json", "tuning.json"  # in the folder of a run, and of a search
+METRICS_FILE, SEARCH_FILE = "metrics.json", "tuning.json"  # in the folder of a run, and of a search
 CARD, PAGE, PICTURE = "README.md", "report.html", "loss.png"
 _TAGS = {"classification": "text-classification", "question-answering": "question-answering"}  # of the Hub, by head
 # What a run logs, and what a chart of it is called.
@@ -64,7 +64,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
         HfkitError: a folder holds no finished run or search, or a search is not alone.
     """
     paths, output = [Path(folder) for folder in folders], Path(output)
-    searches = [path for path in paths if (path / SEARCH).is_file() and not (path / METRICS).is_file()]
+    searches = [path for path in paths if (path / SEARCH_FILE).is_file() and not (path / METRICS_FILE).is_file()]
     if searches and len(paths) > 1:
         raise HfkitError(f"{searches[0]} is a search: report it alone, or name runs in it, like {searches[0]}/trial-0")
     page = _search_page(searches[0]) if searches else _runs_page(paths, output)
@@ -106,9 +106,9 @@ class _Run:
 
 
 def _read_run(folder: Path, output: Path) -> _Run:
-    metrics = _read(folder, METRICS, "run") | {"folder": str(folder)}
+    metrics = _read(folder, METRICS_FILE, "run") | {"folder": str(folder)}
     target = folder / PAGE if (folder / PAGE).is_file() else folder
-    with _checked(folder / METRICS, "run"):
+    with _checked(folder / METRICS_FILE, "run"):
         summary, copied = summarize(metrics), metrics.get("copied")
         cells: dict[str, str] = {}
         for name, before, after, _ in summary.scores:
@@ -175,8 +175,8 @@ def _group(kind: str, runs: list[_Run]) -> dict[str, Any]:
 
 def _search_page(folder: Path) -> str:
     """A search: what the best trial gained, how to use it, and all trials, the best first."""
-    search = _read(folder, SEARCH, "search")
-    with _checked(folder / SEARCH, "search"):
+    search = _read(folder, SEARCH_FILE, "search")
+    with _checked(folder / SEARCH_FILE, "search"):
         trials = ranked(search.get("trials", []))
         if not trials or trials[0]["loss"] is None:
             raise HfkitError(f"no finished search ({folder}): no trial was finished")
@@ -192,7 +192,7 @@ def _search_page(folder: Path) -> str:
             )
             for trial in trials
         ]
-        metrics = _read(folder / best["folder"], METRICS, "run") | {"folder": str(folder / best["folder"])}
+        metrics = _read(folder / best["folder"], METRICS_FILE, "run") | {"folder": str(folder / best["folder"])}
         command, explanation = summarize(metrics).command, explain_search(trials, metrics[f"{figure}_before"])
         picture = to_svg(plot_trials(search["trials"], search["importances"]))
     return render(

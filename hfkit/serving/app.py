@@ -27,7 +27,7 @@ from hfkit.reporting.templates import script_hash
 from hfkit.serving import protocol
 from hfkit.serving.engine import Engine, make_engine
 from hfkit.serving.guard import Counts, Guard, Settings, error_reply, explain
-from hfkit.serving.jobs import AS_GENERATE, Job, Plan, chat_prompt, make_plan
+from hfkit.serving.jobs import AS_GENERATE, TextJob, TextPlan, chat_prompt, plan_texts
 from hfkit.serving.replies import Reply, Response, to_events, until_gone
 
 router = fastapi.APIRouter()
@@ -102,9 +102,9 @@ async def _on_http(request: fastapi.Request, error: HTTPException) -> JSONRespon
     return error_reply(error.status_code, error.detail, code)
 
 
-async def _start(request: fastapi.Request, engine: Engine, plan: Callable[[], Plan]) -> Job:
+async def _start(request: fastapi.Request, engine: Engine, plan: Callable[[], TextPlan]) -> TextJob:
     with engine.expecting():
-        job = Job(await asyncio.to_thread(plan))  # it encodes the prompts
+        job = TextJob(await asyncio.to_thread(plan))  # it encodes the prompts
         request.state.job = job
         await job.start(engine, _server(request).settings.request_timeout)
     return job
@@ -124,10 +124,10 @@ async def _complete(request: fastapi.Request, body: protocol.CompletionBody) -> 
     engine = _server(request).engine(body.model)
     lm, most = engine.lm, 0 if body.max_tokens == 0 else AS_GENERATE if body.fit else 16
 
-    def plan() -> Plan:
+    def plan() -> TextPlan:
         scores_prompt = body.echo and body.logprobs is not None
         wishes = body.wishes(vocabulary_size(lm.model), body.logprobs, scores_prompt)
-        return make_plan(lm, body.prompts, body.options(body.max_tokens), wishes, body.samples, most)
+        return plan_texts(lm, body.prompts, body.options(body.max_tokens), wishes, body.samples, most)
 
     job = await _start(request, engine, plan)
     has_usage = body.stream_options.include_usage
@@ -140,10 +140,10 @@ def _chat_plan(
     most: int | None,
     samples: int = 1,
     top: int | None = None,
-) -> Plan:
+) -> TextPlan:
     prompt, stops = chat_prompt(lm, [message.to_dict() for message in body.messages])
     wishes = body.wishes(vocabulary_size(lm.model), top)
-    plan = make_plan(lm, [prompt], body.options(most, stops), wishes, samples, None)
+    plan = plan_texts(lm, [prompt], body.options(most, stops), wishes, samples, None)
     return replace(plan, strip=bool(stops))
 
 
@@ -175,7 +175,7 @@ def _compute(call: Callable[[], Any]) -> Any:
 async def _classify(request: fastapi.Request, body: protocol.ClassifyBody) -> Any:
     server = _server(request)
     lm = server.find(body.model)
-    body.extras()
+    body.check_extras()
     async with server.one_at_a_time:
         results = await asyncio.to_thread(_compute, partial(hfkit.classify, body.texts, model=lm, labels=body.labels))
     data = [{"index": index, **result.to_dict()} for index, result in enumerate(results)]
@@ -186,7 +186,7 @@ async def _classify(request: fastapi.Request, body: protocol.ClassifyBody) -> An
 async def _answer(request: fastapi.Request, body: protocol.AnswerBody) -> Any:
     server = _server(request)
     lm = server.find(body.model)
-    body.extras()
+    body.check_extras()
     threshold = body.no_answer_threshold
     call = partial(hfkit.answer, body.question, body.context, model=lm, no_answer_threshold=threshold)
     async with server.one_at_a_time:
@@ -197,7 +197,7 @@ async def _answer(request: fastapi.Request, body: protocol.AnswerBody) -> Any:
 @router.post("/tokenize")
 async def _tokenize(request: fastapi.Request, body: protocol.TokenizeBody) -> Any:
     lm = _server(request).find(body.model)
-    body.extras()
+    body.check_extras()
     ids = await asyncio.to_thread(lm.tokenizer.encode, body.prompt, add_special_tokens=body.add_special_tokens)
     return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": lm.context})
 
@@ -205,7 +205,7 @@ async def _tokenize(request: fastapi.Request, body: protocol.TokenizeBody) -> An
 @router.post("/detokenize")
 async def _detokenize(request: fastapi.Request, body: protocol.DetokenizeBody) -> Any:
     lm = _server(request).find(body.model)
-    body.extras()
+    body.check_extras()
     vocabulary = vocabulary_size(lm.model)
     if not all(0 <= token < vocabulary for token in body.tokens):
         raise OptionError(f"tokens are ids from 0 to {vocabulary - 1}")

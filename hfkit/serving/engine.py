@@ -22,7 +22,7 @@ from hfkit.models.architecture import for_device
 from hfkit.models.loading import LanguageModel
 from hfkit.serving.cache import Prefixes, Window, can_share_steps
 from hfkit.serving.reading import Prompts, top_tokens
-from hfkit.serving.rows import Piece, Result, Row, Token, UnavailableError
+from hfkit.serving.rows import Delta, Result, Row, Token, UnavailableError
 
 # Prompt tokens that a round prefills, while texts are in progress and while none is.
 _PROMPT_TOKENS = {"cpu": (64, 512), "cuda": (1024, 8192)}
@@ -279,7 +279,7 @@ class SoloEngine(Engine):
             while not (row.is_cancelled or self._stopping):
                 piece = next(pieces)
                 if row.wishes.streams:
-                    row.emit(Piece(piece, []))
+                    row.emit(Delta(piece, []))
             _end(row)
         except StopIteration as stop:
             text: Generation = stop.value

@@ -145,8 +145,8 @@ class Guard:
         return None
 
     def _has_key(self, headers: Headers) -> bool:
-        given = headers.getlist("authorization")
-        kind, _, key = (given[0] if len(given) == 1 else "").partition(" ")
+        values = headers.getlist("authorization")
+        kind, _, key = (values[0] if len(values) == 1 else "").partition(" ")
         expected = (self._settings.api_key or "").encode()
         return hmac.compare_digest(key.encode("latin-1"), expected) and kind.lower() == "bearer"
 

@@ -15,13 +15,13 @@ from hfkit.inference.text import Request, fit_prompt
 from hfkit.models.loading import LanguageModel, vocabulary_size
 from hfkit.options import GenerateOptions
 from hfkit.serving.engine import Engine
-from hfkit.serving.rows import Event, Piece, Result, Row, Wishes
+from hfkit.serving.rows import Delta, Event, Result, Row, Wishes
 
 _TURNS = ("\nUser:", "\nAssistant:", "\nSystem:")  # how a base model goes on with the next turn
 
 
 @dataclass(frozen=True)
-class Plan:
+class TextPlan:
     """The texts to generate: one for each prompt and sample, numbered prompt by prompt."""
 
     requests: list[Request]  # with the seed of the prompt's first sample
@@ -31,17 +31,17 @@ class Plan:
     strip: bool = False  # the space with which a base model begins its turn
 
 
-AS_GENERATE = -1  # for make_plan's new_tokens
+AS_GENERATE = -1  # for new_tokens of plan_texts
 
 
-def make_plan(
+def plan_texts(
     lm: LanguageModel,
     prompts: Sequence[str | list[int]],
     options: GenerateOptions,
     wishes: Wishes,
     samples: int,
     new_tokens: int | None,
-) -> Plan:
+) -> TextPlan:
     """Encode the prompts and check all that can be checked. It takes a while, so call it in a thread.
 
     new_tokens: most of them where `options` says nothing; None: as many as fit; AS_GENERATE: as many as
@@ -59,7 +59,7 @@ def make_plan(
             room = (lm.context or 4096) - (0 if lm.model.config.is_encoder_decoder else len(request.ids))
             request = replace(request, new_tokens=room if new_tokens is None else min(new_tokens, room))
         requests.append(replace(request, seed=seed + number * samples))
-    return Plan(requests, options, wishes, samples)
+    return TextPlan(requests, options, wishes, samples)
 
 
 def chat_prompt(lm: LanguageModel, messages: list[dict[str, str]]) -> tuple[str | list[int], tuple[str, ...]]:
@@ -80,10 +80,10 @@ def chat_prompt(lm: LanguageModel, messages: list[dict[str, str]]) -> tuple[str 
     return cast(list[int], ids), () if template else _TURNS
 
 
-class Job:
+class TextJob:
     """The rows of one request. Each event has the number of its row."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: TextPlan) -> None:
         self.plan = plan
         self.rows: list[Row] = []
         self._loop = asyncio.get_running_loop()
@@ -112,7 +112,7 @@ class Job:
         with contextlib.suppress(RuntimeError):  # the event loop has closed
             self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
 
-    async def events(self) -> AsyncIterator[tuple[int, Piece | Result]]:
+    async def events(self) -> AsyncIterator[tuple[int, Delta | Result]]:
         """Pieces, where they are wanted, and the result of each row; an error of any row is raised."""
         left = len(self.rows)
         while left:

@@ -46,8 +46,8 @@ class Body(_Nullable):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     model: str | None = None
 
-    def extras(self) -> dict[str, Any]:
-        """The fields that are not declared. OptionError for one that would have no effect."""
+    def check_extras(self) -> dict[str, Any]:
+        """Raise OptionError for a field that would have no effect. Returns controls among undeclared fields."""
         extras = {}
         for name, value in (self.model_extra or {}).items():
             if name in CONTROLS:
@@ -80,14 +80,14 @@ class Sampling(Body):
     def options(self, max_tokens: int | None, more_stops: tuple[str, ...] = ()) -> GenerateOptions:
         """OptionError for a value that is out of range."""
         stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
-        warmth = self.temperature
+        temperature = self.temperature
         return GenerateOptions(
-            temperature=0.0 if warmth is not None and 0 < warmth < _LEAST_TEMPERATURE else warmth,
+            temperature=0.0 if temperature is not None and 0 < temperature < _LEAST_TEMPERATURE else temperature,
             top_p=self.top_p,
             seed=self.seed,
             max_new_tokens=max_tokens or None,
             stop_strings=[*stops, *more_stops] or None,
-            **self.extras(),
+            **self.check_extras(),
         )
 
     def wishes(self, vocabulary: int, top: int | None, scores_prompt: bool = False) -> Wishes:

@@ -13,8 +13,8 @@ from hfkit.console import to_json
 from hfkit.inference.text import Detokenizer, Request, token_writer
 from hfkit.models.loading import LanguageModel
 from hfkit.serving.guard import error_reply, explain
-from hfkit.serving.jobs import Job
-from hfkit.serving.rows import Piece, Result, Token
+from hfkit.serving.jobs import TextJob
+from hfkit.serving.rows import Delta, Result, Token
 
 _LEAST = -9999.0  # log-probability of an impossible token; JSON has no infinity
 _LOOK = 0.5  # seconds between looks whether a client is still there
@@ -70,7 +70,9 @@ class Writer:
 class Reply:
     """The reply to a completion or a chat: `n` choices for each prompt, those with the best score of all samples."""
 
-    def __init__(self, lm: LanguageModel, kind: Kind, job: Job, n: int, has_usage: bool, echo: bool = False) -> None:
+    def __init__(
+        self, lm: LanguageModel, kind: Kind, job: TextJob, n: int, has_usage: bool, echo: bool = False
+    ) -> None:
         """has_usage: whether a stream ends with the number of tokens."""
         self._lm, self._kind, self._job, self._n, self._has_usage, self._echo = lm, kind, job, n, has_usage, echo
         self.plan = job.plan
@@ -99,7 +101,7 @@ class Reply:
         written = self._completion_tokens
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
-    def _scores(self, number: int, writer: Writer, result: Piece | Result) -> dict[str, Any] | None:
+    def _scores(self, number: int, writer: Writer, result: Delta | Result) -> dict[str, Any] | None:
         if self.plan.wishes.top is None:
             return None
         tokens: list[Token | None] = list(result.tokens)
@@ -152,7 +154,7 @@ class Reply:
                 yield frame | {"choices": [self._choice(number, number, {"text": self._prompt(number)})]}
         async for number, event in self._job.events():
             text, reason = "", None
-            if isinstance(event, Piece):
+            if isinstance(event, Delta):
                 told[number] += len(event.tokens)
                 text = event.text if number in begun or not self.plan.strip else event.text.lstrip()
                 begun |= {number} if text else set()
@@ -169,7 +171,7 @@ class Reply:
 class Response:
     """The reply to POST /v1/responses: one message."""
 
-    def __init__(self, lm: LanguageModel, job: Job) -> None:
+    def __init__(self, lm: LanguageModel, job: TextJob) -> None:
         self._job, self.plan = job, job.plan
         self._item_id, self._number = f"msg_{secrets.token_hex(12)}", 0
         self._frame: dict[str, Any] = {
@@ -214,7 +216,7 @@ class Response:
         yield self._event("response.content_part.added", **place, part=self._part(""))
         text = ""
         async for _, event in self._job.events():
-            if isinstance(event, Piece):
+            if isinstance(event, Delta):
                 piece = event.text if text or not self.plan.strip else event.text.lstrip()
                 text += piece
                 if piece:

@@ -12,7 +12,7 @@ from transformers.generation import logits_process
 from hfkit.declaration import set_fields
 from hfkit.errors import HfkitError, NotFiniteError
 from hfkit.inference.batches import logits_processors
-from hfkit.inference.controls import draws, endings, is_plain
+from hfkit.inference.controls import endings, is_plain, is_sampled
 from hfkit.inference.decoding import Completion, complete
 from hfkit.inference.text import Detokenizer, Request, cut_at_stop, held_back
 from hfkit.models.loading import LanguageModel
@@ -41,7 +41,7 @@ class Token(NamedTuple):
     top: list[tuple[int, float]]
 
 
-class Piece(NamedTuple):
+class Delta(NamedTuple):
     """New text, and the tokens since the previous piece."""
 
     text: str
@@ -56,7 +56,7 @@ class Result(NamedTuple):
     prompt_tokens: list[Token | None]  # of the prompt, where their scores are wanted; the first has none
 
 
-Event = Piece | Result | Exception
+Event = Delta | Result | Exception
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Row:
         emit: Callable[[Event], None],
         seconds: float = math.inf,
     ) -> None:
-        """request: with its seed. emit: called with each Piece, if wanted, then a Result or an error."""
+        """request: with its seed. emit: called with each Delta, if wanted, then a Result or an error."""
         self.request, self.options, self.wishes, self.emit = request, options, wishes, emit
         self.is_cancelled = False  # no longer wanted
         self.tokens: list[Token] = []
@@ -93,7 +93,7 @@ class Row:
         self._detokenizer = Detokenizer(lm.tokenizer, request.ids)
         self._text, self._shown, self._told = "", 0, 0
         self._generator: torch.Generator | None = None
-        if draws(lm, options):
+        if is_sampled(lm, options):
             self._generator = torch.Generator(lm.model.device).manual_seed(request.seed or 0)
         # Whether the text needs one of transformers' own loops, where it runs alone.
         self.is_special = not (can_share_steps(lm) and is_plain(lm, options))
@@ -160,7 +160,7 @@ class Row:
 
     def _show(self, end: int) -> None:
         if self.wishes.streams and end > self._shown:
-            self.emit(Piece(self._text[self._shown : end], self.tokens[self._told :]))
+            self.emit(Delta(self._text[self._shown : end], self.tokens[self._told :]))
             self._shown, self._told = end, len(self.tokens)
 
     def finish(self) -> None:

@@ -98,7 +98,7 @@ def training_arguments(job: Job, rows: int, accumulation: int) -> TrainingArgume
         "logging_nan_inf_filter": False,  # a NaN ends the run
     }
     if options.optim == "muon":
-        del values["optim"]  # see `make_optimizer`
+        del values["optim"]  # see `optimizer_class`
     if options.lr_scheduler_kwargs:
         try:
             values["lr_scheduler_kwargs"] = json.loads(options.lr_scheduler_kwargs)
@@ -113,7 +113,7 @@ def training_arguments(job: Job, rows: int, accumulation: int) -> TrainingArgume
     return arguments
 
 
-def make_optimizer(options: TrainOptions) -> tuple[Any, dict[str, Any]] | None:
+def optimizer_class(options: TrainOptions) -> tuple[Any, dict[str, Any]] | None:
     """What Trainer's `optimizer_cls_and_kwargs` takes; None leaves the choice to `optim`."""
     if options.optim != "muon":
         return None

@@ -75,20 +75,20 @@ def find_newest(folder: Path, best: int | None = None) -> Path | None:
         HfkitError: there are checkpoints, and all of them are damaged.
     """
     faults: dict[Path, str] = {}
-    for whole in sorted(list_checkpoints(folder), key=lambda path: step_of(path) != best):
-        if not (fault := find_fault(whole)):
+    for newest in sorted(list_checkpoints(folder), key=lambda path: step_of(path) != best):
+        if not (fault := find_fault(newest)):
             break
-        faults[whole] = fault
+        faults[newest] = fault
     else:
-        whole = None
+        newest = None
     # A run that was interrupted in its very first save has lost nothing.
-    if not whole and faults and list(faults.values()) != [_UNFINISHED]:
+    if not newest and faults and list(faults.values()) != [_UNFINISHED]:
         what = "; ".join(f"{checkpoint.name}: {fault}" for checkpoint, fault in faults.items())
         raise HfkitError(f"every checkpoint is damaged ({folder}: {what}): --overwrite starts over")
     for checkpoint, fault in faults.items():
         (checkpoint / _MANIFEST).unlink(missing_ok=True)
         note(f"{checkpoint} is skipped: {fault}")
-    return whole
+    return newest
 
 
 def rotate(folder: Path, keep: int, best: int | None) -> None:

@@ -29,7 +29,7 @@ from hfkit.options import DataOptions, ModelOptions, TrainOptions
 from hfkit.storage import check_owned, make_writable
 from hfkit.training import run_folder
 from hfkit.training.models import make_trainable
-from hfkit.training.plan import Job, Plan, block_size_for, gather, make_plan
+from hfkit.training.plan import Job, Plan, block_size_for, gather_data, make_plan
 from hfkit.training.runs import Run, run_job
 
 
@@ -80,7 +80,7 @@ def make_job(corpus: Corpora, options: ModelOptions, data: DataOptions, train: T
     labels = [config.id2label[i] for i in range(config.num_labels)] if head_of(config) == train.head else None
     if train.head and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    dataset = gather(files, tokenizer, data, train, block_size, labels)
+    dataset = gather_data(files, tokenizer, data, train, block_size, labels)
     if task := make_task(data):
         give_task(tokenizer, task)
     plan = make_plan(

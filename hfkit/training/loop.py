@@ -40,7 +40,7 @@ from hfkit.storage import check_space
 from hfkit.training.arguments import (
     attention_kernels,
     freed_memory_kept,
-    make_optimizer,
+    optimizer_class,
     private_environment,
     training_arguments,
 )
@@ -115,7 +115,7 @@ def _train(job: Job, stop: Stop, rows: int, accumulation: int, checkpoint: Path 
             data_collator=job.collator((rows, job.block_size) if is_static else None),
             train_dataset=job.dataset.train_set,
             processing_class=job.tokenizer,
-            optimizer_cls_and_kwargs=make_optimizer(job.plan.options),
+            optimizer_cls_and_kwargs=optimizer_class(job.plan.options),
         )
         with trainer.steps.save_errors():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -16,7 +16,7 @@ from hfkit.corpus.training_data import TrainingData
 from hfkit.declaration import set_fields
 from hfkit.errors import OptionError, first_line, needing
 from hfkit.models.folder import ModelFiles
-from hfkit.models.integrity import LOADING
+from hfkit.models.integrity import LOADING_LOCK
 from hfkit.models.kernels import attend_in_blocks, attend_without_mask, fuse_activations, prepare_training
 from hfkit.models.loading import HEADS, load_weights, load_with_head
 from hfkit.options import ModelOptions, SizeOptions, TrainOptions
@@ -56,7 +56,7 @@ def make_new(config: Any, plan: Plan) -> Any:
 
 def new_model(config: Any, head: str | None) -> Any:
     """A model with random weights."""
-    with LOADING:
+    with LOADING_LOCK:
         if not head:
             return GPT2LMHeadModel(config)
         return HEADS[head].from_config(config)

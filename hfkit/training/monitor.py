@@ -93,7 +93,7 @@ class Answers:
         return count
 
 
-def find_answers(
+def find_right_answers(
     dataset: TrainingData, held_out: Any, tokenizer: PreTrainedTokenizerBase, length: int
 ) -> Answers | None:
     """The answers to `held_out`; None where nothing is held out, or any text may be an answer.
@@ -125,7 +125,7 @@ class HeldOutMonitor:
         """tell: shows a line to the user."""
         self._job, self._stop, self._tell, self._clock = job, stop, tell, time.monotonic()
         self._collate, self._held_out = job.collator(), _sample(job.dataset.held_out, job.plan)
-        self._answers = find_answers(job.dataset, self._held_out, job.tokenizer, job.block_size)
+        self._answers = find_right_answers(job.dataset, self._held_out, job.tokenizer, job.block_size)
         self._baseline = self._answers.baseline if self._answers else None
 
     def measure(

@@ -114,7 +114,7 @@ class Job:
         return Collator(pad, has_mask=True) if self.dataset.head else Collator(pad, shape)
 
 
-def gather(
+def gather_data(
     files: Corpora | Corpus,
     tokenizer: PreTrainedTokenizerBase,
     data: DataOptions,

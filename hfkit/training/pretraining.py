@@ -22,7 +22,7 @@ from hfkit.models.architecture import choose_device
 from hfkit.options import DataOptions, ModelOptions, SizeOptions, TrainOptions
 from hfkit.training import run_folder
 from hfkit.training.models import SIZES, make_bert, make_gpt2, make_new, new_model, shape_of
-from hfkit.training.plan import Job, gather, make_plan
+from hfkit.training.plan import Job, gather_data, make_plan
 from hfkit.training.runs import Run, run_job
 from hfkit.training.vocabulary import train_bytes, train_characters, train_wordpiece
 
@@ -72,7 +72,7 @@ def _make_job(
     block_size = data.block_size or shape["n_positions"]
     if block_size > shape["n_positions"]:
         raise OptionError(f"--block-size is {block_size}: raise --n-positions, {shape['n_positions']}, as well")
-    dataset = gather(files, tokenizer, data, train, block_size, None)
+    dataset = gather_data(files, tokenizer, data, train, block_size, None)
     config = make_bert(shape, tokenizer, dataset.labels) if train.head else make_gpt2(shape, tokenizer)
     with torch.device("meta"):  # counts parameters without memory for them
         parameters = new_model(config, train.head).num_parameters()

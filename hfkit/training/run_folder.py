@@ -26,7 +26,7 @@ from hfkit.corpus.files import Corpora, Corpus, find_corpus, name_of, prepared_f
 from hfkit.declaration import Options, set_fields
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.options import DataOptions, TrainOptions
-from hfkit.reporting.pages import METRICS
+from hfkit.reporting.pages import METRICS_FILE
 
 RECIPE, FACTS, CHECKPOINTS = "recipe.yaml", "run.json", "checkpoints"
 # Options that do not change what is trained; and trust_remote_code, which a file must not set.
@@ -124,7 +124,7 @@ def is_begun(folder: Path) -> bool:
         is_run = isinstance(facts["recipe"], dict) and "hfkit" in facts["versions"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         is_run = False
-    return is_run and ((folder / METRICS).is_file() or any((folder / CHECKPOINTS).glob("checkpoint-*")))
+    return is_run and ((folder / METRICS_FILE).is_file() or any((folder / CHECKPOINTS).glob("checkpoint-*")))
 
 
 def _settle(folder: Path, train: TrainOptions) -> TrainOptions:
@@ -174,9 +174,9 @@ def begin(
 ) -> None:
     """Write down what was asked for, and what `keep` writes, in a folder that is new or to be overwritten."""
     if is_begun(folder):
-        (folder / METRICS).unlink(missing_ok=True)
+        (folder / METRICS_FILE).unlink(missing_ok=True)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    storage.add_owned(folder, (FACTS, RECIPE, METRICS, CHECKPOINTS, _STAGING, "tensorboard"))
+    storage.add_owned(folder, (FACTS, RECIPE, METRICS_FILE, CHECKPOINTS, _STAGING, "tensorboard"))
     packages = ("hfkit", "torch", "transformers", "accelerate", "datasets", "tokenizers")
     versions = {package: importlib.metadata.version(package) for package in packages}
     # From here on the folder belongs to this run; what an older run left in it may be deleted.
@@ -232,7 +232,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def read_metrics(folder: Path) -> dict[str, Any] | None:
     """`metrics.json`; None unless the run is finished."""
-    return _read_json(folder / METRICS) if (folder / METRICS).is_file() else None
+    return _read_json(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else None
 
 
 def finish(folder: Path, checkpoint: Path, extra: dict[str, str | bytes], metrics: dict[str, Any]) -> None:
@@ -255,7 +255,7 @@ def finish(folder: Path, checkpoint: Path, extra: dict[str, str | bytes], metric
     for path in staging.iterdir():
         os.replace(path, folder / path.name)
     storage.sync_folder(folder)
-    storage.write_text(folder / METRICS, json.dumps(metrics, indent=1))  # last: with it the run is finished
+    storage.write_text(folder / METRICS_FILE, json.dumps(metrics, indent=1))  # last: with it the run is finished
     clear(folder)
 
 

@@ -22,17 +22,17 @@ from hfkit.declaration import divide
 from hfkit.errors import DivergedError, HfkitError, OptionError, StoppedError, needing
 from hfkit.models.sources import find_model
 from hfkit.options import DataOptions, ModelOptions, TrainOptions, TuneOptions
-from hfkit.reporting.pages import METRICS, make_files
+from hfkit.reporting.pages import METRICS_FILE, SEARCH_FILE, make_files
 from hfkit.reporting.pictures import plot_trials, to_png
 from hfkit.reporting.summaries import show_figure, show_value
 from hfkit.storage import lock, make_writable, owned, publish, write_bytes, write_text
 from hfkit.training import run_folder
 from hfkit.training.finetuning import finetune, make_job
-from hfkit.training.monitor import find_answers
+from hfkit.training.monitor import find_right_answers
 from hfkit.training.plan import Job
 from hfkit.training.runs import Run
 from hfkit.tuning.space import default_space, read_space
-from hfkit.tuning.study import BEST, BEST_RUN, PICTURE, RESULT, SharedStudy, best_of, claim, open_study
+from hfkit.tuning.study import BEST, BEST_RUN, TRIALS_PICTURE, SharedStudy, best_of, claim, open_study
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def tune(
         claim(folder, settings | {f"search {name}": values for name, values in space.items()}, overwrite=overwrite)
         study = SharedStudy(
             folder=folder,
-            optuna=open_study(folder, figure=figure, prune=options.prune),
+            optuna_study=open_study(folder, figure=figure, prune=options.prune),
             figure=figure,
             space=space,
             defaults={name: value for name in space if (value := getattr(decided, name)) is not None},
@@ -114,7 +114,7 @@ def _figure_of(job: Job) -> str:
     if not len(dataset.held_out):
         way_out = "raise --eval-fraction, or name another text with --eval-file"
         raise HfkitError(f"nothing is held out, so trials cannot be compared: {way_out}")
-    has_answers = dataset.head or find_answers(dataset, dataset.held_out, job.tokenizer, job.block_size)
+    has_answers = dataset.head or find_right_answers(dataset, dataset.held_out, job.tokenizer, job.block_size)
     return "accuracy" if has_answers else "loss"
 
 
@@ -187,12 +187,12 @@ def _run_trial(study: SharedStudy, trial: Any, train: TrainOptions, run: Callabl
         for name, value in scores.items():
             trial.set_user_attr(name, value)
         score = "held-out " + ", ".join(f"{name} {show_figure(value, name)}" for name, value in scores.items())
-        study.optuna.tell(trial, metrics[study.figure])
+        study.optuna_study.tell(trial, metrics[study.figure])
     except (optuna.TrialPruned, DivergedError) as end:
         if isinstance(end, DivergedError):
             score = "diverged"
             trial.set_user_attr(score, True)
-        study.optuna.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        study.optuna_study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     except StoppedError as stop:
         done = f"{len(study.finished())} of {limit} trials are done ({study.folder})"
         raise StoppedError(f"stopped as asked: {done}, the same command goes on", stop.exit_code - 128) from None
@@ -230,7 +230,7 @@ def _drop_weights(folder: Path) -> None:
 def _write_report(folder: Path, metrics: dict[str, Any]) -> None:
     for name, content in make_files(metrics).items():
         write_bytes(folder / name, content if isinstance(content, bytes) else content.encode())
-    write_text(folder / METRICS, json.dumps(metrics, indent=1))
+    write_text(folder / METRICS_FILE, json.dumps(metrics, indent=1))
 
 
 def _finish(study: SharedStudy, options: TuneOptions) -> Search:
@@ -244,22 +244,22 @@ def _finish(study: SharedStudy, options: TuneOptions) -> Search:
             raise HfkitError(f"no trial was finished ({folder}): a longer --timeout or --overwrite with other ranges")
         importances = _importances(study)
         scores = {"best": best["params"], "loss": best["loss"], "accuracy": best["accuracy"]}
-        found = {**scores, "trials": trials, "importances": importances}
-        known = json.loads((folder / RESULT).read_text("utf-8"))
-        write_text(folder / RESULT, json.dumps(known | found, indent=1))
-        write_bytes(folder / PICTURE, to_png(plot_trials(trials, importances)))
+        result = {**scores, "trials": trials, "importances": importances}
+        known = json.loads((folder / SEARCH_FILE).read_text("utf-8"))
+        write_text(folder / SEARCH_FILE, json.dumps(known | result, indent=1))
+        write_bytes(folder / TRIALS_PICTURE, to_png(plot_trials(trials, importances)))
         recipe = (folder / best["folder"] / run_folder.RECIPE).read_text("utf-8")
         write_text(folder / BEST, recipe.replace(run_folder.RECIPE, BEST, 1))
         if options.train_best:
             run = _copy_run(folder / best["folder"], folder / BEST_RUN)
-    return Search(output_dir=str(folder), **found, recipe=str(folder / BEST), run=run)
+    return Search(output_dir=str(folder), **result, recipe=str(folder / BEST), run=run)
 
 
 def _copy_run(trial: Path, target: Path) -> Run:
     """The run of a trial as a run of its own. Training it again would give the same, bit by bit."""
     facts = target / run_folder.FACTS
     is_there = facts.is_file() and facts.read_bytes() == (trial / run_folder.FACTS).read_bytes()
-    if not (is_there and (target / METRICS).is_file()):
+    if not (is_there and (target / METRICS_FILE).is_file()):
         staging = target.with_name(f".{target.name}")
         shutil.rmtree(staging, ignore_errors=True)
         shutil.copytree(trial, staging)
@@ -273,13 +273,13 @@ def _importances(study: SharedStudy) -> dict[str, float]:
     import optuna
 
     names = list(study.space)
-    trials = study.optuna.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
+    trials = study.optuna_study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
     if sum(set(names) <= set(trial.params) for trial in trials) < 4:
         return {}
     try:
         with console.quiet_libraries():
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)  # others need many more trials
-            shares = optuna.importance.get_param_importances(study.optuna, evaluator=evaluator, params=names)
+            shares = optuna.importance.get_param_importances(study.optuna_study, evaluator=evaluator, params=names)
         return {name: float(share) for name, share in shares.items()}
     except (ValueError, RuntimeError, ImportError):  # all scores are alike, or scikit-learn is missing
         return {}

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from hfkit.errors import HfkitError, LockedError
+from hfkit.reporting.pages import SEARCH_FILE
 from hfkit.reporting.summaries import ranked
 from hfkit.storage import add_owned, check_owned, lock, owned, remove_owned, write_text
 from hfkit.tuning.space import Space, contains, suggest
 
-RESULT, BEST, PICTURE, BEST_RUN = "tuning.json", "best.yaml", "tuning.png", "best"
+BEST, TRIALS_PICTURE, BEST_RUN = "best.yaml", "tuning.png", "best"
 _STUDY, _RUNNING = "study.db", ".running"
 
 
@@ -27,7 +28,7 @@ def claim(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
     Raises:
         HfkitError: it holds another search, or files that hfkit did not write.
     """
-    path, settings = folder / RESULT, json.loads(json.dumps(settings))
+    path, settings = folder / SEARCH_FILE, json.loads(json.dumps(settings))
     known = _read_settings(path)
     if known is not None and not overwrite:
         if names := [name for name in {**known, **settings} if known.get(name) != settings.get(name)]:
@@ -36,13 +37,13 @@ def claim(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
         return
     check_owned(folder)
     if known is None:
-        add_owned(folder, [RESULT, BEST, PICTURE, BEST_RUN, _STUDY, f"{_STUDY}-journal", _RUNNING])
+        add_owned(folder, [SEARCH_FILE, BEST, TRIALS_PICTURE, BEST_RUN, _STUDY, f"{_STUDY}-journal", _RUNNING])
     else:
         for place in folder.glob(f"{_RUNNING}/*"):
             with lock(place):  # LockedError where a trial is running
                 pass
         write_text(path, "{}")  # from here on the folder is that of an empty search, however much is left in it
-        remove_owned(folder, keep=[RESULT])
+        remove_owned(folder, keep=[SEARCH_FILE])
     write_text(path, json.dumps({"settings": settings}, indent=1))
 
 
@@ -79,7 +80,7 @@ class SharedStudy:
     """The study of a search, and what its trials choose from."""
 
     folder: Path
-    optuna: Any  # the study
+    optuna_study: Any
     figure: str  # what trials are compared by: accuracy or loss
     space: Space
     defaults: dict[str, Any]  # option of the space -> what `finetune` would take
@@ -95,7 +96,7 @@ class SharedStudy:
             with lock(self.folder, wait=True, tell=False):
                 # Count from one snapshot. A trial that finishes between two reads would be counted twice, and two
                 # trials would share a seed.
-                trials = self.optuna.get_trials(deepcopy=False)
+                trials = self.optuna_study.get_trials(deepcopy=False)
                 busy = self._requeue_interrupted(trials)
                 begun = busy + sum(map(_is_finished, trials))
                 trial = self._ask(begun) if begun < limit else None
@@ -118,8 +119,8 @@ class SharedStudy:
                 facts = {name: trial.user_attrs[name] for name in ("folder", "default") if name in trial.user_attrs}
                 if "folder" in facts and facts["folder"] not in queued:
                     values = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-                    self.optuna.enqueue_trial(values, user_attrs=facts)
-                self.optuna.tell(trial.number, state=TrialState.FAIL)
+                    self.optuna_study.enqueue_trial(values, user_attrs=facts)
+                self.optuna_study.tell(trial.number, state=TrialState.FAIL)
         return busy
 
     def _ask(self, begun: int) -> Any:
@@ -128,12 +129,12 @@ class SharedStudy:
 
         known = {name: self.defaults.get(name) for name in self.space}
         known = {name: value for name, value in known.items() if contains(self.space[name], value)}
-        live = [trial for trial in self.optuna.get_trials(deepcopy=False) if trial.state.name != "FAIL"]
+        live = [trial for trial in self.optuna_study.get_trials(deepcopy=False) if trial.state.name != "FAIL"]
         if not any("default" in trial.user_attrs for trial in live):
-            self.optuna.enqueue_trial(known, user_attrs={"default": self.defaults})
+            self.optuna_study.enqueue_trial(known, user_attrs={"default": self.defaults})
         # A search draws the same values, interrupted or not, and no two of its processes draw alike.
-        self.optuna.sampler = optuna.samplers.TPESampler(seed=(self.seed + begun) % 2**32)
-        trial = self.optuna.ask()
+        self.optuna_study.sampler = optuna.samplers.TPESampler(seed=(self.seed + begun) % 2**32)
+        trial = self.optuna_study.ask()
         for name in known if "default" in trial.user_attrs else self.space:
             suggest(trial, name, self.space[name])
         if "folder" not in trial.user_attrs:
@@ -166,7 +167,7 @@ class SharedStudy:
                 "folder": trial.user_attrs["folder"],
                 "default": "default" in trial.user_attrs,
             }
-            for trial in filter(_is_finished, self.optuna.get_trials(deepcopy=False))
+            for trial in filter(_is_finished, self.optuna_study.get_trials(deepcopy=False))
         ]
 
 

@@ -12,9 +12,9 @@ from hfkit.errors import OptionError
 from hfkit.inference.controls import (
     check_controls,
     check_options,
-    draws,
     endings,
     generation_config,
+    is_sampled,
     needs_equal_lengths,
 )
 from hfkit.models.loading import LanguageModel
@@ -148,12 +148,12 @@ def test_endings_a_newline_may_be_typed_at_a_shell(lm, tiny, capfdbinary, stop):
 def test_draws_a_model_that_learned_a_task_is_greedy_unless_told(tiny):
     lm = hfkit.load(tiny)
     lm.model.generation_config.update(do_sample=True, temperature=0.8)
-    assert draws(lm, GenerateOptions())
+    assert is_sampled(lm, GenerateOptions())
     give_task(lm.tokenizer, Task("English: {en}\nFrench: {fr}"))
-    assert not draws(lm, GenerateOptions())
+    assert not is_sampled(lm, GenerateOptions())
     assert hfkit.generate("rain", model=lm, max_new_tokens=4).seed is None
     for wanted in ({"temperature": 0.7}, {"top_p": 0.9}, {"do_sample": True}, {"raw": True}):
-        assert draws(lm, GenerateOptions(**wanted))
+        assert is_sampled(lm, GenerateOptions(**wanted))
 
 
 # options without effect

@@ -174,7 +174,7 @@ def test_draws_by_default(lms):
     assert hfkit.generate("a", model=lm, max_new_tokens=8, seed=first.seed) == first
     assert hfkit.generate("a", model=lm, max_new_tokens=8, temperature=0).seed is None
     for option in SAMPLING:
-        assert controls.draws(lm, GenerateOptions(**{option: 1}))
+        assert controls.is_sampled(lm, GenerateOptions(**{option: 1}))
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import hfkit
 from hfkit.inference.decoding import BannedTexts
-from hfkit.inference.text import is_byte_level, special_tokens, token_writer
+from hfkit.inference.text import is_byte_level, special_token_ids, token_writer
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def word_pieces() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bundled", "word pieces"])
 def test_token_writer_writes_what_the_tokenizer_decodes(lms, name):
     tokenizer = word_pieces() if name == "word pieces" else lms[name].tokenizer
-    write, special, draw = token_writer(tokenizer), set(special_tokens(tokenizer).values()), random.Random(0)
+    write, special, draw = token_writer(tokenizer), set(special_token_ids(tokenizer).values()), random.Random(0)
     usual = [token for token in range(len(tokenizer)) if token not in special]
     for _ in range(300):
         ids = usual[3:4] + draw.choices(usual, k=8)  # of word pieces a text begins with a whole word
@@ -84,7 +84,7 @@ def test_banned_texts_are_found_by_brute_force(lms):
     tokenizer, draw = lms["bundled"].tokenizer, random.Random(3)
     write = token_writer(tokenizer)
     words = [write(word) for word in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
-    special = set(special_tokens(tokenizer).values())
+    special = set(special_token_ids(tokenizer).values())
     for text in ("king", " the", "雨", "aa"):
         raw, banned = text.encode(), BannedTexts(tokenizer, [text], start=1)
         for _ in range(5):

@@ -236,7 +236,7 @@ def take(study, folder, limit=4, defaults=None):
     """A trial that nobody holds any longer, as if its process had died; and how many others are running."""
     shared = study_module.SharedStudy(
         folder=folder,
-        optuna=study,
+        optuna_study=study,
         figure="loss",
         space={"learning_rate": (1e-4, 1e-2)},
         defaults={"learning_rate": 3e-3},
