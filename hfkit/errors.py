@@ -12,7 +12,7 @@ HfkitError                    exit code 1
 import contextlib
 import re
 import signal as signals
-from collections.abc import Iterator
+from collections import abc
 
 
 class HfkitError(Exception):
@@ -56,7 +56,7 @@ class StoppedError(HfkitError):
 
 
 @contextlib.contextmanager
-def needing(what: str, extra: str) -> Iterator[None]:
+def needing(what: str, extra: str) -> abc.Iterator[None]:
     """Import the packages of an extra. what: what needs which package, for the error if it is missing."""
     try:
         yield
