@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 ENVIRONMENT = {**os.environ}  # before a library or a command changes the environment
 HELLO = b"hello\n"
-COLD = ("finetune", "pretrain", "tune", "serve", "warm")  # they run long, or start processes of their own
+# They run long, start processes of their own, or ask which shell this process was started from.
+COLD = ("finetune", "pretrain", "tune", "serve", "warm", "--install-completion", "--show-completion")
 _SECONDS = 5  # for the resident process to answer; one on an idle machine takes 0.02
 _MOST_FILES = 200  # that one message can carry
 # Variables that libraries, the C library or Python read when they start.
