@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from hfkit.models.loading import LanguageModel
 
     Numbered = tuple[int, list[Generation] | HfkitError]  # index of a prompt, and its samples or its error
+
+_LOST = 5  # seconds of work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,17 +150,25 @@ def _generate_windows(
     batch_size: int | None,
     bar: Any,
 ) -> Iterator[list[Numbered]]:
-    """Yield results in the order of the input, a window at a time. Each process has its share of every window."""
-    from hfkit.inference import generation
+    """Yield results in the order of the input, a window at a time. Each process has its share of every window.
+
+    An interruption loses a window. So windows begin small, and grow only while they take a few seconds.
+    """
+    from hfkit.inference import controls, generation
 
     def advance(texts: int) -> None:
         bar.update(texts * processes.count)
 
-    size = generation.window_size(lm, sampling, batch_size) * processes.count
-    while window := list(islice(prompts, size)):
+    most = generation.window_size(lm, sampling, batch_size)
+    least = generation.window_size(lm, sampling, batch_size, 1) if controls.is_plain(lm, sampling) else 1
+    size = least
+    while window := list(islice(prompts, size * processes.count)):
+        started = time.monotonic()
         share = window[processes.rank :: processes.count]
         results = generation.generate_each(share, model=lm, options=sampling, batch_size=batch_size, on_done=advance)
-        yield sorted(processes.gather(list(results)), key=lambda numbered: numbered[0])
+        shares = processes.gather([(list(results), time.monotonic() - started)])
+        yield sorted(chain.from_iterable(results for results, _ in shares), key=lambda numbered: numbered[0])
+        size = min(most, 2 * size) if max(seconds for _, seconds in shares) < _LOST else max(least, size // 2)
 
 
 def _open_bar(path: Path, samples: int, done: int) -> Any:

@@ -71,7 +71,8 @@ def generate(
         HfkitError: the prompt does not fit the model, an option is out of range, the model cannot be loaded.
         TypeError: an option is unknown.
 
-    The seed of prompt `i`, sample `k` is `seed + i * num_return_sequences + k`; it alone gives the same text again.
+    The seed of prompt `i`, sample `k` is `seed + i * num_return_sequences + k`; it alone gives the same text again, in
+    float32. Other precisions round differently in a batch.
     """
     groups = ((GenerateOptions, options), (ServerOptions, None))
     model, options, server = split_options(model, overrides, *groups)
@@ -185,9 +186,9 @@ def _index(corpus: tuple[str, ...], length: int, stamps: tuple[tuple[str, int], 
     return index_corpus(list(corpus), length=length)
 
 
-def window_size(lm: LanguageModel, options: GenerateOptions, batch_size: int | None) -> int:
-    """Prompts that are read ahead and sorted together."""
-    rows = (batch_size or batches.default_size(lm)) * _WINDOW
+def window_size(lm: LanguageModel, options: GenerateOptions, batch_size: int | None, count: int = _WINDOW) -> int:
+    """Prompts that are read ahead and sorted together: those of `count` batches."""
+    rows = (batch_size or batches.default_size(lm)) * count
     return max(1, rows // (options.num_return_sequences or 1))
 
 

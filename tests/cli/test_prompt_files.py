@@ -1,6 +1,7 @@
 """Many prompts: in order, each exactly once, whatever is wrong with one of them and whatever happens in between."""
 
 import io
+import itertools
 import json
 import os
 import random
@@ -15,11 +16,12 @@ import pytest
 from support.shell import assert_fails, call
 
 import hfkit
-from hfkit.cli import app
+from hfkit.cli import app, generate_file
 from hfkit.cli.generate_file import Results
 from hfkit.cli.prompts import read_prompt, read_prompts
 from hfkit.console import to_json
 from hfkit.errors import HfkitError, OptionError
+from hfkit.inference import generation
 
 
 def rows(path) -> list[dict]:
@@ -148,6 +150,31 @@ def test_generate_checks_files_first(tiny, tmp_path, monkeypatch, capfdbinary, f
     (tmp_path / "begun.jsonl.partial").write_text(to_json({"line": 1}))
     assert_fails(call(capfdbinary, "generate", *flags, "-m", tiny), code, *words)
     assert (tmp_path / "there.jsonl").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "flags", "expected"),
+    [
+        (0, [], [2, 4, 8, 16, 16, 16]),
+        (60, [], [2] * 31),
+        (3, [], [2, 4, 8, 16, 16, 16]),
+        (60, ["--num-beams", 2], [1] * 62),
+    ],
+)
+def test_generate_output_grows(tiny, many, tmp_path, monkeypatch, capfdbinary, seconds, flags, expected):
+    """Slow texts are written batch by batch, so that an interruption loses one; of fast ones several are sorted."""
+    clock, sizes = itertools.count(0, seconds), []
+    monkeypatch.setattr(generate_file.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(generate_file.processes, "gather", lambda items: items)
+
+    def each(prompts, **options):
+        sizes.append(len(prompts))
+        return ((number, []) for number, _ in prompts)
+
+    monkeypatch.setattr(generation, "generate_each", each)
+    line = ["generate", "-i", many(62), "-m", tiny, "-o", tmp_path / "out.jsonl", "--batch-size", 2]
+    assert call(capfdbinary, *line, *flags).returncode == 0
+    assert sizes == expected
 
 
 def test_resume_of_a_complete_file(tiny, many, tmp_path, monkeypatch, capfdbinary):
