@@ -217,6 +217,14 @@ class Options:
         return [f.name for f in fields(cls)]
 
     @classmethod
+    def find_name(cls, text: str) -> str | None:
+        """The field that a person means by its name or its flag, with or without hyphens: "stop", "-n", "top-p"."""
+        for f in fields(cls):
+            if field_of(text) in map(field_of, filter(None, (f.name, f.metadata["name"], f.metadata["short"]))):
+                return f.name
+        return None
+
+    @classmethod
     def make(cls, options: Self | str | os.PathLike[str] | None, overrides: Mapping[str, Any] | None = None) -> Self:
         """`options` with `overrides`. A lone text sets the field `named_by`; an unknown name is a TypeError."""
         made: Self = divide(overrides or {}, (cls, options))[0]
@@ -248,6 +256,8 @@ def divide(overrides: Mapping[str, Any], *groups: tuple[type[Options], Any]) -> 
             options = group(**{group.named_by: options})
         if options is not None and not isinstance(options, group):
             kind = type(options).__name__
+            if group.named_by == "model" and not isinstance(options, Mapping | Options):
+                raise TypeError(f"a model is a name, a folder or (model, tokenizer), not a {kind}")
             raise TypeError(f"options are {group.__name__}(...), not a {kind}: pass its items as keywords, **{kind}")
         chosen = {name: value for name, value in overrides.items() if owner[name] is group}
         made.append(group(**{**(vars(options) if options else {}), **chosen}))

@@ -6,12 +6,12 @@ import io
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from hfkit import console
 from hfkit.cli.flags import flags
 from hfkit.cli.prompts import load_for, reach_server
-from hfkit.declaration import field_of
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _HELP = '''/set NAME VALUE  change an option: /set temperature 0.5; /set alone lists all
 /reset           forget the conversation
-/save FILE       write the conversation to FILE
+/save FILE       write the conversation to a new FILE
 /exit            leave, as exit alone and Ctrl-D do; Ctrl-C ends a reply
 """              begins and ends a text of several lines
 An empty line lets a base model continue by itself.'''
@@ -40,8 +40,7 @@ def chat(model: ModelOptions, server: ServerOptions, sampling: GenerateOptions) 
         hfkit chat
         hfkit chat -m runs/chat -t 0.7
     """
-    if (sampling.num_return_sequences or 1) > 1:
-        raise OptionError("a chat has one reply: leave --num-return-sequences out")
+    check_samples(sampling)
     if server.server:
         remote, sampling = reach_server(server, model, sampling)
         # Other servers do not know how to truncate.
@@ -70,12 +69,19 @@ def chat(model: ModelOptions, server: ServerOptions, sampling: GenerateOptions) 
         talk.options = replace(talk.options, seed=(talk.options.seed or 0) + 1)
 
 
+def check_samples(sampling: GenerateOptions) -> None:
+    """OptionError for several samples."""
+    if (sampling.num_return_sequences or 1) > 1:
+        raise OptionError("a chat has one reply: leave --num-return-sequences out")
+
+
 class Conversation:
     """The turns so far: messages for a chat template, which a model without one gets as one raw text."""
 
     def __init__(self, lm: LanguageModel, options: GenerateOptions) -> None:
         self.lm, self.options = lm, options
         self.messages: list[dict[str, str]] = []
+        self._saved: set[Path] = set()
 
     @property
     def name(self) -> str:
@@ -137,19 +143,25 @@ class Conversation:
 
     def set_option(self, name: str, value: str) -> None:
         """Change one option; OptionError if there is no such option or value."""
-        name = field_of(name)
-        if name not in GenerateOptions.names():
+        if not (field := GenerateOptions.find_name(name)):
             raise OptionError(f"no option {name!r}: see hfkit chat --help")
-        self.options = replace(self.options, **{name: GenerateOptions.read_value(name, value)})
+        options = replace(self.options, **{field: GenerateOptions.read_value(field, value)})
+        check_samples(options)
+        self.options = options
 
-    def save(self, path: str) -> None:
-        """Write the messages as JSON Lines, or the raw text."""
+    def save(self, name: str) -> Path:
+        """Write the messages as JSON Lines, or the raw text, to a new file or one that this chat has written."""
+        path = Path(name).expanduser()
         content = "".join(map(console.to_json, self.messages)) if self.has_template else self.text
         try:
-            with open(path, "w", encoding="utf-8", errors="replace") as file:
+            with path.open("w" if path in self._saved else "x", encoding="utf-8", errors="replace") as file:
+                self._saved.add(path)
                 file.write(content)
+        except FileExistsError as error:
+            raise HfkitError(f"{path} exists: save to another file") from error
         except OSError as error:
             raise HfkitError(f"cannot save ({path}): {error.strerror}") from error
+        return path
 
 
 class RemoteConversation(Conversation):
@@ -157,7 +169,7 @@ class RemoteConversation(Conversation):
 
     def __init__(self, server: Server, options: GenerateOptions) -> None:
         self._server, self.options = server, options
-        self.messages = []
+        self.messages, self._saved = [], set()
 
     @property
     def name(self) -> str:
@@ -165,7 +177,7 @@ class RemoteConversation(Conversation):
 
     @property
     def has_template(self) -> bool:
-        return not self.options.raw
+        return self._server.has_chat_template and not self.options.raw
 
     def reply(self) -> Generator[str, None, Generation]:
         return self._server.stream(self.messages if self.has_template else self.text, options=self.options)
@@ -214,7 +226,7 @@ def _obey(talk: Conversation, line: str) -> bool:
             case "reset", []:
                 talk.messages.clear()
             case "save", [_, *_]:
-                talk.save(rest)
+                console.note(f"saved to {talk.save(rest)}")
             case _:
                 print(_HELP, file=sys.stderr)
     except HfkitError as error:

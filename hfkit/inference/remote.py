@@ -60,6 +60,7 @@ class Server:
         self.is_hfkit = entry.get("owned_by") == "hfkit"
         self._answers = not entry.get("continues", True)  # a translator, or a model that learned a task
         self._has_encoder = entry.get("has_encoder", False)
+        self.has_chat_template: bool = entry.get("has_chat_template", True)
         self.context: int | None = entry.get("max_model_len")  # in tokens, if the server tells
 
     def continues(self, options: GenerateOptions) -> bool:

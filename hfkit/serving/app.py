@@ -224,6 +224,7 @@ def _model(server: Server, lm: LanguageModel) -> dict[str, Any]:
     return {"id": lm.name, "object": "model", "created": server.started, "owned_by": "hfkit",
             "max_model_len": lm.context, "task": head_of(lm.model.config),
             "has_encoder": lm.model.config.is_encoder_decoder,
+            "has_chat_template": bool(lm.tokenizer.chat_template),
             "continues": continues(lm, GenerateOptions())}  # fmt: skip
 
 

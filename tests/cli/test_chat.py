@@ -73,6 +73,29 @@ def test_chat_several_lines(tiny, typed, capfdbinary, tmp_path):
     assert (tmp_path / "said").read_text().startswith("a\nb")
 
 
+def test_chat_save_keeps_files(tiny, typed, capfdbinary, tmp_path, monkeypatch):
+    """/save writes a new file, and again what this chat has written, but no file of somebody else."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "notes").write_text("precious")
+    typed("ab\n/save ~/notes\n/save ~/said\ncd\n/save ~/said\n")
+    errors = call(capfdbinary, "chat", "-m", tiny, "-n", 2, "-s", 1).stderr.decode().splitlines()[1:]
+    said = tmp_path / "said"
+    assert errors == [
+        f"hfkit: error: {tmp_path / 'notes'} exists: save to another file",
+        *[f"hfkit: saved to {said}"] * 2,
+    ]
+    assert (tmp_path / "notes").read_text() == "precious"
+    assert said.read_text().startswith("ab") and "cd" in said.read_text()
+
+
+def test_chat_set_takes_flags(tiny, typed, capfdbinary):
+    """/set takes what --help calls an option, and refuses several samples."""
+    typed("/set n 3\n/set stop zz\n/set num_return_sequences 3\n/set\nab\n")
+    lines = call(capfdbinary, "chat", "-m", tiny, "-s", 1).stderr.decode().splitlines()[1:]
+    assert lines[0] == "hfkit: error: a chat has one reply: leave --num-return-sequences out"
+    assert "max_new_tokens 3" in lines[1] and "stop_strings ['zz']" in lines[1] and len(lines) == 3
+
+
 def test_chat_set_and_reset(tiny, typed, capfdbinary):
     """/set changes an option, /reset forgets the conversation."""
     typed("ab\n/reset\n/set temperature 0\n/set seed 5\nab\n")

@@ -73,6 +73,18 @@ def test_chat(server, capfdbinary, monkeypatch):
     assert result.returncode == 0 and len(result.stdout.splitlines()) >= 2, result.stderr
 
 
+def test_chat_as_here(server, capfdbinary, monkeypatch):
+    """A model without a chat template continues one raw text, there as here."""
+    import io
+
+    replies = []
+    for place in (["--server", server[0]], []):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Once upon\nThen\n"))
+        result = call(capfdbinary, "chat", "-m", "bundled", "-n", 6, "-s", 1, *place)
+        replies.append((result.stdout, result.stderr.splitlines()[-1]))
+    assert replies[0] == replies[1] and b"as raw text" in replies[0][1]
+
+
 def test_key(lm, monkeypatch, capfdbinary):
     """The key opens the server; without it, one line says what is missing."""
     with serving(lm, api_key="sesame") as (address, _):
