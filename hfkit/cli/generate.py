@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from hfkit import console
 from hfkit.cli import prompts
 from hfkit.cli.flags import JSON, flags
 from hfkit.cli.generate_file import FileOptions, Results, write_results
-from hfkit.declaration import argument, field_of, option
+from hfkit.declaration import argument, option
 from hfkit.errors import OptionError
 from hfkit.models.sources import find_model
 from hfkit.options import GenerateOptions, ModelOptions, ServerOptions
@@ -56,6 +57,8 @@ def generate(
     if sweep:
         if server.server:
             raise OptionError("--sweep works only on this machine: leave --server out")
+        if files.output:
+            raise OptionError("--sweep prints a table, or with --json lines: leave --output out")
         _print_sweep(model, sampling, prompt, sweep, json=json)
         return
     file = Results(files.output, overwrite=files.overwrite) if files.output else None
@@ -129,9 +132,8 @@ def _describe(samples: Sequence[Generation], seconds: float, first_token: float 
 
 def _print_sweep(model: ModelOptions, sampling: GenerateOptions, prompt: str, sweep: str, *, json: bool) -> None:
     """Print the texts for one prompt and seed under several values of one option, side by side."""
-    name, _, listed = sweep.partition("=")
-    name = field_of(name)
-    if name not in GenerateOptions.names() or not listed:
+    option, _, listed = sweep.partition("=")
+    if not (name := GenerateOptions.find_name(option)) or not listed:
         raise OptionError(f"--sweep is {sweep!r}: write an option and its values, such as temperature=0.3,0.7,1.0")
     values = [GenerateOptions.read_value(name, text) for text in listed.split(",")]
     variants = [replace(sampling, **{name: value}) for value in values]
@@ -147,5 +149,6 @@ def _print_sweep(model: ModelOptions, sampling: GenerateOptions, prompt: str, sw
             console.write_json(*(sample.to_dict() | {name: value} for sample in samples))
         columns[f"{name} {value}"] = samples
     if not json:
-        rows = [[sample.completion.strip() for sample in row] for row in zip(*columns.values(), strict=False)]
+        texts = [[sample.completion.strip() for sample in samples] for samples in columns.values()]
+        rows = list(zip_longest(*texts, fillvalue=""))
         console.write_table(list(columns), rows, max(80, 40 * len(columns)), show_lines=True)

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import hfkit
+from hfkit import console
 from hfkit.errors import HfkitError, OptionError
 from hfkit.inference import batches, controls
 from hfkit.inference.decoding import Endings, complete
@@ -717,6 +718,22 @@ def test_check_controls_samples(lms):
         hfkit.generate("a", model=lms["gpt2"], temperature=0, num_return_sequences=2)
     with pytest.raises(HfkitError, match="at most --num-beams"):
         hfkit.generate("a", model=lms["gpt2"], num_beams=2, num_return_sequences=3)
+
+
+def test_sweep_of_samples(tiny, capfdbinary):
+    """A sweep shows every text, also where another value gives fewer; its option may be called as its flag."""
+    line = ["generate", "ab", "-m", tiny, "-n", 3, "-s", 1, "--sweep"]
+    table = call(capfdbinary, *line, "num_return_sequences=1,3").stdout.decode()
+    texts = [hfkit.generate("ab", model=tiny, max_new_tokens=3, seed=1 + k).completion.strip() for k in range(3)]
+    shown = console.printable(table)
+    assert all(console.printable(text).split("\n")[0] in shown for text in texts)
+    assert b"stop_strings ['x']" in call(capfdbinary, *line, "stop=x,y").stdout
+
+
+def test_sweep_refuses_a_file(tiny, tmp_path, capfdbinary):
+    """A sweep has no file of its own."""
+    line = ["generate", "ab", "-m", tiny, "--sweep", "top_k=1,2", "-o", tmp_path / "out"]
+    assert_fails(call(capfdbinary, *line), 2, "--sweep prints a table, or with --json lines: leave --output out")
 
 
 def test_sweep(tiny, capfdbinary):
