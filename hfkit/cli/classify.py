@@ -113,7 +113,7 @@ def answer(
     no_answer_threshold: float = option(0.0, "How much likelier 'no answer' must be than the best span, in logits."),
     json: bool = JSON,
 ) -> None:
-    """Answer a question from a text. If the text has no answer, print nothing and exit with code 1.
+    """Answer a question from a text. Without an answer, exit with code 1; --json prints an empty one instead.
 
     Examples:
         hfkit answer "Who has a hat?" --context story.txt
@@ -138,4 +138,5 @@ def answer(
         place = "" if result.start is None else f" (characters {result.start} to {result.end})"
         console.detail(f"probability {result.score:.3f}{place}")
     else:
-        raise HfkitError("the text does not answer that; a higher --no-answer-threshold gives the best guess")
+        guess = "a model that points at an answer gives its best guess with a higher --no-answer-threshold"
+        raise HfkitError(f"the text does not answer that; {guess}")

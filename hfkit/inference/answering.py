@@ -12,7 +12,7 @@ import torch
 from hfkit.corpus.labelled import windows
 from hfkit.corpus.sequences import Collator
 from hfkit.corpus.templates import Task, task_of
-from hfkit.errors import HfkitError, NotFiniteError
+from hfkit.errors import HfkitError, NotFiniteError, OptionError
 from hfkit.inference.batches import forward
 from hfkit.inference.generation import generate
 from hfkit.models.architecture import head_of
@@ -70,6 +70,8 @@ def answer(
     lm = loaded(model, "question-answering", "text")
     if head_of(lm.model.config) == "question-answering":
         return next(find_answers(lm, [(question, context)], no_answer_threshold))
+    if no_answer_threshold:
+        raise OptionError(f"--no-answer-threshold is for a model that points at an answer: {lm.name} writes it")
     task = task_of(lm.tokenizer) or _GENERATIVE
     if not {*task.inputs} <= {"question", "context"}:
         raise HfkitError(f"{lm.name} learned another task, from {', '.join(task.inputs)}: use 'hfkit generate'")

@@ -249,6 +249,12 @@ def test_answer_at_a_shell(finder, tmp_path, shell):
     assert f"characters {record['start']} to {record['end']}" in told
 
 
+def test_answer_threshold_of_a_writer(tiny, shell):
+    """A model that writes its answer has no threshold."""
+    line = f"--no-answer-threshold is for a model that points at an answer: {tiny} writes it"
+    assert_fails(shell("what", "-m", tiny, "--no-answer-threshold", "5", stdin=b"a text"), 2, line)
+
+
 def test_answer_none_at_a_shell(finder, shell):
     """Without an answer the exit code is 1 and stderr says why."""
     text = b"the falls of the and of"
