@@ -111,6 +111,9 @@ def loaded(model: Model, *heads: str) -> LanguageModel:
     global _kept
     heads = heads or ("text",)
     if isinstance(model, tuple):
+        if len(model) != 2 or not isinstance(model[0], torch.nn.Module) or isinstance(model[1], torch.nn.Module):
+            given = ", ".join(type(part).__name__ for part in model)
+            raise TypeError(f"a loaded model is (model, tokenizer), not ({given})")
         lm = LanguageModel(*model)
         architecture.check_head(lm.name, lm.model.config, *heads)
         return LanguageModel(share_weights(lm.model).train(False), lm.tokenizer) if lm.model.training else lm

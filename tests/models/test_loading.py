@@ -601,6 +601,20 @@ def test_quantize_head_far_from_zero(rows):
     torch.testing.assert_close(far, near - 100, rtol=0, atol=1e-3)
 
 
+def test_loaded_explains(tiny):
+    """What is not a model and its tokenizer is one sentence."""
+    model, tokenizer = hfkit.load(tiny)
+    for wrong, words in {
+        "model": (model, "a model is a name, a folder or (model, tokenizer), not a GPT2LMHeadModel"),
+        "list": ([model, tokenizer], "a model is a name, a folder or (model, tokenizer), not a list"),
+        "swapped": ((tokenizer, model), "a loaded model is (model, tokenizer), not (GPT2Tokenizer, GPT2LMHeadModel)"),
+        "alone": ((model,), "a loaded model is (model, tokenizer), not (GPT2LMHeadModel)"),
+    }.values():
+        with pytest.raises(TypeError) as error:
+            hfkit.generate("a", model=wrong)
+        assert str(error.value) == words
+
+
 def test_choose_dtype(tiny):
     """Half precision is chosen for GPUs and float32 for CPUs."""
     assert choose_dtype("auto", torch.device("cpu")) == torch.float32
