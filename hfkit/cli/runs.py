@@ -83,7 +83,12 @@ def export(options: ExportOptions, model: str = argument(help="A run of finetune
     place = hfkit.export(model, options)
     console.write(f"{place}\n")
     if options.output_dir:
-        console.note(f"next: hfkit generate -m {shlex.quote(place)}")
+        from hfkit.models.architecture import head_of
+        from hfkit.models.loading import load_config
+        from hfkit.reporting.summaries import command_for
+
+        if (head := head_of(load_config(find_model(model)))) not in ("masked", "other"):
+            console.note(f"next: {command_for(head, shlex.quote(place))}")
     if place.endswith(".gguf"):
         from hfkit.models.modelfile import modelfile_of
 

@@ -14,6 +14,7 @@ from hfkit.console import counted, duration, printable, with_error
 _COMMANDS = {
     "classification": 'hfkit classify -m {folder} "A text"',
     "question-answering": 'hfkit answer -m {folder} "A question?" --context text.txt',
+    "messages": "hfkit chat -m {folder}",
 }
 _SENTENCE_END = re.compile(r"""[.!?…。！？]["'”’»)]*(?=\s|$)""")
 
@@ -132,11 +133,15 @@ def _command(metrics: dict[str, Any]) -> str:
     folder = shlex.quote(" ".join(printable(metrics["folder"]).split()))
     if not metrics.get("has_weights", True):
         return f"hfkit finetune --config {folder}/recipe.yaml"
-    kind = "classification" if task and task.get("labels") else metrics.get("head")
-    if kind in _COMMANDS:
-        return _COMMANDS[kind].format(folder=folder)
+    kind = "classification" if task and task.get("labels") else metrics.get("head") or metrics.get("corpus_kind")
     prompt = "A text" if task else printable(" ".join((metrics.get("prompt") or "Once").split()))
-    return f"hfkit generate -m {folder} {shlex.quote(prompt)}"
+    return command_for(kind, folder, f" {shlex.quote(prompt)}")
+
+
+def command_for(kind: str | None, folder: str, prompt: str = "") -> str:
+    """The command that uses a model. kind: of its head, or of what it learned. folder, prompt: quoted for a shell."""
+    command = _COMMANDS.get(kind or "", "hfkit generate -m {folder}{prompt}")
+    return command.format(folder=folder, prompt=prompt)
 
 
 def _scores(metrics: dict[str, Any], unit: str) -> list[tuple[str, str, str, str]]:

@@ -121,6 +121,7 @@ def make_metrics(job: Job, state: TrainerState, kept: Path) -> dict[str, Any]:
         "head": job.dataset.head,
         "task": asdict(task) if task else None,
         "corpus": job.recipe["corpus"],
+        "corpus_kind": job.dataset.report.kind if job.dataset.report else None,
         "step": step_of(kept),
         "steps": state.global_step,
         **_held_out_scores(history, step_of(kept), job.dataset.head),

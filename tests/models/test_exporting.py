@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 from support import trials
 from support.shell import assert_fails, call, edit_json
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import hfkit
 from hfkit import storage
@@ -278,6 +278,15 @@ def hub(monkeypatch):
     monkeypatch.setattr("hfkit.models.exporting.reach_hub", lambda name: None)
     monkeypatch.setattr(Api, "calls", [])
     return Api
+
+
+def test_export_head_says_its_command(tiny_bert, tmp_path, capfdbinary):
+    """The next command is one that takes the model."""
+    with_head = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
+    for part in (with_head, AutoTokenizer.from_pretrained(tiny_bert)):
+        part.save_pretrained(tmp_path / "model")
+    result = call(capfdbinary, "export", tmp_path / "model", "-o", tmp_path / "out")
+    assert result.stderr.decode() == f'hfkit: next: hfkit classify -m {tmp_path / "out"} "A text"\n'
 
 
 def test_push_to_mirror(tiny, hub, tmp_path, monkeypatch):

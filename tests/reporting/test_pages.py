@@ -184,6 +184,12 @@ def nasty(metrics) -> dict:
     }  # fmt: skip
 
 
+def test_command_of_a_chat(metrics):
+    """A model that learned conversations is used by `chat`, whose turns go through its template."""
+    files = make_files(metrics | {"corpus_kind": "messages", "prompt": "User: Hi\nAssistant:"})
+    assert re.findall("^    (hfkit .*)", files["README.md"], re.M)[0] == f"hfkit chat -m {metrics['folder']}"
+
+
 def test_make_files_escapes_names_and_samples(nasty):
     files = make_files(nasty)
     page = Page(files["report.html"])
