@@ -160,7 +160,7 @@ def _generate_windows(
         bar.update(texts * processes.count)
 
     most = generation.window_size(lm, sampling, batch_size)
-    least = generation.window_size(lm, sampling, batch_size, 1) if controls.is_plain(lm, sampling) else 1
+    least = generation.window_size(lm, sampling, batch_size, 1) if controls.is_batchable(lm, sampling) else 1
     size = least
     while window := list(islice(prompts, size * processes.count)):
         started = time.monotonic()

@@ -9,7 +9,6 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,15 +18,23 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from hfkit.console import note
 from hfkit.errors import HfkitError, NotFiniteError, first_line
 from hfkit.inference import graphs
-from hfkit.inference.controls import endings, generate_arguments, generation_config, is_sampled, needs_equal_lengths
+from hfkit.inference.controls import (
+    beams,
+    endings,
+    generate_arguments,
+    generation_config,
+    is_sampled,
+    needs_equal_lengths,
+)
 from hfkit.inference.decoding import Completion, Rows, StopTexts, complete, decode
 from hfkit.inference.text import Request
 from hfkit.models.architecture import for_device
-from hfkit.models.loading import LanguageModel, load
+from hfkit.models.loading import LanguageModel, load, vocabulary_size
 from hfkit.options import GenerateOptions
 
 _ROWS_AT_ONCE = {"cpu": 64, "cuda": 256}
 TOKENS_AT_ONCE = {"cpu": 32_768, "cuda": 262_144}  # prompt and new tokens of all rows
+_LOGITS_KEPT = 1 << 28  # of all steps of a beam search: 1 GB. Log-probabilities are read from them in the end
 # transformers samples with torch's global generator in its loops for beams and speculation, so one of them runs at a
 # time. Assistants are changed by it, too: they are loaded here and belong to nobody else.
 _special_loops = threading.Lock()
@@ -82,27 +89,38 @@ def group_by_length(lengths: Mapping[int, int], most: int, tokens: int) -> Itera
 
 def run_all(
     lm: LanguageModel, requests: Sequence[Request], options: GenerateOptions, size: int, on_done: Callable[[int], None]
-) -> list[Completion]:
-    """The result of each request, in order. Runs batches of at most `size` rows; `on_done` gets the size of each."""
+) -> list[list[Completion]]:
+    """The texts of each request, in order: one, or those of its beam search. `on_done` gets how many a batch gave.
+
+    size: most rows of a batch, of which each beam is one.
+    """
     # Rows of a batch share their number of new tokens, so that they end together at the latest.
     lengths: dict[tuple[int, int], dict[int, int]] = {}
     exact = needs_equal_lengths(lm, options)
     for number, request in enumerate(requests):
         shape = request.new_tokens, len(request.ids) if exact else 0
         lengths.setdefault(shape, {})[number] = len(request.ids) + request.new_tokens
-    tokens = for_device(TOKENS_AT_ONCE, lm.model.device.type)
-    results: dict[int, Completion] = {}
-    for batch in chain.from_iterable(group_by_length(alike, size, tokens) for alike in lengths.values()):
-        completions = _run_smaller(lm, [requests[number] for number in batch], options)
-        results |= dict(zip(batch, completions, strict=True))
-        on_done(len(batch))
+    width, tokens = beams(lm, options), for_device(TOKENS_AT_ONCE, lm.model.device.type)
+    results: dict[int, list[Completion]] = {}
+    for (new_tokens, _), alike in lengths.items():
+        most = (
+            size
+            if width == 1
+            else min(size // width, _LOGITS_KEPT // (width * new_tokens * vocabulary_size(lm.model)))
+        )
+        for batch in group_by_length(alike, max(1, most), tokens // width):
+            texts = _run_smaller(lm, [requests[number] for number in batch], options)
+            results |= dict(zip(batch, texts, strict=True))
+            on_done(sum(map(len, texts)))
     return [results[number] for number in range(len(requests))]
 
 
-def _run_smaller(lm: LanguageModel, requests: list[Request], options: GenerateOptions) -> list[Completion]:
+def _run_smaller(lm: LanguageModel, requests: list[Request], options: GenerateOptions) -> list[list[Completion]]:
     """Run a batch; where the device's memory is too small for it, in halves."""
     try:
-        return run_batch(lm, requests, options)
+        if beams(lm, options) > 1:
+            return run_special(lm, requests, options)
+        return [[completion] for completion in run_batch(lm, requests, options)]
     except _NoMemory:
         if len(requests) == 1:
             raise
@@ -138,24 +156,32 @@ def new_rows(
     return Rows(lm.tokenizer, contexts, endings(lm, options), seeds=seeds, on_text=on_text)
 
 
-def run_special(lm: LanguageModel, request: Request, options: GenerateOptions) -> list[Completion]:
-    """Beam search and speculation, in transformers' own loops and with torch's global random numbers."""
+def run_special(lm: LanguageModel, requests: Sequence[Request], options: GenerateOptions) -> list[list[Completion]]:
+    """Beam search and speculation, in transformers' own loops and with torch's global random numbers.
+
+    requests: one, or, if these options are batchable, several with the same number of new tokens.
+    """
+    request = requests[0]
     config = generation_config(lm, options, request.new_tokens)
     config.return_dict_in_generate = config.output_logits = True
-    config.num_return_sequences = options.num_return_sequences or 1
-    context, ends, start = _context(lm, request), endings(lm, options), _start(lm, len(request.ids))
-    stops = [StopTexts(lm.tokenizer, context, start, ends.strings)] if ends.strings else []
+    config.num_return_sequences = count = options.num_return_sequences or 1
+    contexts, ends = [_context(lm, request) for request in requests], endings(lm, options)
+    start = _start(lm, max(len(request.ids) for request in requests))
+    stops = [StopTexts(lm.tokenizer, contexts[0], start, ends.strings)] if ends.strings else []
     with _special_loops, torch.random.fork_rng([lm.model.device] if lm.model.device.type == "cuda" else []):
         torch.manual_seed(request.seed or 0)
         arguments = _assistant_arguments(lm, options, start + request.new_tokens)
         arguments |= {"tokenizer": lm.tokenizer, "stopping_criteria": StoppingCriteriaList(stops)}
-        output = _call(lm, [request], options, config, **arguments)
+        output = _call(lm, requests, options, config, **arguments)
     model: Any = lm.model
     scores = model.compute_transition_scores(
         output.sequences, output.logits, getattr(output, "beam_indices", None), normalize_logits=True
     )
     rows = zip(output.sequences[:, start:].tolist(), scores.double().cpu(), strict=True)
-    return [complete(lm.tokenizer, context, tokens, ends, nats) for tokens, nats in rows]
+    completions = [
+        complete(lm.tokenizer, contexts[row // count], tokens, ends, nats) for row, (tokens, nats) in enumerate(rows)
+    ]
+    return [completions[first : first + count] for first in range(0, len(completions), count)]
 
 
 def _assistant_arguments(lm: LanguageModel, options: GenerateOptions, length: int) -> dict[str, Any]:

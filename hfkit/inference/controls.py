@@ -95,6 +95,12 @@ def is_plain(lm: LanguageModel, options: GenerateOptions) -> bool:
     return beams(lm, options) == 1 and not options.prompt_lookup_num_tokens and not options.assistant_model
 
 
+def is_batchable(lm: LanguageModel, options: GenerateOptions) -> bool:
+    """Whether prompts can be run together: in the plain loop, or in one beam search without random numbers."""
+    special = options.prompt_lookup_num_tokens or options.assistant_model or is_sampled(lm, options)
+    return is_plain(lm, options) or not (special or endings(lm, options).strings)
+
+
 def needs_equal_lengths(lm: LanguageModel, options: GenerateOptions) -> bool:
     """Whether a control would see padding: then only prompts of one length may share a batch.
 

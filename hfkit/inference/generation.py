@@ -14,7 +14,7 @@ from hfkit.corpus.files import find_corpus
 from hfkit.corpus.overlap import WORDS, Index, index_corpus
 from hfkit.errors import HfkitError, NotFiniteError, OptionError
 from hfkit.inference import batches
-from hfkit.inference.controls import check_controls, check_options, continues, is_plain, is_sampled
+from hfkit.inference.controls import check_controls, check_options, continues, is_batchable, is_plain, is_sampled
 from hfkit.inference.decoding import Completion
 from hfkit.inference.remote import CONCURRENT, Server, seed_of
 from hfkit.inference.results import Generation
@@ -117,7 +117,8 @@ def generate_each(
     first_seed = seed_of(options)
     check_controls(lm, options)
     samples, size = options.num_return_sequences or 1, batch_size or batches.default_size(lm)
-    plain, prompts = is_plain(lm, options), iter(prompts)
+    together, prompts = is_batchable(lm, options), iter(prompts)
+    seeds = samples if is_plain(lm, options) else 1  # one beam search gives all samples
     while window := list(islice(prompts, window_size(lm, options, batch_size))):
         results: dict[int, list[Generation] | HfkitError] = {}
         rows: list[tuple[int, Request]] = []
@@ -126,9 +127,9 @@ def generate_each(
                 if isinstance(prompt, HfkitError):
                     raise prompt
                 request, seed = _prepare(lm, prompt, options), first_seed + number * samples
-                if plain:
+                if together:
                     results[number] = []
-                    rows += [(number, replace(request, seed=seed + k)) for k in range(samples)]
+                    rows += [(number, replace(request, seed=seed + k)) for k in range(seeds)]
                 else:
                     results[number] = _run_alone(lm, options, replace(request, seed=seed))
                     on_done(samples)
@@ -136,10 +137,11 @@ def generate_each(
                 results[number] = error
                 on_done(samples)
         completions = batches.run_all(lm, [request for _, request in rows], options, size, on_done)
-        for (number, request), completion in zip(rows, completions, strict=True):
+        for (number, request), texts in zip(rows, completions, strict=True):
             try:
                 if isinstance(generations := results[number], list):
-                    generations.append(_redraw(lm, options, request, _generation(lm, options, request, completion)))
+                    generated = [_generation(lm, options, request, completion) for completion in texts]
+                    generations += [_redraw(lm, options, request, generation) for generation in generated]
             except HfkitError as error:
                 results[number] = error
         yield from results.items()
@@ -150,7 +152,7 @@ def _run_alone(lm: LanguageModel, options: GenerateOptions, request: Request) ->
     if is_plain(lm, options):
         completions = batches.run_batch(lm, [request], options)
     else:
-        completions = batches.run_special(lm, request, options)
+        completions = batches.run_special(lm, [request], options)[0]
     return [_generation(lm, options, request, completion) for completion in completions]
 
 

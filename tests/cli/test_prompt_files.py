@@ -158,7 +158,8 @@ def test_generate_checks_files_first(tiny, tmp_path, monkeypatch, capfdbinary, f
         (0, [], [2, 4, 8, 16, 16, 16]),
         (60, [], [2] * 31),
         (3, [], [2, 4, 8, 16, 16, 16]),
-        (60, ["--num-beams", 2], [1] * 62),
+        (60, ["--num-beams", 2], [2] * 31),
+        (60, ["--prompt-lookup-num-tokens", 2], [1] * 62),
     ],
 )
 def test_generate_output_grows(tiny, many, tmp_path, monkeypatch, capfdbinary, seconds, flags, expected):

@@ -230,6 +230,48 @@ def test_run_batch_equals_alone(lms, name, fields):
         assert [str(one) for one in hfkit.generate(PROMPTS, seed=4, batch_size=2, **how)] == [*map(str, together)]
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bart"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"num_return_sequences": 2, "length_penalty": -1.0, "early_stopping": True},
+        {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3},
+        {"bad_words": ["a", "e"], "sequence_bias": ["t=2.0"]},
+    ],
+    ids=str,
+)
+def test_beams_of_a_batch_equal_alone(lms, monkeypatch, name, how):
+    """Prompts share a beam search, and each gets the beams that it would get alone."""
+    sizes, run = [], batches.run_special
+    monkeypatch.setattr(
+        batches, "run_special", lambda lm, rows, options: sizes.append(len(rows)) or run(lm, rows, options)
+    )
+    how = {"model": lms[name], "num_beams": 3, "do_sample": False, "max_new_tokens": 8, **how}
+    alone = [hfkit.generate(prompt, **how) for prompt in PROMPTS]
+    together = hfkit.generate(PROMPTS, **how)
+    given = {key: value for key, value in how.items() if key != "model"}
+    # Where a control would see the padding, only prompts of one length share a search.
+    assert sizes[5:] == ([1] * 5 if controls.needs_equal_lengths(lms[name], GenerateOptions(**given)) else [5])
+    flat = [[one] if isinstance(one, hfkit.Generation) else one for one in (*together, *alone)]
+    for ours, theirs in zip(flat[: len(PROMPTS)], flat[len(PROMPTS) :], strict=True):
+        assert [(one.completion, one.finish_reason) for one in ours] == [
+            (one.completion, one.finish_reason) for one in theirs
+        ]
+        assert [one.logprob for one in ours] == pytest.approx([one.logprob for one in theirs], abs=1e-3)
+
+
+def test_beams_keep_few_logits(lms, monkeypatch):
+    """A beam search keeps the logits of all its steps: their number limits a batch."""
+    sizes, run = [], batches.run_special
+    monkeypatch.setattr(
+        batches, "run_special", lambda lm, rows, options: sizes.append(len(rows)) or run(lm, rows, options)
+    )
+    monkeypatch.setattr(batches, "_LOGITS_KEPT", 2 * 3 * 8 * 257)
+    hfkit.generate(["a", "b", "c"], model=lms["gpt2"], num_beams=3, max_new_tokens=8)
+    assert sizes == [2, 1]
+
+
 def test_generate_seeds(lms):
     """Sample k of prompt i has a seed of its own, which gives it again."""
     how = {"model": lms["gpt2"], "max_new_tokens": 6}
@@ -727,7 +769,8 @@ def test_sweep_of_samples(tiny, capfdbinary):
     texts = [hfkit.generate("ab", model=tiny, max_new_tokens=3, seed=1 + k).completion.strip() for k in range(3)]
     shown = console.printable(table)
     assert all(console.printable(text).split("\n")[0] in shown for text in texts)
-    assert b"stop_strings ['x']" in call(capfdbinary, *line, "stop=x,y").stdout
+    rows = call(capfdbinary, *line, "stop=x,y", "--json").stdout.splitlines()
+    assert [json.loads(row)["stop_strings"] for row in rows] == ["x", "y"]
 
 
 def test_sweep_refuses_a_file(tiny, tmp_path, capfdbinary):
