@@ -31,6 +31,12 @@ Ids = list[int]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
+class LiteralOptions(GenerateOptions):
+    r"""Options that came as JSON, which has spelled a newline already: \n in them is two characters."""
+
+    is_literal = True
+
+
 class _Nullable(BaseModel):
     """Treats null as a missing field: many clients send it."""
 
@@ -81,7 +87,7 @@ class Sampling(Body):
         """OptionError for a value that is out of range."""
         stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         temperature = self.temperature
-        return GenerateOptions(
+        return LiteralOptions(
             temperature=0.0 if temperature is not None and 0 < temperature < _LEAST_TEMPERATURE else temperature,
             top_p=self.top_p,
             seed=self.seed,
