@@ -26,7 +26,7 @@ from hfkit.options import GenerateOptions
 from hfkit.reporting.templates import script_hash
 from hfkit.serving import protocol
 from hfkit.serving.engine import Engine, make_engine
-from hfkit.serving.guard import Counts, Guard, Settings, error_reply, explain
+from hfkit.serving.guard import Counts, Guard, Settings, error_reply, explain, explain_body
 from hfkit.serving.jobs import AS_GENERATE, TextJob, TextPlan, chat_prompt, plan_texts
 from hfkit.serving.replies import Reply, Response, to_events, until_gone
 
@@ -91,10 +91,8 @@ async def _on_error(request: fastapi.Request, error: Exception) -> JSONResponse:
 
 
 async def _on_invalid(request: fastapi.Request, error: RequestValidationError) -> JSONResponse:
-    first = error.errors()[0]
-    place = [str(part)[:40] for part in first["loc"][1:]]
-    reason = str(first["msg"])[:300].encode("ascii", "backslashreplace").decode()
-    return error_reply(400, f"{'.'.join(place) or 'the body'}: {reason}", param=place[0] if place else None)
+    message, param = explain_body(error.errors(), error.body)
+    return error_reply(400, message, param=param)
 
 
 async def _on_http(request: fastapi.Request, error: HTTPException) -> JSONResponse:

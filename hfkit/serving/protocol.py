@@ -28,7 +28,7 @@ _ONLY: dict[str, Any] = {"response_format": {"type": "text"}, "modalities": ["te
                          "text": {"format": {"type": "text"}}, "background": False}  # fmt: skip
 
 Ids = list[int]
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Stop = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 class LiteralOptions(GenerateOptions):
@@ -75,7 +75,7 @@ class Sampling(Body):
     temperature: float | None = None
     top_p: float | None = None
     n: int = Field(1, ge=1, le=_MOST_TEXTS)
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=64)] | None = None
     seed: int | None = None
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)

@@ -17,12 +17,13 @@ OPTIONS = [
     {"do_sample": False, "repetition_penalty": 1.3},
     {"top_k": 5, "typical_p": 0.9, "no_repeat_ngram_size": 2},
     {"stop_strings": [" the"], "min_new_tokens": 4},
+    {"stop_strings": ["#", "x" * 4096, "%", "@", "^", " the"], "min_new_tokens": 4},
     {"sequence_bias": [" house=4"], "bad_words": [" and"]},
     {"max_new_tokens": 3},
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: str(options)[:60])
 def test_generate(server, story, options):
     """Every field of a result is the same, streamed or not."""
     options = {"seed": 7, "max_new_tokens": 16} | options
