@@ -3,12 +3,12 @@
 A field that is missing or null is not set. Sampling is then that of `hfkit generate`; lengths have OpenAI's defaults.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from hfkit.errors import OptionError
+from hfkit.errors import HfkitError, OptionError
 from hfkit.options import GenerateOptions
 from hfkit.serving.rows import Wishes
 
@@ -46,11 +46,40 @@ class _Nullable(BaseModel):
         return {name: value for name, value in values.items() if value is not None} if type(values) is dict else values
 
 
+def _texts_in(value: Any) -> Iterator[str]:
+    """All texts of a JSON value, names of fields included."""
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, dict):
+            parts += [*part, *part.values()]
+        elif isinstance(part, list):
+            parts += [each for each in part if not isinstance(each, int)]  # most lists are token ids
+
+
 class Body(_Nullable):
     """Fields of every request."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     model: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_texts(cls, values: Any) -> Any:
+        """Raise HfkitError for half a surrogate pair, which JSON can spell, in any text of the body.
+
+        It is not an OptionError: pydantic would reword that, as any ValueError.
+        """
+        for name, field in values.items() if type(values) is dict else ():
+            for text in _texts_in([name, field]):
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    fault = f"is not UTF-8 text (character {error.start + 1}): convert it"
+                    raise HfkitError(f"{text!a:.60} in {name!a:.40} {fault}") from error
+        return values
 
     def check_extras(self) -> dict[str, Any]:
         """Raise OptionError for a field that would have no effect. Returns controls among undeclared fields."""

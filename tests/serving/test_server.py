@@ -171,6 +171,24 @@ def test_reason_is_that_of_the_type_that_was_meant(http, route, body, param, wor
     assert reply.status_code == 400 and error["param"] == param and error["message"].startswith(words), error
 
 
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [("/v1/completions", {"prompt": "a", "suffix": "HALF"}), ("/v1/completions", {"prompt": ["a", "HALF"]}),
+     ("/v1/completions", {"prompt": "a", "stop": ["HALF"]}), ("/v1/completions", {"prompt": "a", "HALF": 1}),
+     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "HALF"}]}]}),
+     ("/v1/responses", {"input": "HALF"}), ("/v1/responses", {"input": "a", "instructions": "HALF"}),
+     ("/v1/classify", {"input": [{"HALF": "a"}]}), ("/v1/classify", {"input": "a", "labels": ["b", "HALF"]}),
+     ("/v1/answer", {"question": "HALF", "context": "a"}), ("/v1/answer", {"question": "a", "context": "HALF"}),
+     ("/tokenize", {"prompt": "HALF"}), ("/detokenize", {"tokens": [1], "model": "HALF"})],
+)  # fmt: skip
+def test_half_a_surrogate_pair_is_refused_in_every_body(http, route, body):
+    content = json.dumps(body).replace("HALF", "hi \\ud83d")
+    reply = http.post(route, content=content, headers={"content-type": "application/json"})
+    assert reply.status_code == 400, reply.text
+    assert r"'hi \ud83d' in " in reply.json()["error"]["message"]
+    assert "is not UTF-8 text (character 4): convert it" in reply.json()["error"]["message"]
+
+
 def test_nulls_are_as_good_as_nothing(http):
     fields = "n best_of echo logprobs stop seed logit_bias presence_penalty frequency_penalty stream suffix user top_k"
     nulls = dict.fromkeys([*fields.split(), "stream_options", "max_tokens", "temperature", "top_p", "model"])
