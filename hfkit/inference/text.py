@@ -173,6 +173,11 @@ class Detokenizer:
         self._ids += tokens
         return self._advance(final=False)
 
+    @property
+    def unfinished(self) -> str:
+        """The text that `push` has not returned yet, as `finish` would."""
+        return self._decode(self._start, len(self._ids))[len(self._decode(self._start, self._read)) :]
+
     def finish(self) -> str:
         """What is left: the bytes of an unfinished character, as U+FFFD."""
         return self._advance(final=True)

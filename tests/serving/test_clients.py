@@ -1,5 +1,6 @@
 """Clients that were written for OpenAI, unchanged: each gets what `hfkit generate` gives."""
 
+import random
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ import yaml
 
 import hfkit
 from hfkit.corpus.templates import CHAT_TEMPLATE
+from hfkit.inference.text import token_writer
+from hfkit.serving.replies import Writer
 
 PROMPT = "Once upon a time"
 
@@ -90,6 +93,39 @@ def test_log_probabilities(client, story):
         assert choice.text[offset : offset + len(token)] == token
     for token, logprob, top in zip(scores.tokens[1:], scores.token_logprobs[1:], scores.top_logprobs[1:], strict=True):
         assert top[token] == logprob and 3 <= len(top) <= 4
+
+
+def places_of(parts: list[bytes]) -> list[int]:
+    """The number of the character in which each part begins, where bytes that are none are U+FFFD."""
+    data, places, number = b"".join(parts), [], 0
+    while len(places) < len(data):
+        rest = data[len(places) :]
+        try:
+            size = len(rest.decode()[0].encode())
+        except UnicodeDecodeError as error:
+            size = error.end if error.start == 0 else len(rest[: error.start].decode()[0].encode())
+        places += [number] * size
+        number += 1
+    starts = [sum(map(len, parts[:index])) for index in range(len(parts))]
+    return [places[start] for start in starts]
+
+
+def test_places_of_tokens_that_are_parts_of_characters(story):
+    """Invalid bytes, characters of several tokens, and both in turn, among tokens of several bytes."""
+    rng, write = random.Random(5), token_writer(story.tokenizer)
+    parts = {token: write(word) for word, token in story.tokenizer.get_vocab().items() if not word.startswith("<")}
+    broken = [token for token, part in parts.items() if "\ufffd" in part.decode(errors="replace")]
+    assert len(broken) >= 128
+    emoji = story.tokenizer("é🙂€" * 2)["input_ids"]
+    for _ in range(200):
+        ids = []
+        while len(ids) < 30:
+            ids += rng.choice([emoji[: rng.randrange(9)], rng.choices(broken, k=2), rng.choices(list(parts), k=2)])
+        writer, scores = Writer(story, "text_completion", "hi", story.tokenizer("hi")["input_ids"]), []
+        for first in range(0, len(ids), 7):  # as a stream gives them
+            piece = ids[first : first + 7]
+            scores += writer.scores(piece, [None] * len(piece))["text_offset"]
+        assert scores == [2 + place for place in places_of([parts[token] for token in ids])], ids
 
 
 def test_chat_goes_through_hfkits_plain_template(client, story):
