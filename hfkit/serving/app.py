@@ -147,6 +147,7 @@ def _chat_plan(
 
 @router.post("/v1/chat/completions")
 async def _chat(request: fastapi.Request, body: protocol.ChatBody) -> Any:
+    body.check()
     engine = _server(request).engine(body.model)
     most, top = body.max_completion_tokens or body.max_tokens, body.top_logprobs if body.logprobs else None
     job = await _start(request, engine, lambda: _chat_plan(engine.lm, body, most, body.n, top))
@@ -156,9 +157,10 @@ async def _chat(request: fastapi.Request, body: protocol.ChatBody) -> Any:
 
 @router.post("/v1/responses")
 async def _respond(request: fastapi.Request, body: protocol.ResponseBody) -> Any:
+    body.check()
     engine = _server(request).engine(body.model)
     job = await _start(request, engine, lambda: _chat_plan(engine.lm, body, body.max_output_tokens))
-    return await _send(request, Response(engine.lm, job))
+    return await _send(request, Response(engine.lm, job, body.repeated))
 
 
 def _compute(call: Callable[[], Any]) -> Any:

@@ -26,6 +26,7 @@ _IGNORED = {"user", "store", "metadata", "service_tier", "safety_identifier", "p
 # OpenAI's fields with the only value that is supported here.
 _ONLY: dict[str, Any] = {"response_format": {"type": "text"}, "modalities": ["text"], "truncation": "disabled",
                          "text": {"format": {"type": "text"}}, "background": False}  # fmt: skip
+_LOGPROBS = "message.output_text.logprobs"  # what a client of /v1/responses may ask to include
 
 Ids = list[int]
 Stop = Annotated[str, Field(min_length=1, max_length=4096)]
@@ -204,6 +205,11 @@ class ChatBody(Sampling):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
 
+    def check(self) -> None:
+        """Raise OptionError for a field that would have no effect."""
+        if self.top_logprobs and not self.logprobs:
+            raise OptionError("top_logprobs has no effect alone: add logprobs")
+
 
 class ResponseBody(Sampling):
     """POST /v1/responses."""
@@ -211,6 +217,21 @@ class ResponseBody(Sampling):
     input: str | list[Message] = ""
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
+    metadata: dict[str, str] = {}
+    include: Any = None
+
+    def check(self) -> None:
+        """Raise OptionError for a field that would have no effect."""
+        if self.n > 1:
+            raise OptionError("'n' is not supported here: leave it out")
+        if isinstance(self.include, list) and _LOGPROBS in self.include:
+            raise OptionError(f"{_LOGPROBS!r} is not supported in 'include' here: leave it out")
+
+    @property
+    def repeated(self) -> dict[str, Any]:
+        """The fields that the reply repeats."""
+        names = ("instructions", "metadata", "temperature", "top_p", "max_output_tokens")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def messages(self) -> list[Message]:

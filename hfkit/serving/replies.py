@@ -178,13 +178,14 @@ class Reply:
 class Response:
     """The reply to POST /v1/responses: one message."""
 
-    def __init__(self, lm: LanguageModel, job: TextJob) -> None:
+    def __init__(self, lm: LanguageModel, job: TextJob, repeated: dict[str, Any]) -> None:
+        """repeated: fields of the request that the reply repeats."""
         self._job, self.plan = job, job.plan
         self._item_id, self._number = f"msg_{secrets.token_hex(12)}", 0
         self._frame: dict[str, Any] = {
             "id": f"resp_{secrets.token_hex(12)}", "object": "response", "created_at": int(time.time()),
-            "model": lm.name, "error": None, "incomplete_details": None, "instructions": None, "metadata": {},
-            "parallel_tool_calls": False, "tool_choice": "none", "tools": [], "temperature": None, "top_p": None,
+            "model": lm.name, "error": None, "incomplete_details": None,
+            "parallel_tool_calls": False, "tool_choice": "none", "tools": [], **repeated,
         }  # fmt: skip
 
     def _item(self, text: str | None, status: str) -> dict[str, Any]:

@@ -169,6 +169,42 @@ def test_responses(client, story):
         assert stream.get_final_response().status == "completed"
 
 
+def test_responses_repeat_what_was_asked(client):
+    asked = {"instructions": "Be kind.", "metadata": {"a": "b"}, "temperature": 0.5, "top_p": 0.9}
+    for fields in ({}, asked):
+        fields |= {"max_output_tokens": 3}
+        names, same = [*asked, "max_output_tokens"], {"model": "bundled", "input": "Hello", **fields}
+        expected = {name: fields.get(name, {} if name == "metadata" else None) for name in names}
+        events = list(client.responses.create(**same, stream=True))
+        for reply in (client.responses.create(**same), events[0].response, events[-1].response):
+            assert {name: getattr(reply, name) for name in names} == expected
+
+
+@pytest.mark.parametrize(
+    ("route", "asked", "words"),
+    [
+        ("responses", {"extra_body": {"n": 2}}, "'n' is not supported"),
+        ("responses", {"include": ["message.output_text.logprobs"]}, "'message.output_text.logprobs' is not supp"),
+        ("responses", {"include": ["reasoning.encrypted_content"], "extra_body": {"n": 1}}, None),
+        ("chat.completions", {"top_logprobs": 2}, "top_logprobs has no effect alone: add logprobs"),
+        ("chat.completions", {"top_logprobs": 2, "logprobs": False}, "top_logprobs has no effect alone"),
+        ("chat.completions", {"top_logprobs": 0}, None),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(client, route, asked, words):
+    body = {"model": "bundled"}
+    if route == "responses":
+        create, body = client.responses.create, body | {"input": "Hello", "max_output_tokens": 2}
+    else:
+        turns = [{"role": "user", "content": "Hello"}]
+        create, body = client.chat.completions.create, body | {"messages": turns, "max_tokens": 2}
+    if words is None:
+        assert create(**body, **asked)
+        return
+    with pytest.raises(openai.BadRequestError, match=words):
+        create(**body, **asked)
+
+
 def test_models(client, lm):
     assert [model.id for model in client.models.list()] == ["bundled", lm.name]
     assert client.models.retrieve("bundled").max_model_len == 1024
