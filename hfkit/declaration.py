@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, Self, get_args, get_origin, get_type_hints
@@ -174,6 +174,7 @@ class Options:
     """A group of options: Python, recipes and flags meet the same checks. A lone value stands for a list of one."""
 
     named_by: ClassVar[str | None] = None  # the field that a lone text sets: ModelOptions.make("gpt2")
+    is_literal: ClassVar[bool] = False  # whether texts are meant as they are, without `unescape`
 
     def __post_init__(self) -> None:
         kinds = kinds_of(type(self))
@@ -260,5 +261,5 @@ def divide(overrides: Mapping[str, Any], *groups: tuple[type[Options], Any]) -> 
                 raise TypeError(f"a model is a name, a folder or (model, tokenizer), not a {kind}")
             raise TypeError(f"options are {group.__name__}(...), not a {kind}: pass its items as keywords, **{kind}")
         chosen = {name: value for name, value in overrides.items() if owner[name] is group}
-        made.append(group(**{**(vars(options) if options else {}), **chosen}))
+        made.append(replace(options, **chosen) if options else group(**chosen))
     return made

@@ -58,7 +58,7 @@ def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: i
         config.sequence_bias = {
             tuple(ids): bias
             for text, bias in options.biases()
-            for variant in (unescape(text), " " + unescape(text).lstrip(" "))
+            for variant in (_meaning(text, options), " " + _meaning(text, options).lstrip(" "))
             if (ids := lm.tokenizer(variant, add_special_tokens=False)["input_ids"])
         }
     if options.tgt_lang:
@@ -66,6 +66,11 @@ def generation_config(lm: LanguageModel, options: GenerateOptions, new_tokens: i
     if options.watermark:
         config.watermarking_config = WatermarkingConfig()
     return config
+
+
+def _meaning(text: str, options: GenerateOptions) -> str:
+    """What a text in `options` means."""
+    return text if options.is_literal else unescape(text)
 
 
 def _own_config(lm: LanguageModel) -> GenerationConfig:
@@ -80,7 +85,7 @@ def generate_arguments(lm: LanguageModel, options: GenerateOptions, rows: int, s
         ids = torch.tensor([lm.tokenizer(options.negative_prompt)["input_ids"]] * rows, device=lm.model.device)
         arguments["negative_prompt_ids"] = ids
     if options.bad_words:
-        banned = BannedTexts(lm.tokenizer, [unescape(text) for text in options.bad_words], start)
+        banned = BannedTexts(lm.tokenizer, [_meaning(text, options) for text in options.bad_words], start)
         arguments["logits_processor"] = LogitsProcessorList([banned])
     return arguments
 
@@ -147,10 +152,11 @@ def endings(lm: LanguageModel, options: GenerateOptions) -> Endings:
     eos = _own_config(lm).eos_token_id
     eos = lm.tokenizer.eos_token_id if eos is None else eos
     tokens = set() if eos is None else set(eos) if isinstance(eos, list) else {eos}
-    wanted = options.stop_strings or _own_config(lm).stop_strings or []
-    if not wanted and (task := chosen_task(options, lm.tokenizer)):
+    strings = [_meaning(text, options) for text in options.stop_strings or []]
+    if not strings and (own := _own_config(lm).stop_strings):
+        strings = [own] if isinstance(own, str) else own
+    if not strings and (task := chosen_task(options, lm.tokenizer)):
         return Endings(tokens, [task.end])
-    strings = [unescape(text) for text in ([wanted] if isinstance(wanted, str) else wanted)]
     # A special token is left out of the text, so a string that has one in it ends the text at that token.
     special = special_token_ids(lm.tokenizer) if strings else {}
     tokens |= {token for name, token in special.items() if any(name in text for text in strings)}

@@ -174,8 +174,8 @@ class Server:
                 where = "on this machine" if name in _LOCAL else "with hfkit's own server"
                 raise OptionError(f"{flag_of(name)} works only {where}: leave it out")
         fields = {_OPENAI_NAMES.get(name, name): value for name, value in fields.items()}
-        if "stop" in fields:
-            fields["stop"] = [unescape(text) for text in fields["stop"]]
+        for name in {"stop", "bad_words", "sequence_bias"} & fields.keys():  # a server takes them literally
+            fields[name] = [unescape(text) for text in fields[name]]
         if route == "completions":
             # hfkit knows none of these models' and of beams.
             scores = {} if self._has_encoder or (options.num_beams or 1) > 1 else {"logprobs": 1}

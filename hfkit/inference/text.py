@@ -173,6 +173,11 @@ class Detokenizer:
         self._ids += tokens
         return self._advance(final=False)
 
+    @property
+    def unfinished(self) -> str:
+        """The text that `push` has not returned yet, as `finish` would."""
+        return self._decode(self._start, len(self._ids))[len(self._decode(self._start, self._read)) :]
+
     def finish(self) -> str:
         """What is left: the bytes of an unfinished character, as U+FFFD."""
         return self._advance(final=True)
@@ -198,9 +203,14 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 
 def held_back(text: str, stops: Sequence[str]) -> int:
     """How many characters at the end of `text` may turn out to begin a stop string."""
-    longest = max((len(stop) - 1 for stop in stops), default=0)
-    sizes = range(min(longest, len(text)), 0, -1)
-    return next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in stops)), 0)
+    size = 0
+    for stop in stops:
+        # Only places with its first character are looked at: this runs at every token, for stops of any length.
+        start = text.find(stop[:1], max(0, len(text) - len(stop) + 1))
+        while start >= 0 and not stop.startswith(text[start:]):
+            start = text.find(stop[:1], start + 1)
+        size = max(size, len(text) - start if start >= 0 else 0)
+    return size
 
 
 def repeats(tokens: Sequence[int], longest: int = 40, least: int = 24) -> bool:

@@ -26,7 +26,7 @@ from hfkit.options import GenerateOptions
 from hfkit.reporting.templates import script_hash
 from hfkit.serving import protocol
 from hfkit.serving.engine import Engine, make_engine
-from hfkit.serving.guard import Counts, Guard, Settings, error_reply, explain
+from hfkit.serving.guard import Counts, Guard, Settings, error_reply, explain, explain_body
 from hfkit.serving.jobs import AS_GENERATE, TextJob, TextPlan, chat_prompt, plan_texts
 from hfkit.serving.replies import Reply, Response, to_events, until_gone
 
@@ -91,10 +91,8 @@ async def _on_error(request: fastapi.Request, error: Exception) -> JSONResponse:
 
 
 async def _on_invalid(request: fastapi.Request, error: RequestValidationError) -> JSONResponse:
-    first = error.errors()[0]
-    place = [str(part)[:40] for part in first["loc"][1:]]
-    reason = str(first["msg"])[:300].encode("ascii", "backslashreplace").decode()
-    return error_reply(400, f"{'.'.join(place) or 'the body'}: {reason}", param=place[0] if place else None)
+    message, param = explain_body(error.errors(), error.body)
+    return error_reply(400, message, param=param)
 
 
 async def _on_http(request: fastapi.Request, error: HTTPException) -> JSONResponse:
@@ -149,6 +147,7 @@ def _chat_plan(
 
 @router.post("/v1/chat/completions")
 async def _chat(request: fastapi.Request, body: protocol.ChatBody) -> Any:
+    body.check()
     engine = _server(request).engine(body.model)
     most, top = body.max_completion_tokens or body.max_tokens, body.top_logprobs if body.logprobs else None
     job = await _start(request, engine, lambda: _chat_plan(engine.lm, body, most, body.n, top))
@@ -158,9 +157,10 @@ async def _chat(request: fastapi.Request, body: protocol.ChatBody) -> Any:
 
 @router.post("/v1/responses")
 async def _respond(request: fastapi.Request, body: protocol.ResponseBody) -> Any:
+    body.check()
     engine = _server(request).engine(body.model)
     job = await _start(request, engine, lambda: _chat_plan(engine.lm, body, body.max_output_tokens))
-    return await _send(request, Response(engine.lm, job))
+    return await _send(request, Response(engine.lm, job, body.repeated))
 
 
 def _compute(call: Callable[[], Any]) -> Any:

@@ -6,7 +6,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,40 @@ def explain(error: Exception) -> tuple[int, str, str | None]:
             return 503, "out of memory: ask for fewer or shorter texts", None
     console.note(f"a request failed: {type(error).__name__}: {first_line(error)}")
     return 500, "this should not happen: see the server's messages", None
+
+
+def explain_body(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
+    """Message and field for the first fault that FastAPI finds in the body of a request."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return f"the body is not valid JSON (character {first['loc'][1] + 1}: {first['ctx']['error']})", None
+    # A field of several types has errors for each of them. The one that reads on furthest is the one that was meant.
+    reasons: dict[tuple[Any, ...], tuple[Any, str]] = {}  # how far, and why not further, by the types that were tried
+    for error in errors:
+        if error["loc"][1:2] == first["loc"][1:2]:
+            place, types = _divide_place(error, body)
+            numbers = [part for part in place if isinstance(part, int)]
+            progress = (len(place), not error["type"].endswith("_type"), numbers, place)
+            reasons.setdefault(types, (progress, str(error["msg"])))
+    furthest = max(progress for progress, _ in reasons.values())
+    head, *more = dict.fromkeys(reason for progress, reason in reasons.values() if progress == furthest)
+    reason = " or ".join([head, *(each.removeprefix("Input should be ") for each in more)])
+    names = [str(part)[:40] for part in furthest[-1]]
+    message = f"{'.'.join(names) or 'the body'}: {reason[:300]}".encode("ascii", "backslashreplace").decode()
+    return message, names[0] if names else None
+
+
+def _divide_place(error: Any, body: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Divide pydantic's place of an error: names and numbers that lead there, and types that it tried on the way."""
+    place, types, parts = [], [], error["loc"][1:]
+    missing = parts[-1:] if error["type"] == "missing" else ()
+    for part in parts[: len(parts) - len(missing)]:
+        if part in (body if isinstance(body, dict) else range(len(body)) if isinstance(body, list) else ()):
+            body = body[part]
+            place.append(part)
+        else:
+            types.append(part)
+    return (*place, *missing), tuple(types)
 
 
 class Guard:

@@ -3,12 +3,12 @@
 A field that is missing or null is not set. Sampling is then that of `hfkit generate`; lengths have OpenAI's defaults.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from hfkit.errors import OptionError
+from hfkit.errors import HfkitError, OptionError
 from hfkit.options import GenerateOptions
 from hfkit.serving.rows import Wishes
 
@@ -26,9 +26,16 @@ _IGNORED = {"user", "store", "metadata", "service_tier", "safety_identifier", "p
 # OpenAI's fields with the only value that is supported here.
 _ONLY: dict[str, Any] = {"response_format": {"type": "text"}, "modalities": ["text"], "truncation": "disabled",
                          "text": {"format": {"type": "text"}}, "background": False}  # fmt: skip
+_LOGPROBS = "message.output_text.logprobs"  # what a client of /v1/responses may ask to include
 
 Ids = list[int]
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Stop = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class LiteralOptions(GenerateOptions):
+    r"""Options that came as JSON, which has spelled a newline already: \n in them is two characters."""
+
+    is_literal = True
 
 
 class _Nullable(BaseModel):
@@ -40,11 +47,40 @@ class _Nullable(BaseModel):
         return {name: value for name, value in values.items() if value is not None} if type(values) is dict else values
 
 
+def _texts_in(value: Any) -> Iterator[str]:
+    """All texts of a JSON value, names of fields included."""
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, dict):
+            parts += [*part, *part.values()]
+        elif isinstance(part, list):
+            parts += [each for each in part if not isinstance(each, int)]  # most lists are token ids
+
+
 class Body(_Nullable):
     """Fields of every request."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     model: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_texts(cls, values: Any) -> Any:
+        """Raise HfkitError for half a surrogate pair, which JSON can spell, in any text of the body.
+
+        It is not an OptionError: pydantic would reword that, as any ValueError.
+        """
+        for name, field in values.items() if type(values) is dict else ():
+            for text in _texts_in([name, field]):
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    fault = f"is not UTF-8 text (character {error.start + 1}): convert it"
+                    raise HfkitError(f"{text!a:.60} in {name!a:.40} {fault}") from error
+        return values
 
     def check_extras(self) -> dict[str, Any]:
         """Raise OptionError for a field that would have no effect. Returns controls among undeclared fields."""
@@ -69,7 +105,7 @@ class Sampling(Body):
     temperature: float | None = None
     top_p: float | None = None
     n: int = Field(1, ge=1, le=_MOST_TEXTS)
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=64)] | None = None
     seed: int | None = None
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
@@ -81,7 +117,7 @@ class Sampling(Body):
         """OptionError for a value that is out of range."""
         stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         temperature = self.temperature
-        return GenerateOptions(
+        return LiteralOptions(
             temperature=0.0 if temperature is not None and 0 < temperature < _LEAST_TEMPERATURE else temperature,
             top_p=self.top_p,
             seed=self.seed,
@@ -169,6 +205,11 @@ class ChatBody(Sampling):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
 
+    def check(self) -> None:
+        """Raise OptionError for a field that would have no effect."""
+        if self.top_logprobs and not self.logprobs:
+            raise OptionError("top_logprobs has no effect alone: add logprobs")
+
 
 class ResponseBody(Sampling):
     """POST /v1/responses."""
@@ -176,6 +217,21 @@ class ResponseBody(Sampling):
     input: str | list[Message] = ""
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
+    metadata: dict[str, str] = {}
+    include: Any = None
+
+    def check(self) -> None:
+        """Raise OptionError for a field that would have no effect."""
+        if self.n > 1:
+            raise OptionError("'n' is not supported here: leave it out")
+        if isinstance(self.include, list) and _LOGPROBS in self.include:
+            raise OptionError(f"{_LOGPROBS!r} is not supported in 'include' here: leave it out")
+
+    @property
+    def repeated(self) -> dict[str, Any]:
+        """The fields that the reply repeats."""
+        names = ("instructions", "metadata", "temperature", "top_p", "max_output_tokens")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def messages(self) -> list[Message]:

@@ -88,11 +88,16 @@ class Prompts:
         return logits[:, -1] if self._done == self._ids.shape[1] else None
 
     def _score(self, following: list[int], logprobs: torch.Tensor) -> None:
-        """Store the log-probabilities of the tokens that follow. logprobs: (columns, vocabulary)."""
+        """Store the log-probabilities of the tokens that follow, for each row as it wishes.
+
+        logprobs: (columns, vocabulary).
+        """
         values = logprobs[range(len(following)), following].tolist() if following else []
-        count = self.rows[0].wishes.top
-        tokens: list[Token | None] = [] if self._done else [None]
-        for place, (token, value) in enumerate(zip(following, values, strict=True)):
-            tokens.append(Token(token, value, top_tokens(logprobs[place], count, token)))
-        for row in self.rows:
-            row.prompt_tokens += tokens
+        scored = [row for row in self.rows if row.wishes.scores_prompt]
+        for count in {row.wishes.top for row in scored}:
+            tokens: list[Token | None] = [] if self._done else [None]
+            for place, (token, value) in enumerate(zip(following, values, strict=True)):
+                tokens.append(Token(token, value, top_tokens(logprobs[place], count, token)))
+            for row in scored:
+                if row.wishes.top == count:
+                    row.prompt_tokens += tokens

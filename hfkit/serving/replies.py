@@ -27,7 +27,7 @@ class Writer:
     def __init__(self, lm: LanguageModel, kind: Kind, prompt: str, context: Sequence[int]) -> None:
         """prompt: the text before the first token, context: its tokens."""
         self._lm, self._kind, self._offset = lm, kind, len(prompt)
-        self._detokenizer = Detokenizer(lm.tokenizer, context)
+        self._detokenizer, self._waiting = Detokenizer(lm.tokenizer, context), ""
         self._write = token_writer(lm.tokenizer)
 
     def _bytes(self, token: int) -> bytes:
@@ -41,16 +41,23 @@ class Writer:
         """The `logprobs` of a choice. A token without a score is the first one of a prompt."""
         if self._kind == "chat.completion":
             return {"content": [self._chat_token(token) for token in tokens if token]}
-        offsets = []
-        for token_id in ids:
-            offsets.append(self._offset)
-            self._offset += len(self._detokenizer.push(token_id))
         return {
             "tokens": [self._text(token_id) for token_id in ids],
             "token_logprobs": [max(token.logprob, _LEAST) if token else None for token in tokens],
             "top_logprobs": [self._likeliest(token) if token else None for token in tokens],
-            "text_offset": offsets,
+            "text_offset": [self._place(token_id) for token_id in ids],
         }
+
+    def _place(self, token: int) -> int:
+        """Where the next token begins in the text; where it goes on with a character, the place of that."""
+        before, own = self._waiting, self._text(token)
+        piece = self._detokenizer.push(token)
+        text = piece or self._detokenizer.unfinished
+        # Bytes that are not a character yet, or none at all, are U+FFFD until the text is known.
+        goes_on = before.endswith("\ufffd") and own.startswith("\ufffd") and len(text) < len(before) + len(own)
+        place = self._offset + len(before) - goes_on
+        self._offset, self._waiting = self._offset + len(piece), "" if piece else text
+        return place
 
     def _likeliest(self, token: Token) -> dict[str, float]:
         """The likeliest tokens by their text. Where two are written alike, the likelier one."""
@@ -171,13 +178,14 @@ class Reply:
 class Response:
     """The reply to POST /v1/responses: one message."""
 
-    def __init__(self, lm: LanguageModel, job: TextJob) -> None:
+    def __init__(self, lm: LanguageModel, job: TextJob, repeated: dict[str, Any]) -> None:
+        """repeated: fields of the request that the reply repeats."""
         self._job, self.plan = job, job.plan
         self._item_id, self._number = f"msg_{secrets.token_hex(12)}", 0
         self._frame: dict[str, Any] = {
             "id": f"resp_{secrets.token_hex(12)}", "object": "response", "created_at": int(time.time()),
-            "model": lm.name, "error": None, "incomplete_details": None, "instructions": None, "metadata": {},
-            "parallel_tool_calls": False, "tool_choice": "none", "tools": [], "temperature": None, "top_p": None,
+            "model": lm.name, "error": None, "incomplete_details": None,
+            "parallel_tool_calls": False, "tool_choice": "none", "tools": [], **repeated,
         }  # fmt: skip
 
     def _item(self, text: str | None, status: str) -> dict[str, Any]:

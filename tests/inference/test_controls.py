@@ -142,6 +142,11 @@ def test_endings_a_newline_may_be_typed_at_a_shell(lm, tiny, capfdbinary, stop):
     assert call(capfdbinary, *line, *flags).stdout.decode() == found.completion + "\n"
 
 
+def test_endings_of_the_models_own_config_are_literal(with_config):
+    """It is JSON: there, a newline is spelled as one."""
+    assert endings(with_config(stop_strings=["\\n", "\n"]), GenerateOptions()).strings == ["\\n", "\n"]
+
+
 # what is random
 
 

@@ -1,5 +1,6 @@
 """Clients that were written for OpenAI, unchanged: each gets what `hfkit generate` gives."""
 
+import random
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ import yaml
 
 import hfkit
 from hfkit.corpus.templates import CHAT_TEMPLATE
+from hfkit.inference.text import token_writer
+from hfkit.serving.replies import Writer
 
 PROMPT = "Once upon a time"
 
@@ -92,6 +95,39 @@ def test_log_probabilities(client, story):
         assert top[token] == logprob and 3 <= len(top) <= 4
 
 
+def places_of(parts: list[bytes]) -> list[int]:
+    """The number of the character in which each part begins, where bytes that are none are U+FFFD."""
+    data, places, number = b"".join(parts), [], 0
+    while len(places) < len(data):
+        rest = data[len(places) :]
+        try:
+            size = len(rest.decode()[0].encode())
+        except UnicodeDecodeError as error:
+            size = error.end if error.start == 0 else len(rest[: error.start].decode()[0].encode())
+        places += [number] * size
+        number += 1
+    starts = [sum(map(len, parts[:index])) for index in range(len(parts))]
+    return [places[start] for start in starts]
+
+
+def test_places_of_tokens_that_are_parts_of_characters(story):
+    """Invalid bytes, characters of several tokens, and both in turn, among tokens of several bytes."""
+    rng, write = random.Random(5), token_writer(story.tokenizer)
+    parts = {token: write(word) for word, token in story.tokenizer.get_vocab().items() if not word.startswith("<")}
+    broken = [token for token, part in parts.items() if "\ufffd" in part.decode(errors="replace")]
+    assert len(broken) >= 128
+    emoji = story.tokenizer("é🙂€" * 2)["input_ids"]
+    for _ in range(200):
+        ids = []
+        while len(ids) < 30:
+            ids += rng.choice([emoji[: rng.randrange(9)], rng.choices(broken, k=2), rng.choices(list(parts), k=2)])
+        writer, scores = Writer(story, "text_completion", "hi", story.tokenizer("hi")["input_ids"]), []
+        for first in range(0, len(ids), 7):  # as a stream gives them
+            piece = ids[first : first + 7]
+            scores += writer.scores(piece, [None] * len(piece))["text_offset"]
+        assert scores == [2 + place for place in places_of([parts[token] for token in ids])], ids
+
+
 def test_chat_goes_through_hfkits_plain_template(client, story):
     messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Who was there?"}]
     text = "System: Be short.\nUser: Who was there?\nAssistant:"
@@ -131,6 +167,42 @@ def test_responses(client, story):
     asked["extra_body"]["stop"] = ["e"]
     with client.responses.stream(**asked) as stream:
         assert stream.get_final_response().status == "completed"
+
+
+def test_responses_repeat_what_was_asked(client):
+    asked = {"instructions": "Be kind.", "metadata": {"a": "b"}, "temperature": 0.5, "top_p": 0.9}
+    for fields in ({}, asked):
+        fields |= {"max_output_tokens": 3}
+        names, same = [*asked, "max_output_tokens"], {"model": "bundled", "input": "Hello", **fields}
+        expected = {name: fields.get(name, {} if name == "metadata" else None) for name in names}
+        events = list(client.responses.create(**same, stream=True))
+        for reply in (client.responses.create(**same), events[0].response, events[-1].response):
+            assert {name: getattr(reply, name) for name in names} == expected
+
+
+@pytest.mark.parametrize(
+    ("route", "asked", "words"),
+    [
+        ("responses", {"extra_body": {"n": 2}}, "'n' is not supported"),
+        ("responses", {"include": ["message.output_text.logprobs"]}, "'message.output_text.logprobs' is not supp"),
+        ("responses", {"include": ["reasoning.encrypted_content"], "extra_body": {"n": 1}}, None),
+        ("chat.completions", {"top_logprobs": 2}, "top_logprobs has no effect alone: add logprobs"),
+        ("chat.completions", {"top_logprobs": 2, "logprobs": False}, "top_logprobs has no effect alone"),
+        ("chat.completions", {"top_logprobs": 0}, None),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(client, route, asked, words):
+    body = {"model": "bundled"}
+    if route == "responses":
+        create, body = client.responses.create, body | {"input": "Hello", "max_output_tokens": 2}
+    else:
+        turns = [{"role": "user", "content": "Hello"}]
+        create, body = client.chat.completions.create, body | {"messages": turns, "max_tokens": 2}
+    if words is None:
+        assert create(**body, **asked)
+        return
+    with pytest.raises(openai.BadRequestError, match=words):
+        create(**body, **asked)
 
 
 def test_models(client, lm):

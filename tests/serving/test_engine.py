@@ -300,6 +300,25 @@ def test_scores_of_the_prompt(start, lm):
         assert dict(token.top)[token.id] == token.logprob  # the very same number
 
 
+def test_scores_of_a_prompt_are_those_that_each_row_asked_for(start, lm):
+    """Rows with one prompt, which is read once for all of them."""
+    engine, prompt = start(lm), "the cat and the house"
+    wishes = [Wishes(top=3, scores_prompt=True), Wishes(top=5), Wishes(top=1, scores_prompt=True),
+              Wishes(top=0, scores_prompt=True), Wishes(top=3, scores_prompt=True)]  # fmt: skip
+    options = GenerateOptions(temperature=0, max_new_tokens=2, seed=1)
+    alone = [write(engine, lm, [prompt], [options], each)[0] for each in wishes]
+    read = engine.prompt_tokens_read
+    texts = [Written(lm, prompt, options, each) for each in wishes]
+    engine.submit([text.row for text in texts])
+    results = [text.result() for text in texts]
+    assert engine.prompt_tokens_read - read == len(lm.tokenizer(prompt)["input_ids"])
+    for result, expected in zip(results, alone, strict=True):
+        assert [token and (token.id, [each for each, _ in token.top]) for token in result.prompt_tokens] == [
+            token and (token.id, [each for each, _ in token.top]) for token in expected.prompt_tokens
+        ]
+        assert [len(token.top) for token in result.tokens] == [len(token.top) for token in expected.tokens]
+
+
 def test_openai_penalties(start, lm):
     """As OpenAI defines them: of the scores, for each token that was written, by how often."""
     engine, ids = start(lm), lm.tokenizer("the cat")["input_ids"]

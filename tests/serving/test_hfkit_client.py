@@ -2,6 +2,7 @@
 
 import json
 
+import httpx
 import pytest
 from support.servers import serving
 from support.shell import assert_fails, call, edit_json
@@ -16,12 +17,13 @@ OPTIONS = [
     {"do_sample": False, "repetition_penalty": 1.3},
     {"top_k": 5, "typical_p": 0.9, "no_repeat_ngram_size": 2},
     {"stop_strings": [" the"], "min_new_tokens": 4},
+    {"stop_strings": ["#", "x" * 4096, "%", "@", "^", " the"], "min_new_tokens": 4},
     {"sequence_bias": [" house=4"], "bad_words": [" and"]},
     {"max_new_tokens": 3},
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: str(options)[:60])
 def test_generate(server, story, options):
     """Every field of a result is the same, streamed or not."""
     options = {"seed": 7, "max_new_tokens": 16} | options
@@ -32,6 +34,30 @@ def test_generate(server, story, options):
     assert fields == expected and str(remote) == str(local)
     pieces = list(hfkit.stream(PROMPT, model="bundled", server=server[0], **options))
     assert "".join(pieces) == local.completion
+
+
+def test_backslash_and_n_at_a_shell_and_in_json(server, story):
+    r"""Where people type, \n is a newline, on this machine and on a server; in JSON it is two characters."""
+    slash, newline = "\\n", "\n"
+    most = {"temperature": 0, "max_new_tokens": 6}
+    bias = {"sequence_bias": [f"{slash}=60"]}  # it writes newlines, whatever else is asked
+    local, remote = {"model": story}, {"model": "bundled", "server": server[0]}
+    expected = hfkit.generate(PROMPT, **most, **bias, **local)
+    assert newline in expected.completion and slash not in expected.completion
+    for options in (bias, bias | {"bad_words": [slash]}, bias | {"stop_strings": [slash]}):
+        texts = [hfkit.generate(PROMPT, **most, **options, **where).completion for where in (local, remote)]
+        assert texts[0] == texts[1] and (options == bias) == (newline in texts[0])
+    body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 6, "sequence_bias": [f"{newline}=60"]}
+
+    def text(**fields) -> str:
+        return httpx.post(f"{server[0]}/v1/completions", json=body | fields, timeout=60).json()["choices"][0]["text"]
+
+    assert text() == text(stop=slash) == text(bad_words=[slash]) == expected.completion
+    assert newline not in text(stop=newline) and newline not in text(bad_words=[newline])
+    plain = hfkit.generate(PROMPT, **most, **local).completion
+    assert text(sequence_bias=[f"{slash}=60"]) == plain and newline not in plain
+    beams = {"num_beams": 2, "max_tokens": 3}  # in transformers' own loop
+    assert text(**beams) == text(**beams, stop=slash) != text(**beams, stop=newline)
 
 
 def test_generate_lists(server, story, lm):

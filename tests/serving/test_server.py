@@ -136,13 +136,57 @@ def test_body_has_a_limit(http, sized):
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"null", b'{"prompt": NaN}', b"\xff\xfe", b"[" * 100_000, b'{"prompt": "\\ud800"}',
              b'{"temperature": 1e999}', b'{"seed": 1' + b"0" * 5000 + b"}", b'{"n": true}', b'{"prompt": [1, "a"]}',
-             b'{"seed": -1}', b'{"logit_bias": {"1": NaN}}', b'{"stop": ""}', b'{"stop": ["a","b","c","d","e"]}',
+             b'{"seed": -1}', b'{"logit_bias": {"1": NaN}}', b'{"stop": ""}', b'{"stop": [' + b'"a",' * 64 + b'"b"]}',
              b'{"max_tokens": 1.5}', b'{"prompt": "a", "prompt": 7}', b'{"stream_options": 3}'],
 )  # fmt: skip
 def test_body_that_is_wrong(http, body):
     reply = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
+TURN = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "b"}}]}
+REASONS = [
+    ("completions", b'{"prompt": "a",}', None, "the body is not valid JSON (character 16: Expecting property name"),
+    ("completions", {"prompt": [1, "a"]}, "prompt", "prompt.1: Input should be a valid integer"),
+    ("completions", {"prompt": ["a", 1]}, "prompt", "prompt.1: Input should be a valid string"),
+    ("completions", {"prompt": [[1], ["a"]]}, "prompt", "prompt.1.0: Input should be a valid integer"),
+    ("completions", {"prompt": 7}, "prompt", "prompt: Input should be a valid string or a valid list"),
+    ("completions", {"stop": ["a"] * 65}, "stop", "stop: List should have at most 64 items"),
+    ("completions", {"stop": ["a", "b" * 4097]}, "stop", "stop.1: String should have at most 4096 characters"),
+    ("completions", {"logit_bias": {"1": "a"}}, "logit_bias", "logit_bias.1: Input should be a valid number"),
+    ("chat/completions", {}, "messages", "messages: Field required"),
+    ("chat/completions", {"messages": [{"content": "a"}]}, "messages", "messages.0.role: Field required"),
+    ("chat/completions", {"messages": [TURN]}, "messages", "messages.0.content.1.type: Input should be 'text', "),
+    ("classify", {"input": ["a", 3]}, "input", "input.1: Input should be a valid string or a valid dictionary"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("route", "body", "param", "words"), REASONS, ids=lambda value: str(value)[:40])
+def test_reason_is_that_of_the_type_that_was_meant(http, route, body, param, words):
+    """Where a field may be of several types, no other one is named, nor are pydantic's own names for them."""
+    content = body if isinstance(body, bytes) else json.dumps(body)
+    reply = http.post(f"/v1/{route}", content=content, headers={"content-type": "application/json"})
+    error = reply.json()["error"]
+    assert reply.status_code == 400 and error["param"] == param and error["message"].startswith(words), error
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [("/v1/completions", {"prompt": "a", "suffix": "HALF"}), ("/v1/completions", {"prompt": ["a", "HALF"]}),
+     ("/v1/completions", {"prompt": "a", "stop": ["HALF"]}), ("/v1/completions", {"prompt": "a", "HALF": 1}),
+     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "HALF"}]}]}),
+     ("/v1/responses", {"input": "HALF"}), ("/v1/responses", {"input": "a", "instructions": "HALF"}),
+     ("/v1/classify", {"input": [{"HALF": "a"}]}), ("/v1/classify", {"input": "a", "labels": ["b", "HALF"]}),
+     ("/v1/answer", {"question": "HALF", "context": "a"}), ("/v1/answer", {"question": "a", "context": "HALF"}),
+     ("/tokenize", {"prompt": "HALF"}), ("/detokenize", {"tokens": [1], "model": "HALF"})],
+)  # fmt: skip
+def test_half_a_surrogate_pair_is_refused_in_every_body(http, route, body):
+    content = json.dumps(body).replace("HALF", "hi \\ud83d")
+    reply = http.post(route, content=content, headers={"content-type": "application/json"})
+    assert reply.status_code == 400, reply.text
+    assert r"'hi \ud83d' in " in reply.json()["error"]["message"]
+    assert "is not UTF-8 text (character 4): convert it" in reply.json()["error"]["message"]
 
 
 def test_nulls_are_as_good_as_nothing(http):
