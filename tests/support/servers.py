@@ -13,7 +13,7 @@ from hfkit.inference.text import fit_prompt
 from hfkit.options import GenerateOptions
 from hfkit.serving.app import Server
 from hfkit.serving.guard import Settings
-from hfkit.serving.rows import Piece, Result, Row, Wishes
+from hfkit.serving.rows import Delta, Result, Row, Wishes
 from hfkit.serving.server import bind
 
 
@@ -52,7 +52,7 @@ class Written:
         if "new_tokens" in how:
             request = replace(request, new_tokens=how.pop("new_tokens"))
         self.events: queue.Queue = queue.Queue()
-        self.pieces: list[Piece] = []
+        self.pieces: list[Delta] = []
         self.row = Row(lm, replace(request, seed=options.seed), options, wishes or Wishes(), self.events.put, **how)
 
     def result(self) -> Result:
