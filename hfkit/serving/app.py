@@ -25,10 +25,11 @@ from hfkit.models.loading import LanguageModel, vocabulary_size
 from hfkit.options import GenerateOptions
 from hfkit.reporting.templates import script_hash
 from hfkit.serving import protocol
-from hfkit.serving.engine import Engine, make_engine
+from hfkit.serving.engine import Engine
 from hfkit.serving.guard import Counts, Guard, Settings, error_reply, explain
 from hfkit.serving.jobs import AS_GENERATE, TextJob, TextPlan, chat_prompt, plan_texts
 from hfkit.serving.replies import Reply, Response, to_events, until_gone
+from hfkit.serving.steps import make_engine
 
 router = fastapi.APIRouter()
 

@@ -17,8 +17,10 @@ from hfkit.models.loading import LanguageModel
 from hfkit.options import GenerateOptions
 from hfkit.serving import engine as engines
 from hfkit.serving.cache import SHORTEST_PREFIX, Window
-from hfkit.serving.engine import SoloEngine, StepEngine, make_engine
+from hfkit.serving.engine import SoloEngine
+from hfkit.serving.reading import Prompts
 from hfkit.serving.rows import UnavailableError, Wishes
+from hfkit.serving.steps import StepEngine, make_engine
 
 CONTROLS = [
     {}, {"temperature": 0}, {"temperature": 1.7, "top_k": 0}, {"top_p": 0.7}, {"min_p": 0.1}, {"typical_p": 0.8},
@@ -127,8 +129,8 @@ def test_prompts_that_begin_alike_wait_for_the_first(start, story):
 def test_prompts_that_come_together_are_read_together(start, lm, monkeypatch):
     """An idle engine waits for rows that are being made, but not for long; a busy one does not."""
     monkeypatch.setattr(engines, "_GATHER", 60)
-    counts, advance = [], engines.Prompts.advance
-    monkeypatch.setattr(engines.Prompts, "advance", lambda *args: counts.append(args[0].count) or advance(*args))
+    counts, advance = [], Prompts.advance
+    monkeypatch.setattr(Prompts, "advance", lambda *args: counts.append(args[0].count) or advance(*args))
     submitted, step = threading.Event(), Window.step
     monkeypatch.setattr(Window, "step", lambda *args: submitted.wait(60) and step(*args))
     engine = start(lm)
@@ -157,7 +159,7 @@ def test_a_long_prompt_does_not_stop_what_is_being_written(start, story):
     """Between any two parts of it, the other texts get a token each."""
     engine, order = start(story), []
     emitted = Written(story, "Once", GenerateOptions(max_new_tokens=300, seed=1, min_new_tokens=300))
-    take, advance = emitted.row.take, engines.Prompts.advance
+    take, advance = emitted.row.take, Prompts.advance
     emitted.row.take = lambda token: order.append("token") or take(token)
 
     def note_part(prompts, count):
@@ -165,7 +167,7 @@ def test_a_long_prompt_does_not_stop_what_is_being_written(start, story):
         return advance(prompts, count)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines.Prompts, "advance", note_part)
+        patch.setattr(Prompts, "advance", note_part)
         engine.submit([emitted.row])
         wait_until(lambda: len(emitted.row.tokens) > 3)
         long = Written(story, "and so on " * 130, GenerateOptions(max_new_tokens=2, seed=1))
