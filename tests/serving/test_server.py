@@ -125,6 +125,21 @@ def test_request_has_a_time_limit(story):
 # what comes in
 
 
+@pytest.mark.parametrize(
+    "fields", [{"num_beams": 129}, {"num_beams": 100_000}, {"num_beams": 65, "n": 2}, {"num_beams": 13, "best_of": 10},
+               {"num_beams": 2, "n": 9, "prompt": ["a"] * 8}],
+)  # fmt: skip
+def test_beams_have_a_limit(http, lm, fields):
+    """Each needs as much memory as a text, and more time."""
+    for path, prompt in (("completions", {"prompt": "a"}), ("chat/completions", GOOD["/v1/chat/completions"])):
+        if path == "completions" or not {"best_of", "prompt"} & set(fields):
+            body = {"model": lm.name, **prompt, "max_tokens": 1, **fields}
+            reply = http.post(f"/v1/{path}", json=body)
+            assert reply.status_code == 400 and "at most 128 beams" in reply.json()["error"]["message"]
+    most = {"model": lm.name, "prompt": "a", "max_tokens": 1, "num_beams": 64, "n": 2}
+    assert http.post("/v1/completions", json=most).status_code == 200
+
+
 @pytest.mark.parametrize("sized", [True, False])
 def test_body_has_a_limit(http, sized):
     body = b'{"prompt": "' + b"a" * 2_000_001 + b'"}'
