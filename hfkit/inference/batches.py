@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from hfkit.console import note
 from hfkit.errors import HfkitError, NotFiniteError, first_line
@@ -31,6 +31,7 @@ TOKENS_AT_ONCE = {"cpu": 32_768, "cuda": 262_144}  # prompt and new tokens of al
 # transformers samples with torch's global generator in its loops for beams and speculation, so one of them runs at a
 # time. Assistants are changed by it, too: they are loaded here and belong to nobody else.
 _special_loops = threading.Lock()
+_LOOK = 0.1  # seconds between looks whether a request that waits for its turn is still wanted
 # transformers warns of the way in which it calls an assistant itself. No user can change that.
 logging.getLogger("transformers.generation.utils").addFilter(
     lambda record: "Passing `generation_config` together" not in record.getMessage()
@@ -39,6 +40,16 @@ logging.getLogger("transformers.generation.utils").addFilter(
 
 class _NoMemory(HfkitError):
     """The device has too little memory for a batch."""
+
+
+class _EarlyEnd(StoppingCriteria):
+    """Ends all rows at the first step at which `is_over()` is true. transformers then returns what they have."""
+
+    def __init__(self, is_over: Callable[[], bool]) -> None:
+        self._is_over = is_over
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self._is_over(), device=input_ids.device)
 
 
 def default_size(lm: LanguageModel) -> int:
@@ -138,18 +149,31 @@ def new_rows(
     return Rows(lm.tokenizer, contexts, endings(lm, options), seeds=seeds, on_text=on_text)
 
 
-def run_special(lm: LanguageModel, request: Request, options: GenerateOptions) -> list[Completion]:
-    """Beam search and speculation, in transformers' own loops and with torch's global random numbers."""
+def run_special(
+    lm: LanguageModel, request: Request, options: GenerateOptions, is_over: Callable[[], bool] = lambda: False
+) -> list[Completion]:
+    """Beam search and speculation, in transformers' own loops and with torch's global random numbers.
+
+    is_over: asked at every step; once it is true, the text ends with what it has, which is nothing before its turn.
+    """
     config = generation_config(lm, options, request.new_tokens)
     config.return_dict_in_generate = config.output_logits = True
     config.num_return_sequences = options.num_return_sequences or 1
     context, ends, start = _context(lm, request), endings(lm, options), _start(lm, len(request.ids))
-    stops = [StopTexts(lm.tokenizer, context, start, ends.strings)] if ends.strings else []
-    with _special_loops, torch.random.fork_rng([lm.model.device] if lm.model.device.type == "cuda" else []):
-        torch.manual_seed(request.seed or 0)
-        arguments = _assistant_arguments(lm, options, start + request.new_tokens)
-        arguments |= {"tokenizer": lm.tokenizer, "stopping_criteria": StoppingCriteriaList(stops)}
-        output = _call(lm, [request], options, config, **arguments)
+    stops: list[StoppingCriteria] = [_EarlyEnd(is_over)]
+    if ends.strings:
+        stops.append(StopTexts(lm.tokenizer, context, start, ends.strings))
+    while not _special_loops.acquire(timeout=_LOOK):
+        if is_over():
+            return [Completion("", "length", [], 0.0)]
+    try:
+        with torch.random.fork_rng([lm.model.device] if lm.model.device.type == "cuda" else []):
+            torch.manual_seed(request.seed or 0)
+            arguments = _assistant_arguments(lm, options, start + request.new_tokens)
+            arguments |= {"tokenizer": lm.tokenizer, "stopping_criteria": StoppingCriteriaList(stops)}
+            output = _call(lm, [request], options, config, **arguments)
+    finally:
+        _special_loops.release()
     model: Any = lm.model
     scores = model.compute_transition_scores(
         output.sequences, output.logits, getattr(output, "beam_indices", None), normalize_logits=True

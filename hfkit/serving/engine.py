@@ -11,13 +11,13 @@ import torch
 
 from hfkit.inference.batches import end_compute_threads
 from hfkit.inference.decoding import Completion
-from hfkit.inference.generation import stream
+from hfkit.inference.generation import stream_request
 from hfkit.inference.results import Generation
 from hfkit.models.loading import LanguageModel
 from hfkit.serving.rows import Delta, Result, Row, UnavailableError
 
 _GATHER = 0.1  # seconds that an idle engine waits for rows that are being made
-_PATIENCE = 10.0  # seconds until the thread ends: beams cannot be interrupted
+_PATIENCE = 10.0  # seconds until the thread ends: a step cannot be interrupted
 
 
 class Engine(ABC):
@@ -44,6 +44,11 @@ class Engine(ABC):
     def running(self) -> int:
         """Texts in progress."""
         return len(self._rows)
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether there is work for the next round even if nothing waits."""
+        return bool(self._rows)
 
     @contextlib.contextmanager
     def expecting(self) -> Iterator[None]:
@@ -76,8 +81,8 @@ class Engine(ABC):
         with torch.inference_mode():
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._stopping or self._waiting or self.running)
-                    if not self.running:
+                    self._changed.wait_for(lambda: self._stopping or self._waiting or self._is_busy)
+                    if not self._is_busy:
                         self._changed.wait_for(lambda: self._stopping or not self._expected, _GATHER)
                     if self._stopping:
                         break
@@ -115,16 +120,21 @@ class SoloEngine(Engine):
         self._rows = []
 
     def _write(self, row: Row) -> None:
-        options = replace(row.options, seed=row.request.seed, num_return_sequences=None, max_time=row.seconds_left)
-        pieces = stream(row.request, model=self.lm, options=options)
+        def is_over() -> bool:
+            return row.is_cancelled or row.is_late or self._stopping
+
+        options = replace(row.options, num_return_sequences=None, max_time=row.seconds_left)
+        pieces = stream_request(self.lm, row.request, options, is_over)
         try:
-            while not (row.is_cancelled or self._stopping):
+            while True:
                 piece = next(pieces)
                 if row.wishes.streams:
                     row.emit(Delta(piece, []))
-            row.end_early()
         except StopIteration as stop:
             text: Generation = stop.value
+            if not text.tokens and is_over():
+                row.end_early()
+                return
             self.tokens_written += text.tokens
             completion = Completion(text.completion, text.finish_reason, [0] * text.tokens, text.logprob)
             row.emit(Result(completion, [], []))

@@ -35,8 +35,16 @@ class StepEngine(Engine):
         super().__init__(lm)
 
     @property
+    def waiting(self) -> int:
+        return super().waiting + self._solo.waiting
+
+    @property
     def running(self) -> int:
-        return len(self._rows) + (len(self._reading.rows) if self._reading else 0)
+        return super().running + (len(self._reading.rows) if self._reading else 0) + self._solo.running
+
+    @property
+    def _is_busy(self) -> bool:
+        return bool(self._rows or self._reading)
 
     def submit(self, rows: Sequence[Row]) -> None:
         super().submit([row for row in rows if not row.is_special])
@@ -60,7 +68,7 @@ class StepEngine(Engine):
                 row.finish()
         budget = self._idle_tokens
         if self._rows:  # the more texts wait for each text that is held up, the more is prefilled
-            budget = min(budget, self._busy_tokens * max(1, self.waiting // len(self._rows)))
+            budget = min(budget, self._busy_tokens * max(1, len(self._waiting) // len(self._rows)))
         self._reading = self._reading or self._next_prompts(budget)
         if self._reading:
             if all(row.is_cancelled for row in self._reading.rows):

@@ -12,6 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, MistralConfig, Mi
 
 import hfkit
 from hfkit.errors import NotFiniteError
+from hfkit.inference import batches
 from hfkit.inference.text import fit_prompt
 from hfkit.models.loading import LanguageModel
 from hfkit.options import GenerateOptions
@@ -379,3 +380,44 @@ def test_time_limit_of_beams(start, story):
     text = Written(story, "Once", options, seconds=0.5)
     engine.submit([text.row])
     assert 0 < len(text.result().completion.tokens) < 400
+
+
+BEAMS = GenerateOptions(max_new_tokens=1000, min_new_tokens=1000, num_beams=4, temperature=0, seed=1)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "stopped"])
+def test_beams_end_before_their_last_step(start, story, how):
+    """They hold up the beams of every model, so they must not outlive their client."""
+    engine = start(story)
+    text, waiting = Written(story, "Once", BEAMS), Written(story, "Once", BEAMS)
+    engine.submit([text.row, waiting.row])
+    wait_until(lambda: (engine.running, engine.waiting) == (1, 1))
+    if how == "cancelled":
+        text.row.is_cancelled = waiting.row.is_cancelled = True
+        wait_until(lambda: (engine.running, engine.waiting) == (0, 0))
+        (after,) = write(engine, story, ["Once"], [replace(BEAMS, max_new_tokens=5, min_new_tokens=None)])
+        assert_same(after, hfkit.generate("Once", model=story, temperature=0, num_beams=4, max_new_tokens=5))
+    else:
+        engine.stop()
+        with pytest.raises(UnavailableError, match="no time"):
+            waiting.result()
+    result = text.result().completion
+    assert result.finish_reason == "length" and 0 < len(result.tokens) < 1000
+
+
+def test_beams_that_wait_for_their_turn_can_end(start, story):
+    """Another model has the turn, for as long as its beams take."""
+    engine, stopped = start(story), start(story)
+    given_up, late, told = (Written(story, "Once", BEAMS, seconds=seconds) for seconds in (1000, 0.2, 1000))
+    with batches._special_loops:
+        engine.submit([given_up.row])
+        wait_until(lambda: engine.running)
+        given_up.row.is_cancelled = True
+        wait_until(lambda: not engine.running)
+        engine.submit([late.row])
+        stopped.submit([told.row])
+        wait_until(lambda: stopped.running)
+        stopped.stop()
+        for text in (late, told):
+            with pytest.raises(UnavailableError, match="no time"):
+                text.result()
