@@ -78,6 +78,8 @@ class Server:
     def stop(self) -> None:
         """End all texts early, each with what it has so far."""
         self.is_stopping = True
+        for engine in self.engines.values():  # of all models at once: to wait for a thread takes time
+            engine.end_texts()
         for engine in self.engines.values():
             engine.stop()
 

@@ -70,11 +70,15 @@ class Engine(ABC):
             self._waiting.extend(rows)
             self._changed.notify()
 
-    def stop(self) -> None:
-        """End all texts early, each with what it has so far, and end the thread."""
+    def end_texts(self) -> None:
+        """End all texts early, each with what it has so far. It does not wait for their ends."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
+
+    def stop(self) -> None:
+        """End all texts early, and the thread."""
+        self.end_texts()
         self._thread.join(_PATIENCE)
 
     def _run(self) -> None:

@@ -51,9 +51,13 @@ class StepEngine(Engine):
         if special := [row for row in rows if row.is_special]:
             self._solo.submit(special)
 
+    def end_texts(self) -> None:
+        self._solo.end_texts()
+        super().end_texts()
+
     def stop(self) -> None:
-        self._solo.stop()
         super().stop()
+        self._solo.stop()
 
     def _drop_all(self) -> list[Row]:
         reading = self._reading.rows if self._reading else []

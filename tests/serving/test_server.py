@@ -122,6 +122,23 @@ def test_request_has_a_time_limit(story):
         assert choice["finish_reason"] == "length" and len(choice["text"]) < 1000
 
 
+def test_stop_ends_what_runs_beside_beams(story):
+    """Every text ends with what it has: beams do not hold up the others."""
+    long = {**LONG, "max_tokens": 1000, "min_new_tokens": 1000}
+    fields = [long | {"num_beams": 4}, long, long | {"stream": True, "stream_options": {"include_usage": True}}]
+    with serving(story) as (address, server), concurrent.futures.ThreadPoolExecutor(3) as pool:
+        replies = [pool.submit(ask, address, **each) for each in fields]
+        (engine,) = server.engines.values()
+        wait_until(lambda: engine.running == 3 and engine.tokens_written)
+        server.stop()
+        beams, whole, streamed = (each.result() for each in replies)
+    *_, last, usage, done = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line]
+    assert json.loads(last)["choices"][0]["finish_reason"] == "length" and done == "[DONE]"
+    for reply in (beams.json(), whole.json(), json.loads(usage)):
+        assert all(choice["finish_reason"] == "length" for choice in reply["choices"])
+        assert 0 < reply["usage"]["completion_tokens"] < 1000
+
+
 # what comes in
 
 
@@ -491,7 +508,8 @@ def test_sigterm_under_load(process):
     outcomes: list[tuple[int, str]] = []
 
     def one(number: int) -> None:
-        with client.stream("POST", "/v1/completions", json={**LONG, "stream": number % 2 == 0, "n": 2}) as reply:
+        body = {**LONG, "stream": number % 2 == 0, "n": 2, "num_beams": 4 if number % 6 > 3 else None}
+        with client.stream("POST", "/v1/completions", json=body) as reply:
             outcomes.append((reply.status_code, reply.read().decode()))
 
     threads = [threading.Thread(target=one, args=(number,)) for number in range(12)]
