@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from hfkit.console import note
 from hfkit.errors import HfkitError, NotFiniteError, first_line
@@ -38,6 +38,7 @@ _LOGITS_KEPT = 1 << 28  # of all steps of a beam search: 1 GB. Log-probabilities
 # transformers samples with torch's global generator in its loops for beams and speculation, so one of them runs at a
 # time. Assistants are changed by it, too: they are loaded here and belong to nobody else.
 _special_loops = threading.Lock()
+_LOOK = 0.1  # seconds between looks whether a request that waits for its turn is still wanted
 # transformers warns of the way in which it calls an assistant itself. No user can change that.
 logging.getLogger("transformers.generation.utils").addFilter(
     lambda record: "Passing `generation_config` together" not in record.getMessage()
@@ -46,6 +47,16 @@ logging.getLogger("transformers.generation.utils").addFilter(
 
 class _NoMemory(HfkitError):
     """The device has too little memory for a batch."""
+
+
+class _EarlyEnd(StoppingCriteria):
+    """Ends all rows at the first step at which `is_over()` is true. transformers then returns what they have."""
+
+    def __init__(self, is_over: Callable[[], bool]) -> None:
+        self._is_over = is_over
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self._is_over(), device=input_ids.device)
 
 
 def default_size(lm: LanguageModel) -> int:
@@ -156,10 +167,16 @@ def new_rows(
     return Rows(lm.tokenizer, contexts, endings(lm, options), seeds=seeds, on_text=on_text)
 
 
-def run_special(lm: LanguageModel, requests: Sequence[Request], options: GenerateOptions) -> list[list[Completion]]:
+def run_special(
+    lm: LanguageModel,
+    requests: Sequence[Request],
+    options: GenerateOptions,
+    is_over: Callable[[], bool] = lambda: False,
+) -> list[list[Completion]]:
     """Beam search and speculation, in transformers' own loops and with torch's global random numbers.
 
-    requests: one, or, if these options are batchable, several with the same number of new tokens.
+    requests: one, or, if these options are batchable, several with the same number of new tokens. is_over: asked at
+    every step; once it is true, the texts end with what they have, which is nothing before their turn.
     """
     request = requests[0]
     config = generation_config(lm, options, request.new_tokens)
@@ -167,12 +184,20 @@ def run_special(lm: LanguageModel, requests: Sequence[Request], options: Generat
     config.num_return_sequences = count = options.num_return_sequences or 1
     contexts, ends = [_context(lm, request) for request in requests], endings(lm, options)
     start = _start(lm, max(len(request.ids) for request in requests))
-    stops = [StopTexts(lm.tokenizer, contexts[0], start, ends.strings)] if ends.strings else []
-    with _special_loops, torch.random.fork_rng([lm.model.device] if lm.model.device.type == "cuda" else []):
-        torch.manual_seed(request.seed or 0)
-        arguments = _assistant_arguments(lm, options, start + request.new_tokens)
-        arguments |= {"tokenizer": lm.tokenizer, "stopping_criteria": StoppingCriteriaList(stops)}
-        output = _call(lm, requests, options, config, **arguments)
+    stops: list[StoppingCriteria] = [_EarlyEnd(is_over)]
+    if ends.strings:
+        stops.append(StopTexts(lm.tokenizer, contexts[0], start, ends.strings))
+    while not _special_loops.acquire(timeout=_LOOK):
+        if is_over():
+            return [[Completion("", "length", [], 0.0)] * count for _ in requests]
+    try:
+        with torch.random.fork_rng([lm.model.device] if lm.model.device.type == "cuda" else []):
+            torch.manual_seed(request.seed or 0)
+            arguments = _assistant_arguments(lm, options, start + request.new_tokens)
+            arguments |= {"tokenizer": lm.tokenizer, "stopping_criteria": StoppingCriteriaList(stops)}
+            output = _call(lm, requests, options, config, **arguments)
+    finally:
+        _special_loops.release()
     model: Any = lm.model
     scores = model.compute_transition_scores(
         output.sequences, output.logits, getattr(output, "beam_indices", None), normalize_logits=True

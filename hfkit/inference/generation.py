@@ -147,12 +147,14 @@ def generate_each(
         yield from results.items()
 
 
-def _run_alone(lm: LanguageModel, options: GenerateOptions, request: Request) -> list[Generation]:
+def _run_alone(
+    lm: LanguageModel, options: GenerateOptions, request: Request, is_over: Callable[[], bool] = lambda: False
+) -> list[Generation]:
     """What one request gives: several samples if they are those of one beam search."""
     if is_plain(lm, options):
         completions = batches.run_batch(lm, [request], options)
     else:
-        completions = batches.run_special(lm, [request], options)[0]
+        completions = batches.run_special(lm, [request], options, is_over)[0]
     return [_generation(lm, options, request, completion) for completion in completions]
 
 
@@ -213,13 +215,15 @@ def stream(
     lm = loaded(model)
     check_controls(lm, options)
     request = _prepare(lm, prompt, options)
-    request = replace(request, seed=seed_of(options))
-    return _stream(lm, request, options)
+    return stream_request(lm, replace(request, seed=seed_of(options)), options)
 
 
-def _stream(lm: LanguageModel, request: Request, options: GenerateOptions) -> Generator[str, None, Generation]:
+def stream_request(
+    lm: LanguageModel, request: Request, options: GenerateOptions, is_over: Callable[[], bool] = lambda: False
+) -> Generator[str, None, Generation]:
+    """`stream` for a request that has its seed. Once `is_over()` is true, the text ends with what it has."""
     if options.novel or not is_plain(lm, options):  # what may be taken back is not shown before the end
-        generation = _redraw(lm, options, request, _run_alone(lm, options, request)[0])
+        generation = _redraw(lm, options, request, _run_alone(lm, options, request, is_over)[0])
         yield generation.completion
         return generation
     pieces: queue.SimpleQueue[str | Completion | BaseException] = queue.SimpleQueue()
@@ -243,6 +247,8 @@ def _stream(lm: LanguageModel, request: Request, options: GenerateOptions) -> Ge
     try:
         while isinstance(piece := pieces.get(), str):
             yield piece
+            if is_over():
+                rows.cancelled.set()
     finally:
         stop()
         unregister(stop)

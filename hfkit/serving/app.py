@@ -25,10 +25,11 @@ from hfkit.models.loading import LanguageModel, vocabulary_size
 from hfkit.options import GenerateOptions
 from hfkit.reporting.templates import script_hash
 from hfkit.serving import protocol
-from hfkit.serving.engine import Engine, make_engine
+from hfkit.serving.engine import Engine
 from hfkit.serving.guard import Counts, Guard, Settings, error_reply, explain, explain_body
 from hfkit.serving.jobs import AS_GENERATE, TextJob, TextPlan, chat_prompt, plan_texts
 from hfkit.serving.replies import Reply, Response, to_events, until_gone
+from hfkit.serving.steps import make_engine
 
 router = fastapi.APIRouter()
 
@@ -77,6 +78,8 @@ class Server:
     def stop(self) -> None:
         """End all texts early, each with what it has so far."""
         self.is_stopping = True
+        for engine in self.engines.values():  # of all models at once: to wait for a thread takes time
+            engine.end_texts()
         for engine in self.engines.values():
             engine.stop()
 

@@ -117,7 +117,7 @@ class Sampling(Body):
         """OptionError for a value that is out of range."""
         stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         temperature = self.temperature
-        return LiteralOptions(
+        options = LiteralOptions(
             temperature=0.0 if temperature is not None and 0 < temperature < _LEAST_TEMPERATURE else temperature,
             top_p=self.top_p,
             seed=self.seed,
@@ -125,6 +125,17 @@ class Sampling(Body):
             stop_strings=[*stops, *more_stops] or None,
             **self.check_extras(),
         )
+        if self.text_count * (options.num_beams or 1) > _MOST_TEXTS:
+            raise OptionError(
+                f"one request may have at most {_MOST_TEXTS} beams, those of all its texts together: lower num_beams, "
+                "or send several requests"
+            )
+        return options
+
+    @property
+    def text_count(self) -> int:
+        """Texts that are written for the request."""
+        return self.n
 
     def wishes(self, vocabulary: int, top: int | None, scores_prompt: bool = False) -> Wishes:
         """OptionError if logit_bias names something that is not a token. top: see `Wishes`."""
@@ -161,11 +172,15 @@ class CompletionBody(Sampling):
         """Texts that are written for each prompt."""
         return max(self.n, self.best_of or 1)
 
+    @property
+    def text_count(self) -> int:
+        return len(self.prompts) * self.samples
+
     def check(self) -> None:
         """Raise OptionError for fields that contradict each other."""
         if not self.prompts or [] in self.prompts:
             raise OptionError("prompt is empty: write a text, token ids, or a list of either")
-        if len(self.prompts) * self.samples > _MOST_TEXTS:
+        if self.text_count > _MOST_TEXTS:
             raise OptionError(f"one request may have at most {_MOST_TEXTS} texts: send several requests")
         if self.best_of is not None and self.best_of < self.n:
             raise OptionError(f"best_of is {self.best_of}: it must be at least n, which is {self.n}")

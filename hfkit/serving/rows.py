@@ -171,3 +171,10 @@ class Row:
         self._text = completion.text
         self._show(len(self._text))
         self.emit(Result(completion, self.tokens[: len(completion.tokens)], self.prompt_tokens))
+
+    def end_early(self) -> None:
+        """End before the text is complete: with what there is so far, or an error if that is nothing."""
+        if self.tokens:
+            self.finish()
+        else:
+            self.emit(UnavailableError("there was no time to begin this text: try again later"))

@@ -12,13 +12,16 @@ from transformers import LogitsProcessor, LogitsProcessorList, MistralConfig, Mi
 
 import hfkit
 from hfkit.errors import NotFiniteError
+from hfkit.inference import batches
 from hfkit.inference.text import fit_prompt
 from hfkit.models.loading import LanguageModel
 from hfkit.options import GenerateOptions
 from hfkit.serving import engine as engines
 from hfkit.serving.cache import SHORTEST_PREFIX, Window
-from hfkit.serving.engine import SoloEngine, StepEngine, make_engine
+from hfkit.serving.engine import SoloEngine
+from hfkit.serving.reading import Prompts
 from hfkit.serving.rows import UnavailableError, Wishes
+from hfkit.serving.steps import StepEngine, make_engine
 
 CONTROLS = [
     {}, {"temperature": 0}, {"temperature": 1.7, "top_k": 0}, {"top_p": 0.7}, {"min_p": 0.1}, {"typical_p": 0.8},
@@ -127,8 +130,8 @@ def test_prompts_that_begin_alike_wait_for_the_first(start, story):
 def test_prompts_that_come_together_are_read_together(start, lm, monkeypatch):
     """An idle engine waits for rows that are being made, but not for long; a busy one does not."""
     monkeypatch.setattr(engines, "_GATHER", 60)
-    counts, advance = [], engines.Prompts.advance
-    monkeypatch.setattr(engines.Prompts, "advance", lambda *args: counts.append(args[0].count) or advance(*args))
+    counts, advance = [], Prompts.advance
+    monkeypatch.setattr(Prompts, "advance", lambda *args: counts.append(args[0].count) or advance(*args))
     submitted, step = threading.Event(), Window.step
     monkeypatch.setattr(Window, "step", lambda *args: submitted.wait(60) and step(*args))
     engine = start(lm)
@@ -157,7 +160,7 @@ def test_a_long_prompt_does_not_stop_what_is_being_written(start, story):
     """Between any two parts of it, the other texts get a token each."""
     engine, order = start(story), []
     emitted = Written(story, "Once", GenerateOptions(max_new_tokens=300, seed=1, min_new_tokens=300))
-    take, advance = emitted.row.take, engines.Prompts.advance
+    take, advance = emitted.row.take, Prompts.advance
     emitted.row.take = lambda token: order.append("token") or take(token)
 
     def note_part(prompts, count):
@@ -165,7 +168,7 @@ def test_a_long_prompt_does_not_stop_what_is_being_written(start, story):
         return advance(prompts, count)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines.Prompts, "advance", note_part)
+        patch.setattr(Prompts, "advance", note_part)
         engine.submit([emitted.row])
         wait_until(lambda: len(emitted.row.tokens) > 3)
         long = Written(story, "and so on " * 130, GenerateOptions(max_new_tokens=2, seed=1))
@@ -396,3 +399,44 @@ def test_time_limit_of_beams(start, story):
     text = Written(story, "Once", options, seconds=0.5)
     engine.submit([text.row])
     assert 0 < len(text.result().completion.tokens) < 400
+
+
+BEAMS = GenerateOptions(max_new_tokens=1000, min_new_tokens=1000, num_beams=4, temperature=0, seed=1)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "stopped"])
+def test_beams_end_before_their_last_step(start, story, how):
+    """They hold up the beams of every model, so they must not outlive their client."""
+    engine = start(story)
+    text, waiting = Written(story, "Once", BEAMS), Written(story, "Once", BEAMS)
+    engine.submit([text.row, waiting.row])
+    wait_until(lambda: (engine.running, engine.waiting) == (1, 1))
+    if how == "cancelled":
+        text.row.is_cancelled = waiting.row.is_cancelled = True
+        wait_until(lambda: (engine.running, engine.waiting) == (0, 0))
+        (after,) = write(engine, story, ["Once"], [replace(BEAMS, max_new_tokens=5, min_new_tokens=None)])
+        assert_same(after, hfkit.generate("Once", model=story, temperature=0, num_beams=4, max_new_tokens=5))
+    else:
+        engine.stop()
+        with pytest.raises(UnavailableError, match="no time"):
+            waiting.result()
+    result = text.result().completion
+    assert result.finish_reason == "length" and 0 < len(result.tokens) < 1000
+
+
+def test_beams_that_wait_for_their_turn_can_end(start, story):
+    """Another model has the turn, for as long as its beams take."""
+    engine, stopped = start(story), start(story)
+    given_up, late, told = (Written(story, "Once", BEAMS, seconds=seconds) for seconds in (1000, 0.2, 1000))
+    with batches._special_loops:
+        engine.submit([given_up.row])
+        wait_until(lambda: engine.running)
+        given_up.row.is_cancelled = True
+        wait_until(lambda: not engine.running)
+        engine.submit([late.row])
+        stopped.submit([told.row])
+        wait_until(lambda: stopped.running)
+        stopped.stop()
+        for text in (late, told):
+            with pytest.raises(UnavailableError, match="no time"):
+                text.result()

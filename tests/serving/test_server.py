@@ -122,7 +122,39 @@ def test_request_has_a_time_limit(story):
         assert choice["finish_reason"] == "length" and len(choice["text"]) < 1000
 
 
+def test_stop_ends_what_runs_beside_beams(story):
+    """Every text ends with what it has: beams do not hold up the others."""
+    long = {**LONG, "max_tokens": 1000, "min_new_tokens": 1000}
+    fields = [long | {"num_beams": 4}, long, long | {"stream": True, "stream_options": {"include_usage": True}}]
+    with serving(story) as (address, server), concurrent.futures.ThreadPoolExecutor(3) as pool:
+        replies = [pool.submit(ask, address, **each) for each in fields]
+        (engine,) = server.engines.values()
+        wait_until(lambda: engine.running == 3 and engine.tokens_written)
+        server.stop()
+        beams, whole, streamed = (each.result() for each in replies)
+    *_, last, usage, done = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line]
+    assert json.loads(last)["choices"][0]["finish_reason"] == "length" and done == "[DONE]"
+    for reply in (beams.json(), whole.json(), json.loads(usage)):
+        assert all(choice["finish_reason"] == "length" for choice in reply["choices"])
+        assert 0 < reply["usage"]["completion_tokens"] < 1000
+
+
 # what comes in
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_beams": 129}, {"num_beams": 100_000}, {"num_beams": 65, "n": 2}, {"num_beams": 13, "best_of": 10},
+               {"num_beams": 2, "n": 9, "prompt": ["a"] * 8}],
+)  # fmt: skip
+def test_beams_have_a_limit(http, lm, fields):
+    """Each needs as much memory as a text, and more time."""
+    for path, prompt in (("completions", {"prompt": "a"}), ("chat/completions", GOOD["/v1/chat/completions"])):
+        if path == "completions" or not {"best_of", "prompt"} & set(fields):
+            body = {"model": lm.name, **prompt, "max_tokens": 1, **fields}
+            reply = http.post(f"/v1/{path}", json=body)
+            assert reply.status_code == 400 and "at most 128 beams" in reply.json()["error"]["message"]
+    most = {"model": lm.name, "prompt": "a", "max_tokens": 1, "num_beams": 64, "n": 2}
+    assert http.post("/v1/completions", json=most).status_code == 200
 
 
 @pytest.mark.parametrize("sized", [True, False])
@@ -520,7 +552,8 @@ def test_sigterm_under_load(process):
     outcomes: list[tuple[int, str]] = []
 
     def one(number: int) -> None:
-        with client.stream("POST", "/v1/completions", json={**LONG, "stream": number % 2 == 0, "n": 2}) as reply:
+        body = {**LONG, "stream": number % 2 == 0, "n": 2, "num_beams": 4 if number % 6 > 3 else None}
+        with client.stream("POST", "/v1/completions", json=body) as reply:
             outcomes.append((reply.status_code, reply.read().decode()))
 
     threads = [threading.Thread(target=one, args=(number,)) for number in range(12)]
