@@ -27,6 +27,7 @@ from hfkit.declaration import Options, set_fields
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.options import DataOptions, TrainOptions
 from hfkit.reporting.pages import METRICS_FILE
+from hfkit.training.schedule import check_schedule
 
 RECIPE, FACTS, CHECKPOINTS = "recipe.yaml", "run.json", "checkpoints"
 # Options that do not change what is trained; and trust_remote_code, which a file must not set.
@@ -52,13 +53,15 @@ _MODEL_FILES = (
 def reserve(
     command: str, corpus: Corpora, train: TrainOptions, inputs: Iterable[str | Path], *, dry_run: bool
 ) -> Iterator[tuple[Path, TrainOptions]]:
-    """Hold the run's folder for this process. HfkitError if it is not free, or a tracker is not installed.
+    """Hold the run's folder for this process. HfkitError if it is not free, a tracker is not installed, or
+    the scheduler does not take its arguments.
 
     Yields the folder, and `train` with what a run to be resumed decided when it began.
 
     inputs: what the run reads in addition to the corpus, which overwriting the folder must not delete.
     """
     check_trackers(train.report_to or [])
+    check_schedule(train)
     folder = folder_for(command, corpus, train)
     with contextlib.ExitStack() as stack:
         if not dry_run and processes.rank == 0:

@@ -205,11 +205,16 @@ def test_resume_on_a_changed_base(tiny, corpus, tmp_path, copy):
         train(corpus, str(model), tmp_path / "run", resume=True)
 
 
-def test_resume_with_another_length(tiny, corpus, tmp_path, capfd):
+@pytest.mark.parametrize(
+    ("falling", "other"),
+    [('{"num_decay_steps": 6}', '{"num_decay_steps": 3, "decay_type": "linear"}'), (None, None)],
+    ids=["asked", "default"],
+)
+def test_resume_with_another_length(tiny, corpus, tmp_path, capfd, falling, other):
     """Where the learning rate only falls at the end, a run may end at another step, as if it had been begun so."""
     schedule = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 1}
-    long = schedule | {"max_steps": 12, "lr_scheduler_kwargs": '{"num_decay_steps": 6}'}
-    short = schedule | {"max_steps": 8, "lr_scheduler_kwargs": '{"num_decay_steps": 3, "decay_type": "linear"}'}
+    long = schedule | {"max_steps": 12, "lr_scheduler_kwargs": falling}
+    short = schedule | {"max_steps": 8, "lr_scheduler_kwargs": other}
     with pytest.raises(RuntimeError, match="power"):
         train(corpus, tiny, tmp_path / "run", **long, callbacks=[PowerCut()])
     train(corpus, tiny, tmp_path / "run", **short, resume=True)
