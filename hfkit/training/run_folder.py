@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hfkit import console, processes, storage
+from hfkit.console import counted
 from hfkit.corpus.files import Corpora, Corpus, find_corpus, name_of, prepared_folder, sources_of
 from hfkit.declaration import Options, set_fields
 from hfkit.errors import HfkitError, OptionError, first_line
@@ -200,7 +201,8 @@ def _write_recipe(folder: Path, command: str, recipe: dict[str, Any]) -> None:
 def check_same_settings(folder: Path, command: str, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
     """Raise HfkitError if the run in `folder` was begun with other settings.
 
-    A schedule that only falls at its end may get another length: nothing that was trained so far depends on it.
+    A schedule that only falls at its end may get another length until then: nothing that was trained so far depends
+    on it.
     """
     record = _read_json(folder / FACTS)
     facts = {name: value for name, value in facts.items() if name in record}  # old versions recorded fewer
@@ -216,6 +218,11 @@ def check_same_settings(folder: Path, command: str, recipe: dict[str, Any], fact
         raise HfkitError(
             f"{folder} was begun with other settings ({shown}): --config {folder / RECIPE} has those, "
             "or --overwrite starts over"
+        )
+    if names and (metrics := read_metrics(folder)):
+        raise HfkitError(
+            f"{folder} ended at {counted(metrics['steps'], 'step')} ({shown}): a finished run cannot get another "
+            f"length; -m {folder} with another -o goes on from its model, --overwrite starts over"
         )
     if names:
         console.note(f"the run gets another length: {shown}")

@@ -224,6 +224,20 @@ def test_resume_with_another_length(tiny, corpus, tmp_path, capfd, falling, othe
     assert (tmp_path / "run" / "recipe.yaml").read_text() == (tmp_path / "whole" / "recipe.yaml").read_text()
 
 
+def test_resume_a_finished_run_with_another_length(tiny, corpus, tmp_path, capfdbinary):
+    """A finished run has fallen to the end: it keeps its length and its files, and the command fails."""
+    folder = tmp_path / "run"
+    train(corpus, tiny, folder, lr_scheduler_type="warmup_stable_decay", warmup_steps=1)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK}
+    command = ["finetune", "--config", folder / "recipe.yaml", "-o", folder, "--resume"]
+    for steps in (12, 4):
+        words = f"{folder} ended at 6 steps (max_steps was 6, is {steps}): a finished run cannot get another length; "
+        assert_fails(call(capfdbinary, *command, "-q", "--max-steps", steps), 1, words)
+    result = call(capfdbinary, *command)
+    assert result.returncode == 0 and b"is finished: there is nothing to resume" in result.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK} == before
+
+
 def test_resume_by_recipe(stopped, finished, tmp_path, capfdbinary):
     """A run's recipe is enough to resume it."""
     folder = Path(shutil.copytree(stopped, tmp_path / "run"))
