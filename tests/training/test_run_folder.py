@@ -246,6 +246,22 @@ def test_resume_by_recipe(stopped, finished, tmp_path, capfdbinary):
     assert trials.outcome(folder) == trials.outcome(finished)
 
 
+def test_metrics_of_a_resumed_run(stopped, finished, tiny, corpus, tmp_path):
+    """Whatever metrics.json says of the training holds for the whole run: it is the same without an interruption."""
+    folder = Path(shutil.copytree(stopped, tmp_path / "run"))
+    resumed = train(corpus, tiny, folder, resume=True).metrics
+    whole = json.loads((finished / "metrics.json").read_text())
+    timed = {"seconds", "tokens_per_second", "folder", "command"}
+    for metrics in (resumed, whole):
+        metrics["history"] = [
+            {name: value for name, value in entry.items() if name != "seconds"} for entry in metrics["history"]
+        ]
+    assert resumed["history"] == whole["history"]
+    assert len(trials.losses(resumed)) == resumed["steps"] == 6
+    assert not [name for entry in resumed["history"] for name in entry if name.startswith("train_")]
+    assert {name for name in whole if resumed[name] != whole[name]} <= timed
+
+
 def test_resume_with_an_edited_corpus(stopped, tiny, corpus, tmp_path, monkeypatch):
     """A corpus that was edited is another one."""
     path = Path(corpus)
