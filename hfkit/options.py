@@ -162,7 +162,7 @@ class TrainOptions(Options):
     gradient_accumulation_steps: int = option(1, "Batches in an optimizer step.", min=1)
     learning_rate: float | None = option(None, "Peak learning rate. [default: by size, and for LoRA]", above=0)
     lr_scheduler_type: _Schedule = option("cosine", "How the learning rate changes.")
-    lr_scheduler_kwargs: str | None = option(None, "Arguments of the scheduler, as JSON.")
+    lr_scheduler_kwargs: str | None = option(None, "Scheduler arguments, as JSON; num_decay_steps below 1: a share.")
     warmup_steps: float = option(0.05, "Steps of rising learning rate; below 1: a share of all steps.", min=0)
     optim: str | None = option(None, "Optimizer of transformers, or muon. [default: adamw_torch_fused; new: muon]")
     optim_args: str | None = option(None, "Arguments of the optimizer: name=value,...")

@@ -25,7 +25,7 @@ from hfkit.errors import HfkitError, first_line
 from hfkit.options import DataOptions
 from hfkit.storage import add_owned, check_owned, check_regular, lock, make_names_durable, make_writable, write_text
 
-_VERSION = 9  # of the files on disk
+_VERSION = 10  # of the files on disk, and of how a corpus is read
 _DECIDING = ("text_column", "errors", "dataset_config_name", "dataset_split", "template", "labels")  # options
 _SAMPLE = 1_000_000  # characters that are examined for their script
 _SCRIPTS = {"Cjk": "Han", "Masculine": "Latin", "Feminine": "Latin", "Micro": "Greek"}  # ª, º and µ

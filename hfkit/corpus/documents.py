@@ -59,7 +59,7 @@ def read_records(corpus: Corpus, options: CorpusOptions) -> Iterator[Piece | Exa
     """All records of `corpus` in order: Examples from rows with an answer, Pieces from texts and other rows.
 
     Two kinds of files in a folder are left out, with a note: rows without a text, and a README or the like beside
-    examples.
+    rows.
 
     Raises:
         HfkitError: a file is damaged, a row lacks a column (the message has the line), or the corpus has both Pieces
@@ -69,13 +69,15 @@ def read_records(corpus: Corpus, options: CorpusOptions) -> Iterator[Piece | Exa
         for row, where in read_table(corpus, options, task.columns):
             yield Example(task.example(row, where), where)
         return
-    has_examples = any(source.is_description for source in corpus.sources) and _has_examples(corpus, options)
+    if descriptions := corpus.descriptions:
+        files = counted(len(descriptions), "file")
+        note_once(f"left out {files} of descriptions or settings beside the rows, such as {descriptions[0]}")
+    left_out = {*descriptions}
     kind: type[Piece | Example] | None = None
     unclear: list[HfkitError] = []
     for source, rows in _open_sources(corpus, options):
         if rows is None:
-            if source.is_description and has_examples:
-                note_once(f"left out {source}, which only describes the examples")
+            if source in left_out:
                 continue
             chunks = (read_notebook if source.kind == "notebook" else read_text)(source.path, options.errors)
             records: Iterator[Piece | Example] = cut_pieces(chunks)
@@ -100,17 +102,6 @@ def read_records(corpus: Corpus, options: CorpusOptions) -> Iterator[Piece | Exa
         raise unclear[0]
     if unclear:
         note_once(f"left out {counted(len(unclear), 'file')} of rows without a clear text, such as: {unclear[0]}")
-
-
-def _has_examples(corpus: Corpus, options: CorpusOptions) -> bool:
-    """Whether the rows of a corpus have answers: so says the first row whose form is clear."""
-    for _, rows in _open_sources(corpus, options):
-        try:
-            for row, where in rows or ():
-                return not isinstance(choose_form(row, where, options.text_column)[0](row, where), str)
-        except HfkitError:
-            continue
-    return False
 
 
 def _make_records(rows: Iterable[Row], convert: Convert, description: str) -> Iterator[Piece | Example]:

@@ -26,8 +26,7 @@ _CONFIGS = ("config.json", "adapter_config.json", "hparams.json", "bert_config.j
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf", "*.index", "tf_model.h5")
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)([-_]\d.*)?", re.I)  # the name of a file
 _DESCRIPTION = re.compile(
-    r"(readme|licen[cs]e|copying|notice|changelog|changes|contributing|authors|citation)([-_.].*)?"
-    r"|.*\.(json|ya?ml|toml)",
+    r"(readme|licen[cs]e|copying|notice|changelog|changes|contributing|authors|citation)([-_.].*)?|.*\.(json|ya?ml|toml)",
     re.I,
 )
 _SUFFIX = re.compile(r"(\.(txt|md|csv|tsv|jsonl?|ndjson|parquet|arrow|ipynb))?(\.(gz|bz2|xz))?$", re.I)
@@ -66,10 +65,15 @@ class Corpus:
         return len(self.files) == len(self.sources)
 
     @property
+    def descriptions(self) -> tuple[Source, ...]:
+        """The plain texts that only describe the rows beside them: a README, a licence, settings."""
+        has_rows = any(source.kind not in TEXTS for source in self.sources)
+        return tuple(source for source in self.sources if has_rows and source.kind in TEXTS and source.is_description)
+
+    @property
     def has_texts(self) -> bool:
         """Whether there are plain texts, apart from those that describe the rows beside them."""
-        texts = [source for source in self.sources if source.kind in TEXTS]
-        return len(texts) == len(self.sources) or not all(source.is_description for source in texts)
+        return any(source.kind in TEXTS for source in {*self.sources} - {*self.descriptions})
 
     @property
     def size(self) -> int:

@@ -9,5 +9,6 @@ loop: the training loop; its docstring lists the events of a step in order
 monitor: what is watched while a model trains
 checkpoints: complete and verified, or not used; signals that stop a run
 arguments: options as Trainer takes them
+schedule: the arguments of the learning rate's scheduler
 run_folder: who may write there, and what is left in the end
 """

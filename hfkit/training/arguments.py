@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
@@ -18,6 +17,7 @@ from hfkit.declaration import set_fields
 from hfkit.errors import OptionError
 from hfkit.options import TrainOptions
 from hfkit.training.plan import Job, Plan
+from hfkit.training.schedule import schedule_arguments
 
 
 @contextlib.contextmanager
@@ -100,10 +100,7 @@ def training_arguments(job: Job, rows: int, accumulation: int) -> TrainingArgume
     if options.optim == "muon":
         del values["optim"]  # see `optimizer_class`
     if options.lr_scheduler_kwargs:
-        try:
-            values["lr_scheduler_kwargs"] = json.loads(options.lr_scheduler_kwargs)
-        except ValueError as error:
-            raise OptionError(f"--lr-scheduler-kwargs is not valid JSON: {error}") from error
+        values["lr_scheduler_kwargs"] = schedule_arguments(options, plan.steps)
     if options.fsdp_config:
         values["fsdp"] = True
     if processes.count > 1:

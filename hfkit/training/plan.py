@@ -22,6 +22,7 @@ from hfkit.errors import OptionError
 from hfkit.models.architecture import computes_faster_in_bfloat16, find_compiler
 from hfkit.options import DataOptions, TrainOptions
 from hfkit.training.run_folder import CHECKPOINTS
+from hfkit.training.schedule import complete_schedule
 
 _COMPILE_SECONDS = {"cpu": 600, "cuda": 300}  # estimated length of a run from which compiling pays
 _UTILIZATION = 0.35  # share of the speed of a matrix product of the model's size
@@ -154,7 +155,7 @@ def make_plan(
     """
     if options.full_determinism:  # CUDA reads it at its first matrix product, in `_speed`
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    options = _decide(options, parameters, sequences, length, fresh, shared_by)
+    options = _decide(complete_schedule(options), parameters, sequences, length, fresh, shared_by)
     batch = (options.per_device_train_batch_size or 1) * shared_by
     per_epoch = math.ceil(math.ceil(sequences / batch) / options.gradient_accumulation_steps)
     steps = options.max_steps or max(1, math.ceil((options.num_train_epochs or 1) * per_epoch))

@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from hfkit import console, processes, storage
+from hfkit.console import counted
 from hfkit.corpus.files import Corpora, Corpus, find_corpus, name_of, prepared_folder, sources_of
 from hfkit.declaration import Options, set_fields
 from hfkit.errors import HfkitError, OptionError, first_line
 from hfkit.options import DataOptions, TrainOptions
 from hfkit.reporting.pages import METRICS_FILE
+from hfkit.training.schedule import check_schedule
 
 RECIPE, FACTS, CHECKPOINTS = "recipe.yaml", "run.json", "checkpoints"
 # Options that do not change what is trained; and trust_remote_code, which a file must not set.
@@ -52,13 +54,15 @@ _MODEL_FILES = (
 def reserve(
     command: str, corpus: Corpora, train: TrainOptions, inputs: Iterable[str | Path], *, dry_run: bool
 ) -> Iterator[tuple[Path, TrainOptions]]:
-    """Hold the run's folder for this process. HfkitError if it is not free, or a tracker is not installed.
+    """Hold the run's folder for this process. HfkitError if it is not free, a tracker is not installed, or
+    the scheduler does not take its arguments.
 
     Yields the folder, and `train` with what a run to be resumed decided when it began.
 
     inputs: what the run reads in addition to the corpus, which overwriting the folder must not delete.
     """
     check_trackers(train.report_to or [])
+    check_schedule(train)
     folder = folder_for(command, corpus, train)
     with contextlib.ExitStack() as stack:
         if not dry_run and processes.rank == 0:
@@ -197,7 +201,8 @@ def _write_recipe(folder: Path, command: str, recipe: dict[str, Any]) -> None:
 def check_same_settings(folder: Path, command: str, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
     """Raise HfkitError if the run in `folder` was begun with other settings.
 
-    A schedule that only falls at its end may get another length: nothing that was trained so far depends on it.
+    A schedule that only falls at its end may get another length until then: nothing that was trained so far depends
+    on it.
     """
     record = _read_json(folder / FACTS)
     facts = {name: value for name, value in facts.items() if name in record}  # old versions recorded fewer
@@ -213,6 +218,11 @@ def check_same_settings(folder: Path, command: str, recipe: dict[str, Any], fact
         raise HfkitError(
             f"{folder} was begun with other settings ({shown}): --config {folder / RECIPE} has those, "
             "or --overwrite starts over"
+        )
+    if names and (metrics := read_metrics(folder)):
+        raise HfkitError(
+            f"{folder} ended at {counted(metrics['steps'], 'step')} ({shown}): a finished run cannot get another "
+            f"length; -m {folder} with another -o goes on from its model, --overwrite starts over"
         )
     if names:
         console.note(f"the run gets another length: {shown}")

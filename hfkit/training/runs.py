@@ -105,8 +105,10 @@ def _optional(what: str, make: Callable[[], T]) -> T | None:
 def make_metrics(job: Job, state: TrainerState, kept: Path) -> dict[str, Any]:
     """Everything that is known of a finished run whose checkpoint `kept` is its result."""
     plan = job.plan
+    # Trainer's last entry, its mean loss and its speed, counts only the steps since the last resume.
+    entries = [entry for entry in state.log_history if "train_runtime" not in entry]
     # Without infinities, which the gradient of a step that float16 skips may be, and which JSON does not have.
-    history = [jsonable({k: v for k, v in entry.items() if k != "units"}) for entry in state.log_history]
+    history = [jsonable({k: v for k, v in entry.items() if k != "units"}) for entry in entries]
     facts = json.loads((job.folder / run_folder.FACTS).read_text("utf-8"))
     task = task_of(job.tokenizer)
     seconds = seconds_of(history)

@@ -31,6 +31,7 @@ from hfkit.training.finetuning import finetune, make_job
 from hfkit.training.monitor import find_right_answers
 from hfkit.training.plan import Job
 from hfkit.training.runs import Run
+from hfkit.training.schedule import check_schedule
 from hfkit.tuning.space import default_space, read_space
 from hfkit.tuning.study import BEST, BEST_RUN, TRIALS_PICTURE, SharedStudy, best_of, claim, open_study
 
@@ -80,6 +81,8 @@ def tune(
     chosen, data, train, options = divide(overrides, *groups)
     run_folder.check_trackers(train.report_to or [])
     space = read_space(options.search or [], train)
+    for name in space.get("lr_scheduler_type", [train.lr_scheduler_type]):
+        check_schedule(replace(train, lr_scheduler_type=name))
     if not data.eval_file and (data.streaming or not data.eval_fraction):
         raise OptionError("nothing would be held out, so trials could not be compared: add --eval-file")
     source = find_model(chosen)

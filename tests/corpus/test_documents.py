@@ -132,7 +132,7 @@ def test_read_rows_across_chunks(tmp_path, kind):
 
 
 def test_find_corpus_in_a_folder(tmp_path, capfd):
-    """All files of a folder are read, except hidden ones, empty ones and those that are not text."""
+    """All files of a folder are read, except hidden ones, empty ones, those that are not text, and settings."""
     folder = tmp_path / "folder"
     for name, content in {
         "b.txt": b"second",
@@ -152,10 +152,14 @@ def test_find_corpus_in_a_folder(tmp_path, capfd):
         (folder / name).write_bytes(content)
     (folder / "missing").symlink_to("nowhere")
     corpus = find_corpus(folder)
-    read_as_texts = ["a/deep/er/1.py", "b.txt", "c.c", "package.json"]
+    read_as_texts = ["a/deep/er/1.py", "b.txt", "c.c"]
     assert documents(folder) == [*((folder / name).read_text() for name in read_as_texts), "last"]
-    assert f"{folder}: left out 4 files without text" in capfd.readouterr().err
-    assert corpus.size == sum((folder / name).stat().st_size for name in [*read_as_texts, "z.jsonl"])
+    notes = capfd.readouterr().err
+    assert f"{folder}: left out 4 files without text" in notes
+    assert f"left out 1 file of descriptions or settings beside the rows, such as {folder}/package.json\n" in notes
+    assert corpus.size == sum((folder / name).stat().st_size for name in [*read_as_texts, "package.json", "z.jsonl"])
+    (folder / "z.jsonl").unlink()
+    assert documents(folder) == [(folder / name).read_text() for name in [*read_as_texts, "package.json"]]
 
 
 def test_find_corpus_in_a_saved_data_set(tmp_path):

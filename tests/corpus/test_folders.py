@@ -252,7 +252,8 @@ def test_read_records_leaves_out_descriptions_beside_examples(chats, capfd):
     """A README or settings beside conversations are not taken for texts, with a note; other texts are refused."""
     (record,) = read_records(find_corpus(chats), CorpusOptions())
     assert isinstance(record, Example)
-    assert f"left out {chats}/README.md, which only describes the examples" in capfd.readouterr().err
+    note = f"left out 5 files of descriptions or settings beside the rows, such as {chats}/CHANGELOG-2.txt\n"
+    assert note in capfd.readouterr().err
     with pytest.raises(HfkitError, match="mixes texts and examples"):
         list(read_records(find_corpus([chats / "README.md", chats / "data"]), CorpusOptions()))
     (chats / "story.txt").write_text("Once upon a time")
@@ -273,13 +274,21 @@ def test_has_texts_beside_rows(chats):
     assert find_corpus(chats).has_texts
 
 
-def test_read_records_keeps_descriptions_beside_texts(folder):
-    """Beside texts, and beside rows with a text, a README is a text like any other."""
-    (folder / "README.md").write_text("read me")
-    (folder / "plain.txt").write_text("plain")
-    assert read(folder) == ["read me", "plain"]
-    (folder / "rows.jsonl").write_text('{"text": "row"}\n')
-    assert read(folder) == ["read me", "plain", "row"]
+def test_read_records_leaves_out_descriptions_beside_rows_with_a_text(folder, capfd):
+    """A README is a text like any other beside texts alone, or where it is named; beside rows it is left out."""
+    for name, text in {"README.md": "read me", "plain.txt": "plain", "settings.json": '{"a": 1}'}.items():
+        (folder / name).write_text(text)
+    assert read(folder) == ["read me", "plain", '{"a": 1}']
+    assert "left out" not in capfd.readouterr().err
+    (folder / "rows.csv").write_text("text,label\nrow,good\n")
+    assert read(folder) == ["plain", "row"]
+    note = f"left out 2 files of descriptions or settings beside the rows, such as {folder}/README.md\n"
+    assert note in capfd.readouterr().err
+    assert read([folder, folder / "README.md"]) == ["read me", "plain", "row"]
+    (folder / "plain.txt").unlink()
+    (folder / "rows.csv").write_text("first,second\na,b\n")
+    with pytest.raises(HfkitError, match="which column is the text .*rows.csv"):  # not a training on the README alone
+        read(folder)
 
 
 ODD = {

@@ -205,11 +205,16 @@ def test_resume_on_a_changed_base(tiny, corpus, tmp_path, copy):
         train(corpus, str(model), tmp_path / "run", resume=True)
 
 
-def test_resume_with_another_length(tiny, corpus, tmp_path, capfd):
+@pytest.mark.parametrize(
+    ("falling", "other"),
+    [('{"num_decay_steps": 6}', '{"num_decay_steps": 3, "decay_type": "linear"}'), (None, None)],
+    ids=["asked", "default"],
+)
+def test_resume_with_another_length(tiny, corpus, tmp_path, capfd, falling, other):
     """Where the learning rate only falls at the end, a run may end at another step, as if it had been begun so."""
     schedule = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 1}
-    long = schedule | {"max_steps": 12, "lr_scheduler_kwargs": '{"num_decay_steps": 6}'}
-    short = schedule | {"max_steps": 8, "lr_scheduler_kwargs": '{"num_decay_steps": 3, "decay_type": "linear"}'}
+    long = schedule | {"max_steps": 12, "lr_scheduler_kwargs": falling}
+    short = schedule | {"max_steps": 8, "lr_scheduler_kwargs": other}
     with pytest.raises(RuntimeError, match="power"):
         train(corpus, tiny, tmp_path / "run", **long, callbacks=[PowerCut()])
     train(corpus, tiny, tmp_path / "run", **short, resume=True)
@@ -219,12 +224,42 @@ def test_resume_with_another_length(tiny, corpus, tmp_path, capfd):
     assert (tmp_path / "run" / "recipe.yaml").read_text() == (tmp_path / "whole" / "recipe.yaml").read_text()
 
 
+def test_resume_a_finished_run_with_another_length(tiny, corpus, tmp_path, capfdbinary):
+    """A finished run has fallen to the end: it keeps its length and its files, and the command fails."""
+    folder = tmp_path / "run"
+    train(corpus, tiny, folder, lr_scheduler_type="warmup_stable_decay", warmup_steps=1)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK}
+    command = ["finetune", "--config", folder / "recipe.yaml", "-o", folder, "--resume"]
+    for steps in (12, 4):
+        words = f"{folder} ended at 6 steps (max_steps was 6, is {steps}): a finished run cannot get another length; "
+        assert_fails(call(capfdbinary, *command, "-q", "--max-steps", steps), 1, words)
+    result = call(capfdbinary, *command)
+    assert result.returncode == 0 and b"is finished: there is nothing to resume" in result.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK} == before
+
+
 def test_resume_by_recipe(stopped, finished, tmp_path, capfdbinary):
     """A run's recipe is enough to resume it."""
     folder = Path(shutil.copytree(stopped, tmp_path / "run"))
     result = call(capfdbinary, "finetune", "--config", folder / "recipe.yaml", "-o", folder, "--resume")
     assert (result.returncode, result.stdout.decode()) == (0, f"{folder}\n"), result.stderr
     assert trials.outcome(folder) == trials.outcome(finished)
+
+
+def test_metrics_of_a_resumed_run(stopped, finished, tiny, corpus, tmp_path):
+    """Whatever metrics.json says of the training holds for the whole run: it is the same without an interruption."""
+    folder = Path(shutil.copytree(stopped, tmp_path / "run"))
+    resumed = train(corpus, tiny, folder, resume=True).metrics
+    whole = json.loads((finished / "metrics.json").read_text())
+    timed = {"seconds", "tokens_per_second", "folder", "command"}
+    for metrics in (resumed, whole):
+        metrics["history"] = [
+            {name: value for name, value in entry.items() if name != "seconds"} for entry in metrics["history"]
+        ]
+    assert resumed["history"] == whole["history"]
+    assert len(trials.losses(resumed)) == resumed["steps"] == 6
+    assert not [name for entry in resumed["history"] for name in entry if name.startswith("train_")]
+    assert {name for name in whole if resumed[name] != whole[name]} <= timed
 
 
 def test_resume_with_an_edited_corpus(stopped, tiny, corpus, tmp_path, monkeypatch):
