@@ -77,7 +77,7 @@ def explain_body(errors: Sequence[Any], body: Any) -> tuple[str, str | None]:
     first = errors[0]
     if first["type"] == "json_invalid":
         return f"the body is not valid JSON (character {first['loc'][1] + 1}: {first['ctx']['error']})", None
-    # A field of several types has errors for each of them. The one that reads on furthest is the one that was meant.
+    # A field of several types has errors for each of them. The type that accepts most of the value was meant.
     reasons: dict[tuple[Any, ...], tuple[Any, str]] = {}  # how far, and why not further, by the types that were tried
     for error in errors:
         if error["loc"][1:2] == first["loc"][1:2]:

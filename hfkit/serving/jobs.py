@@ -9,7 +9,7 @@ from typing import cast
 
 from hfkit.corpus.templates import CHAT_TEMPLATE, task_of
 from hfkit.errors import HfkitError, OptionError, first_line
-from hfkit.inference.controls import check_controls, check_options
+from hfkit.inference.controls import beams, check_controls, check_options
 from hfkit.inference.remote import seed_of
 from hfkit.inference.text import Request, fit_prompt
 from hfkit.models.loading import LanguageModel, vocabulary_size
@@ -17,6 +17,7 @@ from hfkit.options import GenerateOptions
 from hfkit.serving.engine import Engine
 from hfkit.serving.rows import Delta, Event, Result, Row, Wishes
 
+_MOST_LOGITS = 1 << 30  # that one beam search keeps, for all its steps: 4 GB
 _TURNS = ("\nUser:", "\nAssistant:", "\nSystem:")  # how a base model goes on with the next turn
 
 
@@ -59,6 +60,9 @@ def plan_texts(
             room = (lm.context or 4096) - (0 if lm.model.config.is_encoder_decoder else len(request.ids))
             request = replace(request, new_tokens=room if new_tokens is None else min(new_tokens, room))
         requests.append(replace(request, seed=seed + number * samples))
+    longest, width = max(request.new_tokens for request in requests), beams(lm, options)
+    if width > 1 and width * longest * vocabulary > _MOST_LOGITS:
+        raise OptionError(f"{width} beams of {longest} tokens take too much memory: lower num_beams or the length")
     return TextPlan(requests, options, wishes, samples)
 
 

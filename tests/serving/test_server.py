@@ -23,6 +23,7 @@ from support.shell import assert_fails, call
 import hfkit
 from hfkit import console
 from hfkit.cli.serve import check_address
+from hfkit.models.loading import vocabulary_size
 from hfkit.serving import server as server_module
 from hfkit.serving.app import Server, router
 from hfkit.serving.guard import Settings
@@ -155,6 +156,16 @@ def test_beams_have_a_limit(http, lm, fields):
             assert reply.status_code == 400 and "at most 128 beams" in reply.json()["error"]["message"]
     most = {"model": lm.name, "prompt": "a", "max_tokens": 1, "num_beams": 64, "n": 2}
     assert http.post("/v1/completions", json=most).status_code == 200
+
+
+def test_long_beams_have_a_limit(http, lm, monkeypatch):
+    """A beam search keeps the logits of all its steps."""
+    monkeypatch.setattr("hfkit.serving.jobs._MOST_LOGITS", 3 * 4 * vocabulary_size(lm.model))
+    body = {"model": lm.name, "prompt": "a", "num_beams": 3}
+    assert http.post("/v1/completions", json=body | {"max_tokens": 4}).status_code == 200
+    reply = http.post("/v1/completions", json=body | {"max_tokens": 5})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].startswith("3 beams of 5 tokens take too much memory: lower num_beams")
 
 
 @pytest.mark.parametrize("sized", [True, False])
