@@ -114,11 +114,9 @@ def run_all(
     width, tokens = beams(lm, options), for_device(TOKENS_AT_ONCE, lm.model.device.type)
     results: dict[int, list[Completion]] = {}
     for (new_tokens, _), alike in lengths.items():
-        most = (
-            size
-            if width == 1
-            else min(size // width, _LOGITS_KEPT // (width * new_tokens * vocabulary_size(lm.model)))
-        )
+        most = size // width
+        if width > 1:
+            most = min(most, _LOGITS_KEPT // (width * new_tokens * vocabulary_size(lm.model)))
         for batch in group_by_length(alike, max(1, most), tokens // width):
             texts = _run_smaller(lm, [requests[number] for number in batch], options)
             results |= dict(zip(batch, texts, strict=True))
