@@ -54,12 +54,14 @@ _MODEL_FILES = (
 def reserve(
     command: str, corpus: Corpora, train: TrainOptions, inputs: Iterable[str | Path], *, dry_run: bool
 ) -> Iterator[tuple[Path, TrainOptions]]:
-    """Hold the run's folder for this process. HfkitError if it is not free, a tracker is not installed, or
-    the scheduler does not take its arguments.
+    """Hold the run's folder for this process.
 
     Yields the folder, and `train` with what a run to be resumed decided when it began.
 
     inputs: what the run reads in addition to the corpus, which overwriting the folder must not delete.
+
+    Raises:
+        HfkitError: the folder is not free, a tracker is not installed, or the scheduler does not take its arguments.
     """
     check_trackers(train.report_to or [])
     check_schedule(train)
