@@ -373,6 +373,7 @@ def test_every_command_same_as_cold(home, cold, tiny, tiny_llama, tiny_t5, tmp_p
 
 def resources(pid: int) -> tuple[int, int]:
     """Megabytes and open files of a process."""
+    time.sleep(0.5)  # the connection of the last command may not be closed yet
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * 4096 // 10**6, len(os.listdir(f"/proc/{pid}/fd"))
 
