@@ -116,7 +116,7 @@ def run_all(
     for (new_tokens, _), alike in lengths.items():
         most = size // width
         if width > 1:
-            most = min(most, _LOGITS_KEPT // (width * new_tokens * vocabulary_size(lm.model)))
+            most = min(most, _LOGITS_KEPT // kept_logits(lm, options, new_tokens))
         for batch in group_by_length(alike, max(1, most), tokens // width):
             texts = _run_smaller(lm, [requests[number] for number in batch], options)
             results |= dict(zip(batch, texts, strict=True))
@@ -163,6 +163,11 @@ def new_rows(
     seeds = [request.seed or 0 for request in requests] if is_sampled(lm, options) else None
     contexts = [_context(lm, request) for request in requests]
     return Rows(lm.tokenizer, contexts, endings(lm, options), seeds=seeds, on_text=on_text)
+
+
+def kept_logits(lm: LanguageModel, options: GenerateOptions, new_tokens: int) -> int:
+    """Numbers that a beam search keeps for each prompt: the logits of all its beams at all steps."""
+    return beams(lm, options) * new_tokens * vocabulary_size(lm.model)
 
 
 def run_special(

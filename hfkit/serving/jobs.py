@@ -9,6 +9,7 @@ from typing import cast
 
 from hfkit.corpus.templates import CHAT_TEMPLATE, task_of
 from hfkit.errors import HfkitError, OptionError, first_line
+from hfkit.inference.batches import kept_logits
 from hfkit.inference.controls import beams, check_controls, check_options
 from hfkit.inference.remote import seed_of
 from hfkit.inference.text import Request, fit_prompt
@@ -61,7 +62,7 @@ def plan_texts(
             request = replace(request, new_tokens=room if new_tokens is None else min(new_tokens, room))
         requests.append(replace(request, seed=seed + number * samples))
     longest, width = max(request.new_tokens for request in requests), beams(lm, options)
-    if width > 1 and width * longest * vocabulary > _MOST_LOGITS:
+    if width > 1 and kept_logits(lm, options, longest) > _MOST_LOGITS:
         raise OptionError(f"{width} beams of {longest} tokens take too much memory: lower num_beams or the length")
     return TextPlan(requests, options, wishes, samples)
 
