@@ -43,13 +43,13 @@ def evaluate(
         from hfkit.evaluation.remote import evaluate_on
         from hfkit.inference.remote import Server
 
-        results = [evaluate_on(Server(server, name), sources, read, options) for name in model.each()]
+        results = [evaluate_on(Server(server, choice), sources, read, options) for choice in model.each()]
     else:
-        for name in model.each():
-            find_model(name)  # a wrong name is an error before torch is imported
+        for choice in model.each():
+            find_model(choice)  # a wrong name is an error before torch is imported
         from hfkit.evaluation import perplexity
 
-        results = [perplexity.evaluate(sources, model=name, read=read, options=options) for name in model.each()]
+        results = [perplexity.evaluate(sources, model=choice, read=read, options=options) for choice in model.each()]
     if json:
         rows = [result.to_dict() for result in results]
         console.write_json(rows if len(rows) > 1 else rows[0])

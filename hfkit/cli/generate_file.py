@@ -85,7 +85,9 @@ def write_results(
     with _open_bar(path, samples, len(done)) as bar:
         todo = ((index, prompt) for index, prompt in enumerate(read_prompts(path)) if index + 1 not in done)
         if server.server:
-            results = remote.generate_each(todo, options=sampling, concurrent=files.batch_size or 16)
+            from hfkit.inference.remote import CONCURRENT
+
+            results = remote.generate_each(todo, options=sampling, concurrent=files.batch_size or CONCURRENT)
             windows: Iterator[list[Numbered]] = ([result] for result in results)
         else:
             windows = _generate_windows(lm, sampling, todo, files.batch_size, bar)

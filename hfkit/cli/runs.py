@@ -78,8 +78,9 @@ def export(options: ExportOptions, model: str = argument(help="A run of finetune
     """
     if not options.output_dir and not options.push_to_hub:
         options = replace(options, output_dir=f"{Path(model).resolve().name}-export")  # printed in the end
+    source = find_model(model)
     if options.output_dir:  # before torch is imported
-        check_target(Path(options.output_dir), find_model(model), overwrite=options.overwrite)
+        check_target(Path(options.output_dir), source, overwrite=options.overwrite)
     place = hfkit.export(model, options)
     console.write(f"{place}\n")
     if options.output_dir:
@@ -87,7 +88,7 @@ def export(options: ExportOptions, model: str = argument(help="A run of finetune
         from hfkit.models.loading import load_config
         from hfkit.reporting.summaries import command_for
 
-        if (head := head_of(load_config(find_model(model)))) not in ("masked", "other"):
+        if (head := head_of(load_config(source))) not in ("masked", "other"):
             console.note(f"next: {command_for(head, shlex.quote(place))}")
     if place.endswith(".gguf"):
         from hfkit.models.modelfile import modelfile_of

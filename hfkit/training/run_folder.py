@@ -38,10 +38,8 @@ _TRACKERS = {"azure_ml": "azureml", "flyte": "flytekit"} | {
     name: name
     for name in "clearml codecarbon comet_ml dagshub dvclive mlflow neptune swanlab tensorboard trackio wandb".split()
 }
-_LENGTH = (
-    "max_steps",
-    "lr_scheduler_kwargs",
-)  # options that set a run's length; the second has the number of its last, falling steps
+# Options that set a run's length; the second has the number of its last, falling steps.
+_LENGTH = ("max_steps", "lr_scheduler_kwargs")
 _STAGING = ".staging"
 # The files of a checkpoint that make up the model; everything else in it is for the training alone.
 _MODEL_FILES = (
